@@ -1,0 +1,24 @@
+"""Error types a caller would catch, and the text of messages used twice."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class DataError(ValueError):
+    """Data that cannot be trained on: empty, ragged, out of range or used up."""
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be read back, or that does not fit the model."""
+
+
+class DetectionError(ValueError):
+    """Something about the model that cannot be found out and must be said."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns `" Did you mean 'adam' or 'adamw'?"`, or `""` if nothing is near."""
+    near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.6)
+    if not near:
+        return ""
+    return f" Did you mean {' or '.join(repr(n) for n in near)}?"

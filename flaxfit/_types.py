@@ -1,0 +1,202 @@
+"""The central types: what a step takes and gives. Knows nothing of linen or files."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, Self, TypeAlias, runtime_checkable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+Array: TypeAlias = jax.Array
+PyTree: TypeAlias = Any
+Inputs: TypeAlias = tuple[Any, ...] | dict[str, Any]
+"""What a model is called with: a tuple of positional or a dict of named inputs."""
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """Everything training changes, and nothing else: arrays only.
+
+    Attributes:
+      step: `int32[]`, the number of finished optimizer steps.
+      params: the model's parameters.
+      collections: Flax's mutable collections that are carried from step to step,
+        by name, e.g. `{"batch_stats": {...}}`. Empty for a model without any.
+      opt_state: the optax optimizer's state.
+      rng: the typed PRNG key every random stream is derived from. It never
+        changes: a stream's key is a function of `rng`, its name and `step`.
+    """
+
+    step: Array
+    params: PyTree
+    collections: dict[str, PyTree]
+    opt_state: PyTree
+    rng: Array
+
+
+class Batch(flax.struct.PyTreeNode):
+    """One batch of fixed shape.
+
+    Attributes:
+      inputs: a tuple (positional) or dict (by name), as the model is called.
+      targets: any nesting of arrays `[batch, ...]`, or None.
+      weights: `float32[batch]` or, one for every element of the targets,
+        `float32[batch, ...]`: the sample weight, 0 for rows that only fill the
+        batch up.
+    """
+
+    inputs: Inputs
+    targets: PyTree
+    weights: Any
+
+
+class CallSpec(NamedTuple):
+    """The inputs a model's call takes, without its train flag.
+
+    Attributes:
+      positional: names that can be given by position, in order.
+      keyword_only: names that can only be given by name.
+      required: the names without a default.
+      var_positional: whether it takes `*args`.
+      var_keyword: whether it takes `**kwargs`.
+    """
+
+    positional: tuple[str, ...] = ("inputs",)
+    keyword_only: tuple[str, ...] = ()
+    required: tuple[str, ...] = ("inputs",)
+    var_positional: bool = False
+    var_keyword: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names, positional ones first."""
+        return self.positional + self.keyword_only
+
+
+class Apply(Protocol):
+    """A model's forward pass, pure."""
+
+    def __call__(
+        self,
+        params: PyTree,
+        collections: dict[str, PyTree],
+        inputs: Inputs,
+        *,
+        train: bool,
+        rngs: Mapping[str, Array],
+    ) -> tuple[PyTree, dict[str, PyTree], dict[str, PyTree]]:
+        """Returns `(outputs, collections, sown)`."""
+
+
+class Model(NamedTuple):
+    """A model as two pure functions; bring one to train what is not Flax.
+
+    Attributes:
+      init: `(rng, inputs) -> (params, collections)`.
+      apply: see `Apply`.
+    """
+
+    init: Callable[[Array, Inputs], tuple[PyTree, dict[str, PyTree]]]
+    apply: Apply
+
+
+@runtime_checkable
+class Accumulator(Protocol):
+    """What a log is on the device: merged from batch to batch, computed once."""
+
+    def merge(self, other: Self) -> Self:
+        """Returns both together."""
+
+    def compute(self) -> Any:
+        """Returns the value as a scalar."""
+
+
+Logs: TypeAlias = dict[str, Any]
+"""Name -> `Average`, `Sum` or any other `Accumulator`."""
+
+
+def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
+    """Returns `a + b` and its rounding error (Knuth, TAOCP vol. 2, 4.2.2)."""
+    total = a + b
+    b_virtual = total - a
+    return total, (a - (total - b_virtual)) + (b - b_virtual)
+
+
+class Average(flax.struct.PyTreeNode):
+    """A weighted mean that is merged without losing small addends.
+
+    Attributes:
+      total: `float32[]`, the sum of weight times value.
+      count: `float32[]`, the sum of the weights.
+      residual: `float32[2]`, what rounding left out of `total` and `count`, so
+        that millions of batches of one example still add up.
+    """
+
+    total: Array
+    count: Array
+    residual: Array
+
+    @classmethod
+    def empty(cls) -> Self:
+        """Returns the mean of nothing; `compute` of it is NaN."""
+        zero = jnp.zeros((), jnp.float32)
+        return cls(zero, zero, jnp.zeros(2, jnp.float32))
+
+    @classmethod
+    def of(cls, values: Array, weights: Array) -> Self:
+        """Averages `values` with `weights` spread over their trailing axes.
+
+        Args:
+          values: `float[batch, ...]`.
+          weights: `float[batch]` up to `float[batch, ...]`: leading axes equal
+            those of `values`, each weight counts for every element below it.
+
+        Elements of weight 0 are left out, even where their value is NaN.
+        """
+        values = values.astype(jnp.float32)
+        weights = weights.astype(jnp.float32)
+        spread = weights.reshape(weights.shape + (1,) * (values.ndim - weights.ndim))
+        spread = jnp.broadcast_to(spread, values.shape)
+        kept = jnp.where(spread == 0, 0, values)
+        return cls(
+            jnp.sum(spread * kept), jnp.sum(spread), jnp.zeros(2, jnp.float32)
+        )
+
+    def merge(self, other: Self) -> Self:
+        """Returns the mean over both."""
+        total, total_error = _two_sum(self.total, other.total)
+        count, count_error = _two_sum(self.count, other.count)
+        errors = jnp.stack([total_error, count_error])
+        return type(self)(total, count, self.residual + other.residual + errors)
+
+    def compute(self) -> Array:
+        """Returns `total / count`, NaN where nothing was counted."""
+        # A non-finite total has a NaN rounding error; the total itself says more.
+        total = self.total + jnp.where(
+            jnp.isfinite(self.total), self.residual[0], 0.0
+        )
+        return total / (self.count + self.residual[1])
+
+
+class Sum(flax.struct.PyTreeNode):
+    """The sum of several means, each over a count of its own."""
+
+    terms: dict[str, Average]
+
+    @classmethod
+    def empty(cls) -> Self:
+        """Returns the sum of no terms."""
+        return cls({})
+
+    def merge(self, other: Self) -> Self:
+        """Merges term by term."""
+        return type(self)(
+            {name: term.merge(other.terms[name]) for name, term in self.terms.items()}
+        )
+
+    def compute(self) -> Array:
+        """Returns the sum of the terms' means; a term that counted nothing is 0."""
+        means = (
+            jnp.where(term.count == 0, 0.0, term.compute())
+            for term in self.terms.values()
+        )
+        return jnp.sum(jnp.stack(list(means)))
