@@ -165,27 +165,20 @@ class Average(flax.struct.PyTreeNode):
         """Returns the mean over both."""
         total, total_error = _two_sum(self.total, other.total)
         count, count_error = _two_sum(self.count, other.count)
+        # Infinity minus infinity: the total itself already says what happened.
+        total_error = jnp.where(jnp.isfinite(total), total_error, 0.0)
         errors = jnp.stack([total_error, count_error])
         return type(self)(total, count, self.residual + other.residual + errors)
 
     def compute(self) -> Array:
         """Returns `total / count`, NaN where nothing was counted."""
-        # A non-finite total has a NaN rounding error; the total itself says more.
-        total = self.total + jnp.where(
-            jnp.isfinite(self.total), self.residual[0], 0.0
-        )
-        return total / (self.count + self.residual[1])
+        return (self.total + self.residual[0]) / (self.count + self.residual[1])
 
 
 class Sum(flax.struct.PyTreeNode):
     """The sum of several means, each over a count of its own."""
 
     terms: dict[str, Average]
-
-    @classmethod
-    def empty(cls) -> Self:
-        """Returns the sum of no terms."""
-        return cls({})
 
     def merge(self, other: Self) -> Self:
         """Merges term by term."""
@@ -195,8 +188,50 @@ class Sum(flax.struct.PyTreeNode):
 
     def compute(self) -> Array:
         """Returns the sum of the terms' means; a term that counted nothing is 0."""
-        means = (
-            jnp.where(term.count == 0, 0.0, term.compute())
-            for term in self.terms.values()
+        return sum(
+            (t.total + t.residual[0]) / (t.count + t.residual[1] + (t.count == 0))
+            for t in self.terms.values()
         )
-        return jnp.sum(jnp.stack(list(means)))
+
+
+class StateHolder:
+    """Owns the current `TrainState`, and sees to it that nothing lent out dies.
+
+    A train program consumes ("donates") the state it is given. Whoever reads the
+    state here may keep it: the next `take` then hands out a copy instead.
+    """
+
+    def __init__(self, state: TrainState | None = None) -> None:
+        self._state = state
+        self._lent = False
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is no state yet."""
+        return self._state is None
+
+    def read(self) -> TrainState:
+        """Returns the state for keeps."""
+        self._lent = True
+        return self.peek()
+
+    def peek(self) -> TrainState:
+        """Returns the state to a caller that neither keeps nor donates it."""
+        assert self._state is not None
+        return self._state
+
+    def take(self) -> TrainState:
+        """Returns a state that may be donated; it stays until `put`."""
+        if self._lent:
+            self.put(copy_state(self.peek()))
+        return self.peek()
+
+    def put(self, state: TrainState) -> None:
+        """Makes `state` the current one; nobody else may hold on to it."""
+        self._state = state
+        self._lent = False
+
+
+def copy_state(state: TrainState) -> TrainState:
+    """Returns the same values in buffers of their own."""
+    return jax.tree.map(lambda x: jax.device_put(x, may_alias=False), state)

@@ -1,0 +1,302 @@
+"""Settings and one batch -> everything resolved: model, losses, metrics, programs."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxfit._compile import (
+    Preflight,
+    Programs,
+    Running,
+    compile_programs,
+    empty_running,
+    preflight,
+)
+from flaxfit._errors import DataError
+from flaxfit._models.base import Adapted, ModelFamily, Overrides
+from flaxfit._objective import check_targets, resolve_objective
+from flaxfit._steps import (
+    Task,
+    TrainStep,
+    make_eval_step,
+    make_gradient,
+    make_init,
+    make_predict_step,
+    make_train_step,
+)
+from flaxfit._types import Batch, Inputs, PyTree, TrainState
+from flaxfit.metrics import resolve_metrics
+from flaxfit.optimizers import resolve_optimizer
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user told the trainer, names not yet resolved; see `Trainer`."""
+
+    loss: Any
+    loss_weights: Any
+    optimizer: Any
+    learning_rate: Any
+    metrics: Any
+    overrides: Overrides
+    optimizer_options: Mapping[str, Any]
+    variables: Mapping[str, PyTree]
+    seed: int
+    make_train_step: Callable[[Task], TrainStep]
+
+
+class Built(NamedTuple):
+    """A trainer's parts, made once from the first batch it sees.
+
+    Attributes:
+      adapted: the model and what was detected about it.
+      task: what the steps are built from.
+      programs: the compiled steps.
+      template: the shapes of the state.
+      outputs: the shapes of the model's outputs.
+      example: the shapes of the batch all this was made from.
+      logs: the shapes of the logs of a step.
+      total_steps: what the optimizer was resolved for.
+      complete: whether there is a loss; without targets one can only predict.
+    """
+
+    adapted: Adapted
+    task: Task
+    programs: Programs
+    template: TrainState
+    outputs: PyTree
+    example: Batch
+    logs: PyTree
+    total_steps: int | None
+    complete: bool
+
+    def empty(self) -> Running:
+        """Returns an empty accumulator."""
+        return empty_running(self.logs)
+
+    def history_names(self, *, validated: bool) -> list[str]:
+        """Returns the names the History of a fit will have, in its order."""
+        names = list(self.task.order(self.logs))
+        rate = jax.eval_shape(
+            self.task.optimizer.learning_rate, self.template.opt_state
+        )
+        return [
+            *names,
+            *(f"val_{name}" for name in names if validated),
+            *(["learning_rate"] if rate is not None else []),
+        ]
+
+    def check_targets(self, batch: Batch) -> None:
+        """Checks the values of targets on the host.
+
+        Raises:
+          DataError: labels out of range, NaN, or weights where the loss takes none.
+        """
+        objective = self.task.objective
+        if batch.targets is not None:
+            check_targets(objective, self.outputs, batch.targets)
+        weighted = batch.weights is not None and np.any(batch.weights != 1)
+        if objective.scalar_loss and weighted:
+            raise DataError(
+                f"The loss {objective.name} returns one number for a whole batch, so "
+                f"its examples cannot be weighted. Return one value per example, "
+                f"float[batch], or leave sample_weight and class_weight out."
+            )
+
+
+def build(
+    model: Any,
+    family: ModelFamily,
+    settings: Settings,
+    example: Batch,
+    total_steps: int | None,
+    known: Adapted | None = None,
+    complete: bool = True,
+) -> Built:
+    """Detects, resolves and wires everything for batches like `example`.
+
+    Nothing is compiled: all of it is abstract traces.
+
+    Args:
+      model: what the user gave the trainer.
+      family: its library's functions.
+      settings: what the user said.
+      example: one batch, arrays or shapes.
+      total_steps: the length of the training if it is known.
+      known: what was detected before, to be kept.
+      complete: False to do without targets and so without training.
+
+    Raises:
+      DetectionError: the train flag or the loss cannot be found out.
+      ValueError: names, shapes or options that do not fit.
+    """
+    example = shapes_of(example)
+    adapted = known or family.adapt(model, example.inputs, settings.overrides)
+    key = jax.eval_shape(lambda: jax.random.key(settings.seed))
+    outputs = _trace_outputs(adapted, key, example.inputs)
+    objective = resolve_objective(
+        settings.loss, settings.loss_weights, outputs, example.targets
+    )
+    task = Task(
+        model=adapted.model,
+        objective=objective,
+        metrics=resolve_metrics(settings.metrics, objective, outputs, example.targets),
+        optimizer=resolve_optimizer(
+            settings.optimizer,
+            settings.learning_rate,
+            total_steps,
+            **settings.optimizer_options,
+        ),
+        rngs=adapted.detected.rngs,
+    )
+    init, train_step = make_init(task), settings.make_train_step(task)
+    template = jax.eval_shape(init, key, example.inputs, {})
+    _check_variables(settings.variables, template)
+    traced = (
+        preflight(train_step, template, example) if complete else Preflight({}, False)
+    )
+    programs = compile_programs(
+        init=init,
+        train_step=train_step,
+        eval_step=make_eval_step(task),
+        predict_step=make_predict_step(task),
+        intermediates_step=make_predict_step(task, sown="intermediates"),
+        gradient=make_gradient(task),
+        calls_host=traced.calls_host,
+    )
+    return Built(
+        adapted=adapted,
+        task=task,
+        programs=programs,
+        template=template,
+        outputs=outputs,
+        example=example,
+        logs=traced.logs,
+        total_steps=total_steps,
+        complete=complete,
+    )
+
+
+def check_batch(built: Built, settings: Settings, batch: Batch) -> None:
+    """Checks that a batch is like the one everything was built from.
+
+    Args:
+      built: the trainer's parts.
+      settings: what they were built with.
+      batch: arrays or shapes; rows and the lengths of axes may differ.
+
+    Raises:
+      DataError: other inputs or targets, by name, dtype or number of axes.
+      ValueError: targets that do not fit the outputs.
+      Exception: whatever the model raises for inputs of these shapes.
+    """
+    batch = shapes_of(batch)
+    if batch.targets is None:
+        batch = batch.replace(targets=built.example.targets)
+        checked = ("inputs",)
+    else:
+        checked = ("inputs", "targets")
+    for name in checked:
+        before, after = _forms(getattr(built.example, name)), _forms(getattr(batch, name))
+        if {p: f[:2] for p, f in before.items()} != {p: f[:2] for p, f in after.items()}:
+            raise DataError(
+                f"Got {name} {_listed(after)}; this trainer was built for "
+                f"{_listed(before)}. Give it such {name}, or make a new Trainer."
+            )
+    try:
+        outputs = _trace_outputs(built.adapted, built.template.rng, batch.inputs)
+        fitting = jax.eval_shape(
+            built.task.model.init, built.template.rng, batch.inputs
+        )[0]
+    except Exception as error:
+        error.add_note(f"while tracing the model on {_listed(_forms(batch.inputs))}")
+        raise
+    if _forms(fitting) != _forms(built.template.params):
+        raise DataError(
+            f"Got inputs {_listed(_forms(batch.inputs))}, which need other "
+            f"parameters than {_listed(_forms(built.example.inputs))} did, for which "
+            f"this trainer was built. Give it such inputs, or make a new Trainer."
+        )
+    if "targets" in checked:
+        objective = resolve_objective(
+            settings.loss, settings.loss_weights, outputs, batch.targets
+        )
+        if objective.name != built.task.objective.name:
+            raise DataError(
+                f"Got targets {_listed(_forms(batch.targets))}, for which the "
+                f"loss would be {objective.name}; this trainer was built with "
+                f"{built.task.objective.name}. Name it: Trainer(model, loss=...)."
+            )
+
+
+class _Form(NamedTuple):
+    kind: str
+    ndim: int
+    text: str
+
+
+def _forms(tree: PyTree) -> dict[str, _Form]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        jax.tree_util.keystr(path): _Form(
+            "number" if jnp.issubdtype(x.dtype, jnp.inexact) else "integer",
+            len(x.shape),
+            describe_array(x),
+        )
+        for path, x in leaves
+    }
+
+
+def _listed(forms: Mapping[str, _Form]) -> str:
+    return ", ".join(f"{path} {f.text}".strip() for path, f in forms.items()) or "none"
+
+
+def _trace_outputs(adapted: Adapted, key: Any, inputs: Inputs) -> PyTree:
+    def outputs(key: Any, inputs: Inputs) -> PyTree:
+        params, collections = adapted.model.init(key, inputs)
+        rngs = dict.fromkeys(adapted.detected.rngs, key)
+        return adapted.model.apply(params, collections, inputs, train=True, rngs=rngs)[0]
+
+    return jax.eval_shape(outputs, key, inputs)
+
+
+def _check_variables(variables: Mapping[str, PyTree], template: TrainState) -> None:
+    made = {"params": template.params, **template.collections}
+    lines = []
+    for name, tree in variables.items():
+        if name not in made:
+            lines.append(f"  {name}: the model has {', '.join(made)}")
+            continue
+        given, wanted = _forms(jax.tree.map(_shape_of, tree)), _forms(made[name])
+        for path in sorted(given.keys() | wanted.keys()):
+            one, other = given.get(path), wanted.get(path)
+            if one is None or other is None or one.text != other.text:
+                has = "absent" if other is None else other.text
+                got = "absent" if one is None else one.text
+                lines.append(f"  {name}{path}: the model has {has}, given {got}")
+    if lines:
+        raise ValueError(
+            "Trainer(variables=...) does not fit the model:\n" + "\n".join(lines[:20])
+        )
+
+
+def describe_array(x: Any) -> str:
+    """Returns e.g. `"float32[32, 784]"`."""
+    return f"{x.dtype}{list(x.shape)}"
+
+
+def shapes_of(tree: PyTree) -> PyTree:
+    """Returns the shapes and dtypes jax would give the arrays of `tree`."""
+    return jax.tree.map(_shape_of, tree)
+
+
+def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
+    if not hasattr(x, "dtype"):
+        x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jax.dtypes.extended):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))

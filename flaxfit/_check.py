@@ -1,0 +1,233 @@
+"""What `fit` says first and `check` says at length: everything that was understood."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from flaxfit._build import Built, describe_array
+from flaxfit._display import (
+    format_bytes,
+    format_count,
+    format_table,
+    format_value,
+)
+from flaxfit._loop import read
+from flaxfit._types import Batch, PyTree, TrainState
+from flaxfit.data import Binding, Source
+
+
+class Text(str):
+    """A text that a notebook or prompt shows as it is."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+@dataclass(frozen=True, repr=False)
+class CheckReport:
+    """What `Trainer.check` found; `print` it, or look things up.
+
+    Attributes:
+      rows: what is shown, by name.
+      initial_loss: the loss of the first batch before training.
+      chance_loss: what guessing would give (log C for C classes), None if unknown.
+      zero_gradients: the paths of parameters whose gradient is 0 on that batch.
+      flops: floating point operations of one training step, None if unknown.
+      step_bytes: device memory of one training step: state, batch and temporaries.
+      compiles: how often each phase will be compiled.
+    """
+
+    rows: Mapping[str, str]
+    initial_loss: float
+    chance_loss: float | None
+    zero_gradients: tuple[str, ...]
+    flops: float | None
+    step_bytes: float | None
+    compiles: Mapping[str, int]
+
+    def __repr__(self) -> str:
+        return format_table(self.rows)
+
+    def __str__(self) -> str:
+        return format_table(self.rows)
+
+
+def first_lines(
+    built: Built, state: TrainState, binding: Binding, source: Source
+) -> list[str]:
+    """Returns the two lines a `fit` begins with, and a third if there is more to say."""
+    detected = built.adapted.detected
+    parts = [
+        detected.name,
+        f"{_size(state.params)[0]:,} params",
+        f"collections: {_listed(detected.carried)}",
+        f"rngs: {_listed(detected.rngs)}",
+        f"train flag: {detected.train_flag}",
+    ]
+    if detected.sown:
+        parts.insert(3, f"sown: {_listed(detected.sown)}")
+    targets = built.example.targets
+    about = f" ({_targets_text(built)})" if targets is not None else ""
+    lines = [
+        " · ".join(parts),
+        " · ".join(
+            [
+                f"loss: {_loss_text(built)}{about}",
+                _optimizer_text(built, state),
+                _device_text(state),
+            ]
+        ),
+    ]
+    if isinstance(built.example.inputs, dict) or len(built.example.inputs) > 1:
+        lines.append(_inputs_text(built.example))
+    if built.task.objective.scalar_loss and _has_tail(source):
+        lines.append(
+            "the loss returns one number per batch: the last, shorter batch is not "
+            "filled up but compiled for separately"
+        )
+    return lines
+
+
+def make_report(
+    built: Built, state: TrainState, source: Source, example: Batch
+) -> CheckReport:
+    """Computes the report on one batch; the state is only read."""
+    loss, gradients = read(built.programs.gradient(state, example))
+    zero = tuple(
+        _path(path)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(gradients)[0]
+        if not np.any(leaf)
+    )
+    cost = built.programs.train.analyze(state, built.empty(), example)
+    flops = cost.get("flops")
+    memory = [v for name, v in cost.items() if name.endswith("_bytes")]
+    step_bytes = sum(memory) if memory else None
+    chance = _chance(built)
+    tail = built.task.objective.scalar_loss and _has_tail(source)
+    compiles = {"train": 2 if tail else 1, "eval": 2 if tail else 1, "predict": 1}
+    rows = {
+        **_model_rows(built, state),
+        **_data_rows(built, source, example),
+        "loss": _loss_text(built),
+        "initial loss": format_value(float(loss))
+        + ("" if chance is None else f" (by chance {format_value(chance)})"),
+        "metrics": _listed(built.task.metrics),
+        "optimizer": _optimizer_text(built, state),
+        "zero gradient": _listed(zero),
+        "one step": _step_text(flops, step_bytes),
+        "compiles": ", ".join(f"{n} × {phase}" for phase, n in compiles.items()),
+    }
+    return CheckReport(rows, float(loss), chance, zero, flops, step_bytes, compiles)
+
+
+def _model_rows(built: Built, state: TrainState) -> dict[str, str]:
+    detected = built.adapted.detected
+    why = dict(detected.reasons or {})
+    count, size = _size(state.params)
+    rows = {
+        "model": f"{detected.name}: {count:,} params, {format_bytes(size)}",
+        "collections": _listed(detected.carried),
+        "sown": _listed(detected.sown),
+        "rngs": _listed(detected.rngs),
+        "train flag": detected.train_flag,
+    }
+    if detected.axis_names:
+        rows["axis names"] = f"{_listed(detected.axis_names)} (bound to an axis of 1)"
+    return {n: f"{v} ({why[n]})" if n in why else v for n, v in rows.items()}
+
+
+def _data_rows(built: Built, source: Source, example: Batch) -> dict[str, str]:
+    size = "" if source.num_examples is None else f"{source.num_examples:,} examples, "
+    batches = "unknown number of" if source.num_batches is None else source.num_batches
+    rows = {
+        "data": f"{source.kind}: {size}{batches} batches of {source.batch_size}",
+        "inputs": _inputs_text(example).removeprefix("inputs: "),
+        "outputs": _shapes(built.outputs),
+        "targets": _shapes(example.targets),
+    }
+    labels = [
+        leaf for leaf in jax.tree.leaves(example.targets) if leaf.dtype.kind in "iu"
+    ]
+    if labels:
+        low, high = min(map(np.min, labels)), max(map(np.max, labels))
+        rows["labels"] = f"{low}..{high} in the first batch"
+    return rows
+
+
+def _chance(built: Built) -> float | None:
+    objective = built.task.objective
+    if not objective.single or objective.terms[0].path:
+        return None
+    shape = getattr(built.outputs, "shape", None)
+    return None if shape is None else objective.terms[0].loss.chance_loss(shape)
+
+
+def _loss_text(built: Built) -> str:
+    sown = "losses" in built.adapted.detected.sown
+    names = [built.task.objective.name] if built.task.objective.terms else []
+    return " + ".join([*names, *(["sown losses"] if sown else [])])
+
+
+def _targets_text(built: Built) -> str:
+    targets = jax.tree.leaves(built.example.targets)
+    outputs = jax.tree.leaves(built.outputs)
+    if len(targets) != 1 or len(outputs) != 1:
+        return f"{len(targets)} targets, {len(outputs)} outputs"
+    width = outputs[0].shape[-1] if len(outputs[0].shape) > 1 else 1
+    return f"{targets[0].dtype} targets, {width} output{'s' if width != 1 else ''}"
+
+
+def _optimizer_text(built: Built, state: TrainState) -> str:
+    optimizer = built.task.optimizer
+    rate = optimizer.learning_rate(state.opt_state)
+    return optimizer.name if rate is None else f"{optimizer.name} {float(read(rate)):g}"
+
+
+def _device_text(state: TrainState) -> str:
+    devices = state.step.devices()
+    return f"{len(devices)} × {next(iter(devices)).platform}"
+
+
+def _inputs_text(example: Batch) -> str:
+    if isinstance(example.inputs, dict):
+        named = example.inputs.items()
+        return "inputs: " + ", ".join(f"{n} {_shapes(v)}" for n, v in named)
+    return "inputs: " + ", ".join(_shapes(value) for value in example.inputs)
+
+
+def _step_text(flops: float | None, step_bytes: float | None) -> str:
+    texts = []
+    if flops is not None:
+        texts.append(f"{format_count(flops)}FLOP")
+    if step_bytes is not None:
+        texts.append(f"{format_bytes(step_bytes)} on the device")
+    return ", ".join(texts) or "not told by this backend"
+
+
+def _has_tail(source: Source) -> bool:
+    if source.num_examples is None or not source.batch_size:
+        return True
+    return source.num_examples % source.batch_size != 0
+
+
+def _size(tree: PyTree) -> tuple[int, int]:
+    leaves = jax.tree.leaves(tree)
+    return sum(x.size for x in leaves), sum(x.nbytes for x in leaves)
+
+
+def _shapes(tree: PyTree) -> str:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return ", ".join(f"{_path(p)} {describe_array(x)}".strip() for p, x in leaves) or "none"
+
+
+def _path(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(names) or "none"

@@ -1,0 +1,57 @@
+"""Whatever the user calls a model -> its family. The one place that asks its type."""
+
+from typing import Any
+
+import flax.linen as nn
+
+from flaxfit._models import linen
+from flaxfit._models.base import Adapted, Detected, ModelFamily, Overrides
+from flaxfit._types import CallSpec, Inputs, Model
+
+
+def model_family(model: Any) -> ModelFamily:
+    """Returns the family of a linen module or a `Model`.
+
+    Raises:
+      TypeError: anything else, a class instead of an instance included.
+    """
+    if isinstance(model, nn.Module):
+        return ModelFamily(linen.call_spec, linen.adapt)
+    if isinstance(model, Model):
+        return ModelFamily(_function_call_spec, _adapt_functions)
+    if isinstance(model, type):
+        raise TypeError(
+            f"Trainer got the class {model.__name__}, not a module. Write "
+            f"Trainer({model.__name__}(...))."
+        )
+    if any(base.__module__.startswith("flax.nnx") for base in type(model).__mro__):
+        raise TypeError(
+            f"{type(model).__name__} is a flax.nnx module, and this version trains "
+            f"flax.linen modules. Bring it as two pure functions: "
+            f"Trainer(flaxfit.Model(init, apply))."
+        )
+    raise TypeError(
+        f"Trainer got a {type(model).__name__}; it takes a flax.linen module or "
+        f"flaxfit.Model(init, apply), e.g. Trainer(nn.Dense(10))."
+    )
+
+
+def _function_call_spec(model: Model, overrides: Overrides) -> CallSpec:
+    del model, overrides
+    return CallSpec()
+
+
+def _adapt_functions(model: Model, inputs: Inputs, overrides: Overrides) -> Adapted:
+    import jax
+
+    key = jax.random.key(0)
+    _, collections = jax.eval_shape(model.init, key, inputs)
+    asked = ("dropout",) if isinstance(overrides.rngs, str) else tuple(overrides.rngs)
+    detected = Detected(
+        name="Model",
+        carried=tuple(sorted(collections)),
+        rngs=asked,
+        train_flag="train=",
+        reasons={"rngs": "given as rngs=, or dropout", "train flag": "Model.apply's"},
+    )
+    return Adapted(model, detected, lambda unused: "Model(init, apply)")

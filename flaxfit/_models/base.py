@@ -1,0 +1,78 @@
+"""What the rest of the house knows of a model, whatever library it comes from."""
+
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+
+from flaxfit._types import Array, CallSpec, Inputs, Model
+
+
+@dataclass(frozen=True)
+class Detected:
+    """What was found out about a model.
+
+    Attributes:
+      name: the module's class name.
+      carried: the collections that go from step to step.
+      sown: the collections that are only written in a call.
+      rngs: the names of the RNG streams that are drawn from.
+      train_flag: how training and evaluation differ, as the first line shows it.
+      axis_names: the mapped axes the model asks for, bound to an axis of size 1.
+      reasons: for each item why it is as it is, for `Trainer.check`.
+    """
+
+    name: str
+    carried: tuple[str, ...] = ()
+    sown: tuple[str, ...] = ()
+    rngs: tuple[str, ...] = ()
+    train_flag: str = "none"
+    axis_names: tuple[str, ...] = ()
+    reasons: Mapping[str, str] | None = None
+
+
+class Adapted(NamedTuple):
+    """A model of any library, ready for the steps."""
+
+    model: Model
+    detected: Detected
+    summary: Callable[[Inputs], str]
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """What the user said instead of leaving it to detection (`"auto"`).
+
+    Attributes:
+      train_flag: an argument or attribute name, `"not <name>"` where True means
+        evaluation, `"layers"`, None, or `(module, train) -> module`.
+      collections: the names of the collections to carry.
+      rngs: the names of the RNG streams to supply.
+    """
+
+    train_flag: str | Callable[[Any, bool], Any] | None = "auto"
+    collections: str | Iterable[str] = "auto"
+    rngs: str | Iterable[str] = "auto"
+
+
+class ModelFamily(NamedTuple):
+    """One library's two functions: what its call takes, and how it is adapted."""
+
+    call_spec: Callable[[Any, Overrides], CallSpec]
+    adapt: Callable[[Any, Inputs, Overrides], Adapted]
+
+
+def stream_rngs(
+    rng: Array, names: Iterable[str], step: Array | int | None = None
+) -> dict[str, Array]:
+    """Returns a key of its own for every stream: a function of name and step.
+
+    `fold_in(fold_in(rng, crc32(name)), step)`: a stream added later changes none
+    of the others, and no key has to be carried from step to step.
+    """
+    keys = {n: jax.random.fold_in(rng, zlib.crc32(n.encode())) for n in names}
+    if step is None:
+        return keys
+    return {n: jax.random.fold_in(key, step) for n, key in keys.items()}

@@ -1,0 +1,445 @@
+"""Flax linen modules: everything detected by abstract traces, nothing computed."""
+
+import contextlib
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import flax.core
+import flax.errors
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flaxfit._errors import DetectionError
+from flaxfit._models.base import Adapted, Detected, Overrides, stream_rngs
+from flaxfit._types import CallSpec, Inputs, Model, PyTree
+
+# Name -> whether True means evaluation; in the order they are looked for.
+FLAGS: Mapping[str, bool] = MappingProxyType(
+    {
+        "train": False,
+        "training": False,
+        "is_training": False,
+        "deterministic": True,
+        "use_running_average": True,
+    }
+)
+# Written by convention, never state: a `sow` that reduces keeps its shape.
+NEVER_CARRIED = frozenset({"losses", "metrics", "intermediates", "perturbations"})
+_MAX_TRACES = 32
+_SUMMARY_WIDTH = 100
+
+
+class TrainFlag(NamedTuple):
+    """How one module is put into training or evaluation.
+
+    Attributes:
+      name: the flag's name, for messages.
+      arguments: call arguments to set -> whether True means evaluation.
+      attributes: module attributes to set -> likewise.
+      cleared: attributes to set to None because the argument decides.
+      layers: set the flag on the layers that leave it unset.
+      function: the user's own `(module, train) -> module`.
+    """
+
+    name: str
+    arguments: tuple[tuple[str, bool], ...] = ()
+    attributes: tuple[tuple[str, bool], ...] = ()
+    cleared: tuple[str, ...] = ()
+    layers: bool = False
+    function: Callable[[Any, bool], Any] | None = None
+
+
+@dataclass
+class Probe:
+    """What the abstract traces have learnt so far; local to one detection."""
+
+    rngs: set[str] = field(default_factory=set)
+    axis_names: list[str] = field(default_factory=list)
+    moded_layers: set[str] = field(default_factory=set)
+
+
+def call_spec(module: nn.Module, overrides: Overrides) -> CallSpec:
+    """Returns the inputs `module.__call__` takes, without its train flag."""
+    parameters = _parameters(module)
+    flags = {name for name, _ in find_train_flag(module, overrides).arguments}
+    kinds = inspect.Parameter
+    inputs = {
+        name: p
+        for name, p in parameters.items()
+        if name not in flags and p.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)
+    }
+    return CallSpec(
+        positional=tuple(n for n, p in inputs.items() if p.kind != kinds.KEYWORD_ONLY),
+        keyword_only=tuple(
+            n for n, p in inputs.items() if p.kind == kinds.KEYWORD_ONLY
+        ),
+        required=tuple(n for n, p in inputs.items() if p.default is kinds.empty),
+        var_positional=any(p.kind == kinds.VAR_POSITIONAL for p in parameters.values()),
+        var_keyword=any(p.kind == kinds.VAR_KEYWORD for p in parameters.values()),
+    )
+
+
+def find_train_flag(module: nn.Module, overrides: Overrides) -> TrainFlag:
+    """Returns how the module tells training from evaluation; see DESIGN of `FLAGS`.
+
+    Raises:
+      DetectionError: a named flag is neither argument nor attribute.
+    """
+    asked = overrides.train_flag
+    if callable(asked):
+        return TrainFlag("function", function=asked)
+    if asked is None:
+        return TrainFlag("none")
+    if asked == "layers":
+        return TrainFlag("layers", layers=True)
+    parameters = _parameters(module)
+    fields = getattr(module, "__dataclass_fields__", {})
+    if asked == "auto":
+        in_call = [name for name in FLAGS if name in parameters]
+        on_module = [name for name in FLAGS if name in fields]
+        inverted: Mapping[str, bool] = FLAGS
+    else:
+        name = asked.removeprefix("not ").strip()
+        inverted = {**FLAGS, name: asked.startswith("not ") or FLAGS.get(name, False)}
+        in_call = [name] if name in parameters else []
+        on_module = [name] if name in fields else []
+        if not in_call and not on_module:
+            raise DetectionError(
+                f"train_flag={asked!r}: {type(module).__name__} has no such argument "
+                f"of __call__ ({', '.join(parameters) or 'no arguments'}) and no such "
+                f"attribute. Write the name it has, train_flag=None if it has none, "
+                f"or train_flag=lambda module, train: module.clone(...)."
+            )
+    if in_call:
+        # The first decides; others only where the call cannot do without them.
+        needed = [
+            n for n in in_call[1:] if parameters[n].default is inspect.Parameter.empty
+        ]
+        arguments = [in_call[0], *needed]
+        return TrainFlag(
+            f"{in_call[0]}=",
+            arguments=tuple((n, inverted[n]) for n in arguments),
+            # `nn.merge_param` refuses a flag that is given twice.
+            cleared=tuple(
+                n for n in arguments if getattr(module, n, None) is not None
+            )
+            if on_module
+            else (),
+        )
+    if on_module:
+        name = on_module[0]
+        return TrainFlag(f"attribute {name}", attributes=((name, inverted[name]),))
+    return TrainFlag("none")
+
+
+def adapt(module: nn.Module, inputs: Inputs, overrides: Overrides) -> Adapted:
+    """Returns the module as pure functions, with everything detected.
+
+    Args:
+      module: any linen module, unbound.
+      inputs: one batch of inputs as it is called with; shapes are enough.
+      overrides: what not to detect.
+
+    Raises:
+      DetectionError: BatchNorm or Dropout without a train flag.
+    """
+    flag = find_train_flag(module, overrides)
+    probe = Probe()
+    if not isinstance(overrides.rngs, str):
+        probe.rngs.update(overrides.rngs)
+    traced = _trace_until_known(module, inputs, flag, probe)
+    if flag.name == "none" and overrides.train_flag == "auto" and probe.moded_layers:
+        raise _no_flag_error(module, probe)
+    initial, after_train = traced
+    carried = _carried(initial, after_train, overrides)
+    sown = tuple(sorted(set(after_train) - set(carried) - {"params"} - _PERTURB))
+    rngs = tuple(sorted(probe.rngs))
+    model = _make_model(module, flag, carried, rngs, tuple(probe.axis_names))
+    detected = Detected(
+        name=type(module).__name__,
+        carried=carried,
+        sown=sown,
+        rngs=rngs,
+        train_flag=flag.name,
+        axis_names=tuple(probe.axis_names),
+        reasons=_reasons(flag, probe, carried, sown),
+    )
+
+    def summary(example: Inputs) -> str:
+        return _summary(module, flag, example, rngs)
+
+    return Adapted(model, detected, summary)
+
+
+_PERTURB = frozenset({"perturbations"})
+
+
+def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
+    parameters = dict(inspect.signature(type(module).__call__).parameters)
+    parameters.pop("self", None)
+    return parameters
+
+
+def _make_model(
+    module: nn.Module,
+    flag: TrainFlag,
+    carried: tuple[str, ...],
+    rngs: tuple[str, ...],
+    axis_names: tuple[str, ...],
+) -> Model:
+    def init(rng: jax.Array, inputs: Inputs) -> tuple[PyTree, dict[str, PyTree]]:
+        streams = {**stream_rngs(rng, rngs), "params": rng}
+        variables = _bind_axes(
+            lambda: _init(module, flag, inputs, streams), axis_names
+        )
+        return variables.get("params", {}), {n: variables[n] for n in carried}
+
+    def apply(
+        params: PyTree,
+        collections: dict[str, PyTree],
+        inputs: Inputs,
+        *,
+        train: bool,
+        rngs: Mapping[str, jax.Array],
+    ) -> tuple[PyTree, dict[str, PyTree], dict[str, PyTree]]:
+        variables = {"params": params, **collections}
+        outputs, updated = _bind_axes(
+            lambda: _apply(module, flag, variables, inputs, train, rngs), axis_names
+        )
+        sown = {n: v for n, v in updated.items() if n not in carried}
+        return outputs, {n: updated[n] for n in carried}, sown
+
+    return Model(init, apply)
+
+
+def _bind_axes(function: Callable[[], Any], axis_names: tuple[str, ...]) -> Any:
+    # Code from the pmap age names a mapped axis. One of size 1, over which
+    # nothing varies, changes no number: under jit the statistics are global.
+    for name in axis_names:
+        function = _bound(function, name)
+    return function()
+
+
+def _bound(function: Callable[[], Any], name: str) -> Callable[[], Any]:
+    return lambda: jax.vmap(
+        lambda unused: function(), axis_name=name, out_axes=None
+    )(jnp.zeros(1))
+
+
+def _init(
+    module: nn.Module, flag: TrainFlag, inputs: Inputs, rngs: Mapping[str, Any]
+) -> dict[str, PyTree]:
+    with _mode(module, flag, True) as (target, kwargs):
+        args, named = _arguments(target, inputs, kwargs)
+        return dict(flax.core.unfreeze(target.init(dict(rngs), *args, **named)))
+
+
+def _apply(
+    module: nn.Module,
+    flag: TrainFlag,
+    variables: Mapping[str, PyTree],
+    inputs: Inputs,
+    train: bool,
+    rngs: Mapping[str, Any],
+) -> tuple[PyTree, dict[str, PyTree]]:
+    with _mode(module, flag, train) as (target, kwargs):
+        args, named = _arguments(target, inputs, kwargs)
+        # Mutable in evaluation too: BatchNorm under `nn.scan` needs it, and a
+        # module may count its calls. Whoever evaluates drops what comes back.
+        outputs, updated = target.apply(
+            variables,
+            *args,
+            **named,
+            rngs=dict(rngs),
+            mutable=flax.core.DenyList("params"),
+        )
+        return outputs, dict(flax.core.unfreeze(updated))
+
+
+def _arguments(
+    module: nn.Module, inputs: Inputs, flags: dict[str, bool]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, dict):
+        return (), {**inputs, **flags}
+    # By position where the flag comes next: `nn.remat(..., static_argnums=...)`
+    # can keep only a positional argument out of the trace.
+    args, named = list(inputs), dict(flags)
+    for name in list(_parameters(module))[len(args) :]:
+        if name not in named:
+            break
+        args.append(named.pop(name))
+    return tuple(args), named
+
+
+@contextlib.contextmanager
+def _mode(
+    module: nn.Module, flag: TrainFlag, train: bool
+) -> Iterator[tuple[nn.Module, dict[str, bool]]]:
+    if flag.function is not None:
+        yield flag.function(module, train), {}
+        return
+    changes: dict[str, Any] = {name: None for name in flag.cleared}
+    changes |= {name: train != inverted for name, inverted in flag.attributes}
+    target = module.clone(**changes) if changes else module
+    kwargs = {name: train != inverted for name, inverted in flag.arguments}
+    with _layers_set_to(train) if flag.layers else contextlib.nullcontext():
+        yield target, kwargs
+
+
+def _layers_set_to(train: bool) -> contextlib.AbstractContextManager[None]:
+    def set_flag(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        name = _unset_flag(context.module)
+        given = len(args) > 1 or name is None or kwargs.get(name) is not None
+        if context.method_name == "__call__" and name is not None and not given:
+            kwargs = {**kwargs, name: train != FLAGS[name]}
+        return next_fun(*args, **kwargs)
+
+    return nn.intercept_methods(set_flag)
+
+
+def _unset_flag(module: nn.Module) -> str | None:
+    if isinstance(module, nn.BatchNorm) and module.use_running_average is None:
+        return "use_running_average"
+    if isinstance(module, nn.Dropout):
+        return "deterministic" if module.deterministic is None else None
+    return None
+
+
+def _trace_until_known(
+    module: nn.Module, inputs: Inputs, flag: TrainFlag, probe: Probe
+) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
+    """Traces init, train and eval abstractly, learning from each refusal."""
+
+    def trace(inputs: Inputs) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
+        key = jax.random.key(0)
+        streams = dict.fromkeys(probe.rngs, key)
+        axes = tuple(probe.axis_names)
+        initial = _bind_axes(
+            lambda: _init(module, flag, inputs, {**streams, "params": key}), axes
+        )
+        variables = {n: v for n, v in initial.items() if n not in NEVER_CARRIED}
+        _, after_train = _bind_axes(
+            lambda: _apply(module, flag, variables, inputs, True, streams), axes
+        )
+        _bind_axes(
+            lambda: _apply(module, flag, variables, inputs, False, streams), axes
+        )
+        return initial, after_train
+
+    for _ in range(_MAX_TRACES):
+        try:
+            with nn.intercept_methods(_note_moded_layers(probe)):
+                return jax.eval_shape(trace, inputs)
+        except flax.errors.InvalidRngError as error:
+            probe.rngs.add(_new_name(r'PRNG for "([^"]+)"', error, probe.rngs))
+        except NameError as error:
+            names = probe.axis_names
+            names.append(_new_name(r"unbound axis name:? (\w+)", error, names))
+        except ValueError as error:
+            unset = "must be passed to the constructor or at call time" in str(error)
+            if unset and flag.name == "none":
+                raise _no_flag_error(module, probe) from error
+            raise
+    raise DetectionError(  # pragma: no cover - more streams than anyone names
+        f"{type(module).__name__} asks for more than {_MAX_TRACES} RNG streams and "
+        f"axis names; name the streams: Trainer(model, rngs=[...])."
+    )
+
+
+def _new_name(pattern: str, error: Exception, known: Any) -> str:
+    found = re.search(pattern, str(error))
+    if found is None or found[1] in known:
+        raise error
+    return found[1]
+
+
+def _note_moded_layers(probe: Probe) -> Callable[..., Any]:
+    def note(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        module = context.module
+        drops = isinstance(module, nn.Dropout) and module.rate > 0
+        if drops or isinstance(module, nn.BatchNorm):
+            probe.moded_layers.add(type(module).__name__)
+        elif getattr(module, "dropout_rate", 0) and hasattr(module, "deterministic"):
+            probe.moded_layers.add(type(module).__name__)
+        return next_fun(*args, **kwargs)
+
+    return note
+
+
+def _carried(
+    initial: dict[str, PyTree], after: dict[str, PyTree], overrides: Overrides
+) -> tuple[str, ...]:
+    found = set(initial) - {"params"}
+    if not isinstance(overrides.collections, str):
+        asked = tuple(overrides.collections)
+        if missing := sorted(set(asked) - found):
+            raise DetectionError(
+                f"collections={list(asked)}: the model's init makes no "
+                f"{', '.join(map(repr, missing))}; it makes {sorted(found)}."
+            )
+        return tuple(sorted(asked))
+    return tuple(
+        sorted(
+            name
+            for name in found - NEVER_CARRIED
+            if name in after and _same_form(initial[name], after[name])
+        )
+    )
+
+
+def _same_form(a: PyTree, b: PyTree) -> bool:
+    def form(tree: PyTree) -> Any:
+        leaves, structure = jax.tree.flatten(tree)
+        return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
+
+    return bool(form(a) == form(b))
+
+
+def _no_flag_error(module: nn.Module, probe: Probe) -> DetectionError:
+    layers = " and ".join(sorted(probe.moded_layers)) or "a layer with a train flag"
+    return DetectionError(
+        f"{type(module).__name__} contains {layers}, but nothing tells training from "
+        f"evaluation: its __call__ has none of the arguments {', '.join(FLAGS)}, and "
+        f"the module no such attribute. Add `train: bool` to __call__ and pass "
+        f"`use_running_average=not train`, `deterministic=not train` on; or say which "
+        f'it is: Trainer(model, train_flag="name") ("not name" where True means '
+        f'evaluation); train_flag="layers" to set every BatchNorm and Dropout that '
+        f"leaves it unset; train_flag=None to run it alike in both modes."
+    )
+
+
+def _reasons(
+    flag: TrainFlag, probe: Probe, carried: tuple[str, ...], sown: tuple[str, ...]
+) -> dict[str, str]:
+    return {
+        "collections": "carried: init makes them and a call returns them in the same "
+        "form"
+        if carried
+        else "init makes nothing but params that a call returns in the same form",
+        "sown": "written by the call, not read: losses join the loss, metrics are "
+        "logged"
+        if sown
+        else "the call writes no other collection",
+        "rngs": "streams a call in training or evaluation asked for"
+        if probe.rngs
+        else "no call asked for a random stream",
+        "train flag": f"layers that need one: {', '.join(sorted(probe.moded_layers))}"
+        if probe.moded_layers
+        else "no BatchNorm or Dropout found",
+    }
+
+
+def _summary(
+    module: nn.Module, flag: TrainFlag, inputs: Inputs, rngs: tuple[str, ...]
+) -> str:
+    key = jax.random.key(0)
+    with _mode(module, flag, False) as (target, kwargs):
+        args, named = _arguments(target, inputs, kwargs)
+        streams = dict.fromkeys((*rngs, "params"), key)
+        console = {"force_terminal": False, "width": _SUMMARY_WIDTH}
+        return str(nn.tabulate(target, streams, console_kwargs=console)(*args, **named))

@@ -1,0 +1,7 @@
+"""Callbacks: one per file."""
+
+from flaxfit.callbacks.base import Callback, LoopState
+from flaxfit.callbacks.early_stopping import EarlyStopping
+from flaxfit.callbacks.lambda_callback import LambdaCallback
+
+__all__ = ["Callback", "EarlyStopping", "LambdaCallback", "LoopState"]

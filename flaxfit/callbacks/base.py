@@ -1,0 +1,223 @@
+"""The contract of callbacks: the hooks, and the `LoopState` each of them is given."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+
+from flaxfit._types import StateHolder, TrainState
+from flaxfit.history import History
+
+
+class LoopState:
+    """Where a `fit` stands: the one mutable object of it, local to one call.
+
+    A callback may read everything, call `stop`, add to `logs` in `on_epoch_end`,
+    and assign `state`.
+
+    Attributes:
+      epoch: the current epoch, from 0.
+      epochs: the epoch at which `fit` ends.
+      step: optimizer steps finished, over all fits of the trainer.
+      batch: batches finished in this epoch.
+      steps_per_epoch: batches of an epoch, None while that is unknown.
+      history: the `History` so far; in `on_epoch_end` it holds this epoch.
+      log_names: the names `logs` will have at an epoch's end, known before step 1.
+      stop_reason: what `stop` was called with, or None.
+    """
+
+    def __init__(
+        self,
+        holder: StateHolder,
+        *,
+        history: History,
+        step: int,
+        epoch: int,
+        epochs: int,
+        steps_per_epoch: int | None,
+        log_names: Sequence[str],
+    ) -> None:
+        self._holder = holder
+        self._read_logs: Callable[[], dict[str, Any]] = dict
+        self._logs: dict[str, Any] | None = {}
+        self.history = history
+        self.step = step
+        self.epoch = epoch
+        self.epochs = epochs
+        self.batch = 0
+        self.steps_per_epoch = steps_per_epoch
+        self.log_names = tuple(log_names)
+        self.stop_reason: str | None = None
+
+    @property
+    def state(self) -> TrainState:
+        """The state after the last finished step, for keeps."""
+        return self._holder.read()
+
+    @state.setter
+    def state(self, state: TrainState) -> None:
+        check_same_form(state, self._holder.peek())
+        self._holder.put(jax.tree.map(own_array, state, self._holder.peek()))
+
+    @property
+    def logs(self) -> dict[str, Any]:
+        """Name -> float. In a batch hook the means of the epoch so far.
+
+        Reading it in a batch hook waits for the device; not reading it is free.
+        """
+        if self._logs is None:
+            self._logs = self._read_logs()
+        return self._logs
+
+    def set_logs(self, logs: dict[str, Any]) -> None:
+        """Sets the logs to values that have been read."""
+        self._logs = logs
+
+    def defer_logs(self, read: Callable[[], dict[str, Any]]) -> None:
+        """Sets the logs to what `read` returns, should anyone ask."""
+        self._logs, self._read_logs = None, read
+
+    def stop(self, reason: str = "a callback asked for it") -> None:
+        """Ends the fit after the current step; `reason` is shown and recorded."""
+        self.stop_reason = reason
+
+    @property
+    def stopped(self) -> bool:
+        """Whether `stop` was called."""
+        return self.stop_reason is not None
+
+
+class Callback:
+    """Base of all callbacks: override the hooks you need.
+
+    Order, for each hook callbacks in the order of the list:
+
+        on_train_begin
+          on_epoch_begin
+            on_train_batch_begin, on_train_batch_end   every step
+            on_test_begin, on_test_end                 around a validation
+          on_epoch_end                                 logs hold loss … val_… rates
+        on_train_end                                   always, after an error too
+
+    An error in a hook ends the fit and reaches the caller; the trainer then holds
+    the last finished step.
+
+    Attributes:
+      every_steps: how often the batch hooks have to run, in steps. None leaves it
+        to the loop, which may run several steps at once.
+    """
+
+    every_steps: int | None = None
+
+    def on_train_begin(self, loop: LoopState) -> None:
+        """Called once, before the first step is compiled; check arguments here."""
+
+    def on_epoch_begin(self, loop: LoopState) -> None:
+        """Called before the first step of every epoch."""
+
+    def on_train_batch_begin(self, loop: LoopState) -> None:
+        """Called before a step."""
+
+    def on_train_batch_end(self, loop: LoopState) -> None:
+        """Called after a step."""
+
+    def on_test_begin(self, loop: LoopState) -> None:
+        """Called before a validation."""
+
+    def on_test_end(self, loop: LoopState) -> None:
+        """Called after a validation; `loop.logs` holds its values."""
+
+    def on_epoch_end(self, loop: LoopState) -> None:
+        """Called after the validation of an epoch."""
+
+    def on_train_end(self, loop: LoopState) -> None:
+        """Called once at the end, however it came about."""
+
+
+class CallbackList:
+    """Calls the hooks of several callbacks, only those that override them."""
+
+    def __init__(self, callbacks: Sequence[Callback]) -> None:
+        self._callbacks = tuple(callbacks)
+        self._hooks = {
+            name: tuple(c for c in callbacks if overrides(c, name))
+            for name in vars(Callback)
+            if name.startswith("on_")
+        }
+
+    def has(self, hook: str) -> bool:
+        """Whether any callback overrides `hook`."""
+        return bool(self._hooks[hook])
+
+    def call(self, hook: str, loop: LoopState) -> None:
+        """Calls `hook` of all; the first error ends it, with the callback named."""
+        for callback in self._hooks[hook]:
+            with _named(callback, hook):
+                getattr(callback, hook)(loop)
+
+    def end(self, loop: LoopState) -> None:
+        """Calls `on_train_end` of all, whatever the others raise; then the first."""
+        errors: list[Exception] = []
+        for callback in self._hooks["on_train_end"]:
+            try:
+                with _named(callback, "on_train_end"):
+                    callback.on_train_end(loop)
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+
+def overrides(callback: Callback, hook: str) -> bool:
+    """Whether `callback` brings a `hook` of its own."""
+    own = getattr(callback, hook)
+    return getattr(own, "__func__", own) is not getattr(Callback, hook)
+
+
+@contextmanager
+def _named(callback: Callback, hook: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"raised by the callback {type(callback).__name__}.{hook}")
+        raise
+
+
+def own_array(new: Any, like: Any) -> jax.Array:
+    """Returns `new` as a device array of its own, of the same type as `like`."""
+    if isinstance(new, jax.Array):
+        return jax.device_put(new, may_alias=False)
+    return jax.device_put(jax.numpy.asarray(new, like.dtype), may_alias=False)
+
+
+def check_same_form(new: TrainState, old: TrainState) -> None:
+    """Checks paths, shapes and dtypes of a state that is to replace another.
+
+    Raises:
+      TypeError: `new` is no `TrainState`.
+      ValueError: anything differs; every path that does is named.
+    """
+    if not isinstance(new, TrainState):
+        raise TypeError(
+            f"state must be a TrainState, got {type(new).__name__}. Write "
+            f"trainer.state = trainer.state.replace(params=...)."
+        )
+    before, after = _forms(old), _forms(new)
+    lines = [
+        f"  {path}: is {before.get(path, 'absent')}, given {after.get(path, 'absent')}"
+        for path in sorted(before.keys() | after.keys())
+        if before.get(path) != after.get(path)
+    ]
+    if lines:
+        raise ValueError(
+            "The assigned state does not fit the model:\n" + "\n".join(lines[:20])
+        )
+
+
+def _forms(state: TrainState) -> dict[str, str]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {
+        jax.tree_util.keystr(path): f"{jax.numpy.result_type(leaf)}{list(leaf.shape)}"
+        for path, leaf in leaves
+    }

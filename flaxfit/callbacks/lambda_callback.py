@@ -1,0 +1,36 @@
+"""A callback made of functions."""
+
+from collections.abc import Callable
+
+from flaxfit._errors import did_you_mean
+from flaxfit.callbacks.base import Callback, LoopState
+
+
+class LambdaCallback(Callback):
+    """Calls the given functions, each with the `LoopState`, at their hooks.
+
+    Args:
+      **hooks: a hook's name -> the function to call there; see `Callback`.
+
+    Raises:
+      TypeError: a name that is no hook, or a value that cannot be called.
+
+    Example:
+      >>> from flaxfit import LambdaCallback
+      >>> callback = LambdaCallback(on_epoch_end=lambda loop: print(loop.logs["loss"]))
+    """
+
+    def __init__(self, **hooks: Callable[[LoopState], object]) -> None:
+        known = [name for name in vars(Callback) if name.startswith("on_")]
+        for name, function in hooks.items():
+            if name not in known:
+                raise TypeError(
+                    f"LambdaCallback({name}=...): the hooks are {', '.join(known)}."
+                    f"{did_you_mean(name, known)}"
+                )
+            if not callable(function):
+                raise TypeError(
+                    f"LambdaCallback({name}=...) takes a function of the LoopState, "
+                    f"got {type(function).__name__}."
+                )
+            setattr(self, name, function)

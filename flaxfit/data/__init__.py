@@ -1,0 +1,277 @@
+"""Data of any kind -> `Batch`es of fixed shape: the one door."""
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from flaxfit._errors import DataError
+from flaxfit._types import Batch
+from flaxfit.data.arrays import ArraySource, split_validation
+from flaxfit.data.batch import Binding
+from flaxfit.data.checks import (
+    check_finite,
+    check_lengths,
+    check_values,
+    check_weights,
+)
+from flaxfit.data.iterables import IterableSource
+from flaxfit.data.source import Source, as_host, is_array, is_nest, narrow
+from flaxfit.data.weights import with_class_weight, with_weights
+
+__all__ = [
+    "Binding",
+    "Source",
+    "as_batch",
+    "as_inputs_source",
+    "as_source",
+    "split_validation",
+]
+
+DEFAULT_BATCH_SIZE = 32
+
+
+def as_source(
+    x: Any,
+    y: Any = None,
+    sample_weight: Any = None,
+    *,
+    binding: Binding,
+    batch_size: int | None = None,
+    default_batch_size: int = DEFAULT_BATCH_SIZE,
+    shuffle: bool = False,
+    seed: Sequence[int] = (0,),
+    class_weight: Mapping[Any, float] | None = None,
+    steps: int | None = None,
+    check: Callable[[Batch], None] | None = None,
+    what: str = "fit",
+) -> Source:
+    """Makes a source of batches of whatever holds the data.
+
+    Args:
+      x: arrays in any nesting, `(x, y)`, `(x, y, weights)`, a dict of arrays, a
+        `Batch`, or a dataset: an iterable of batches, a function that yields them,
+        an iterator. A tuple is one dataset, a list of tuples or dicts is a list of
+        batches.
+      y: targets, any nesting of arrays; only with arrays.
+      sample_weight: `float[examples]` or, one for every element of the targets,
+        `float[examples, ...]`; only with arrays.
+      binding: how a raw batch is read.
+      batch_size: rows of a batch; only for arrays.
+      default_batch_size: rows of a batch of arrays if `batch_size` is None.
+      shuffle: whether arrays come in a new order each pass; a dataset shuffles
+        itself.
+      seed: decides the order, together with the index of the pass.
+      class_weight: class to weight, for one target; a missing class weighs 1.
+      steps: the number of steps asked for, for messages.
+      check: called by `Source.check`, and with every batch of a dataset.
+      what: the method the data was given to, for messages.
+
+    Raises:
+      DataError: data that cannot be trained on; see `data/checks`.
+      TypeError: data of an unknown kind.
+      ValueError: arguments that do not go together.
+    """
+    if _is_arrays(x, y, sample_weight, what):
+        size = _checked_size(batch_size, default_batch_size)
+        data = _read_arrays(x, y, sample_weight, binding)
+        if class_weight is not None:
+            data = with_class_weight(data, class_weight)
+        if data.weights is not None:
+            check_weights(data.weights)
+        source: Source = ArraySource(
+            data, size, shuffle=shuffle, seed=seed, check=check
+        )
+        check_values(source.example)
+        return source
+    _refuse_batch_size(batch_size, what)
+
+    def read(raw: Any) -> Batch:
+        batch = binding.split(as_host(raw))
+        return batch if class_weight is None else with_class_weight(batch, class_weight)
+
+    source = IterableSource(x, read, check=check, what=what, steps=steps)
+    check_finite(source.example)
+    return source
+
+
+def as_inputs_source(
+    x: Any,
+    *,
+    binding: Binding,
+    batch_size: int | None = None,
+    default_batch_size: int = DEFAULT_BATCH_SIZE,
+    what: str = "predict",
+) -> Source:
+    """Makes a source of inputs: no targets, weights 1 for rows and 0 for fill.
+
+    Args:
+      x: what `as_source` takes; targets and weights are dropped. A tuple of arrays
+        is the inputs of a model that takes several, else `(x, y)` or
+        `(x, y, weights)`.
+      binding: how a raw batch is read.
+      batch_size: rows of a batch; only for arrays.
+      default_batch_size: rows of a batch of arrays if `batch_size` is None.
+      what: the method the data was given to, for messages.
+
+    Raises:
+      DataError: data the model cannot be called with.
+      TypeError: data of an unknown kind.
+      ValueError: `batch_size` for a dataset, or a wrong one.
+    """
+    if _is_arrays(x, None, None, what):
+        size = _checked_size(batch_size, default_batch_size)
+        inputs = _whole_inputs(as_host(x), binding)
+        check_lengths(inputs)
+        return ArraySource(narrow(inputs, keep_mapped=True), size)
+    _refuse_batch_size(batch_size, what)
+    return IterableSource(
+        x, lambda raw: _stream_inputs(as_host(raw), binding), what=what
+    )
+
+
+def as_batch(
+    x: Any,
+    y: Any = None,
+    sample_weight: Any = None,
+    *,
+    binding: Binding,
+    class_weight: Mapping[Any, float] | None = None,
+    what: str = "fit",
+) -> Batch:
+    """Returns arrays as one `Batch` on the host, with weights, unfilled.
+
+    Takes what `as_source` takes for arrays; `as_source` takes the result as `x`.
+
+    Raises:
+      DataError: data that cannot be trained on; see `data/checks`.
+      TypeError: data of an unknown kind.
+      ValueError: arguments that do not go together, or a dataset.
+    """
+    if not _is_arrays(x, y, sample_weight, what):
+        raise ValueError(
+            f"{what} needs arrays here, not a {type(x).__name__}: "
+            "write x, y = next(iter(dataset)) for its first batch."
+        )
+    data = _read_arrays(x, y, sample_weight, binding)
+    if class_weight is not None:
+        data = with_class_weight(data, class_weight)
+    return with_weights(narrow(data))
+
+
+def _is_arrays(x: Any, y: Any, sample_weight: Any, what: str) -> bool:
+    """Whether the data is arrays; False for a dataset, which has its targets inside.
+
+    Raises:
+      TypeError: no data, a name, or a tuple that holds something else than arrays.
+      ValueError: `y` or `sample_weight` beside data that has its own.
+    """
+    if x is None or isinstance(x, str | bytes):
+        raise TypeError(
+            f"{what}({x!r}) gives no data. Datasets by name are not understood yet: "
+            f"write {what}(x, y) with arrays, or pass an iterable of batches."
+        )
+    name = "y" if y is not None else "sample_weight"
+    given = y is not None or sample_weight is not None
+    if isinstance(x, Batch):
+        if given:
+            raise ValueError(f"a Batch has its {name} inside: write {what}(batch).")
+        return True
+    if is_array(x) or (not _is_batch_list(x, y) and is_nest(x)):
+        return True
+    if given:
+        raise ValueError(
+            f"{name} is given beside a {type(x).__name__}, which yields whole batches "
+            f"of its own. Let it yield (x, y, weights) and write {what}(dataset)."
+        )
+    if isinstance(x, Mapping) or (isinstance(x, tuple) and len(x) <= 3):
+        parts = x.values() if isinstance(x, Mapping) else x
+        raise TypeError(
+            f"a {type(x).__name__} of "
+            f"{', '.join(type(part).__name__ for part in parts) or 'nothing'}: a dict "
+            "or tuple is read as one dataset, {name: array}, (x, y) or (x, y, "
+            "weights), arrays in any nesting. For several batches pass a list of them."
+        )
+    return False
+
+
+def _is_batch_list(x: Any, y: Any) -> bool:
+    """Whether `x` lists batches: a list of tuples, dicts or lists of arrays."""
+    if y is not None or not isinstance(x, list | tuple) or hasattr(x, "_fields"):
+        return False
+    # A tuple of two or three is one dataset, ((a, b), y) as well as ((a, b), (c, d)).
+    if isinstance(x, tuple) and len(x) <= 3:
+        return False
+    return bool(x) and all(_is_nested(part) for part in x)
+
+
+def _is_nested(value: Any) -> bool:
+    nested = isinstance(value, tuple | list | Mapping | Batch)
+    return nested and not is_array(value)
+
+
+def _read_arrays(x: Any, y: Any, sample_weight: Any, binding: Binding) -> Batch:
+    """Returns all examples as one `Batch`; `weights` is None where none are given."""
+    data = binding.split(as_host(x if y is None else (x, y)))
+    if sample_weight is not None:
+        if data.weights is not None:
+            raise ValueError(
+                "sample_weight is given twice: as an argument and inside the data. "
+                "Leave one of them out."
+            )
+        data = data.replace(weights=as_host(sample_weight))
+    check_lengths(data)
+    data = narrow(data, keep_mapped=True)
+    return data if data.weights is None else with_weights(data)
+
+
+def _whole_inputs(raw: Any, binding: Binding) -> Batch:
+    """Reads arrays given to `predict`."""
+    if not isinstance(raw, tuple | list) or hasattr(raw, "_fields"):
+        return _stream_inputs(raw, binding)
+    if _is_nested(raw[0]) or callable(binding.inputs):
+        return _stream_inputs(raw, binding)
+    if binding.takes_several:
+        return Batch(binding.bind(raw), None, None)
+    if isinstance(raw, list) and len(raw) > 1:
+        raise DataError(
+            f"a list of {len(raw)} arrays for a model with one input. For a list of "
+            "examples write np.stack(x); for (x, y) a tuple; for batches "
+            "iter(batches)."
+        )
+    return _stream_inputs(raw, binding)
+
+
+def _stream_inputs(raw: Any, binding: Binding) -> Batch:
+    """Reads a raw batch for its inputs alone."""
+    if isinstance(raw, Mapping):
+        try:
+            inputs = binding.split(raw).inputs
+        except DataError:
+            # Not a batch with names for the call: then it is one input, a dict.
+            inputs = binding.bind(raw)
+    else:
+        inputs = binding.split(raw).inputs
+    return Batch(inputs, None, None)
+
+
+def _checked_size(batch_size: Any, default: int) -> int:
+    if batch_size is None:
+        return default
+    try:
+        size = operator.index(batch_size)
+    except TypeError:
+        size = 0
+    if size < 1 or isinstance(batch_size, bool):
+        raise ValueError(
+            f"batch_size={batch_size!r}: expected a whole number of at least 1, e.g. "
+            f"batch_size={DEFAULT_BATCH_SIZE}."
+        )
+    return size
+
+
+def _refuse_batch_size(batch_size: Any, what: str) -> None:
+    if batch_size is not None:
+        raise ValueError(
+            f"batch_size={batch_size!r} is given, but your iterable yields batches of "
+            f"its own: set their size where they are made, and write {what}(dataset)."
+        )

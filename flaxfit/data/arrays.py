@@ -1,0 +1,160 @@
+"""Arrays in memory (or mapped from a file) as a source of batches."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+
+from flaxfit._types import Batch
+from flaxfit.data.source import HostArray, named_leaves, narrow
+from flaxfit.data.weights import with_weights
+
+
+class ArraySource:
+    """Batches cut out of whole arrays, in order or by a seeded permutation.
+
+    Args:
+      data: all examples, host arrays `[examples, ...]` of equal length;
+        `weights` may be None, then every example weighs 1.
+      batch_size: rows of every batch.
+      shuffle: whether each pass has an order of its own.
+      seed: decides the orders, together with the index of the pass.
+      check: called by `check` with all examples.
+    """
+
+    kind = "arrays"
+    one_shot = False
+
+    def __init__(
+        self,
+        data: Batch,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        seed: Sequence[int] = (0,),
+        check: Callable[[Batch], None] | None = None,
+    ) -> None:
+        data = with_weights(data)
+        self.num_examples: int = len(data.weights)
+        self.num_batches: int = math.ceil(self.num_examples / batch_size)
+        self.batch_size = batch_size
+        self._leaves, self._structure = jax.tree.flatten(data)
+        self._mapped = any(isinstance(leaf, np.memmap) for leaf in self._leaves)
+        self._shuffle = shuffle
+        self._seed = tuple(seed)
+        self.pad = True
+        self._check = check
+
+    @property
+    def example(self) -> Batch:
+        """The first rows in their given order."""
+        return self._cut(0, None)
+
+    def check(self) -> None:
+        """Checks all examples."""
+        if self._check is not None:
+            self._check(self._structure.unflatten(self._leaves))
+
+    def batches(self, pass_index: int) -> Iterator[Batch]:
+        """Yields the batches of one pass, the same for the same `pass_index`."""
+        order = None
+        if self._shuffle:
+            seed = np.random.SeedSequence([*self._seed, pass_index])
+            order = np.random.default_rng(seed).permutation(self.num_examples)
+        for start in range(0, self.num_examples, self.batch_size):
+            yield self._cut(start, order)
+
+    def _cut(self, start: int, order: HostArray | None) -> Batch:
+        """Returns the batch that starts at `start` of `order`, None: as given."""
+        stop = min(start + self.batch_size, self.num_examples)
+        rows = stop - start
+        size = self.batch_size if self.pad else rows
+        if order is not None:
+            chosen: HostArray | slice = order[start:stop]
+        elif rows == size:
+            chosen = slice(start, stop)
+        else:
+            chosen = np.arange(start, stop)
+        if rows < size:
+            wrapped = np.arange(size - rows) % self.num_examples
+            first = wrapped if order is None else order[wrapped]
+            chosen = np.concatenate([chosen, first])
+        leaves = [_rows(leaf, chosen) for leaf in self._leaves]
+        cut: Batch = self._structure.unflatten(leaves)
+        if self._mapped:
+            cut = narrow(cut)
+        if rows < size:
+            cut.weights[rows:] = 0.0
+        return cut
+
+
+def split_validation(data: Batch, fraction: float) -> tuple[Batch, Batch]:
+    """Splits the last `fraction` of the examples off, before any shuffling.
+
+    Like Keras: the first `floor(n * (1 - fraction))` examples are for training.
+
+    Args:
+      data: all examples, host arrays `[examples, ...]`; `weights` may be None.
+      fraction: between 0 and 1, both excluded.
+
+    Returns:
+      `(train, validation)`, views of `data`.
+
+    Raises:
+      ValueError: `fraction` is out of range or leaves one side empty.
+    """
+    real = isinstance(fraction, float | int) and not isinstance(fraction, bool)
+    if not real or not 0 < fraction < 1:
+        raise ValueError(
+            f"validation_split={fraction!r}: expected a fraction between 0 and 1, "
+            "e.g. validation_split=0.1. To validate on data of its own write "
+            "validation_data=(x_val, y_val)."
+        )
+    total = len(jax.tree.leaves(data)[0])
+    train = math.floor(total * (1 - fraction))
+    if not 0 < train < total:
+        raise ValueError(
+            f"validation_split={fraction!r} of {total} examples leaves {train} to "
+            f"train on and {total - train} to validate on: both need at least one. "
+            "Pass more examples, another fraction, or validation_data=(x_val, y_val)."
+        )
+    _warn_if_sorted(data)
+    return (
+        jax.tree.map(lambda leaf: leaf[:train], data),
+        jax.tree.map(lambda leaf: leaf[train:], data),
+    )
+
+
+def _warn_if_sorted(data: Batch) -> None:
+    for name, leaf in named_leaves(data.replace(weights=None)):
+        labels = leaf.reshape(-1) if leaf.size == len(leaf) else leaf
+        if (
+            name.split("/")[0] != "y"
+            or labels.ndim > 1
+            or labels.dtype.kind not in "iub"
+        ):
+            continue
+        # Compared, not subtracted: unsigned labels would wrap around.
+        ascending = bool(np.all(labels[1:] >= labels[:-1]))
+        descending = bool(np.all(labels[1:] <= labels[:-1]))
+        if ascending != descending:
+            warnings.warn(
+                f"validation_split takes the last examples, and {name} is sorted: "
+                "training and validation see different classes. Shuffle first: "
+                "order = np.random.default_rng(0).permutation(len(x)); "
+                "fit(x[order], y[order], validation_split=...)",
+                UserWarning,
+                stacklevel=3,
+            )
+            return
+
+
+def _rows(leaf: HostArray, chosen: HostArray | slice) -> HostArray:
+    leaf = np.asarray(leaf)
+    # take() copies row by row, twice as fast as an index where rows are long, but
+    # would first copy all of an array that is not contiguous.
+    if isinstance(chosen, slice) or leaf.ndim == 1 or not leaf.flags.c_contiguous:
+        return leaf[chosen]
+    return leaf.take(chosen, axis=0)

@@ -1,0 +1,146 @@
+"""Checks of host arrays before anything is compiled: rows, dtypes, NaN, weights."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxfit._errors import DataError
+from flaxfit._types import Batch, PyTree
+from flaxfit.data.source import HostArray, named_leaves
+
+LONG_DOUBLES = frozenset("gG")
+
+
+def check_lengths(nest: PyTree) -> int:
+    """Returns the number of rows all arrays of a nesting share.
+
+    Args:
+      nest: NumPy arrays `[rows, ...]` in a `Batch` or any other nesting.
+
+    Raises:
+      DataError: arrays of different length, no rows or no array at all, a single
+        value without batch axis, text or objects instead of numbers.
+    """
+    leaves = jax.tree.leaves(nest)
+    if leaves and all(_is_plain(leaf) for leaf in leaves):
+        rows = len(leaves[0])
+        if rows and all(len(leaf) == rows for leaf in leaves):
+            return rows
+    named = named_leaves(nest)
+    if not named:
+        raise DataError("no arrays at all: the inputs hold nothing.")
+    for name, leaf in named:
+        _check_dtype(name, leaf)
+        if np.ndim(leaf) == 0:
+            raise DataError(
+                f"{name} is a single value (shape ()): every array needs a leading "
+                "batch axis. If these are single examples, stack them into batches: "
+                "np.stack([x for x, _ in examples])."
+            )
+    lengths = {len(leaf) for _, leaf in named}
+    if len(lengths) > 1:
+        listed = ", ".join(f"{name}: {len(leaf)}" for name, leaf in named)
+        raise DataError(
+            f"arrays of different length: {listed}. Every array holds one row per "
+            "example, so cut them to the same number of rows."
+        )
+    if lengths == {0}:
+        raise DataError(
+            f"no examples: {named[0][0]} has shape {np.shape(named[0][1])}. Pass "
+            "at least one row."
+        )
+    return lengths.pop()
+
+
+def check_finite(example: Batch) -> None:
+    """Checks the values of one batch: what is NaN here is NaN in every result.
+
+    Targets of weight 0 may hold anything: they do not count.
+
+    Raises:
+      DataError: NaN or infinity in inputs, targets or weights, negative weights,
+        weights that are all zero.
+    """
+    check_weights(example.weights)
+    check_values(example)
+
+
+def check_values(batch: Batch) -> None:
+    """Checks inputs and targets as `check_finite` does, and no weights.
+
+    Raises:
+      DataError: NaN or infinity in inputs, or in targets whose weight is not 0.
+    """
+    for name, leaf in named_leaves(batch.replace(weights=None)):
+        if not jnp.issubdtype(leaf.dtype, np.inexact):
+            continue
+        bad = ~np.isfinite(leaf)
+        if name.split("/")[0] == "y":
+            bad &= _spread(batch.weights != 0, leaf.ndim)
+        if bad.any():
+            place = tuple(int(i) for i in np.argwhere(bad)[0])
+            raise DataError(
+                f"{name} holds {leaf[place]} at row {place[0]}: one such value makes "
+                "the loss and then every parameter NaN. Drop such rows or replace "
+                "the values, e.g. np.nan_to_num(x); a target of weight 0 does not "
+                "count."
+            )
+
+
+def check_weights(weights: HostArray) -> None:
+    """Checks sample weights `float32[rows, ...]`.
+
+    Raises:
+      DataError: NaN, infinity, negative weights, or nothing but zeros.
+    """
+    if not np.isfinite(weights).all():
+        row = int(np.argwhere(~np.isfinite(weights))[0][0])
+        raise DataError(
+            f"weights hold {weights[row]} at row {row}; weights are finite numbers, "
+            "0 leaves an example out."
+        )
+    if (weights < 0).any():
+        row = int(np.argwhere(weights < 0)[0][0])
+        raise DataError(
+            f"weights hold {weights[row]} at row {row}; weights are at least 0, "
+            "0 leaves an example out."
+        )
+    if not weights.any():
+        raise DataError(
+            "the weights are all zero, so there is nothing to average over. Leave "
+            "the weights out, or give the examples that count a weight above 0."
+        )
+
+
+def _is_plain(leaf: Any) -> bool:
+    if not isinstance(leaf, np.ndarray) or leaf.ndim == 0:
+        return False
+    return leaf.dtype.kind in "biufc" and leaf.dtype.char not in LONG_DOUBLES
+
+
+def _check_dtype(name: str, leaf: Any) -> None:
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None:
+        dtype = np.asarray(leaf).dtype
+    number = dtype == np.bool_ or jnp.issubdtype(dtype, np.number)
+    if number and dtype.char not in LONG_DOUBLES:
+        return
+    if dtype.kind in "OUST":
+        hint = (
+            f"For numbers write {name}.astype('float32'); classes by name: "
+            "np.unique(labels, return_inverse=True)[1]; rows of different length: "
+            "pad them; sparse matrices: .toarray()."
+        )
+    else:
+        hint = f"Turn it into numbers jax knows, e.g. {name}.astype('float32')."
+    raise DataError(
+        f"{name} has dtype {dtype}, shape {np.shape(leaf)}: only numbers can be "
+        f"trained on. {hint} A column that the model does not need can be left "
+        "out: Trainer(model, inputs=...)."
+    )
+
+
+def _spread(mask: HostArray, ndim: int) -> HostArray:
+    return mask.reshape(mask.shape + (1,) * (ndim - mask.ndim))

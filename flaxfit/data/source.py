@@ -1,0 +1,216 @@
+"""What a source of batches is, and how raw values become host arrays.
+
+Knows nothing of models: how a raw batch is read is `data/batch`'s business.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from flaxfit._errors import DataError
+from flaxfit._types import Batch, PyTree
+
+HostArray = npt.NDArray[Any]
+
+
+class Source(Protocol):
+    """Batches of fixed shape on the host, pass after pass.
+
+    Attributes:
+      pad: whether a short batch is filled up with real rows at weight 0; without,
+        it is as short as it comes.
+    """
+
+    pad: bool
+
+    @property
+    def kind(self) -> str:
+        """`"arrays"`, `"iterable"`, `"generator function"` or `"iterator"`."""
+
+    @property
+    def one_shot(self) -> bool:
+        """Whether it can be read only once."""
+
+    @property
+    def num_batches(self) -> int | None:
+        """Batches in one pass, None where only reading tells."""
+
+    @property
+    def num_examples(self) -> int | None:
+        """Examples in one pass without fill, None where only reading tells."""
+
+    @property
+    def batch_size(self) -> int | None:
+        """Rows of a batch, fill included."""
+
+    @property
+    def example(self) -> Batch:
+        """The first batch, read ahead; the first pass still yields it."""
+
+    def check(self) -> None:
+        """Checks what is there to be checked before the first pass."""
+
+    def batches(self, pass_index: int) -> Iterator[Batch]:
+        """Yields the batches of one pass; `pass_index` decides the order."""
+
+
+def fill(batch: Batch, size: int) -> Batch:
+    """Fills a short batch up to `size` rows with its own rows at weight 0.
+
+    Real rows, not zeros: BatchNorm then sees real data only.
+
+    Args:
+      batch: host arrays `[rows, ...]`, `weights` `float32[rows, ...]`.
+      size: rows wanted; a batch that has them is returned as it is.
+    """
+    rows = len(batch.weights)
+    if rows >= size:
+        return batch
+    order = np.arange(size) % rows
+    filled: Batch = jax.tree.map(lambda leaf: leaf[order], batch)
+    filled.weights[rows:] = 0.0
+    return filled
+
+
+def as_host(nest: PyTree) -> PyTree:
+    """Returns a nesting with every array-like in it as a NumPy array.
+
+    jax arrays come to the host, lists of numbers become one array, anything with
+    `__array__` (pandas, torch) is asked for it. dtypes stay as they are.
+
+    Raises:
+      DataError: a list of numbers whose rows differ in length.
+    """
+    if isinstance(nest, Mapping):
+        # Not by jax.tree.map, which would sort the keys that messages list.
+        return {key: as_host(value) for key, value in nest.items()}
+    return jax.tree.map(_as_array, nest, is_leaf=_is_leaf)
+
+
+def is_array(value: object) -> bool:
+    """Whether `value` stands for one array: it has a shape, or lists scalars."""
+    if isinstance(value, list):
+        first = value[0] if value else 0.0
+        return is_scalar(first) or (isinstance(first, list) and is_array(first))
+    if isinstance(value, type):
+        return False
+    return hasattr(value, "__array__") or (
+        hasattr(value, "shape") and hasattr(value, "dtype")
+    )
+
+
+def is_scalar(value: object) -> bool:
+    """Whether `value` is one number or one piece of text."""
+    if isinstance(value, bool | int | float | complex | str | bytes | np.generic):
+        return True
+    return getattr(value, "ndim", None) == 0 and is_array(value)
+
+
+def is_nest(value: object) -> bool:
+    """Whether `value` is arrays in any nesting, at least one."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    leaves = [] if value is None else jax.tree.leaves(value, is_leaf=_is_leaf)
+    return bool(leaves) and all(
+        is_array(leaf) or (isinstance(leaf, Mapping) and is_nest(leaf))
+        for leaf in leaves
+    )
+
+
+def narrow(nest: PyTree, *, keep_mapped: bool = False) -> PyTree:
+    """Returns a nesting of NumPy arrays in the dtypes jax computes in.
+
+    Without 64-bit mode that is float32 for float64 and int32 for int64.
+
+    Args:
+      nest: NumPy arrays in any nesting.
+      keep_mapped: leave arrays mapped from a file as they are, to be narrowed batch
+        by batch instead of read as a whole.
+
+    Raises:
+      DataError: an integer that the narrower dtype cannot hold.
+    """
+    leaves, structure = jax.tree.flatten(nest)
+    wanted = [
+        leaf.dtype
+        if keep_mapped and isinstance(leaf, np.memmap)
+        else _native(leaf.dtype)
+        for leaf in leaves
+    ]
+    if all(leaf.dtype == dtype for leaf, dtype in zip(leaves, wanted, strict=True)):
+        return nest
+    names = (name for name, _ in named_leaves(nest))
+    narrowed = [
+        _narrow_leaf(*given) for given in zip(names, leaves, wanted, strict=True)
+    ]
+    return jax.tree.unflatten(structure, narrowed)
+
+
+def named_leaves(nest: PyTree) -> list[tuple[str, Any]]:
+    """Returns every leaf with its path, in words a user knows: `x/image`, `y`."""
+    if not isinstance(nest, Batch):
+        return _paths(nest, "")
+    inputs: Any = nest.inputs
+    if isinstance(inputs, tuple) and len(inputs) == 1:
+        inputs = inputs[0]
+    parts = {"x": inputs, "y": nest.targets, "weights": nest.weights}
+    return [leaf for name, part in parts.items() for leaf in _paths(part, name)]
+
+
+def _is_leaf(value: object) -> bool:
+    # jax warns of iterables that are no pytrees, unless they are declared leaves.
+    return is_array(value) or (
+        jax.tree_util.default_registry.flatten_one_level(value) is None
+    )
+
+
+def _paths(nest: PyTree, prefix: str) -> list[tuple[str, Any]]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(nest)
+    named = []
+    for path, leaf in flat:
+        key = jax.tree_util.keystr(path, simple=True, separator="/")
+        named.append(("/".join(filter(None, (prefix, key))) or "x", leaf))
+    return named
+
+
+def _as_array(leaf: Any) -> Any:
+    # A memmap keeps its type, so that `narrow` can tell it is one.
+    if type(leaf) is np.ndarray or isinstance(leaf, np.memmap):
+        return leaf
+    if isinstance(leaf, Mapping):
+        return as_host(leaf)
+    try:
+        return np.asarray(leaf)
+    except ValueError as error:
+        if not isinstance(leaf, list):
+            raise
+        raise DataError(
+            f"a list of {len(leaf)} rows that differ in length is no array. Pad "
+            "them to one length, then write np.array(rows)."
+        ) from error
+
+
+def _native(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    wanted: np.dtype[Any] = jax.dtypes.canonicalize_dtype(dtype)
+    return wanted.newbyteorder("=")
+
+
+def _narrow_leaf(name: str, leaf: HostArray, dtype: Any) -> HostArray:
+    if leaf.dtype == dtype:
+        return leaf
+    if leaf.dtype.kind in "iu" and leaf.size:
+        limits = np.iinfo(dtype)
+        low, high = leaf.min(), leaf.max()
+        if low < limits.min or high > limits.max:
+            worst = high if high > limits.max else low
+            raise DataError(
+                f"{name} is {leaf.dtype} and holds {worst}, which {dtype} cannot "
+                f"({limits.min} to {limits.max}); jax would cut it off silently. "
+                "Renumber the values, or turn 64-bit mode on before anything else: "
+                "jax.config.update('jax_enable_x64', True)"
+            )
+    with np.errstate(over="ignore"):
+        return np.asarray(leaf).astype(dtype)

@@ -1,0 +1,122 @@
+"""What `fit` returns: the values of every epoch, and a plot of them."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+
+class History:
+    """The record of one `fit`, in Keras's form.
+
+    Attributes:
+      history: log name -> one float per epoch (per validated epoch for `val_…`),
+        in the order `loss`, metrics, `val_…`, `learning_rate`.
+      epoch: the epoch numbers, from 0, of the training entries.
+      val_epoch: the epoch numbers of the `val_…` entries.
+      params: `epochs`, `steps` (per epoch, None if unknown) and `verbose`.
+      trainer: the trainer that was fitted.
+      stop_reason: why `fit` ended before its last epoch, or None.
+    """
+
+    def __init__(self, trainer: Any = None, params: Mapping[str, Any] | None = None):
+        self.history: dict[str, list[Any]] = {}
+        self.epoch: list[int] = []
+        self.val_epoch: list[int] = []
+        self.params = dict(params or {})
+        self.trainer = trainer
+        self.stop_reason: str | None = None
+        self._epochs: dict[str, list[int]] = {}
+
+    def append(self, epoch: int, logs: Mapping[str, Any]) -> None:
+        """Adds an epoch's values."""
+        self.epoch.append(epoch)
+        if any(name.startswith("val_") for name in logs):
+            self.val_epoch.append(epoch)
+        self.amend(logs)
+
+    def amend(self, logs: Mapping[str, Any]) -> None:
+        """Sets values of the last epoch, those that callbacks added among them."""
+        for name, value in logs.items():
+            epochs = self._epochs.setdefault(name, [])
+            values = self.history.setdefault(name, [])
+            if epochs[-1:] == self.epoch[-1:]:
+                values[-1] = value
+            else:
+                epochs.append(self.epoch[-1])
+                values.append(value)
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """Returns one row per epoch, NaN where an epoch has no such value."""
+        import pandas
+
+        columns = {
+            name: pandas.Series(values, index=self._epochs[name], dtype=object)
+            for name, values in self.history.items()
+        }
+        frame = pandas.DataFrame(columns, index=self.epoch)
+        frame.index.name = "epoch"
+        return frame.infer_objects()
+
+    def plot(self) -> "Figure":
+        """Draws each value over the epochs, training and validation together.
+
+        Needs matplotlib (`pip install flaxfit[plot]`).
+
+        Returns:
+          The figure; `history.plot().savefig("history.png")`.
+
+        Raises:
+          ValueError: no epoch was finished, so there is nothing to draw.
+        """
+        names = [n for n in self.history if not n.startswith("val_")]
+        if not names:
+            raise ValueError("This history is empty: no epoch was finished.")
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(
+            1, len(names), figsize=(4 * len(names), 3), squeeze=False
+        )
+        for axis, name in zip(axes[0], names, strict=True):
+            for label in (name, f"val_{name}"):
+                if label in self.history:
+                    epochs = [epoch + 1 for epoch in self._epochs[label]]
+                    axis.plot(epochs, self.history[label], marker=".", label=label)
+            axis.set(title=name, xlabel="epoch")
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.grid(alpha=0.3)
+            if f"val_{name}" in self.history:
+                axis.legend()
+        figure.tight_layout()
+        pyplot.close(figure)  # a notebook would show it twice
+        return figure
+
+    def __repr__(self) -> str:
+        last = {n: v[-1] for n, v in self.history.items() if v}
+        values = ", ".join(f"{n}={v:.4g}" for n, v in last.items() if _is_number(v))
+        return f"History({len(self.epoch)} epochs{': ' + values if values else ''})"
+
+    def _repr_html_(self) -> str:
+        names = list(self.history)
+        head = "".join(f"<th>{name}</th>" for name in ["epoch", *names])
+        columns = {
+            name: dict(zip(self._epochs[name], self.history[name], strict=True))
+            for name in names
+        }
+        rows = "".join(
+            f"<tr><td>{epoch + 1}</td>"
+            + "".join(f"<td>{_cell(columns[n].get(epoch))}</td>" for n in names)
+            + "</tr>"
+            for epoch in self.epoch
+        )
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if _is_number(value) else str(value)

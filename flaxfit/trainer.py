@@ -1,0 +1,837 @@
+"""The facade: checks arguments, resolves names once, wires the parts, owns the state."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+from flaxfit import checkpoint
+from flaxfit._build import Built, Settings, build, check_batch
+from flaxfit._check import CheckReport, Text, first_lines, make_report
+from flaxfit._display import Display, make_display, make_progress
+from flaxfit._errors import CheckpointError, DataError
+from flaxfit._interrupt import Interrupt
+from flaxfit._loop import FitPlan, eval_loop, fit_loop, predict_loop, read, read_logs
+from flaxfit._meta import from_meta, to_meta
+from flaxfit._models import model_family
+from flaxfit._models.base import Overrides
+from flaxfit._steps import Task, TrainStep, make_train_step
+from flaxfit._types import Batch, Logs, PyTree, StateHolder, TrainState, copy_state
+from flaxfit.callbacks.base import (
+    Callback,
+    CallbackList,
+    LoopState,
+    check_same_form,
+    own_array,
+)
+from flaxfit.data import (
+    DEFAULT_BATCH_SIZE,
+    Binding,
+    Source,
+    as_batch,
+    as_inputs_source,
+    as_source,
+    split_validation,
+)
+from flaxfit.history import History
+from flaxfit.optimizers import needs_total_steps
+
+
+class Trainer:
+    """Trains, evaluates and runs a Flax module.
+
+    Everything but the model is found out from it and the data, and can be said
+    instead. `trainer.check(data)` tells what was found out and why.
+
+    Args:
+      model: a `flax.linen` module, or `flaxfit.Model(init, apply)`.
+      loss: `"auto"`, a name (`"softmax_cross_entropy"`, `"mse"`, …), a function
+        `(outputs, targets) -> float[batch]`, a `Loss`, a dict or list of these for
+        several outputs, or None for a model that sows its `losses`.
+      loss_weights: a factor per output, nested like `loss`.
+      optimizer: a name in `optax` or `optax.contrib`, a function of the learning
+        rate such as `optax.adamw`, or an optax transformation.
+      learning_rate: a float, a schedule `step -> float`, or a function of
+        `total_steps` that returns either; None for the optimizer's own default, or
+        0.001 where it has none.
+      metrics: names, functions `(outputs, targets) -> float[batch]`, objects of clu
+        or metrax; a list, or a dict with names of your own.
+      seed: decides parameters, dropout and the order of the data.
+      weight_decay: passed on to the optimizer.
+      clip_norm: clips gradients to this global norm.
+      accumulate_steps: averages the gradients of so many steps into one update.
+      freeze: patterns of parameter paths that stay as they are, e.g. `"encoder/*"`.
+      variables: variables to start from, e.g. `{"params": …, "batch_stats": …}`;
+        collections left out are initialized.
+      train_flag: how the model tells training from evaluation: the name of the
+        argument or attribute, `"not <name>"` where True means evaluation,
+        `"layers"` to set every BatchNorm and Dropout that leaves it unset, None if
+        nothing does, or a function `(module, train) -> module`.
+      collections: the names of the mutable collections to carry.
+      rngs: the names of the RNG streams to supply.
+      inputs: what of a dict batch the model is called with: a key, a list of keys,
+        a dict argument -> key, or a function of the batch.
+      targets: the key or keys of a dict batch that hold the targets.
+      make_train_step: `(task) -> train_step` in place of
+        `flaxfit.make_train_step`, for a training step of one's own.
+
+    Example:
+      >>> import flax.linen as nn, numpy as np
+      >>> from flaxfit import Trainer
+      >>> x = np.random.default_rng(0).normal(size=(64, 3)).astype("float32")
+      >>> trainer = Trainer(nn.Dense(1), learning_rate=0.1)
+      >>> history = trainer.fit(x, x.sum(1, keepdims=True), epochs=20, verbose=0)
+      >>> history.history["loss"][-1] < 0.1
+      True
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        loss: Any = "auto",
+        loss_weights: Any = None,
+        optimizer: Any = "adam",
+        learning_rate: Any = None,
+        metrics: Any = None,
+        seed: int = 0,
+        weight_decay: float | None = None,
+        clip_norm: float | None = None,
+        accumulate_steps: int | None = None,
+        freeze: str | Sequence[str] | None = None,
+        variables: Mapping[str, PyTree] | None = None,
+        train_flag: str | Callable[[Any, bool], Any] | None = "auto",
+        collections: str | Iterable[str] = "auto",
+        rngs: str | Iterable[str] = "auto",
+        inputs: Any = None,
+        targets: Any = None,
+        make_train_step: Callable[[Task], TrainStep] = make_train_step,
+    ) -> None:
+        self._config: dict[str, Any] = {
+            name: value
+            for name, value in locals().items()
+            if name not in ("self", "model", "variables")
+        }
+        if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+            raise ValueError(f"seed={seed!r}: write an integer >= 0, e.g. seed=0.")
+        self._model = model
+        self._family = model_family(model)
+        overrides = Overrides(
+            train_flag, _names("collections", collections), _names("rngs", rngs)
+        )
+        self._settings = Settings(
+            loss=loss,
+            loss_weights=loss_weights,
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            metrics=metrics,
+            overrides=overrides,
+            optimizer_options={
+                "weight_decay": weight_decay,
+                "clip_norm": clip_norm,
+                "accumulate_steps": accumulate_steps,
+                "freeze": freeze,
+            },
+            variables=dict(variables or {}),
+            seed=int(seed),
+            make_train_step=make_train_step,
+        )
+        self._binding = Binding(
+            self._family.call_spec(model, overrides), inputs=inputs, targets=targets
+        )
+        self._built: Built | None = None
+        self._holder = StateHolder()
+        self._batch_size = DEFAULT_BATCH_SIZE
+
+    # ------------------------------------------------------------------ training
+
+    def fit(
+        self,
+        x: Any,
+        y: Any = None,
+        *,
+        batch_size: int | None = None,
+        epochs: int = 1,
+        verbose: int | str = "auto",
+        callbacks: Callback | Sequence[Callback] | None = None,
+        validation_split: float = 0.0,
+        validation_data: Any = None,
+        shuffle: bool = True,
+        class_weight: Mapping[int, float] | None = None,
+        sample_weight: Any = None,
+        initial_epoch: int = 0,
+        steps_per_epoch: int | None = None,
+        validation_steps: int | None = None,
+        validation_batch_size: int | None = None,
+        validation_freq: int | Iterable[int] = 1,
+    ) -> History:
+        """Trains the model; a second call goes on from where the first ended.
+
+        Argument names and meaning are Keras's. Where Keras is silently wrong this
+        differs: weights and losses are averaged over examples, not batches; the
+        last, shorter batch is filled with real rows at weight 0; an iterator that
+        runs dry is an error; the order of the data follows the seed and differs by
+        epoch and by call.
+
+        Args:
+          x: arrays in any nesting, `(x, y)`, `(x, y, weights)`, a dict of arrays, an
+            iterable of batches, a function that returns one, or an iterator.
+          y: targets, for arrays.
+          batch_size: rows of a batch, for arrays; 32.
+          epochs: the epoch to end at (the number of epochs, from `initial_epoch` 0).
+          verbose: 0 nothing, 1 a bar per epoch, 2 a line per epoch, `"auto"`.
+          callbacks: see `Callback`.
+          validation_split: the last fraction of the arrays, taken before shuffling.
+          validation_data: `(x, y)`, `(x, y, weights)` or any dataset.
+          shuffle: whether arrays are shuffled before each epoch. Datasets bring
+            their own order.
+          class_weight: class -> weight of its examples in training; 1 if missing.
+          sample_weight: `float[examples]`, or one for every element of the targets.
+          initial_epoch: the epoch to begin at.
+          steps_per_epoch: an epoch then has exactly that many steps: the data goes
+            on from where it was, and starts anew, reshuffled, when it ends.
+          validation_steps: validate on the first so many batches.
+          validation_batch_size: rows of a validation batch; `batch_size`.
+          validation_freq: validate every so many epochs, or after these epochs,
+            counted from 1.
+
+        Returns:
+          The `History`. After Ctrl-C too, of the epochs that were finished; the
+          trainer then holds the last finished step. A second Ctrl-C raises.
+
+        Raises:
+          ValueError: arguments or data that cannot work (`DataError`), before the
+            first step; the message holds the line to write instead.
+          TypeError: data of a kind that is not understood.
+        """
+        epochs = _count("epochs", epochs)
+        initial_epoch = _count("initial_epoch", initial_epoch, least=0)
+        span = range(initial_epoch, epochs)
+        hooks = CallbackList(_callback_list(callbacks))
+        display = make_display(verbose)
+        validates_at = _validation_epochs(validation_freq)
+        steps = _optional_count("steps_per_epoch", steps_per_epoch)
+        validation_steps = _optional_count("validation_steps", validation_steps)
+        if not isinstance(shuffle, bool | np.bool_):
+            raise ValueError(f"shuffle={shuffle!r}: write True or False.")
+        with Interrupt() as interrupt:
+            if validation_split:
+                x, validation_data = self._split(
+                    x, y, sample_weight, validation_split, validation_data
+                )
+                y = sample_weight = None
+            source = as_source(
+                x,
+                y,
+                sample_weight,
+                binding=self._binding,
+                batch_size=batch_size,
+                shuffle=bool(shuffle),
+                seed=(self._settings.seed, self.step),
+                class_weight=class_weight,
+                steps=steps,
+                check=self._check_targets,
+            )
+            _refuse_one_shot(source, "fit", span, steps)
+            epoch_steps = steps or source.num_batches
+            built = self._build(source, epoch_steps and len(span) * epoch_steps)
+            self._batch_size = batch_size or self._batch_size
+            validation = self._validation_source(
+                validation_data, validation_batch_size, len(span), validation_steps
+            )
+            self._init_state(source.example)
+            for line in first_lines(built, self._holder.peek(), self._binding, source):
+                display.say(line)
+            loop = LoopState(
+                self._holder,
+                history=History(
+                    self, {"epochs": epochs, "steps": epoch_steps, "verbose": verbose}
+                ),
+                step=self.step,
+                epoch=initial_epoch,
+                epochs=epochs,
+                steps_per_epoch=epoch_steps,
+                log_names=built.history_names(validated=validation is not None),
+            )
+            plan = FitPlan(
+                epochs=span,
+                steps_per_epoch=steps,
+                order=built.task.order,
+                learning_rate=built.task.optimizer.learning_rate,
+                validate=validation
+                and self._validate_on(validation, validation_steps, interrupt),
+                validates_at=validates_at,
+            )
+            return self._run(loop, plan, source, hooks, display, interrupt)
+
+    def _run(
+        self,
+        loop: LoopState,
+        plan: FitPlan,
+        source: Source,
+        hooks: CallbackList,
+        display: Display,
+        interrupt: Interrupt,
+    ) -> History:
+        built = self._require_built()
+        try:
+            fit_loop(
+                loop,
+                self._holder,
+                plan=plan,
+                train=built.programs.train,
+                empty=built.empty,
+                source=source,
+                callbacks=hooks,
+                display=display,
+                interrupt=interrupt,
+            )
+        except KeyboardInterrupt:
+            if interrupt.insisted:
+                raise
+            loop.stop("interrupted")
+        if loop.stop_reason is not None:
+            display.say(f"stopped after step {loop.step}: {loop.stop_reason}")
+            loop.history.stop_reason = loop.stop_reason
+        return loop.history
+
+    def train_on_batch(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        class_weight: Mapping[int, float] | None = None,
+    ) -> dict[str, Any]:
+        """Makes one optimizer step on one batch of any size.
+
+        A size not seen before is compiled for.
+
+        Args:
+          x: arrays in any nesting, or `(x, y)`, `(x, y, weights)` or a dict.
+          y: their targets.
+          sample_weight: `float[batch]`, or one for every element of the targets.
+          class_weight: class -> weight of its examples.
+
+        Returns:
+          The loss and metrics of this batch before the step, as floats.
+        """
+        batch = self._one_batch(x, y, sample_weight, class_weight, "train_on_batch")
+        built = self._require_built()
+        with Interrupt() as interrupt:
+            with interrupt.shield():
+                state, running, _ = built.programs.train(
+                    self._holder.take(), built.empty(), batch
+                )
+                self._holder.put(state)
+            logs, _ = read_logs(running, built.task.order)
+        if interrupt.requested:
+            raise KeyboardInterrupt
+        return logs
+
+    # ---------------------------------------------------------------- evaluation
+
+    def evaluate(
+        self,
+        x: Any,
+        y: Any = None,
+        *,
+        batch_size: int | None = None,
+        verbose: int | str = "auto",
+        sample_weight: Any = None,
+        steps: int | None = None,
+    ) -> dict[str, Any]:
+        """Returns the loss and metrics over all examples; changes nothing.
+
+        The values are means over examples: they do not depend on `batch_size`.
+
+        Args:
+          x: what `fit` takes.
+          y: targets, for arrays.
+          batch_size: rows of a batch, for arrays; that of the last `fit`, or 32.
+          verbose: 0 nothing, 1 a bar; `"auto"` a bar where someone watches.
+          sample_weight: `float[examples]`, or one for every element of the targets.
+          steps: use the first so many batches only.
+
+        Returns:
+          `{"loss": …, "accuracy": …}`, floats.
+
+        Raises:
+          ValueError: as `fit`.
+        """
+        steps = _optional_count("steps", steps)
+        display = make_progress(verbose)
+        source = self._source(x, y, sample_weight, batch_size, "evaluate")
+        built = self._build(source)
+        self._init_state(source.example)
+        logs = eval_loop(
+            self._holder.peek(),
+            evaluate=built.programs.evaluate,
+            running=built.empty(),
+            source=source,
+            steps=steps,
+            order=built.task.order,
+            display=display,
+        )
+        return logs or {}
+
+    def test_on_batch(
+        self, x: Any, y: Any = None, sample_weight: Any = None
+    ) -> dict[str, Any]:
+        """Returns the loss and metrics of one batch of any size, as floats."""
+        batch = self._one_batch(x, y, sample_weight, None, "test_on_batch")
+        built = self._require_built()
+        running, _ = built.programs.evaluate(self._holder.peek(), built.empty(), batch)
+        logs, _ = read_logs(running, built.task.order)
+        return logs
+
+    # ---------------------------------------------------------------- prediction
+
+    def predict(
+        self,
+        x: Any,
+        *,
+        batch_size: int | None = None,
+        verbose: int | str = "auto",
+        steps: int | None = None,
+    ) -> PyTree:
+        """Returns the model's outputs for all examples, in their order.
+
+        One batch of outputs is on the device at a time.
+
+        Args:
+          x: inputs in any nesting, or any dataset; of its `(x, y)` batches the
+            targets are dropped.
+          batch_size: rows of a batch, for arrays; that of the last `fit`, or 32.
+          verbose: 0 nothing, 1 a bar; `"auto"` a bar where someone watches.
+          steps: use the first so many batches only.
+
+        Returns:
+          NumPy arrays `[examples, ...]` in the nesting of the model's output.
+
+        Raises:
+          ValueError: as `fit`; or an output without a batch axis.
+        """
+        return self._predict(x, batch_size, verbose, steps, "predict")
+
+    def predict_intermediates(
+        self,
+        x: Any,
+        *,
+        batch_size: int | None = None,
+        verbose: int | str = "auto",
+        steps: int | None = None,
+    ) -> PyTree:
+        """Returns what the model sows as `intermediates`, for all examples.
+
+        Arguments are those of `predict`.
+
+        Returns:
+          The nested dict of the collection, `{"layer": {"name": (array, …)}}`, as
+          NumPy arrays `[examples, ...]`; a value without a batch axis is stacked
+          `[batches, ...]`.
+        """
+        return self._predict(x, batch_size, verbose, steps, "predict_intermediates")
+
+    def predict_on_batch(self, x: Any) -> PyTree:
+        """Returns the outputs for one batch of inputs of any size."""
+        source = as_inputs_source(x, binding=self._binding, what="predict_on_batch")
+        rows = source.num_examples
+        return self._predict(x, rows, 0, None, "predict_on_batch")
+
+    def _predict(
+        self,
+        x: Any,
+        batch_size: int | None,
+        verbose: int | str,
+        steps: int | None,
+        what: str,
+    ) -> PyTree:
+        steps = _optional_count("steps", steps)
+        display = make_progress(verbose)
+        source = as_inputs_source(
+            x,
+            binding=self._binding,
+            batch_size=batch_size,
+            default_batch_size=self._batch_size,
+            what=what,
+        )
+        built = self._build_for_inputs(source.example)
+        self._init_state(source.example)
+        sown = what == "predict_intermediates"
+        parts = predict_loop(
+            self._holder.peek(),
+            predict=built.programs.intermediates if sown else built.programs.predict,
+            source=source,
+            steps=steps,
+            display=display,
+        )
+        return join_batches(parts, stack_others=sown)
+
+    # ------------------------------------------------------- a loop of one's own
+
+    def init(self, batch: Any) -> TrainState:
+        """Returns a fresh state for batches like `batch`, at step 0.
+
+        Parameters equal those of `module.init(jax.random.key(seed), …)`. The
+        trainer's own state is left alone.
+
+        Args:
+          batch: `(x, y)`, `(x, y, weights)` or a dict of arrays, or a `Batch`.
+        """
+        batch = self._as_batch(batch)
+        return self._fresh_state(self._build_from(batch), batch)
+
+    def train_step(self, state: TrainState, batch: Any) -> tuple[TrainState, Logs]:
+        """Makes one step, pure and jitted, for those who own their loop.
+
+        Nothing is donated; `jax.jit(trainer.train_step, donate_argnums=0)` does.
+
+        Args:
+          state: from `init` or a step before.
+          batch: as for `init`.
+
+        Returns:
+          The next state, and the logs as accumulators on the device:
+          `logs["loss"].compute()`, `logs["loss"].merge(other)`.
+        """
+        batch = self._as_batch(batch)
+        built = self._build_from(batch)
+        state, logs = built.programs.step(state, batch)
+        return state, built.task.order(logs)
+
+    # --------------------------------------------------------------------- state
+
+    @property
+    def state(self) -> TrainState:
+        """The state after the last finished step; it stays valid whatever follows.
+
+        May be assigned: paths, shapes and dtypes are checked, values copied.
+
+        Raises:
+          ValueError: there is none before the first data.
+        """
+        self._require_state()
+        return self._holder.read()
+
+    @state.setter
+    def state(self, state: TrainState) -> None:
+        if self._holder.empty:
+            if not isinstance(state, TrainState):
+                raise TypeError(f"state takes a TrainState, got {type(state).__name__}.")
+            self._holder.put(copy_state(state))
+            return
+        check_same_form(state, self._holder.peek())
+        self._holder.put(jax.tree.map(own_array, state, self._holder.peek()))
+
+    @property
+    def variables(self) -> dict[str, PyTree]:
+        """What `module.apply` takes: `{"params": …, "batch_stats": …}`.
+
+        The parameters are those `evaluate` and `predict` use.
+        """
+        state = self.state
+        built = self._require_built()
+        params = built.task.optimizer.evaluation_params(state.opt_state, state.params)
+        return {"params": params, **state.collections}
+
+    @property
+    def step(self) -> int:
+        """The number of optimizer steps so far."""
+        return 0 if self._holder.empty else int(read(self._holder.peek().step))
+
+    @property
+    def compiles(self) -> dict[str, int]:
+        """How often each phase was compiled: `{"train": 1, "eval": 1, "predict": 1}`."""
+        if self._built is None:
+            return dict.fromkeys(("train", "eval", "predict"), 0)
+        programs = self._built.programs
+        return {
+            "train": programs.train.traces,
+            "eval": programs.evaluate.traces,
+            "predict": programs.predict.traces,
+        }
+
+    # ------------------------------------------------------------ looking at it
+
+    def summary(self, x: Any = None) -> Text:
+        """Returns a table of the model's layers, for `print` or a notebook.
+
+        Args:
+          x: a batch of inputs; not needed once the trainer has seen data.
+        """
+        if x is not None:
+            source = as_inputs_source(x, binding=self._binding, what="summary")
+            built = self._build_for_inputs(source.example)
+        else:
+            built = self._require_built()
+        return Text(built.adapted.summary(built.example.inputs))
+
+    def check(self, x: Any, y: Any = None, *, batch_size: int | None = None) -> CheckReport:
+        """Tells what was understood, without training: `print(trainer.check(x, y))`.
+
+        Takes what `fit` takes. Compiles one step to count its FLOPs and memory.
+        """
+        source = self._source(x, y, None, batch_size, "check")
+        built = self._build(source)
+        example = source.example
+        state = (
+            self._fresh_state(built, example)
+            if self._holder.empty
+            else self._holder.peek()
+        )
+        return make_report(built, state, source, self._binding, example)
+
+    def __repr__(self) -> str:
+        name = type(self._model).__name__
+        return f"Trainer({name}, {'untrained' if self._holder.empty else f'step {self.step}'})"
+
+    # --------------------------------------------------------------------- files
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the whole state into one file, all of it or nothing.
+
+        `flax.serialization.from_bytes({"state": target}, data)` reads it as well.
+
+        Args:
+          path: the file, e.g. `"run.msgpack"`; missing folders are made.
+
+        Raises:
+          ValueError: there is no state yet.
+          CheckpointError: something in the state cannot be written.
+        """
+        self._require_state()
+        built = self._require_built()
+        meta = to_meta(self._config, built.example, batch_size=self._batch_size)
+        checkpoint.save(path, self._holder.peek(), meta)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: Any, **changes: Any) -> Self:
+        """Returns the trainer that was saved, ready to go on.
+
+        Args:
+          path: a file written by `save`.
+          model: the same module.
+          **changes: arguments of `Trainer` to set; needed for those that were
+            functions or objects, which a file does not hold.
+
+        Raises:
+          CheckpointError: not such a file, an argument that has to be given, or a
+            state that does not fit the model, every path that differs named.
+        """
+        meta, raw_state = checkpoint.load(path)
+        config, example, batch_size = from_meta(meta, changes, os.fspath(path))
+        trainer = cls(model, **config)
+        try:
+            built = trainer._build_from(example)
+        except Exception as error:
+            raise CheckpointError(
+                f"{os.fspath(path)!r} was saved for inputs that {type(model).__name__} "
+                f"cannot take: {error}"
+            ) from error
+        trainer._holder.put(checkpoint.restore(raw_state, built.template))
+        trainer._batch_size = batch_size
+        return trainer
+
+    # ------------------------------------------------------------------ plumbing
+
+    def _source(
+        self, x: Any, y: Any, sample_weight: Any, batch_size: int | None, what: str
+    ) -> Source:
+        return as_source(
+            x,
+            y,
+            sample_weight,
+            binding=self._binding,
+            batch_size=batch_size,
+            default_batch_size=self._batch_size,
+            check=self._check_targets,
+            what=what,
+        )
+
+    def _split(
+        self, x: Any, y: Any, sample_weight: Any, fraction: float, validation_data: Any
+    ) -> tuple[Batch, Batch]:
+        if validation_data is not None:
+            raise ValueError(
+                "fit got both validation_split and validation_data; give one of them."
+            )
+        whole = as_batch(x, y, sample_weight, binding=self._binding)
+        return split_validation(whole, fraction)
+
+    def _validation_source(
+        self, data: Any, batch_size: int | None, epochs: int, steps: int | None
+    ) -> Source | None:
+        if data is None:
+            return None
+        source = self._source(data, None, None, batch_size, "validation_data")
+        _refuse_one_shot(source, "validation_data", range(epochs), steps)
+        self._build(source)
+        return source
+
+    def _validate_on(
+        self, source: Source, steps: int | None, interrupt: Interrupt
+    ) -> Callable[[TrainState], dict[str, Any] | None]:
+        built = self._require_built()
+
+        def validate(state: TrainState) -> dict[str, Any] | None:
+            return eval_loop(
+                state,
+                evaluate=built.programs.evaluate,
+                running=built.empty(),
+                source=source,
+                steps=steps,
+                order=built.task.order,
+                interrupted=lambda: interrupt.requested,
+            )
+
+        return validate
+
+    def _one_batch(
+        self, x: Any, y: Any, sample_weight: Any, class_weight: Any, what: str
+    ) -> Batch:
+        batch = as_batch(
+            x,
+            y,
+            sample_weight,
+            binding=self._binding,
+            class_weight=class_weight,
+            what=what,
+        )
+        self._build_from(batch)
+        self._check_targets(batch)
+        self._init_state(batch)
+        return batch
+
+    def _as_batch(self, raw: Any) -> Batch:
+        batch = raw if isinstance(raw, Batch) else self._binding.split(raw)
+        if batch.weights is None:
+            rows = jax.tree.leaves(batch)[0].shape[0]
+            batch = batch.replace(weights=np.ones(rows, np.float32))
+        return batch
+
+    def _build(self, source: Source, total_steps: int | None = None) -> Built:
+        built = self._build_from(source.example, total_steps)
+        if built.task.objective.scalar_loss:
+            source.pad = False
+        source.check()
+        return built
+
+    def _build_from(self, example: Batch, total_steps: int | None = None) -> Built:
+        """Returns the parts, made anew where this batch or length asks for it."""
+        built = self._built
+        if built is not None and built.complete:
+            check_batch(built, self._settings, example)
+            scheduled = needs_total_steps(self._settings.learning_rate)
+            if not scheduled or total_steps in (None, built.total_steps):
+                return built
+        if total_steps is not None:
+            total_steps += self.step
+        self._built = build(
+            self._model,
+            self._family,
+            self._settings,
+            example,
+            total_steps,
+            known=built and built.adapted,
+        )
+        return self._built
+
+    def _build_for_inputs(self, example: Batch) -> Built:
+        """Returns the parts; without a loss if there never were targets."""
+        if self._built is None:
+            settings = replace(self._settings, loss=None, metrics=None)
+            self._built = build(
+                self._model, self._family, settings, example, 1, complete=False
+            )
+        else:
+            check_batch(self._built, self._settings, example)
+        return self._built
+
+    def _init_state(self, example: Batch) -> None:
+        if self._holder.empty:
+            self._holder.put(self._fresh_state(self._require_built(), example))
+
+    def _fresh_state(self, built: Built, example: Batch) -> TrainState:
+        rng = jax.random.key(self._settings.seed)
+        state: TrainState = built.programs.init(
+            rng, example.inputs, self._settings.variables
+        )
+        return state
+
+    def _check_targets(self, batch: Batch) -> None:
+        built = self._require_built()
+        built.check_targets(batch)
+
+    def _require_built(self) -> Built:
+        if self._built is None:
+            raise ValueError(_NO_STATE)
+        return self._built
+
+    def _require_state(self) -> None:
+        if self._holder.empty:
+            raise ValueError(_NO_STATE)
+
+
+_NO_STATE = (
+    "This trainer has seen no data yet, so it has no state: call fit, evaluate or "
+    "predict first, or make one with state = trainer.init(batch)."
+)
+
+
+def _names(argument: str, names: str | Iterable[str]) -> str | tuple[str, ...]:
+    if names == "auto":
+        return "auto"
+    if isinstance(names, str):
+        raise ValueError(f"{argument}={names!r}: write a list, {argument}=[{names!r}].")
+    return tuple(names)
+
+
+def _count(argument: str, value: Any, *, least: int = 1) -> int:
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < least:
+        raise ValueError(f"{argument}={value!r}: write a whole number >= {least}.")
+    return int(value)
+
+
+def _optional_count(argument: str, value: Any) -> int | None:
+    return None if value is None else _count(argument, value)
+
+
+def _validation_epochs(frequency: int | Iterable[int]) -> Callable[[int], bool]:
+    if isinstance(frequency, Iterable):
+        after = frozenset(_count("validation_freq", epoch) for epoch in frequency)
+        return lambda epoch: epoch + 1 in after
+    every = _count("validation_freq", frequency)
+    return lambda epoch: (epoch + 1) % every == 0
+
+
+def _callback_list(callbacks: Any) -> list[Callback]:
+    given = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
+    for callback in given:
+        if isinstance(callback, type):
+            raise TypeError(
+                f"callbacks holds the class {callback.__name__}: write "
+                f"{callback.__name__}()."
+            )
+        if not isinstance(callback, Callback):
+            raise TypeError(
+                f"callbacks holds a {type(callback).__name__}: write a subclass of "
+                f"flaxfit.Callback, or LambdaCallback(on_epoch_end=function)."
+            )
+    return given
+
+
+def _refuse_one_shot(
+    source: Source, what: str, epochs: range, steps: int | None
+) -> None:
+    if source.one_shot and steps is None and len(epochs) > 1:
+        name = "steps_per_epoch" if what == "fit" else "validation_steps"
+        raise DataError(
+            f"{what} got an iterator, which runs dry after one pass, for "
+            f"{len(epochs)} epochs. Give something that can be iterated again, e.g. a "
+            f"list of batches, or the function that makes it: make_batches and not "
+            f"make_batches(); or say how many batches an epoch takes: {name}=100."
+        )

@@ -1,0 +1,319 @@
+"""Arrays as a source: order, tail, split, weights."""
+
+import warnings
+
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import pytest
+
+from flaxfit._errors import DataError
+from flaxfit._types import Batch, CallSpec
+from flaxfit.data import Binding, as_batch, as_inputs_source, as_source
+from flaxfit.data.arrays import split_validation
+
+ONE = Binding(CallSpec(("x",), (), ("x",)))
+TWO = Binding(CallSpec(("a", "b"), (), ("a", "b")))
+X = np.arange(20, dtype=np.float32).reshape(10, 2)
+Y = np.arange(10, dtype=np.int32)
+
+
+def rows(source, index=0):
+    return [batch.targets.tolist() for batch in source.batches(index)]
+
+
+def test_batches_in_order_with_a_filled_tail():
+    source = as_source(X, Y, binding=ONE, batch_size=4)
+    assert rows(source) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1]]
+    weights = [batch.weights.tolist() for batch in source.batches(0)]
+    assert weights == [[1] * 4, [1] * 4, [1, 1, 0, 0]]
+    for batch in source.batches(0):
+        np.testing.assert_array_equal(batch.inputs[0], X[batch.targets])
+        assert batch.weights.dtype == np.float32
+    assert (source.kind, source.one_shot) == ("arrays", False)
+    assert (source.num_batches, source.num_examples, source.batch_size) == (3, 10, 4)
+    np.testing.assert_array_equal(source.example.targets, [0, 1, 2, 3])
+
+
+def test_whole_batches_are_views():
+    source = as_source(X, Y, binding=ONE, batch_size=5)
+    assert all(np.shares_memory(b.inputs[0], X) for b in source.batches(0))
+
+
+def test_a_batch_larger_than_the_data_wraps_around():
+    source = as_source(X[:3], Y[:3], binding=ONE, batch_size=8)
+    assert rows(source) == [[0, 1, 2, 0, 1, 2, 0, 1]]
+    assert source.example.weights.tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
+
+
+def test_no_pad_leaves_the_tail_short():
+    source = as_source(X, Y, binding=ONE, batch_size=4, pad=False)
+    assert [len(batch) for batch in rows(source)] == [4, 4, 2]
+    assert [b.weights.tolist() for b in source.batches(0)][2] == [1, 1]
+
+
+def test_shuffle_is_a_permutation_by_seed_and_pass():
+    def order(seed, index):
+        source = as_source(X, Y, binding=ONE, batch_size=4, shuffle=True, seed=seed)
+        batches = list(source.batches(index))
+        for batch in batches:
+            np.testing.assert_array_equal(batch.inputs[0], X[batch.targets])
+        real = [b.targets[b.weights > 0] for b in batches]
+        # The fill is the first rows of the same order.
+        assert batches[2].targets[2:].tolist() == batches[0].targets[:2].tolist()
+        return np.concatenate(real).tolist()
+
+    orders = [order((0, 1), 0), order((0, 1), 1), order((0, 2), 0)]
+    assert all(sorted(each) == Y.tolist() for each in orders)
+    assert len(set(map(tuple, orders))) == 3
+    assert order((0, 1), 1) == orders[1]
+    expected = np.random.default_rng(np.random.SeedSequence([0, 1, 1])).permutation(10)
+    assert orders[1] == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        ((X, Y),),
+        ([X, Y],),
+        ({"x": X, "y": Y},),
+        ({"image": X, "label": Y},),
+        (X.tolist(), Y.tolist()),
+        (jnp.asarray(X), jnp.asarray(Y)),
+        (X.astype(np.float64), Y.astype(np.int64)),
+        (pd.DataFrame(X, columns=["a", "b"]), pd.Series(Y)),
+        (Batch((X,), Y, None),),
+    ],
+)
+def test_every_way_to_say_the_same(data):
+    source = as_source(*data, binding=ONE, batch_size=10)
+    batch = source.example
+    inputs = batch.inputs["x"] if isinstance(batch.inputs, dict) else batch.inputs[0]
+    np.testing.assert_array_equal(inputs, X)
+    np.testing.assert_array_equal(batch.targets, Y)
+    assert (inputs.dtype, batch.targets.dtype) == (np.float32, np.int32)
+    assert type(inputs) is np.ndarray
+
+
+def test_several_inputs_and_targets():
+    source = as_source((X, Y), {"p": Y, "q": X}, binding=TWO, batch_size=10)
+    assert [part.shape for part in source.example.inputs] == [(10, 2), (10,)]
+    assert sorted(source.example.targets) == ["p", "q"]
+    nested = as_source(((X, Y), Y), binding=TWO, batch_size=10)
+    assert len(nested.example.inputs) == 2
+
+
+def test_uint8_stays():
+    assert as_source(X.astype(np.uint8), Y, binding=ONE).example.inputs[0].dtype == (
+        np.uint8
+    )
+
+
+def test_mapped_files_are_narrowed_batch_by_batch(tmp_path):
+    np.save(tmp_path / "x.npy", X.astype(np.float64))
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    source = as_source(mapped, Y, binding=ONE, batch_size=4, shuffle=True)
+    assert isinstance(source._leaves[0], np.memmap)
+    for batch in source.batches(0):
+        assert batch.inputs[0].dtype == np.float32
+        np.testing.assert_array_equal(batch.inputs[0], X[batch.targets])
+    assert as_batch(mapped, Y, binding=ONE).inputs[0].dtype == np.float32
+
+
+def test_arrays_that_are_not_contiguous():
+    source = as_source(X.T.copy().T, Y, binding=ONE, batch_size=4, shuffle=True)
+    for batch in source.batches(0):
+        np.testing.assert_array_equal(batch.inputs[0], X[batch.targets])
+
+
+def test_sample_weights_and_the_mask_of_the_fill():
+    weights = np.arange(10.0)
+    source = as_source(X, Y, weights, binding=ONE, batch_size=8)
+    last = list(source.batches(0))[1]
+    assert last.weights.tolist() == [8, 9, 0, 0, 0, 0, 0, 0]
+    assert last.weights.dtype == np.float32
+    tokens = np.tile(Y[:, None], (1, 3))
+    source = as_source(X, tokens, np.ones((10, 3)), binding=ONE, batch_size=8)
+    last = list(source.batches(0))[1]
+    assert last.weights.sum(axis=1).tolist() == [3, 3, 0, 0, 0, 0, 0, 0]
+    data = as_source({"x": X, "y": Y}, sample_weight=weights, binding=ONE)
+    assert data.example.weights[:10].tolist() == weights.tolist()
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        np.array([0, 1, 2, 1]),
+        np.array([[0], [1], [2], [1]]),
+        np.array([0.0, 1.0, 2.0, 1.0]),
+        np.eye(3)[[0, 1, 2, 1]],
+        np.eye(3, dtype=np.int32)[[0, 1, 2, 1]],
+        {"only": np.array([0, 1, 2, 1])},
+    ],
+)
+def test_class_weight(targets):
+    weight = {1: 5.0, 0: 0.5, 7: 3}
+    batch = as_batch(X[:4], targets, binding=ONE, class_weight=weight)
+    assert batch.weights.tolist() == [0.5, 5, 1, 5]
+    assert batch.weights.dtype == np.float32
+
+
+def test_class_weight_per_token():
+    tokens = np.array([[0, 1, 1], [2, -1, 0]])
+    batch = as_batch(X[:2], tokens, binding=ONE, class_weight={1: 5.0, 0: 0.5})
+    assert batch.weights.tolist() == [[0.5, 5, 5], [1, 1, 0.5]]
+
+
+@pytest.mark.parametrize(
+    ("targets", "weight", "arguments", "message"),
+    [
+        (Y, {"cat": 1.0}, {}, r"key 'cat' \(str\).*integer classes"),
+        (Y, {1.5: 1.0}, {}, "key 1.5"),
+        (Y, {1: -1.0}, {}, "class 1 the weight -1.0"),
+        (Y, {1: "a"}, {}, "class 1 the weight 'a'"),
+        (Y, [1.0], {}, r"class_weight=\[1.0\]: expected a dict"),
+        (Y, {}, {}, "expected a dict"),
+        (Y + 0.5, {1: 2.0}, {}, "values such as 0.5.*sample_weight"),
+        ((Y, Y), {1: 2.0}, {}, "exactly one target, there are 2"),
+        (None, {1: 2.0}, {}, "exactly one target, there are 0"),
+        (Y, {1: 2.0}, {"sample_weight": Y}, "both class_weight and sample weights"),
+    ],
+)
+def test_class_weight_refuses(targets, weight, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        as_source(X, targets, **arguments, binding=ONE, class_weight=weight)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"y": Y[:4]}, DataError, "different length: x: 10, y: 4"),
+        ({"y": Y, "sample_weight": Y[:3]}, DataError, "x: 10, y: 10, weights: 3"),
+        ({"y": Y, "sample_weight": X}, DataError, r"weights have shape \(10, 2\), y"),
+        ({"y": Y, "sample_weight": {"a": Y}}, DataError, "weights are a dict"),
+        ({"y": Y, "sample_weight": 0 * Y}, DataError, "all zero"),
+        ({"y": Y, "sample_weight": -Y}, DataError, "weights hold -1.0 at row 1"),
+        ({"y": Y, "batch_size": 0}, ValueError, "batch_size=0: expected a whole"),
+        ({"y": Y, "batch_size": True}, ValueError, "batch_size=True"),
+        ({"y": Y, "batch_size": 2.0}, ValueError, "batch_size=2.0"),
+        ({"y": list("abcdefghij")}, DataError, "y has dtype <U1"),
+        ({"y": Y + np.int64(2**40)}, DataError, "y is int64"),
+    ],
+)
+def test_as_source_refuses(arguments, error, message):
+    with pytest.raises(error, match=message):
+        as_source(X, **arguments, binding=ONE)
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        (X * np.nan, DataError, "x holds nan at row 0"),
+        (X[:0], DataError, r"no examples: x has shape \(0, 2\)"),
+        ([], DataError, "no examples"),
+        (None, TypeError, r"fit\(None\) gives no data"),
+        ("mnist", TypeError, r"fit\('mnist'\).*not understood yet"),
+        (3, TypeError, "a int is no data. Understood are arrays"),
+        ((X, iter([Y])), TypeError, "a tuple of ndarray, list_iterator: .*a list"),
+        ({"x": 3, "y": iter([Y])}, TypeError, "a dict of int, list_iterator"),
+        ((), TypeError, "a tuple of nothing"),
+        (pd.DataFrame({"a": ["p", "q"]}), DataError, "x has dtype"),
+        ({"image": X, "idx": Y, "label": Y}, DataError, "has the keys image, idx"),
+        ([X, Y, Y, Y], DataError, r"a list of 4 items: .*np\.stack"),
+    ],
+)
+def test_as_source_refuses_data(data, error, message):
+    with pytest.raises(error, match=message):
+        as_source(data, binding=ONE)
+
+
+def test_weights_are_given_once():
+    with pytest.raises(ValueError, match="sample_weight is given twice"):
+        as_source((X, Y, Y), sample_weight=Y, binding=ONE)
+    with pytest.raises(ValueError, match="a Batch has its y inside"):
+        as_source(Batch((X,), Y, None), Y, binding=ONE)
+
+
+def test_a_first_batch_of_weight_zero_is_fine():
+    weights = (Y >= 8).astype(float)
+    assert as_source(X, Y, weights, binding=ONE, batch_size=4).example is not None
+
+
+def test_check_sees_all_rows_once_and_only_when_read():
+    seen = []
+    source = as_source(X, Y, binding=ONE, batch_size=4, check=seen.append)
+    assert seen == []
+    rows(source), rows(source, 1)
+    assert [batch.targets.tolist() for batch in seen] == [Y.tolist()]
+    assert seen[0].weights.tolist() == [1] * 10
+
+
+def test_split_validation_takes_the_last_part():
+    data = Batch((X,), np.array([0, 1] * 5), None)
+    train, validation = split_validation(data, 0.25)
+    assert (len(train.targets), len(validation.targets)) == (7, 3)
+    np.testing.assert_array_equal(validation.inputs[0], X[7:])
+    assert train.weights is None
+    assert as_source(train, binding=ONE).num_examples == 7
+
+
+@pytest.mark.parametrize("labels", [Y, Y[::-1], Y.astype(np.uint8), Y[:, None]])
+def test_split_validation_warns_of_sorted_labels(labels):
+    with pytest.warns(UserWarning, match=r"y is sorted: .* fit\(x\[order\], y\[order"):
+        split_validation(Batch((X,), labels, None), 0.5)
+
+
+@pytest.mark.parametrize("labels", [0 * Y, Y + 0.5, Y % 3, None])
+def test_split_validation_is_silent_otherwise(labels):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        split_validation(Batch((X,), labels, None), 0.5)
+
+
+@pytest.mark.parametrize("fraction", [0, 1, 1.5, -0.1, True, "a", 0.99999, None])
+def test_split_validation_refuses(fraction):
+    with pytest.raises(ValueError, match=r"validation_split=.*validation_data="):
+        split_validation(Batch((X[:1],), Y[:1], None), fraction)
+
+
+@pytest.mark.parametrize(
+    ("binding", "x", "shapes"),
+    [
+        (ONE, X, [(10, 2)]),
+        (ONE, (X,), [(10, 2)]),
+        (ONE, (X, Y), [(10, 2)]),
+        (ONE, (X, Y, Y), [(10, 2)]),
+        (ONE, {"image": X, "label": Y}, [(10, 2)]),
+        (ONE, {"image": X}, [(10, 2)]),
+        (TWO, (X, Y), [(10, 2), (10,)]),
+        (TWO, [X, Y], [(10, 2), (10,)]),
+        (TWO, ((X, Y), Y), [(10, 2), (10,)]),
+        (Binding(ONE.call, inputs=lambda raw: raw[0]), (X, Y), [(10, 2)]),
+    ],
+)
+def test_as_inputs_source(binding, x, shapes):
+    source = as_inputs_source(x, binding=binding, batch_size=10)
+    assert [part.shape for part in source.example.inputs] == shapes
+    assert source.example.targets is None
+
+
+def test_predict_ignores_weights_and_takes_nan():
+    source = as_inputs_source((X * np.nan, Y, 0 * Y), binding=ONE, batch_size=8)
+    assert [b.weights.sum() for b in source.batches(0)] == [8, 2]
+
+
+def test_predict_of_a_dict_the_model_takes_as_one():
+    source = as_inputs_source({"p": X, "q": X}, binding=ONE, batch_size=4)
+    assert sorted(source.example.inputs[0]) == ["p", "q"]
+
+
+def test_predict_refuses_a_list_of_examples():
+    with pytest.raises(DataError, match=r"list of 10 arrays .* np.stack"):
+        as_inputs_source(list(X), binding=ONE)
+
+
+def test_as_batch_is_whole_and_has_weights():
+    batch = as_batch(X, Y, binding=ONE)
+    assert (len(batch.targets), batch.weights.tolist()) == (10, [1] * 10)
+    with pytest.raises(ValueError, match=r"not a list: .*next\(iter\(dataset\)\)"):
+        as_batch([(X, Y)], binding=ONE)

@@ -1,0 +1,337 @@
+"""Loaders, lists of batches, generators and iterators as a source."""
+
+import gc
+
+import numpy as np
+import pytest
+
+from flaxfit._errors import DataError
+from flaxfit._types import CallSpec
+from flaxfit.data import Binding, as_inputs_source, as_source
+
+ONE = Binding(CallSpec(("x",), (), ("x",)))
+X = np.arange(20, dtype=np.float32).reshape(10, 2)
+Y = np.arange(10, dtype=np.int32)
+
+
+def make_batches(sizes=(4, 4, 2)):
+    start = 0
+    for size in sizes:
+        yield X[start : start + size], Y[start : start + size]
+        start += size
+
+
+class Loader:
+    """Yields lists, as torch's loader does, and has no useful length."""
+
+    def __iter__(self):
+        return map(list, make_batches())
+
+    def __len__(self):
+        raise NotImplementedError
+
+
+class Sequence:
+    """Batches by index only, without an IndexError at the end."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return list(make_batches())[index % 3]
+
+
+def source_of(data, **arguments):
+    return as_source(data, **arguments, binding=ONE)
+
+
+def rows(source, index=0):
+    return [batch.targets.tolist() for batch in source.batches(index)]
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "num_batches"),
+    [
+        (lambda: make_batches, "generator function", None),
+        (Loader, "iterable", None),
+        (Sequence, "iterable", 3),
+        (lambda: lambda: list(make_batches()), "generator function", None),
+        (lambda: Loader, "generator function", None),
+        (lambda: list(make_batches()), "iterable", 3),
+        (lambda: [{"x": x, "y": y} for x, y in make_batches()], "iterable", 3),
+    ],
+)
+def test_kinds_and_every_pass_equal(data, kind, num_batches):
+    source = source_of(data())
+    assert (source.kind, source.num_batches) == (kind, num_batches)
+    assert (source.one_shot, source.batch_size) == (False, 4)
+    assert source.num_examples is None
+    expected = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 8, 9]]
+    assert rows(source) == rows(source, 1) == expected
+    last = list(source.batches(2))[-1]
+    assert last.weights.tolist() == [1, 1, 0, 0]
+    assert source.example.targets.tolist() == [0, 1, 2, 3]
+
+
+def test_looking_ahead_loses_nothing_and_reads_one_batch():
+    read = []
+
+    def noting():
+        for number in range(3):
+            read.append(number)
+            yield X[:4] + number, Y[:4]
+
+    source = source_of(noting())
+    assert read == [0]
+    assert [b.inputs[0][0, 0] for b in source.batches(0)] == [0, 1, 2]
+    assert read == [0, 1, 2]
+    assert (source.kind, source.one_shot) == ("iterator", True)
+
+
+def test_an_expensive_function_is_called_once_per_pass():
+    calls = []
+
+    def function():
+        calls.append(1)
+        return make_batches()
+
+    source = source_of(function)
+    rows(source), rows(source, 1)
+    assert len(calls) == 2
+
+
+def test_an_iterator_goes_on_where_it_was_and_then_says_what_to_write():
+    source = source_of(make_batches(), steps=9)
+    first = source.batches(0)
+    assert next(first).targets.tolist() == [0, 1, 2, 3]
+    del first
+    gc.collect()
+    assert rows(source, 1) == [[4, 5, 6, 7], [8, 9, 8, 9]]
+    with pytest.raises(
+        DataError,
+        match=r"used up, but pass 2 .*\(9 steps .* "
+        r"fit\(make_batches\) not fit\(make_batches\(\)\)",
+    ):
+        rows(source, 2)
+
+
+def test_an_iterable_that_is_empty_the_second_time():
+    class Once:
+        batches = make_batches()
+
+        def __iter__(self):
+            return map(tuple, self.batches)
+
+    source = source_of(Once())
+    rows(source)
+    with pytest.raises(DataError, match=r"no batches in pass 1: the iterable .*again"):
+        rows(source, 1)
+
+
+def test_a_function_that_returns_one_iterator():
+    iterator = make_batches()
+    source = source_of(lambda: iterator)
+    rows(source)
+    with pytest.raises(DataError, match=r"function .* make a new iterable each time"):
+        rows(source, 1)
+
+
+def test_an_iterator_with_nothing_but_next():
+    class Endless:
+        def __next__(self):
+            return X[:4], Y[:4]
+
+    source = source_of(Endless())
+    batches = source.batches(0)
+    assert source.one_shot
+    assert len([next(batches) for _ in range(3)]) == 3
+
+
+def test_a_loader_that_is_its_own_iterator_anew_each_time():
+    class Resetting:
+        def __iter__(self):
+            return make_batches()
+
+        def __next__(self):
+            raise NotImplementedError
+
+    source = source_of(Resetting())
+    assert (source.one_shot, rows(source) == rows(source, 1)) == (False, True)
+
+
+def test_a_builtin_without_signature_is_called():
+    with pytest.raises(TypeError, match=r"iter expected|at least 1|required") as caught:
+        source_of(iter)
+    assert caught.value
+
+
+def test_a_nesting_that_differs_without_a_name_that_does():
+    binding = Binding(CallSpec(("a", "b"), (), ("a",)))
+    source = as_source([((X,), Y), ({"a": X}, Y)], binding=binding)
+    with pytest.raises(DataError, match=r"x is missing, was .*x/a is float32"):
+        rows(source)
+    source = as_source([(X, (Y, Y)), (X, [Y, Y])], binding=ONE)
+    with pytest.raises(DataError, match=r"the nesting is PyTreeDef.*\[.*, was .*\("):
+        rows(source)
+
+
+@pytest.mark.parametrize("data", [iter([]), lambda: iter([])])
+def test_no_batches(data):
+    with pytest.raises(DataError, match=r"no batches: the .* given to fit yielded"):
+        source_of(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (lambda: (X, Y), r"returned a tuple; .* fit\(x, y\)"),
+        (lambda: 3, "returned a int"),
+        (lambda n: make_batches(), r"needs some .*Write lambda: <lambda>\(\.\.\.\)"),
+    ],
+)
+def test_functions_that_do_not_fit(data, message):
+    with pytest.raises(TypeError, match=message):
+        source_of(data)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (
+            (X[:4, :1], Y[:4]),
+            r"batch 1 of pass 0 differs .*x is float32\[batch, 1\], "
+            r"was float32\[batch, 2\]",
+        ),
+        ((X[:4].astype(np.float16), Y[:4]), r"x is float16\[batch, 2\], was float32"),
+        ((X[:4],), r"y is missing, was int32\[batch\]"),
+        ((X[:4], Y[:4], Y[:4] + 1.0), None),
+        ((X[:4], Y[:4], X[:4]), r"batch 1 of pass 0: weights have shape \(4, 2\)"),
+        (((X[:4], X[:4]), Y[:4]), r"x is missing, was float32.*|x/0 is float32"),
+        ((X[:4], Y[:3]), "batch 1 of pass 0: arrays of different length: x: 4, y: 3"),
+        ((X[:0], Y[:0]), "batch 1 of pass 0: no examples"),
+        ((X[0], 3), "batch 1 of pass 0: y is a single value"),
+        ((X[:4], Y[:4] + np.int64(2**40)), "batch 1 of pass 0: y is int64 and holds"),
+    ],
+)
+def test_later_batches_that_differ(second, message):
+    source = source_of([(X[:4], Y[:4]), second])
+    if message is None:
+        assert len(rows(source)) == 2
+        return
+    with pytest.raises(DataError, match=message):
+        rows(source)
+
+
+def test_wider_dtypes_count_as_equal():
+    source = source_of([(X[:4], Y[:4]), (X[:4].astype(float), Y[:4].astype(int))])
+    batches = list(source.batches(0))
+    assert batches[1].inputs[0].dtype == np.float32
+    assert batches[1].targets.dtype == np.int32
+
+
+@pytest.mark.parametrize("first", [(X[0], 3), {"x": X[0], "y": 3}])
+def test_single_examples_are_named(first):
+    with pytest.raises(
+        DataError, match=r"batch 0 of pass 0: y is a single value.*stack"
+    ):
+        source_of([first, first])
+
+
+def test_a_larger_batch_warns_once_and_then_sets_the_size():
+    source = source_of(lambda: make_batches((2, 3, 4, 1)))
+    with pytest.warns(UserWarning, match="batch 1 of pass 0 has 3 rows, .* had 2") as w:
+        sizes = [len(batch) for batch in rows(source)]
+    assert (sizes, len(w)) == ([2, 3, 4, 4], 1)
+    assert source.batch_size == 4
+    assert [len(batch) for batch in rows(source, 1)] == [4, 4, 4, 4]
+
+
+def test_no_pad_leaves_sizes_alone():
+    source = source_of(lambda: make_batches((2, 4, 1)), pad=False)
+    assert [len(batch) for batch in rows(source)] == [2, 4, 1]
+
+
+def test_errors_of_the_loader_pass_through_with_a_note():
+    def broken():
+        yield X[:4], Y[:4]
+        raise OSError("disk gone")
+
+    with pytest.raises(OSError, match="disk gone") as caught:
+        rows(source_of(broken), 0)
+    assert caught.value.__notes__ == ["while reading batch 1 of pass 0"]
+
+    def unopened():
+        raise OSError("no such file")
+
+    with pytest.raises(OSError, match="no such file") as caught:
+        source_of(unopened)
+    assert caught.value.__notes__ == ["while starting pass 0 over the data"]
+
+    binding = Binding(ONE.call, inputs=lambda raw: raw["missing"])
+    with pytest.raises(KeyError) as caught_key:
+        as_source([{"x": X, "y": Y}], binding=binding)
+    assert caught_key.value.__notes__ == ["while reading batch 0 of pass 0"]
+
+
+def test_check_is_called_with_real_rows_of_every_batch():
+    seen = []
+
+    def check(batch):
+        seen.append(len(batch.targets))
+        if batch.targets.max() > 8:
+            raise DataError("targets hold 9")
+
+    source = source_of(make_batches, check=check)
+    assert seen == []
+    with pytest.raises(DataError, match="batch 2 of pass 0: targets hold 9"):
+        rows(source)
+    assert seen == [4, 4, 2]
+
+
+def test_class_weight_for_every_batch():
+    source = source_of(make_batches, class_weight={9: 3.0})
+    assert [b.weights.tolist() for b in source.batches(0)][2] == [1, 3, 0, 0]
+
+
+def test_values_of_the_first_batch_are_checked():
+    with pytest.raises(DataError, match="x holds nan at row 0"):
+        source_of([(X * np.nan, Y)])
+    with pytest.raises(DataError, match="all zero"):
+        source_of([(X, Y, 0 * Y)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"y": Y}, "y is given beside a generator"),
+        ({"sample_weight": Y}, "sample_weight is given beside a generator"),
+        ({"batch_size": 4}, r"batch_size=4 is given, but .* write fit\(dataset\)"),
+    ],
+)
+def test_arguments_of_arrays_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        source_of(make_batches(), **arguments)
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        [X[:4], X[4:8], X[8:]],
+        [(X[:4],), (X[4:8],), (X[8:],)],
+        list(make_batches()),
+        [{"image": x, "label": y} for x, y in make_batches()],
+    ],
+)
+def test_streams_for_predict(batches):
+    source = as_inputs_source(iter(batches), binding=ONE)
+    read = list(source.batches(0))
+    assert [b.weights.sum() for b in read] == [4, 4, 2]
+    np.testing.assert_array_equal(
+        np.concatenate([b.inputs[0][b.weights > 0] for b in read]), X
+    )
+    assert all(b.targets is None for b in read)
+
+
+def test_predict_refuses_a_batch_size_for_streams():
+    with pytest.raises(ValueError, match=r"batch_size=4.*predict\(dataset\)"):
+        as_inputs_source(iter([X]), binding=ONE, batch_size=4)
