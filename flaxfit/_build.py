@@ -1,7 +1,7 @@
 """Settings and one batch -> everything resolved: model, losses, metrics, programs."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -26,11 +26,15 @@ from flaxfit._steps import (
     make_gradient,
     make_init,
     make_predict_step,
-    make_train_step,
 )
 from flaxfit._types import Batch, Inputs, PyTree, TrainState
 from flaxfit.metrics import resolve_metrics
-from flaxfit.optimizers import resolve_optimizer
+from flaxfit.optimizers import needs_total_steps, resolve_optimizer
+
+NO_DATA_YET = (
+    "This trainer has seen no data yet, so it has no state: call fit, evaluate or "
+    "predict first, or make one with state = trainer.init(batch)."
+)
 
 
 @dataclass(frozen=True)
@@ -195,14 +199,15 @@ def check_batch(built: Built, settings: Settings, batch: Batch) -> None:
       Exception: whatever the model raises for inputs of these shapes.
     """
     batch = shapes_of(batch)
-    if batch.targets is None:
-        batch = batch.replace(targets=built.example.targets)
-        checked = ("inputs",)
-    else:
-        checked = ("inputs", "targets")
+    checked = ["inputs"] if batch.targets is None else ["inputs", "targets"]
     for name in checked:
-        before, after = _forms(getattr(built.example, name)), _forms(getattr(batch, name))
-        if {p: f[:2] for p, f in before.items()} != {p: f[:2] for p, f in after.items()}:
+        before, after = (
+            _forms(getattr(built.example, name)),
+            _forms(getattr(batch, name)),
+        )
+        if {p: f[:2] for p, f in before.items()} != {
+            p: f[:2] for p, f in after.items()
+        }:
             raise DataError(
                 f"Got {name} {_listed(after)}; this trainer was built for "
                 f"{_listed(before)}. Give it such {name}, or make a new Trainer."
@@ -233,6 +238,95 @@ def check_batch(built: Built, settings: Settings, batch: Batch) -> None:
             )
 
 
+class Builder:
+    """Owns the parts of one trainer, and makes them when the first data comes."""
+
+    def __init__(self, model: Any, family: ModelFamily, settings: Settings) -> None:
+        self._model = model
+        self._family = family
+        self._settings = settings
+        self._built: Built | None = None
+
+    @property
+    def seed(self) -> int:
+        """The trainer's seed."""
+        return self._settings.seed
+
+    @property
+    def built(self) -> Built:
+        """The parts.
+
+        Raises:
+          ValueError: there was no data yet to make them from.
+        """
+        if self._built is None:
+            raise ValueError(NO_DATA_YET)
+        return self._built
+
+    @property
+    def compiles(self) -> dict[str, int]:
+        """The number of traces of each phase."""
+        if self._built is None:
+            return dict.fromkeys(("train", "eval", "predict"), 0)
+        programs = self._built.programs
+        return {
+            "train": programs.train.traces,
+            "eval": programs.evaluate.traces,
+            "predict": programs.predict.traces,
+        }
+
+    def build(self, example: Batch, steps: int | None = None, done: int = 0) -> Built:
+        """Returns the parts, made anew only where they have to be.
+
+        Args:
+          example: a batch like those to come.
+          steps: the number of steps to come, None if unknown or none.
+          done: the number of steps behind.
+
+        Raises:
+          ValueError: see `build` and `check_batch`.
+        """
+        total = None if steps is None else done + steps
+        built = self._built
+        if built is not None and built.complete:
+            check_batch(built, self._settings, example)
+            scheduled = needs_total_steps(self._settings.learning_rate)
+            if not scheduled or total in (None, built.total_steps):
+                return built
+        self._built = build(
+            self._model,
+            self._family,
+            self._settings,
+            example,
+            total,
+            known=built.adapted if built is not None else None,
+        )
+        return self._built
+
+    def build_for_inputs(self, example: Batch) -> Built:
+        """Returns the parts; without a loss if there never were targets."""
+        if self._built is None:
+            settings = replace(self._settings, loss=None, metrics=None)
+            self._built = build(
+                self._model, self._family, settings, example, 1, complete=False
+            )
+        else:
+            check_batch(self._built, self._settings, example)
+        return self._built
+
+    def fresh_state(self, example: Batch) -> TrainState:
+        """Returns a new state at step 0."""
+        rng = jax.random.key(self._settings.seed)
+        state: TrainState = self.built.programs.init(
+            rng, example.inputs, self._settings.variables
+        )
+        return state
+
+    def check_targets(self, batch: Batch) -> None:
+        """Checks the values of targets on the host; see `Built.check_targets`."""
+        self.built.check_targets(batch)
+
+
 class _Form(NamedTuple):
     kind: str
     ndim: int
@@ -259,7 +353,9 @@ def _trace_outputs(adapted: Adapted, key: Any, inputs: Inputs) -> PyTree:
     def outputs(key: Any, inputs: Inputs) -> PyTree:
         params, collections = adapted.model.init(key, inputs)
         rngs = dict.fromkeys(adapted.detected.rngs, key)
-        return adapted.model.apply(params, collections, inputs, train=True, rngs=rngs)[0]
+        return adapted.model.apply(params, collections, inputs, train=True, rngs=rngs)[
+            0
+        ]
 
     return jax.eval_shape(outputs, key, inputs)
 

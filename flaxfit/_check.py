@@ -16,7 +16,9 @@ from flaxfit._display import (
 )
 from flaxfit._loop import read
 from flaxfit._types import Batch, PyTree, TrainState
-from flaxfit.data import Binding, Source
+from flaxfit.data import Source
+
+_TIMES = "\N{MULTIPLICATION SIGN}"
 
 
 class Text(str):
@@ -57,10 +59,8 @@ class CheckReport:
         return format_table(self.rows)
 
 
-def first_lines(
-    built: Built, state: TrainState, binding: Binding, source: Source
-) -> list[str]:
-    """Returns the two lines a `fit` begins with, and a third if there is more to say."""
+def first_lines(built: Built, state: TrainState, source: Source) -> list[str]:
+    """Returns the lines a `fit` begins with: two, more if there is more to say."""
     detected = built.adapted.detected
     parts = [
         detected.name,
@@ -93,10 +93,9 @@ def first_lines(
     return lines
 
 
-def make_report(
-    built: Built, state: TrainState, source: Source, example: Batch
-) -> CheckReport:
-    """Computes the report on one batch; the state is only read."""
+def make_report(built: Built, state: TrainState, source: Source) -> CheckReport:
+    """Computes the report on the first batch; the state is only read."""
+    example = source.example
     loss, gradients = read(built.programs.gradient(state, example))
     zero = tuple(
         _path(path)
@@ -114,13 +113,15 @@ def make_report(
         **_model_rows(built, state),
         **_data_rows(built, source, example),
         "loss": _loss_text(built),
-        "initial loss": format_value(float(loss))
+        "loss now" if int(read(state.step)) else "initial loss": format_value(
+            float(loss)
+        )
         + ("" if chance is None else f" (by chance {format_value(chance)})"),
         "metrics": _listed(built.task.metrics),
         "optimizer": _optimizer_text(built, state),
         "zero gradient": _listed(zero),
         "one step": _step_text(flops, step_bytes),
-        "compiles": ", ".join(f"{n} × {phase}" for phase, n in compiles.items()),
+        "compiles": ", ".join(f"{n} {_TIMES} {phase}" for phase, n in compiles.items()),
     }
     return CheckReport(rows, float(loss), chance, zero, flops, step_bytes, compiles)
 
@@ -190,7 +191,7 @@ def _optimizer_text(built: Built, state: TrainState) -> str:
 
 def _device_text(state: TrainState) -> str:
     devices = state.step.devices()
-    return f"{len(devices)} × {next(iter(devices)).platform}"
+    return f"{len(devices)} {_TIMES} {next(iter(devices)).platform}"
 
 
 def _inputs_text(example: Batch) -> str:
@@ -222,7 +223,10 @@ def _size(tree: PyTree) -> tuple[int, int]:
 
 def _shapes(tree: PyTree) -> str:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return ", ".join(f"{_path(p)} {describe_array(x)}".strip() for p, x in leaves) or "none"
+    return (
+        ", ".join(f"{_path(p)} {describe_array(x)}".strip() for p, x in leaves)
+        or "none"
+    )
 
 
 def _path(path: Any) -> str:

@@ -72,7 +72,9 @@ class Program:
         for name in ("temp", "argument", "output"):
             key = "temporary_bytes" if name == "temp" else f"{name}_bytes"
             found[key] = getattr(memory, f"{name}_size_in_bytes", None)
-        return {name: float(value) for name, value in found.items() if value is not None}
+        return {
+            name: float(value) for name, value in found.items() if value is not None
+        }
 
 
 class Programs(NamedTuple):
@@ -152,8 +154,11 @@ def _accumulate(running: Running, logs: Logs) -> Running:
 
 def empty_running(logs: PyTree) -> Running:
     """Returns the start of an epoch for `logs` of these shapes."""
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), logs)
-    return jax.device_put(Running(np.zeros((), np.int32), zeros))
+    index, zeros = jax.device_put(
+        (np.int32(0), jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), logs)),
+        may_alias=False,
+    )
+    return Running(index, zeros)
 
 
 class Preflight(NamedTuple):

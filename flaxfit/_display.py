@@ -177,7 +177,7 @@ def format_logs(logs: Mapping[str, Any]) -> str:
 def format_value(value: Any) -> str:
     """Returns a number in four significant digits, anything else as text."""
     if isinstance(value, float):
-        return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 else f"{value:.4g}"
+        return f"{value:.4f}" if 1e-2 <= abs(value) < 1e4 else f"{value:.4g}"
     return str(value)
 
 

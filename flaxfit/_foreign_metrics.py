@@ -89,7 +89,9 @@ def adapt_metric(metric: Any, name: str, loss: Loss | None) -> Update:
     update = whole if weighted else _without_rows_of_weight_0(metric, whole)
 
     def checked(outputs: Array, targets: Array, weights: Array) -> Any:
-        _check_merge(jax.eval_shape(whole, outputs, targets, weights), name)
+        batch = jax.eval_shape(whole, outputs, targets, weights)
+        _check_merge(batch, name)
+        _check_compute(batch, name)
         return update(outputs, targets, weights)
 
     return checked
@@ -113,6 +115,25 @@ def _check_merge(batch: Any, name: str) -> None:
     same = jax.tree.structure(merged) == jax.tree.structure(batch)
     if not same or leaves(merged) != leaves(batch):
         raise ValueError(problem)
+
+
+def _check_compute(batch: Any, name: str) -> None:
+    """Checks, where it can be traced, that the value is one number."""
+    try:
+        value = jax.eval_shape(lambda a: a.compute(), batch)
+    except (jax.errors.JAXTypeError, IndexError):
+        # It computes on the host, which is allowed, and so seen only there.
+        return
+    except Exception as err:
+        raise ValueError(
+            f"compute() of the metric {name!r} fails: {err} Replace the metric, or "
+            "override compute in a subclass."
+        ) from err
+    if getattr(value, "shape", None) != ():
+        raise ValueError(
+            f"compute() of the metric {name!r} gives {value}, not one number; override "
+            "compute in a subclass, e.g. return super().compute().mean()."
+        )
 
 
 def _check_parameters(metric: Any, name: str, parameters: Mapping[str, Any]) -> None:
@@ -233,11 +254,13 @@ def _without_rows_of_weight_0(metric: Any, whole: Update) -> Update:
 def _merge_rows(metric: Any, rows: Any, kept: Array) -> Any:
     first = jnp.argmax(kept)
     start = jax.tree.map(lambda x: x[first], rows)
-    nothing = jax.tree.map(
-        lambda e, x: jnp.broadcast_to(jnp.asarray(e, x.dtype), x.shape),
-        metric.empty(),
-        start,
-    )
+    nothing = jax.tree.map(jnp.zeros_like, start)
+    if hasattr(metric, "empty"):
+        nothing = jax.tree.map(
+            lambda e, x: jnp.broadcast_to(jnp.asarray(e, x.dtype), x.shape),
+            metric.empty(),
+            start,
+        )
     start = jax.tree.map(lambda x, e: jnp.where(jnp.any(kept), x, e), start, nothing)
 
     def merge(merged: Any, row: tuple[Any, Array]) -> tuple[Any, None]:

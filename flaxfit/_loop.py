@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice
 from typing import Any
 
@@ -123,8 +124,7 @@ def _fit_epoch(
             shown["done"] = loop.batch
             _throttle(in_flight, token)
             if ends:
-                current = running
-                loop.defer_logs(lambda r=current: read_logs(r, plan.order)[0])
+                loop.defer_logs(partial(_read_values, running, plan.order))
                 callbacks.call("on_train_batch_end", loop)
             if display.due():
                 shown["logs"], _ = read_logs(running, plan.order)
@@ -253,7 +253,6 @@ def join_batches(
         columns = columns or [[] for _ in leaves]
         for column, leaf in zip(columns, leaves, strict=True):
             column.append((leaf, rows))
-    assert structure is not None
     joined = [_join(column, stack_others) for column in columns]
     return jax.tree.unflatten(structure, joined)
 
@@ -285,6 +284,10 @@ def read_logs(
     with np.errstate(divide="ignore", invalid="ignore"):
         values = {name: as_number(log.compute()) for name, log in order(logs).items()}
     return values, None if rate is None else float(rate)
+
+
+def _read_values(running: Running, order: Callable[[Logs], Logs]) -> dict[str, Any]:
+    return read_logs(running, order)[0]
 
 
 def as_number(value: Any) -> Any:

@@ -148,8 +148,10 @@ def _auto_loss(outputs: Any, targets: Any, path: Path) -> Loss:
 
 def _no_rule(outputs: PyTree, targets: PyTree, path: Path) -> str:
     advice = ""
-    if not is_array(outputs):
-        keys = children(outputs)
+    keys = children(outputs)
+    if not is_array(outputs) and not keys:
+        advice = " Let the model return an array, or a dict or tuple of arrays."
+    elif not is_array(outputs):
         if isinstance(outputs, Mapping):
             parts = ", ".join(f"{k!r}: None" for k in list(keys)[1:])
             example = f"{{{next(iter(keys), 'name')!r}: 'auto', {parts}}}"

@@ -63,9 +63,7 @@ def make_init(task: Task) -> InitStep:
     that `variables`, `{"params": ..., "batch_stats": ...}`, brings.
     """
 
-    def init(
-        rng: Array, inputs: Inputs, variables: Mapping[str, PyTree]
-    ) -> TrainState:
+    def init(rng: Array, inputs: Inputs, variables: Mapping[str, PyTree]) -> TrainState:
         params, collections = task.model.init(rng, inputs)
         made = _strong({"params": params, **collections, **variables})
         params = made.pop("params")
@@ -248,7 +246,9 @@ def _logs(
         name: mean.replace(total=scale * mean.total)
         for name, (scale, mean) in terms.items()
     }
-    logs: Logs = {"loss": next(iter(scaled.values())) if len(scaled) == 1 else Sum(scaled)}
+    logs: Logs = {
+        "loss": next(iter(scaled.values())) if len(scaled) == 1 else Sum(scaled)
+    }
     if not task.objective.single:
         logs |= {f"{n}_loss": m for n, (_, m) in terms.items() if "/" not in n}
     for name, metric in task.metrics.items():

@@ -23,6 +23,8 @@ def describe(tree: PyTree) -> str:
     """Returns `"float32[32, 10]"`, in the nesting of `tree`."""
 
     def one(x: Any) -> str:
+        if not is_array(x):
+            return type(x).__name__
         return f"{jnp.dtype(x.dtype).name}{list(x.shape)}"
 
     named = jax.tree.map(one, tree)

@@ -157,9 +157,7 @@ class Average(flax.struct.PyTreeNode):
         spread = weights.reshape(weights.shape + (1,) * (values.ndim - weights.ndim))
         spread = jnp.broadcast_to(spread, values.shape)
         kept = jnp.where(spread == 0, 0, values)
-        return cls(
-            jnp.sum(spread * kept), jnp.sum(spread), jnp.zeros(2, jnp.float32)
-        )
+        return cls(jnp.sum(spread * kept), jnp.sum(spread), jnp.zeros(2, jnp.float32))
 
     def merge(self, other: Self) -> Self:
         """Returns the mean over both."""
@@ -188,10 +186,11 @@ class Sum(flax.struct.PyTreeNode):
 
     def compute(self) -> Array:
         """Returns the sum of the terms' means; a term that counted nothing is 0."""
-        return sum(
+        means = [
             (t.total + t.residual[0]) / (t.count + t.residual[1] + (t.count == 0))
             for t in self.terms.values()
-        )
+        ]
+        return sum(means[1:], start=means[0])
 
 
 class StateHolder:

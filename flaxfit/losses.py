@@ -90,13 +90,16 @@ class Loss:
                 f"ignore_label={ignore_label!r} is not an integer; write "
                 "Loss(..., ignore_label=-100)."
             )
-        object.__setattr__(self, "fn", function)
-        object.__setattr__(self, "label_smoothing", float(label_smoothing))
-        object.__setattr__(self, "ignore_label", ignore_label)
-        threshold = _threshold(kind) if threshold == "auto" else threshold
-        object.__setattr__(self, "threshold", threshold)
-        object.__setattr__(self, "name", name or known or _name_of(function))
-        object.__setattr__(self, "kind", kind)
+        values = {
+            "fn": function,
+            "label_smoothing": float(label_smoothing),
+            "ignore_label": ignore_label,
+            "threshold": _threshold(kind) if threshold == "auto" else threshold,
+            "name": name or known or _name_of(function),
+            "kind": kind,
+        }
+        for attribute, value in values.items():
+            object.__setattr__(self, attribute, value)
 
     @property
     def integer_targets(self) -> bool:

@@ -1,24 +1,38 @@
-"""The facade: checks arguments, resolves names once, wires the parts, owns the state."""
+"""The facade: checks arguments, wires the parts, and owns the state."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Self
 
 import jax
 import numpy as np
 
-from flaxfit import checkpoint
-from flaxfit._build import Built, Settings, build, check_batch
+from flaxfit import _steps, checkpoint
+from flaxfit._arguments import (
+    as_callbacks,
+    as_count,
+    as_epoch_filter,
+    as_names,
+    as_optional_count,
+)
+from flaxfit._build import NO_DATA_YET, Builder, Built, Settings
 from flaxfit._check import CheckReport, Text, first_lines, make_report
 from flaxfit._display import Display, make_display, make_progress
 from flaxfit._errors import CheckpointError, DataError
 from flaxfit._interrupt import Interrupt
-from flaxfit._loop import FitPlan, eval_loop, fit_loop, predict_loop, read, read_logs
+from flaxfit._loop import (
+    FitPlan,
+    eval_loop,
+    fit_loop,
+    join_batches,
+    predict_loop,
+    read,
+    read_logs,
+)
 from flaxfit._meta import from_meta, to_meta
 from flaxfit._models import model_family
 from flaxfit._models.base import Overrides
-from flaxfit._steps import Task, TrainStep, make_train_step
+from flaxfit._steps import Task, TrainStep
 from flaxfit._types import Batch, Logs, PyTree, StateHolder, TrainState, copy_state
 from flaxfit.callbacks.base import (
     Callback,
@@ -37,7 +51,6 @@ from flaxfit.data import (
     split_validation,
 )
 from flaxfit.history import History
-from flaxfit.optimizers import needs_total_steps
 
 
 class Trainer:
@@ -108,21 +121,17 @@ class Trainer:
         rngs: str | Iterable[str] = "auto",
         inputs: Any = None,
         targets: Any = None,
-        make_train_step: Callable[[Task], TrainStep] = make_train_step,
+        make_train_step: Callable[[Task], TrainStep] | None = None,
     ) -> None:
         self._config: dict[str, Any] = {
             name: value
             for name, value in locals().items()
             if name not in ("self", "model", "variables")
         }
-        if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-            raise ValueError(f"seed={seed!r}: write an integer >= 0, e.g. seed=0.")
-        self._model = model
-        self._family = model_family(model)
         overrides = Overrides(
-            train_flag, _names("collections", collections), _names("rngs", rngs)
+            train_flag, as_names("collections", collections), as_names("rngs", rngs)
         )
-        self._settings = Settings(
+        settings = Settings(
             loss=loss,
             loss_weights=loss_weights,
             optimizer=optimizer,
@@ -136,13 +145,15 @@ class Trainer:
                 "freeze": freeze,
             },
             variables=dict(variables or {}),
-            seed=int(seed),
-            make_train_step=make_train_step,
+            seed=as_count("seed", seed, least=0),
+            make_train_step=make_train_step or _steps.make_train_step,
         )
+        family = model_family(model)
+        self._name = type(model).__name__
         self._binding = Binding(
-            self._family.call_spec(model, overrides), inputs=inputs, targets=targets
+            family.call_spec(model, overrides), inputs=inputs, targets=targets
         )
-        self._built: Built | None = None
+        self._builder = Builder(model, family, settings)
         self._holder = StateHolder()
         self._batch_size = DEFAULT_BATCH_SIZE
 
@@ -207,14 +218,14 @@ class Trainer:
             first step; the message holds the line to write instead.
           TypeError: data of a kind that is not understood.
         """
-        epochs = _count("epochs", epochs)
-        initial_epoch = _count("initial_epoch", initial_epoch, least=0)
+        epochs = as_count("epochs", epochs)
+        initial_epoch = as_count("initial_epoch", initial_epoch, least=0)
         span = range(initial_epoch, epochs)
-        hooks = CallbackList(_callback_list(callbacks))
+        hooks = CallbackList(as_callbacks(callbacks))
         display = make_display(verbose)
-        validates_at = _validation_epochs(validation_freq)
-        steps = _optional_count("steps_per_epoch", steps_per_epoch)
-        validation_steps = _optional_count("validation_steps", validation_steps)
+        validates_at = as_epoch_filter(validation_freq)
+        steps = as_optional_count("steps_per_epoch", steps_per_epoch)
+        validation_steps = as_optional_count("validation_steps", validation_steps)
         if not isinstance(shuffle, bool | np.bool_):
             raise ValueError(f"shuffle={shuffle!r}: write True or False.")
         with Interrupt() as interrupt:
@@ -230,10 +241,10 @@ class Trainer:
                 binding=self._binding,
                 batch_size=batch_size,
                 shuffle=bool(shuffle),
-                seed=(self._settings.seed, self.step),
+                seed=(self._builder.seed, self.step),
                 class_weight=class_weight,
                 steps=steps,
-                check=self._check_targets,
+                check=self._builder.check_targets,
             )
             _refuse_one_shot(source, "fit", span, steps)
             epoch_steps = steps or source.num_batches
@@ -243,7 +254,7 @@ class Trainer:
                 validation_data, validation_batch_size, len(span), validation_steps
             )
             self._init_state(source.example)
-            for line in first_lines(built, self._holder.peek(), self._binding, source):
+            for line in first_lines(built, self._holder.peek(), source):
                 display.say(line)
             loop = LoopState(
                 self._holder,
@@ -261,8 +272,7 @@ class Trainer:
                 steps_per_epoch=steps,
                 order=built.task.order,
                 learning_rate=built.task.optimizer.learning_rate,
-                validate=validation
-                and self._validate_on(validation, validation_steps, interrupt),
+                validate=self._validate_on(validation, validation_steps, interrupt),
                 validates_at=validates_at,
             )
             return self._run(loop, plan, source, hooks, display, interrupt)
@@ -276,7 +286,7 @@ class Trainer:
         display: Display,
         interrupt: Interrupt,
     ) -> History:
-        built = self._require_built()
+        built = self._builder.built
         try:
             fit_loop(
                 loop,
@@ -319,7 +329,7 @@ class Trainer:
           The loss and metrics of this batch before the step, as floats.
         """
         batch = self._one_batch(x, y, sample_weight, class_weight, "train_on_batch")
-        built = self._require_built()
+        built = self._builder.built
         with Interrupt() as interrupt:
             with interrupt.shield():
                 state, running, _ = built.programs.train(
@@ -361,7 +371,7 @@ class Trainer:
         Raises:
           ValueError: as `fit`.
         """
-        steps = _optional_count("steps", steps)
+        steps = as_optional_count("steps", steps)
         display = make_progress(verbose)
         source = self._source(x, y, sample_weight, batch_size, "evaluate")
         built = self._build(source)
@@ -382,7 +392,7 @@ class Trainer:
     ) -> dict[str, Any]:
         """Returns the loss and metrics of one batch of any size, as floats."""
         batch = self._one_batch(x, y, sample_weight, None, "test_on_batch")
-        built = self._require_built()
+        built = self._builder.built
         running, _ = built.programs.evaluate(self._holder.peek(), built.empty(), batch)
         logs, _ = read_logs(running, built.task.order)
         return logs
@@ -449,7 +459,7 @@ class Trainer:
         steps: int | None,
         what: str,
     ) -> PyTree:
-        steps = _optional_count("steps", steps)
+        steps = as_optional_count("steps", steps)
         display = make_progress(verbose)
         source = as_inputs_source(
             x,
@@ -458,7 +468,7 @@ class Trainer:
             default_batch_size=self._batch_size,
             what=what,
         )
-        built = self._build_for_inputs(source.example)
+        built = self._builder.build_for_inputs(source.example)
         self._init_state(source.example)
         sown = what == "predict_intermediates"
         parts = predict_loop(
@@ -482,7 +492,8 @@ class Trainer:
           batch: `(x, y)`, `(x, y, weights)` or a dict of arrays, or a `Batch`.
         """
         batch = self._as_batch(batch)
-        return self._fresh_state(self._build_from(batch), batch)
+        self._builder.build(batch)
+        return self._builder.fresh_state(batch)
 
     def train_step(self, state: TrainState, batch: Any) -> tuple[TrainState, Logs]:
         """Makes one step, pure and jitted, for those who own their loop.
@@ -498,7 +509,7 @@ class Trainer:
           `logs["loss"].compute()`, `logs["loss"].merge(other)`.
         """
         batch = self._as_batch(batch)
-        built = self._build_from(batch)
+        built = self._builder.build(batch)
         state, logs = built.programs.step(state, batch)
         return state, built.task.order(logs)
 
@@ -520,7 +531,9 @@ class Trainer:
     def state(self, state: TrainState) -> None:
         if self._holder.empty:
             if not isinstance(state, TrainState):
-                raise TypeError(f"state takes a TrainState, got {type(state).__name__}.")
+                raise TypeError(
+                    f"state takes a TrainState, got {type(state).__name__}."
+                )
             self._holder.put(copy_state(state))
             return
         check_same_form(state, self._holder.peek())
@@ -533,7 +546,7 @@ class Trainer:
         The parameters are those `evaluate` and `predict` use.
         """
         state = self.state
-        built = self._require_built()
+        built = self._builder.built
         params = built.task.optimizer.evaluation_params(state.opt_state, state.params)
         return {"params": params, **state.collections}
 
@@ -544,15 +557,8 @@ class Trainer:
 
     @property
     def compiles(self) -> dict[str, int]:
-        """How often each phase was compiled: `{"train": 1, "eval": 1, "predict": 1}`."""
-        if self._built is None:
-            return dict.fromkeys(("train", "eval", "predict"), 0)
-        programs = self._built.programs
-        return {
-            "train": programs.train.traces,
-            "eval": programs.evaluate.traces,
-            "predict": programs.predict.traces,
-        }
+        """How often each phase was compiled: `{"train": 1, "eval": 1, …}`."""
+        return self._builder.compiles
 
     # ------------------------------------------------------------ looking at it
 
@@ -564,29 +570,30 @@ class Trainer:
         """
         if x is not None:
             source = as_inputs_source(x, binding=self._binding, what="summary")
-            built = self._build_for_inputs(source.example)
+            built = self._builder.build_for_inputs(source.example)
         else:
-            built = self._require_built()
+            built = self._builder.built
         return Text(built.adapted.summary(built.example.inputs))
 
-    def check(self, x: Any, y: Any = None, *, batch_size: int | None = None) -> CheckReport:
+    def check(
+        self, x: Any, y: Any = None, *, batch_size: int | None = None
+    ) -> CheckReport:
         """Tells what was understood, without training: `print(trainer.check(x, y))`.
 
         Takes what `fit` takes. Compiles one step to count its FLOPs and memory.
         """
         source = self._source(x, y, None, batch_size, "check")
         built = self._build(source)
-        example = source.example
         state = (
-            self._fresh_state(built, example)
+            self._builder.fresh_state(source.example)
             if self._holder.empty
             else self._holder.peek()
         )
-        return make_report(built, state, source, self._binding, example)
+        return make_report(built, state, source)
 
     def __repr__(self) -> str:
-        name = type(self._model).__name__
-        return f"Trainer({name}, {'untrained' if self._holder.empty else f'step {self.step}'})"
+        progress = "untrained" if self._holder.empty else f"step {self.step}"
+        return f"Trainer({self._name}, {progress})"
 
     # --------------------------------------------------------------------- files
 
@@ -603,7 +610,7 @@ class Trainer:
           CheckpointError: something in the state cannot be written.
         """
         self._require_state()
-        built = self._require_built()
+        built = self._builder.built
         meta = to_meta(self._config, built.example, batch_size=self._batch_size)
         checkpoint.save(path, self._holder.peek(), meta)
 
@@ -625,7 +632,7 @@ class Trainer:
         config, example, batch_size = from_meta(meta, changes, os.fspath(path))
         trainer = cls(model, **config)
         try:
-            built = trainer._build_from(example)
+            built = trainer._builder.build(example)
         except Exception as error:
             raise CheckpointError(
                 f"{os.fspath(path)!r} was saved for inputs that {type(model).__name__} "
@@ -647,7 +654,7 @@ class Trainer:
             binding=self._binding,
             batch_size=batch_size,
             default_batch_size=self._batch_size,
-            check=self._check_targets,
+            check=self._builder.check_targets,
             what=what,
         )
 
@@ -672,9 +679,11 @@ class Trainer:
         return source
 
     def _validate_on(
-        self, source: Source, steps: int | None, interrupt: Interrupt
-    ) -> Callable[[TrainState], dict[str, Any] | None]:
-        built = self._require_built()
+        self, source: Source | None, steps: int | None, interrupt: Interrupt
+    ) -> Callable[[TrainState], dict[str, Any] | None] | None:
+        if source is None:
+            return None
+        built = self._builder.built
 
         def validate(state: TrainState) -> dict[str, Any] | None:
             return eval_loop(
@@ -700,8 +709,8 @@ class Trainer:
             class_weight=class_weight,
             what=what,
         )
-        self._build_from(batch)
-        self._check_targets(batch)
+        self._builder.build(batch)
+        self._builder.check_targets(batch)
         self._init_state(batch)
         return batch
 
@@ -712,116 +721,20 @@ class Trainer:
             batch = batch.replace(weights=np.ones(rows, np.float32))
         return batch
 
-    def _build(self, source: Source, total_steps: int | None = None) -> Built:
-        built = self._build_from(source.example, total_steps)
+    def _build(self, source: Source, steps: int | None = None) -> Built:
+        built = self._builder.build(source.example, steps, done=self.step)
         if built.task.objective.scalar_loss:
             source.pad = False
         source.check()
         return built
 
-    def _build_from(self, example: Batch, total_steps: int | None = None) -> Built:
-        """Returns the parts, made anew where this batch or length asks for it."""
-        built = self._built
-        if built is not None and built.complete:
-            check_batch(built, self._settings, example)
-            scheduled = needs_total_steps(self._settings.learning_rate)
-            if not scheduled or total_steps in (None, built.total_steps):
-                return built
-        if total_steps is not None:
-            total_steps += self.step
-        self._built = build(
-            self._model,
-            self._family,
-            self._settings,
-            example,
-            total_steps,
-            known=built and built.adapted,
-        )
-        return self._built
-
-    def _build_for_inputs(self, example: Batch) -> Built:
-        """Returns the parts; without a loss if there never were targets."""
-        if self._built is None:
-            settings = replace(self._settings, loss=None, metrics=None)
-            self._built = build(
-                self._model, self._family, settings, example, 1, complete=False
-            )
-        else:
-            check_batch(self._built, self._settings, example)
-        return self._built
-
     def _init_state(self, example: Batch) -> None:
         if self._holder.empty:
-            self._holder.put(self._fresh_state(self._require_built(), example))
-
-    def _fresh_state(self, built: Built, example: Batch) -> TrainState:
-        rng = jax.random.key(self._settings.seed)
-        state: TrainState = built.programs.init(
-            rng, example.inputs, self._settings.variables
-        )
-        return state
-
-    def _check_targets(self, batch: Batch) -> None:
-        built = self._require_built()
-        built.check_targets(batch)
-
-    def _require_built(self) -> Built:
-        if self._built is None:
-            raise ValueError(_NO_STATE)
-        return self._built
+            self._holder.put(self._builder.fresh_state(example))
 
     def _require_state(self) -> None:
         if self._holder.empty:
-            raise ValueError(_NO_STATE)
-
-
-_NO_STATE = (
-    "This trainer has seen no data yet, so it has no state: call fit, evaluate or "
-    "predict first, or make one with state = trainer.init(batch)."
-)
-
-
-def _names(argument: str, names: str | Iterable[str]) -> str | tuple[str, ...]:
-    if names == "auto":
-        return "auto"
-    if isinstance(names, str):
-        raise ValueError(f"{argument}={names!r}: write a list, {argument}=[{names!r}].")
-    return tuple(names)
-
-
-def _count(argument: str, value: Any, *, least: int = 1) -> int:
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or value < least:
-        raise ValueError(f"{argument}={value!r}: write a whole number >= {least}.")
-    return int(value)
-
-
-def _optional_count(argument: str, value: Any) -> int | None:
-    return None if value is None else _count(argument, value)
-
-
-def _validation_epochs(frequency: int | Iterable[int]) -> Callable[[int], bool]:
-    if isinstance(frequency, Iterable):
-        after = frozenset(_count("validation_freq", epoch) for epoch in frequency)
-        return lambda epoch: epoch + 1 in after
-    every = _count("validation_freq", frequency)
-    return lambda epoch: (epoch + 1) % every == 0
-
-
-def _callback_list(callbacks: Any) -> list[Callback]:
-    given = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
-    for callback in given:
-        if isinstance(callback, type):
-            raise TypeError(
-                f"callbacks holds the class {callback.__name__}: write "
-                f"{callback.__name__}()."
-            )
-        if not isinstance(callback, Callback):
-            raise TypeError(
-                f"callbacks holds a {type(callback).__name__}: write a subclass of "
-                f"flaxfit.Callback, or LambdaCallback(on_epoch_end=function)."
-            )
-    return given
+            raise ValueError(NO_DATA_YET)
 
 
 def _refuse_one_shot(

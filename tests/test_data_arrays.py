@@ -47,7 +47,8 @@ def test_a_batch_larger_than_the_data_wraps_around():
 
 
 def test_no_pad_leaves_the_tail_short():
-    source = as_source(X, Y, binding=ONE, batch_size=4, pad=False)
+    source = as_source(X, Y, binding=ONE, batch_size=4)
+    source.pad = False
     assert [len(batch) for batch in rows(source)] == [4, 4, 2]
     assert [b.weights.tolist() for b in source.batches(0)][2] == [1, 1]
 
@@ -101,6 +102,12 @@ def test_several_inputs_and_targets():
     assert sorted(source.example.targets) == ["p", "q"]
     nested = as_source(((X, Y), Y), binding=TWO, batch_size=10)
     assert len(nested.example.inputs) == 2
+
+
+def test_the_default_batch_size():
+    assert as_source(X, Y, binding=ONE).batch_size == 32
+    assert as_source(X, Y, binding=ONE, default_batch_size=3).batch_size == 3
+    assert as_inputs_source(X, binding=ONE, default_batch_size=3).batch_size == 3
 
 
 def test_uint8_stays():
@@ -239,11 +246,12 @@ def test_a_first_batch_of_weight_zero_is_fine():
     assert as_source(X, Y, weights, binding=ONE, batch_size=4).example is not None
 
 
-def test_check_sees_all_rows_once_and_only_when_read():
+def test_check_sees_all_rows_and_only_when_asked():
     seen = []
     source = as_source(X, Y, binding=ONE, batch_size=4, check=seen.append)
+    rows(source)
     assert seen == []
-    rows(source), rows(source, 1)
+    source.check()
     assert [batch.targets.tolist() for batch in seen] == [Y.tolist()]
     assert seen[0].weights.tolist() == [1] * 10
 

@@ -126,6 +126,7 @@ def test_inputs_override_keeps_tuples_of_arrays_working():
     assert binding.split(({"image": 1, "id": 4}, 2)) == Batch((1,), 2, None)
     by_function = Binding(ONE.call, inputs=lambda raw: raw[0] * 10)
     assert by_function.split((1, 2)) == Batch((10,), 2, None)
+    assert by_function.bind((3,)) == (30,)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Refusals of arrays, with their text."""
 
+import collections
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -26,7 +28,9 @@ def test_rows_are_counted():
         (Batch((X, X[:2]), None, None), "x/0: 4, x/1: 2"),
         (Batch({"a": X}, Y, W[:1]), "x/a: 4, y: 4, weights: 1"),
         (Batch((X[:0],), Y[:0], None), r"no examples: x has shape \(0, 3\)"),
-        (Batch((), None, None), "no arrays at all"),
+        (Batch((), None, None), "no inputs: x holds no array"),
+        (Batch((None,), Y, None), "no inputs: x holds no array"),
+        (Batch((np.array(iter([])),), Y, None), "x is a list_iterator, not an array"),
         (Batch((X,), np.float32(1), None), r"y is a single value .*np.stack"),
         (Batch((np.array(["a", "b"]),), None, None), "x has dtype <U1.*return_inv"),
         (Batch((X.astype(object),), None, None), r"x has dtype object, .*'float32'"),
@@ -109,6 +113,20 @@ def test_as_host_asks_array_likes_and_joins_numbers():
     assert host[0]["b"].dtype == np.float64
     np.testing.assert_array_equal(host[1], [0, 1, 2])
     assert host[2] is None
+
+
+def test_as_host_reads_mappings_that_are_no_pytrees():
+    host = as_host([collections.UserDict(a=[1, 2])])
+    np.testing.assert_array_equal(host[0]["a"], [1, 2])
+
+
+def test_errors_of_an_array_like_pass_through():
+    class Broken:
+        def __array__(self, dtype=None, copy=None):
+            raise ValueError("on another device")
+
+    with pytest.raises(ValueError, match="on another device"):
+        as_host(Broken())
 
 
 def test_as_host_refuses_ragged_lists():

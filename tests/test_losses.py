@@ -125,6 +125,7 @@ def test_a_function_of_optax_is_known_by_identity():
     loss = Loss(optax.softmax_cross_entropy_with_integer_labels)
     assert loss.integer_targets and loss.name == INTEGER
     assert Loss(functools.partial(optax.losses.huber_loss, delta=2.0)).threshold == 0.5
+    assert Loss(functools.partial(max, key=len)).name == "max"
     assert Loss(optax.losses.squared_error).name == "squared_error"
 
 
@@ -336,6 +337,13 @@ def test_losses_that_do_not_fit_the_outputs(loss, weights, match):
 
 def test_losses_and_targets_nested_differently():
     array = shaped((4, 2))
+    with pytest.raises(ValueError, match="for a single loss; write one number"):
+        resolve("mse", array, array, {"a": 1.0})
+    with pytest.raises(ValueError, match="ignore_label of f needs one array"):
+        mine = Loss(lambda o, t: o, ignore_label=0, name="f")
+        resolve(mine, array, (array, array))
+    with pytest.raises(DetectionError, match="Let the model return an array"):
+        resolve("auto", object(), array)
     with pytest.raises(ValueError, match="is one array: give one loss"):
         resolve({"a": "mse"}, array, array)
     with pytest.raises(ValueError, match="1 losses for 2 outputs"):
@@ -385,7 +393,7 @@ def test_functions_that_are_no_loss(loss, error, match):
     with pytest.raises(error, match=match) as info:
         resolve(loss, shaped((8, 3)), shaped((8, 3), "int32"))
     if error is TypeError:
-        assert "while tracing the loss" in info.value.__notes__[0]
+        assert "while tracing the loss" in "".join(info.value.__notes__)
 
 
 def test_weights_with_more_axes_than_the_loss():
@@ -428,6 +436,8 @@ def test_targets_in_range():
         (Loss("bce", ignore_label=-1), (2, 1), [[-1], [1]]),
         ("hinge", (2, 1), [[-1], [1]]),
         ("mse", (2, 1), [[-7.0], [9.0]]),
+        (INTEGER, (0, 3), np.zeros(0, int)),
+        (lambda o, t: o, (2, 1), [[np.nan], [9.0]]),
     ):
         targets = np.asarray(targets)
         check_targets(resolve(loss, shaped(shape), targets), shaped(shape), targets)

@@ -187,6 +187,29 @@ def test_a_schedule_of_integers_is_a_float_rate(rate):
     assert optimizer.learning_rate(opt_state) == 1.0
 
 
+def test_a_stateful_schedule_is_given_to_optax_as_it_is():
+    class Halved(optax.schedules.StatefulSchedule):
+        def init(self):
+            return jnp.float32(1.0)
+
+        def update(self, state, **extra):
+            return state / 2
+
+        def __call__(self, state, **extra):
+            return state
+
+    optimizer = resolve_optimizer("sgd", Halved(), None)
+    _, opt_state = train(optimizer.tx, make_params(), steps=3)
+    assert optimizer.learning_rate(opt_state) == 0.25
+
+
+def test_a_partial_of_another_shape_is_only_called():
+    chain = functools.partial(optax.chain, optax.clip(0.1), optax.sgd(0.5))
+    params, _ = plain(resolve_optimizer(chain, None, None).tx, make_params())
+    expected = optax.chain(optax.clip(0.1), optax.sgd(0.5))
+    assert_close(params, plain(expected, make_params())[0])
+
+
 def test_a_function_of_total_steps_gets_the_number_of_updates():
     seen = []
 

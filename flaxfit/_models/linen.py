@@ -13,6 +13,7 @@ import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.summary import tabulate
 
 from flaxfit._errors import DetectionError
 from flaxfit._models.base import Adapted, Detected, Overrides, stream_rngs
@@ -125,9 +126,7 @@ def find_train_flag(module: nn.Module, overrides: Overrides) -> TrainFlag:
             f"{in_call[0]}=",
             arguments=tuple((n, inverted[n]) for n in arguments),
             # `nn.merge_param` refuses a flag that is given twice.
-            cleared=tuple(
-                n for n in arguments if getattr(module, n, None) is not None
-            )
+            cleared=tuple(n for n in arguments if getattr(module, n, None) is not None)
             if on_module
             else (),
         )
@@ -194,9 +193,7 @@ def _make_model(
 ) -> Model:
     def init(rng: jax.Array, inputs: Inputs) -> tuple[PyTree, dict[str, PyTree]]:
         streams = {**stream_rngs(rng, rngs), "params": rng}
-        variables = _bind_axes(
-            lambda: _init(module, flag, inputs, streams), axis_names
-        )
+        variables = _bind_axes(lambda: _init(module, flag, inputs, streams), axis_names)
         return variables.get("params", {}), {n: variables[n] for n in carried}
 
     def apply(
@@ -226,9 +223,9 @@ def _bind_axes(function: Callable[[], Any], axis_names: tuple[str, ...]) -> Any:
 
 
 def _bound(function: Callable[[], Any], name: str) -> Callable[[], Any]:
-    return lambda: jax.vmap(
-        lambda unused: function(), axis_name=name, out_axes=None
-    )(jnp.zeros(1))
+    return lambda: jax.vmap(lambda unused: function(), axis_name=name, out_axes=None)(
+        jnp.zeros(1)
+    )
 
 
 def _init(
@@ -442,4 +439,4 @@ def _summary(
         args, named = _arguments(target, inputs, kwargs)
         streams = dict.fromkeys((*rngs, "params"), key)
         console = {"force_terminal": False, "width": _SUMMARY_WIDTH}
-        return str(nn.tabulate(target, streams, console_kwargs=console)(*args, **named))
+        return tabulate(target, streams, console_kwargs=console)(*args, **named)

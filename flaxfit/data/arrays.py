@@ -55,7 +55,7 @@ class ArraySource:
     def check(self) -> None:
         """Checks all examples."""
         if self._check is not None:
-            self._check(self._structure.unflatten(self._leaves))
+            self._check(jax.tree.unflatten(self._structure, self._leaves))
 
     def batches(self, pass_index: int) -> Iterator[Batch]:
         """Yields the batches of one pass, the same for the same `pass_index`."""
@@ -82,7 +82,7 @@ class ArraySource:
             first = wrapped if order is None else order[wrapped]
             chosen = np.concatenate([chosen, first])
         leaves = [_rows(leaf, chosen) for leaf in self._leaves]
-        cut: Batch = self._structure.unflatten(leaves)
+        cut: Batch = jax.tree.unflatten(self._structure, leaves)
         if self._mapped:
             cut = narrow(cut)
         if rows < size:

@@ -24,13 +24,14 @@ def check_lengths(nest: PyTree) -> int:
         value without batch axis, text or objects instead of numbers.
     """
     leaves = jax.tree.leaves(nest)
-    if leaves and all(_is_plain(leaf) for leaf in leaves):
+    inputs = nest.inputs if isinstance(nest, Batch) else nest
+    if not jax.tree.leaves(inputs):
+        raise DataError("no inputs: x holds no array. Write x, (x, y) or a dict.")
+    if all(_is_plain(leaf) for leaf in leaves):
         rows = len(leaves[0])
         if rows and all(len(leaf) == rows for leaf in leaves):
             return rows
     named = named_leaves(nest)
-    if not named:
-        raise DataError("no arrays at all: the inputs hold nothing.")
     for name, leaf in named:
         _check_dtype(name, leaf)
         if np.ndim(leaf) == 0:
@@ -121,17 +122,20 @@ def _is_plain(leaf: Any) -> bool:
 
 
 def _check_dtype(name: str, leaf: Any) -> None:
-    dtype = getattr(leaf, "dtype", None)
-    if dtype is None:
-        dtype = np.asarray(leaf).dtype
+    dtype = leaf.dtype
     number = dtype == np.bool_ or jnp.issubdtype(dtype, np.number)
     if number and dtype.char not in LONG_DOUBLES:
         return
+    if dtype == np.object_ and np.ndim(leaf) == 0:
+        raise DataError(
+            f"{name} is a {type(np.asarray(leaf).item()).__name__}, not an "
+            f"array: write np.asarray({name}), or {name}.toarray() where it is sparse."
+        )
     if dtype.kind in "OUST":
         hint = (
             f"For numbers write {name}.astype('float32'); classes by name: "
             "np.unique(labels, return_inverse=True)[1]; rows of different length: "
-            "pad them; sparse matrices: .toarray()."
+            "pad them."
         )
     else:
         hint = f"Turn it into numbers jax knows, e.g. {name}.astype('float32')."

@@ -112,10 +112,11 @@ def is_scalar(value: object) -> bool:
 def is_nest(value: object) -> bool:
     """Whether `value` is arrays in any nesting, at least one."""
     if isinstance(value, Mapping):
-        value = list(value.values())
-    leaves = [] if value is None else jax.tree.leaves(value, is_leaf=_is_leaf)
+        parts = [part for part in value.values() if part is not None]
+        return bool(parts) and all(map(is_nest, parts))
+    leaves = jax.tree.leaves(value, is_leaf=_is_leaf)
     return bool(leaves) and all(
-        is_array(leaf) or (isinstance(leaf, Mapping) and is_nest(leaf))
+        is_nest(leaf) if isinstance(leaf, Mapping) else is_array(leaf)
         for leaf in leaves
     )
 

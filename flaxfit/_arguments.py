@@ -1,0 +1,79 @@
+"""Checks of plain arguments: counts, names, lists of callbacks."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from flaxfit.callbacks.base import Callback
+
+
+def as_count(argument: str, value: Any, *, least: int = 1) -> int:
+    """Returns `value` as an int.
+
+    Raises:
+      ValueError: not a whole number, or below `least`.
+    """
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < least:
+        raise ValueError(f"{argument}={value!r}: write a whole number >= {least}.")
+    return int(value)
+
+
+def as_optional_count(argument: str, value: Any) -> int | None:
+    """Returns `value` as an int of at least 1, or None.
+
+    Raises:
+      ValueError: anything else.
+    """
+    return None if value is None else as_count(argument, value)
+
+
+def as_names(argument: str, names: str | Iterable[str]) -> str | tuple[str, ...]:
+    """Returns `"auto"` or a tuple of names.
+
+    Raises:
+      ValueError: one name without a list around it.
+    """
+    if isinstance(names, str):
+        if names == "auto":
+            return names
+        raise ValueError(f"{argument}={names!r}: write a list, {argument}=[{names!r}].")
+    return tuple(names)
+
+
+def as_epoch_filter(frequency: int | Iterable[int]) -> Callable[[int], bool]:
+    """Returns whether to validate after an epoch (from 0).
+
+    Args:
+      frequency: every so many epochs, or the epochs, counted from 1.
+
+    Raises:
+      ValueError: not a whole number of at least 1, or a list of them.
+    """
+    if isinstance(frequency, Iterable) and not isinstance(frequency, str):
+        after = frozenset(as_count("validation_freq", epoch) for epoch in frequency)
+        return lambda epoch: epoch + 1 in after
+    every = as_count("validation_freq", frequency)
+    return lambda epoch: (epoch + 1) % every == 0
+
+
+def as_callbacks(callbacks: Any) -> list[Callback]:
+    """Returns a list of callbacks from one, several or None.
+
+    Raises:
+      TypeError: a class, or something that is no `Callback`.
+    """
+    given = [callbacks] if isinstance(callbacks, Callback) else callbacks or []
+    for callback in given if isinstance(given, Iterable) else [given]:
+        if isinstance(callback, type):
+            raise TypeError(
+                f"callbacks holds the class {callback.__name__}: write "
+                f"{callback.__name__}()."
+            )
+        if not isinstance(callback, Callback):
+            raise TypeError(
+                f"callbacks holds a {type(callback).__name__}: write a subclass of "
+                f"flaxfit.Callback, or LambdaCallback(on_epoch_end=function)."
+            )
+    return list(given)
