@@ -239,7 +239,7 @@ def by_hand(case: Case, steps: int) -> dict[str, Any]:
     streams = {n: jax.random.fold_in(root, zlib.crc32(n.encode())) for n in case.rngs}
     variables = module.init({**streams, "params": root}, X[:8], **case.train)
     params, carried = variables["params"], {n: variables[n] for n in case.carried}
-    tx = optax.adam(1e-3)
+    tx = optax.sgd(0.1)
     opt_state = tx.init(params)
 
     def loss_fn(params, carried, x, y, rngs):
@@ -280,7 +280,8 @@ def assert_equal(actual, expected, **tolerance):
 @pytest.mark.parametrize("name", CASES)
 def test_trap_trains_like_a_hand_written_loop(name):
     case = CASES[name]
-    trainer = Trainer(case.module)
+    # Adam would blow the rounding noise of gradients that are 0 up to full steps.
+    trainer = Trainer(case.module, optimizer="sgd", learning_rate=0.1)
     history = trainer.fit(X, Y, batch_size=8, epochs=2, shuffle=False, verbose=0)
     detected = trainer._builder.built.adapted.detected
     assert (detected.carried, detected.rngs) == (case.carried, case.rngs)

@@ -266,10 +266,11 @@ def _arguments(
     # By position where the flag comes next: `nn.remat(..., static_argnums=...)`
     # can keep only a positional argument out of the trace.
     args, named = list(inputs), dict(flags)
-    for name in list(_parameters(module))[len(args) :]:
-        if name not in named:
+    for parameter in list(_parameters(module).values())[len(args) :]:
+        by_position = parameter.kind is not inspect.Parameter.KEYWORD_ONLY
+        if parameter.name not in named or not by_position:
             break
-        args.append(named.pop(name))
+        args.append(named.pop(parameter.name))
     return tuple(args), named
 
 
