@@ -275,30 +275,28 @@ class Builder:
             "predict": programs.predict.traces,
         }
 
-    def build(self, example: Batch, steps: int | None = None, done: int = 0) -> Built:
+    def build(self, example: Batch, total_steps: int | None = None) -> Built:
         """Returns the parts, made anew only where they have to be.
 
         Args:
           example: a batch like those to come.
-          steps: the number of steps to come, None if unknown or none.
-          done: the number of steps behind.
+          total_steps: the step at which training will end, None if unknown.
 
         Raises:
           ValueError: see `build` and `check_batch`.
         """
-        total = None if steps is None else done + steps
         built = self._built
         if built is not None and built.complete:
             check_batch(built, self._settings, example)
             scheduled = needs_total_steps(self._settings.learning_rate)
-            if not scheduled or total in (None, built.total_steps):
+            if not scheduled or total_steps in (None, built.total_steps):
                 return built
         self._built = build(
             self._model,
             self._family,
             self._settings,
             example,
-            total,
+            total_steps,
             known=built.adapted if built is not None else None,
         )
         return self._built

@@ -1,6 +1,7 @@
 """Numbers -> what a person sees: the bar, the line per epoch, tables. No device."""
 
 import contextlib
+import shutil
 import sys
 import time
 import warnings
@@ -8,6 +9,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 _SECONDS_BETWEEN_UPDATES = 0.1
+_SEPARATOR = " \N{MIDDLE DOT} "
+_ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
+_TOTAL_KNOWN = "{desc} {bar:%d} {n_fmt}/{total_fmt} [{elapsed}<{remaining}%s{postfix}]"
+_TOTAL_UNKNOWN = "{desc} {n_fmt} steps [{elapsed}%s{postfix}]"
+_WIDE = 100  # columns from which the bar is longer and has the steps per second
 
 
 class Display(Protocol):
@@ -49,12 +55,43 @@ class Silent:
         """Does nothing."""
 
 
-class Lines(Silent):
-    """`verbose=2`: one plain line per epoch, for files and logs."""
+class EpochLine:
+    """The line that remains of an epoch."""
 
     def __init__(self) -> None:
         self._title = ""
         self._began = 0.0
+        self._rate: Any = None
+
+    def begin(self, title: str) -> None:
+        """Starts the clock."""
+        self._title, self._began = title, time.perf_counter()
+
+    def text(
+        self, done: int, logs: Mapping[str, Any], finished: bool, columns: int = 0
+    ) -> str:
+        """Returns the line, shortened to `columns` if they are not 0.
+
+        The learning rate is in it where it differs from that of the epoch before.
+        """
+        rate = logs.get("learning_rate")
+        if self._rate is None or rate == self._rate:
+            logs = {n: v for n, v in logs.items() if n != "learning_rate"}
+        self._rate = rate
+        title = self._title if finished else self._title + _SEPARATOR + "broken off"
+        seconds = f"{time.perf_counter() - self._began:.1f} s"
+        full = _joined(title, f"{done} steps", seconds, format_logs(logs))
+        if not columns or len(full) <= columns:
+            return full
+        short = _joined(title, seconds, _paired(logs))
+        return short if len(short) <= columns else short[: columns - 1] + _ELLIPSIS
+
+
+class Lines(Silent):
+    """`verbose=2`: one plain line per epoch, for files and logs."""
+
+    def __init__(self) -> None:
+        self._line = EpochLine()
 
     def say(self, text: str) -> None:
         """Prints the text."""
@@ -62,45 +99,46 @@ class Lines(Silent):
 
     def begin(self, title: str, total: int | None) -> None:
         """Starts the clock."""
-        self._title, self._began = title, time.perf_counter()
+        self._line.begin(title)
 
     def end(self, done: int, logs: Mapping[str, Any], *, finished: bool) -> None:
         """Prints the epoch's line."""
-        seconds = time.perf_counter() - self._began
-        parts = [self._title, f"{done} steps", f"{seconds:.1f} s", format_logs(logs)]
-        if not finished:
-            parts.insert(1, "broken off")
-        self.say(" · ".join(part for part in parts if part))
+        self.say(self._line.text(done, logs, finished))
 
 
 class Bar:
-    """`verbose=1`: one tqdm bar per epoch, in a terminal or a notebook."""
+    """`verbose=1`: a tqdm bar, in a terminal or a notebook, that ends as a line."""
 
     def __init__(self) -> None:
+        self._in_notebook = in_notebook()
         with warnings.catch_warnings():
             # Without ipywidgets tqdm says so and draws a text bar: good enough.
             warnings.simplefilter("ignore")
-            if in_notebook():
+            if self._in_notebook:
                 from tqdm.auto import tqdm
             else:
                 from tqdm import tqdm
         self._tqdm = tqdm
         self._bar: Any = None
         self._last = 0.0
+        self._line = EpochLine()
 
     def say(self, text: str) -> None:
-        """Prints the text above the bar."""
-        self._tqdm.write(text, file=sys.stdout)
+        """Prints the text, broken between its parts where the terminal ends."""
+        self._tqdm.write(_wrapped(text, self._columns()), file=sys.stdout)
 
     def begin(self, title: str, total: int | None) -> None:
         """Opens a bar."""
+        self._line.begin(title)
         self._bar = self._tqdm(
             desc=title,
             total=total,
-            unit="step",
+            unit=" steps",
             file=sys.stdout,
             dynamic_ncols=True,
             mininterval=_SECONDS_BETWEEN_UPDATES,
+            leave=False,
+            bar_format=self._format(total),
         )
         self._last = time.perf_counter()
 
@@ -115,11 +153,22 @@ class Bar:
         self._bar.set_postfix_str(format_logs(logs), refresh=True)
 
     def end(self, done: int, logs: Mapping[str, Any], *, finished: bool) -> None:
-        """Closes the bar, which stays."""
-        if finished:
-            self._bar.total = done
-        self.update(done, logs)
+        """Puts the epoch's line in the bar's place."""
         self._bar.close()
+        self.say(self._line.text(done, logs, finished, self._columns()))
+
+    def _columns(self) -> int:
+        """Returns the terminal's width; 0 in a notebook, which wraps by itself."""
+        return 0 if self._in_notebook else shutil.get_terminal_size().columns
+
+    def _format(self, total: int | None) -> str | None:
+        if self._in_notebook:
+            return None  # tqdm's widget has a form of its own
+        wide = self._columns() >= _WIDE
+        rate = ", {rate_fmt}" if wide else ""
+        if total is None:
+            return _TOTAL_UNKNOWN % rate
+        return _TOTAL_KNOWN % (20 if wide else 10, rate)
 
 
 def make_display(verbose: int | str) -> Display:
@@ -171,7 +220,35 @@ def in_notebook() -> bool:
 
 def format_logs(logs: Mapping[str, Any]) -> str:
     """Returns `"loss: 0.1234 · accuracy: 0.9876"`."""
-    return " · ".join(f"{name}: {format_value(value)}" for name, value in logs.items())
+    return _joined(*(f"{name}: {format_value(value)}" for name, value in logs.items()))
+
+
+def _paired(logs: Mapping[str, Any]) -> str:
+    """Returns `"loss 0.1234 (val 0.2345) · …"`: less wide than `format_logs`."""
+    parts = []
+    for name, value in logs.items():
+        validated = logs.get(f"val_{name}")
+        if name.startswith("val_") and name.removeprefix("val_") in logs:
+            continue
+        after = "" if validated is None else f" (val {format_value(validated)})"
+        parts.append(f"{name} {format_value(value)}{after}")
+    return _joined(*parts)
+
+
+def _joined(*parts: str) -> str:
+    return _SEPARATOR.join(part for part in parts if part)
+
+
+def _wrapped(text: str, columns: int) -> str:
+    """Returns `text` in lines of at most `columns`, broken at separators only."""
+    lines = [""]
+    for part in text.split(_SEPARATOR):
+        longer = _joined(lines[-1], part)
+        if columns and lines[-1] and len(longer) > columns:
+            lines.append("  " + part)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
 
 
 def format_value(value: Any) -> str:

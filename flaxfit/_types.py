@@ -166,7 +166,12 @@ class Average(flax.struct.PyTreeNode):
         # Infinity minus infinity: the total itself already says what happened.
         total_error = jnp.where(jnp.isfinite(total), total_error, 0.0)
         errors = jnp.stack([total_error, count_error])
-        return type(self)(total, count, self.residual + other.residual + errors)
+        errors = self.residual + other.residual + errors
+        # Kept small, as otherwise the residual itself would begin to round.
+        total, total_error = _two_sum(total, errors[0])
+        count, count_error = _two_sum(count, errors[1])
+        total_error = jnp.where(jnp.isfinite(total), total_error, 0.0)
+        return type(self)(total, count, jnp.stack([total_error, count_error]))
 
     def compute(self) -> Array:
         """Returns `total / count`, NaN where nothing was counted."""

@@ -7,6 +7,9 @@ if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
+_PANELS_PER_ROW = 3
+_EPOCHS_WITH_MARKERS = 50  # beyond that the points hide the line
+
 
 class History:
     """The record of one `fit`, in Keras's form.
@@ -63,6 +66,8 @@ class History:
     def plot(self) -> "Figure":
         """Draws each value over the epochs, training and validation together.
 
+        A learning rate that does not change has no panel.
+
         Needs matplotlib (`pip install flaxfit[plot]`).
 
         Returns:
@@ -71,27 +76,49 @@ class History:
         Raises:
           ValueError: no epoch was finished, so there is nothing to draw.
         """
-        names = [n for n in self.history if not n.startswith("val_")]
+        names = [name for name in self.history if self._is_worth_a_panel(name)]
         if not names:
             raise ValueError("This history is empty: no epoch was finished.")
         from matplotlib import pyplot
+        from matplotlib.ticker import MaxNLocator
 
+        columns = min(len(names), _PANELS_PER_ROW)
+        rows = -(-len(names) // columns)
         figure, axes = pyplot.subplots(
-            1, len(names), figsize=(4 * len(names), 3), squeeze=False
+            rows,
+            columns,
+            figsize=(4.5 * columns, 3.2 * rows),
+            squeeze=False,
+            layout="constrained",
         )
-        for axis, name in zip(axes[0], names, strict=True):
-            for label in (name, f"val_{name}"):
-                if label in self.history:
-                    epochs = [epoch + 1 for epoch in self._epochs[label]]
-                    axis.plot(epochs, self.history[label], marker=".", label=label)
-            axis.set(title=name, xlabel="epoch")
-            axis.xaxis.get_major_locator().set_params(integer=True)
+        for axis in axes.flat[len(names) :]:
+            axis.remove()
+        for axis, name in zip(axes.flat, names, strict=False):
+            for label, log in (("training", name), ("validation", f"val_{name}")):
+                if log in self.history:
+                    epochs = [epoch + 1 for epoch in self._epochs[log]]
+                    marker = "o" if len(epochs) <= _EPOCHS_WITH_MARKERS else None
+                    axis.plot(
+                        epochs, self.history[log], marker=marker, ms=3, label=label
+                    )
+            axis.set_title(name.replace("_", " "))
+            axis.set_xlabel("epoch")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.grid(alpha=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
             if f"val_{name}" in self.history:
-                axis.legend()
-        figure.tight_layout()
+                axis.legend(frameon=False)
         pyplot.close(figure)  # a notebook would show it twice
         return figure
+
+    def _is_worth_a_panel(self, name: str) -> bool:
+        """Numbers are; validation goes with training, a rate that stays with nothing."""
+        values = self.history[name]
+        if not values or not all(map(_is_number, values)):
+            return False
+        if name.startswith("val_") and name.removeprefix("val_") in self.history:
+            return False
+        return name != "learning_rate" or len(set(values)) > 1
 
     def __repr__(self) -> str:
         last = {n: v[-1] for n, v in self.history.items() if v}

@@ -228,6 +228,7 @@ class Trainer:
         validation_steps = as_optional_count("validation_steps", validation_steps)
         if not isinstance(shuffle, bool | np.bool_):
             raise ValueError(f"shuffle={shuffle!r}: write True or False.")
+        done = self.step
         with Interrupt() as interrupt:
             if validation_split:
                 x, validation_data = self._split(
@@ -241,27 +242,29 @@ class Trainer:
                 binding=self._binding,
                 batch_size=batch_size,
                 shuffle=bool(shuffle),
-                seed=(self._builder.seed, self.step),
+                seed=(self._builder.seed, done),
                 class_weight=class_weight,
                 steps=steps,
                 check=self._builder.check_targets,
             )
             _refuse_one_shot(source, "fit", span, steps)
             epoch_steps = steps or source.num_batches
-            built = self._build(source, epoch_steps and len(span) * epoch_steps)
+            total_steps = epoch_steps and done + len(span) * epoch_steps
+            built = self._build(source, total_steps)
             self._batch_size = batch_size or self._batch_size
             validation = self._validation_source(
                 validation_data, validation_batch_size, len(span), validation_steps
             )
             self._init_state(source.example)
-            for line in first_lines(built, self._holder.peek(), source):
-                display.say(line)
+            if verbose != 0:
+                for line in first_lines(built, self._holder.peek(), source):
+                    display.say(line)
             loop = LoopState(
                 self._holder,
                 history=History(
                     self, {"epochs": epochs, "steps": epoch_steps, "verbose": verbose}
                 ),
-                step=self.step,
+                step=done,
                 epoch=initial_epoch,
                 epochs=epochs,
                 steps_per_epoch=epoch_steps,
@@ -721,8 +724,8 @@ class Trainer:
             batch = batch.replace(weights=np.ones(rows, np.float32))
         return batch
 
-    def _build(self, source: Source, steps: int | None = None) -> Built:
-        built = self._builder.build(source.example, steps, done=self.step)
+    def _build(self, source: Source, total_steps: int | None = None) -> Built:
+        built = self._builder.build(source.example, total_steps)
         if built.task.objective.scalar_loss:
             source.pad = False
         source.check()

@@ -13,10 +13,10 @@ import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.summary import tabulate
 
 from flaxfit._errors import DetectionError
 from flaxfit._models.base import Adapted, Detected, Overrides, stream_rngs
+from flaxfit._models.linen_summary import layer_table
 from flaxfit._types import CallSpec, Inputs, Model, PyTree
 
 # Name -> whether True means evaluation; in the order they are looked for.
@@ -32,7 +32,6 @@ FLAGS: Mapping[str, bool] = MappingProxyType(
 # Written by convention, never state: a `sow` that reduces keeps its shape.
 NEVER_CARRIED = frozenset({"losses", "metrics", "intermediates", "perturbations"})
 _MAX_TRACES = 32
-_SUMMARY_WIDTH = 100
 
 
 class TrainFlag(NamedTuple):
@@ -169,10 +168,11 @@ def adapt(module: nn.Module, inputs: Inputs, overrides: Overrides) -> Adapted:
         reasons=_reasons(flag, probe, carried, sown),
     )
 
-    def summary(example: Inputs) -> str:
-        return _summary(module, flag, example, rngs)
+    def variables(inputs: Inputs) -> dict[str, PyTree]:
+        params, collections = model.init(jax.random.key(0), inputs)
+        return {"params": params, **collections}
 
-    return Adapted(model, detected, summary)
+    return Adapted(model, detected, lambda example: layer_table(variables, example))
 
 
 _PERTURB = frozenset({"perturbations"})
@@ -430,14 +430,3 @@ def _reasons(
         if probe.moded_layers
         else "no BatchNorm or Dropout found",
     }
-
-
-def _summary(
-    module: nn.Module, flag: TrainFlag, inputs: Inputs, rngs: tuple[str, ...]
-) -> str:
-    key = jax.random.key(0)
-    with _mode(module, flag, False) as (target, kwargs):
-        args, named = _arguments(target, inputs, kwargs)
-        streams = dict.fromkeys((*rngs, "params"), key)
-        console = {"force_terminal": False, "width": _SUMMARY_WIDTH}
-        return tabulate(target, streams, console_kwargs=console)(*args, **named)

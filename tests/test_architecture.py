@@ -1,0 +1,164 @@
+"""The floor plan: a module imports from strictly lower floors only."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import flaxfit
+
+ROOT = Path(flaxfit.__file__).parent
+FLOORS = {
+    "__init__": 7,
+    "trainer": 6,
+    "_check": 5.2,
+    "_build": 5,
+    "_loop": 5,
+    "_arguments": 4,
+    "_compile": 4,
+    "callbacks.__init__": 4.5,
+    "callbacks.early_stopping": 4,
+    "callbacks.lambda_callback": 4,
+    "_steps": 3,
+    "_meta": 3,
+    "checkpoint": 3,
+    "callbacks.base": 3,
+    "_models.__init__": 2.2,
+    "_models.linen": 2.1,
+    "_models.linen_summary": 2,
+    "_models.base": 2,
+    "data.__init__": 2.3,
+    "data.arrays": 2.2,
+    "data.iterables": 2.2,
+    "data.weights": 2.1,
+    "data.checks": 2.1,
+    "data.batch": 2.1,
+    "data.source": 2,
+    "metrics": 2.5,
+    "_named_metrics": 2.4,
+    "_foreign_metrics": 2.4,
+    "_confusion": 2,
+    "_objective": 2.3,
+    "_loss_pairing": 2.25,
+    "_target_checks": 2.2,
+    "losses": 2.1,
+    "_loss_names": 2,
+    "optimizers": 2.1,
+    "_transforms": 2,
+    "_codec": 2,
+    "_display": 2,
+    "_interrupt": 2,
+    "history": 2,
+    "_types": 1,
+    "_errors": 0,
+}
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for path in sorted(ROOT.rglob("*.py"))
+}
+TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
+
+
+def resolve(name: str) -> str:
+    """`flaxfit.data` -> `data.__init__`, `flaxfit._types` -> `_types`."""
+    name = name.removeprefix("flaxfit").removeprefix(".")
+    if not name:
+        return "__init__"
+    return name if name in FILES else f"{name}.__init__"
+
+
+def imported(tree: ast.AST) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names if a.name.startswith("flaxfit")}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            if (node.module or "").split(".")[0] == "flaxfit":
+                inner = {f"{node.module}.{alias.name}" for alias in node.names}
+                modules = {name for name in inner if resolve(name) in FILES}
+                found |= modules if modules == inner else {node.module}
+    return {resolve(name) for name in found}
+
+
+def test_every_file_has_a_floor():
+    assert set(FILES) == set(FLOORS)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_go_down(name):
+    climbs = {n for n in imported(TREES[name]) if FLOORS[n] >= FLOORS[name]}
+    assert not climbs, f"{name} (floor {FLOORS[name]}) imports {climbs}"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_only_compile_jits(name):
+    used = {ast.unparse(n) for n in ast.walk(TREES[name]) if isinstance(n, ast.Attribute)}
+    assert name == "_compile" or not used & {"jax.jit", "jax.pmap", "nn.jit"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_global_state(name):
+    tree = TREES[name]
+    assert not any(isinstance(n, ast.Global | ast.Nonlocal) for n in ast.walk(tree))
+    mutable = ast.Dict | ast.List | ast.Set | ast.ListComp | ast.DictComp | ast.SetComp
+    for node in tree.body:
+        value = getattr(node, "value", None)
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(value, mutable):
+            assert ast.unparse(node).startswith("__all__"), ast.unparse(node)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_only_the_models_know_flax_modules(name):
+    names = {
+        alias.name if isinstance(node, ast.Import) else node.module
+        for node in ast.walk(TREES[name])
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    known = {n for n in names if n and n.startswith(("flax.linen", "flax.nnx"))}
+    assert not known or name.startswith("_models."), known
+
+
+def test_all_equals_the_public_names():
+    public = {name for name in vars(flaxfit) if not name.startswith("_")}
+    submodules = {name.split(".")[0] for name in FILES}
+    assert sorted(public - submodules) == flaxfit.__all__
+    assert sorted(flaxfit.__all__) == flaxfit.__all__
+
+
+def test_public_names():
+    assert flaxfit.__all__ == [
+        "Average",
+        "Batch",
+        "Callback",
+        "CheckpointError",
+        "DataError",
+        "DetectionError",
+        "EarlyStopping",
+        "History",
+        "LambdaCallback",
+        "LoopState",
+        "Loss",
+        "Model",
+        "Task",
+        "TrainState",
+        "Trainer",
+        "make_train_step",
+    ]
+
+
+def test_nothing_optional_is_imported():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, flaxfit; "
+        "heavy = {'tensorflow', 'tensorflow_datasets', 'torch', 'grain', 'pandas', "
+        "'matplotlib', 'clu', 'metrax', 'IPython', 'flax.nnx', 'orbax'}; "
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert out.stdout.strip() == "[]"
