@@ -10,6 +10,7 @@ import argparse
 
 import flax.linen as nn
 import numpy as np
+import optax
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -45,14 +46,21 @@ def load_data():
     return (x, y), (x_test, y_test)
 
 
+def falling_rate(total_steps: int):
+    """The learning rate falls from 0.002 to 0 along half a cosine."""
+    return optax.cosine_decay_schedule(2e-3, total_steps)
+
+
 def main(seed: int = 0, epochs: int = 20, plot: str = "digits_history.png"):
     """Trains, tests, plots; returns the test result."""
     (x, y), (x_test, y_test) = load_data()
 
     # Integer labels and ten outputs: the loss is a softmax cross-entropy. The first
     # two lines that `fit` prints say so, and every choice can be overridden here.
-    trainer = Trainer(CNN(), metrics=["accuracy"], learning_rate=2e-3, seed=seed)
-    print(trainer.summary(x[:1]))
+    trainer = Trainer(
+        CNN(), metrics=["accuracy"], learning_rate=falling_rate, seed=seed
+    )
+    print(trainer.summary(x), end="\n\n")
 
     history = trainer.fit(x, y, epochs=epochs, batch_size=64, validation_split=0.1)
 

@@ -1,10 +1,13 @@
 """Checks of plain arguments: counts, names, lists of callbacks."""
 
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from flaxfit._errors import did_you_mean
+from flaxfit._types import PyTree
 from flaxfit.callbacks.base import Callback
 
 
@@ -42,6 +45,22 @@ def as_names(argument: str, names: str | Iterable[str]) -> str | tuple[str, ...]
     return tuple(names)
 
 
+def as_variables(variables: Any) -> dict[str, PyTree]:
+    """Returns the variables to start from as a dict of collections.
+
+    Raises:
+      TypeError: not a mapping.
+    """
+    if variables is None:
+        return {}
+    if not isinstance(variables, Mapping):
+        raise TypeError(
+            f"variables is a {type(variables).__name__}; it takes collections by name, "
+            f"as module.init returns them: variables={{'params': params}}."
+        )
+    return dict(variables)
+
+
 def as_epoch_filter(frequency: int | Iterable[int]) -> Callable[[int], bool]:
     """Returns whether to validate after an epoch (from 0).
 
@@ -76,4 +95,37 @@ def as_callbacks(callbacks: Any) -> list[Callback]:
                 f"callbacks holds a {type(callback).__name__}: write a subclass of "
                 f"flaxfit.Callback, or LambdaCallback(on_epoch_end=function)."
             )
+        _check_hooks(callback)
     return list(given)
+
+
+def _check_hooks(callback: Callback) -> None:
+    """Refuses hooks nobody would call, and those written for Keras's arguments."""
+    hooks = [name for name in vars(Callback) if name.startswith("on_")]
+    kind = type(callback).__name__
+    for name in dir(callback):
+        if not name.startswith("on_") or not callable(getattr(callback, name)):
+            continue
+        if name not in hooks:
+            raise TypeError(
+                f"{kind}.{name} is no hook and would never be called."
+                f"{did_you_mean(name, hooks)} The hooks are {', '.join(hooks)}."
+            )
+        if not _takes_loop(getattr(callback, name)):
+            raise TypeError(
+                f"{kind}.{name} must take one argument, the LoopState: write "
+                f"def {name}(self, loop), and loop.epoch, loop.batch, loop.logs in it."
+            )
+
+
+def _takes_loop(hook: Callable[..., Any]) -> bool:
+    try:
+        signature = inspect.signature(hook)
+    except ValueError:  # A builtin, such as print.
+        return True
+    try:
+        signature.bind(None)
+    except TypeError:
+        return False
+    # Keras's (epoch, logs=None) would be given the LoopState as `epoch`.
+    return "logs" not in signature.parameters

@@ -1,6 +1,7 @@
 """Settings and one batch -> everything resolved: model, losses, metrics, programs."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from flaxfit._compile import (
     empty_running,
     preflight,
 )
-from flaxfit._errors import DataError
+from flaxfit._errors import DataError, DetectionError
 from flaxfit._models.base import Adapted, ModelFamily, Overrides
 from flaxfit._objective import check_targets, resolve_objective
 from flaxfit._steps import (
@@ -28,8 +29,13 @@ from flaxfit._steps import (
     make_predict_step,
 )
 from flaxfit._types import Batch, Inputs, PyTree, TrainState
+from flaxfit.data.checks import check_tokens
 from flaxfit.metrics import resolve_metrics
-from flaxfit.optimizers import needs_total_steps, resolve_optimizer
+from flaxfit.optimizers import (
+    UNKNOWN_TOTAL_STEPS,
+    needs_total_steps,
+    resolve_optimizer,
+)
 
 NO_DATA_YET = (
     "This trainer has seen no data yet, so it has no state: call fit, evaluate or "
@@ -61,10 +67,11 @@ class Built(NamedTuple):
       task: what the steps are built from.
       programs: the compiled steps.
       template: the shapes of the state.
+      variables: the variables to start from, sown ones left out.
       outputs: the shapes of the model's outputs.
       example: the shapes of the batch all this was made from.
       logs: the shapes of the logs of a step.
-      total_steps: what the optimizer was resolved for.
+      total_steps: what the optimizer was resolved for, None if that is not known.
       complete: whether there is a loss; without targets one can only predict.
     """
 
@@ -72,6 +79,7 @@ class Built(NamedTuple):
     task: Task
     programs: Programs
     template: TrainState
+    variables: Mapping[str, PyTree]
     outputs: PyTree
     example: Batch
     logs: PyTree
@@ -94,15 +102,17 @@ class Built(NamedTuple):
             *(["learning_rate"] if rate is not None else []),
         ]
 
-    def check_targets(self, batch: Batch) -> None:
-        """Checks the values of targets on the host.
+    def check_values(self, batch: Batch) -> None:
+        """Checks the values of inputs and targets on the host.
 
         Raises:
-          DataError: labels out of range, NaN, or weights where the loss takes none.
+          DataError: tokens or labels out of range, NaN in targets, or weights where
+            the loss takes none.
         """
+        check_tokens(batch, self.adapted.detected.vocabularies)
         objective = self.task.objective
         if batch.targets is not None:
-            check_targets(objective, self.outputs, batch.targets)
+            check_targets(objective, self.outputs, batch.targets, batch.weights)
         weighted = batch.weights is not None and np.any(batch.weights != 1)
         if objective.scalar_loss and weighted:
             raise DataError(
@@ -139,9 +149,10 @@ def build(
       ValueError: names, shapes or options that do not fit.
     """
     example = shapes_of(example)
-    adapted = known or family.adapt(model, example.inputs, settings.overrides)
     key = jax.eval_shape(lambda: jax.random.key(settings.seed))
-    outputs = _trace_outputs(adapted, key, example.inputs)
+    with _noted(example.inputs):
+        adapted = known or family.adapt(model, example.inputs, settings.overrides)
+        outputs = _trace_outputs(adapted, key, example.inputs)
     objective = resolve_objective(
         settings.loss, settings.loss_weights, outputs, example.targets
     )
@@ -152,14 +163,19 @@ def build(
         optimizer=resolve_optimizer(
             settings.optimizer,
             settings.learning_rate,
-            total_steps,
+            total_steps or 1,
             **settings.optimizer_options,
         ),
         rngs=adapted.detected.rngs,
     )
     init, train_step = make_init(task), settings.make_train_step(task)
     template = jax.eval_shape(init, key, example.inputs, {})
-    _check_variables(settings.variables, template)
+    variables = {
+        name: tree
+        for name, tree in settings.variables.items()
+        if name not in adapted.detected.sown  # `module.init` returns these as well
+    }
+    _check_variables(variables, template)
     traced = (
         preflight(train_step, template, example) if complete else Preflight({}, False)
     )
@@ -177,6 +193,7 @@ def build(
         task=task,
         programs=programs,
         template=template,
+        variables=variables,
         outputs=outputs,
         example=example,
         logs=traced.logs,
@@ -185,13 +202,16 @@ def build(
     )
 
 
-def check_batch(built: Built, settings: Settings, batch: Batch) -> None:
+def check_batch(
+    built: Built, settings: Settings, batch: Batch, *, inputs_only: bool = False
+) -> None:
     """Checks that a batch is like the one everything was built from.
 
     Args:
       built: the trainer's parts.
       settings: what they were built with.
       batch: arrays or shapes; rows and the lengths of axes may differ.
+      inputs_only: whether targets do not matter.
 
     Raises:
       DataError: other inputs or targets, by name, dtype or number of axes.
@@ -199,7 +219,7 @@ def check_batch(built: Built, settings: Settings, batch: Batch) -> None:
       Exception: whatever the model raises for inputs of these shapes.
     """
     batch = shapes_of(batch)
-    checked = ["inputs"] if batch.targets is None else ["inputs", "targets"]
+    checked = ["inputs"] if inputs_only else ["inputs", "targets"]
     for name in checked:
         before, after = (
             _forms(getattr(built.example, name)),
@@ -210,16 +230,14 @@ def check_batch(built: Built, settings: Settings, batch: Batch) -> None:
         }:
             raise DataError(
                 f"Got {name} {_listed(after)}; this trainer was built for "
-                f"{_listed(before)}. Give it such {name}, or make a new Trainer."
+                f"{_listed(before)}. {_reshaping(name, before, after)}Give it such "
+                f"{name}, or make a new Trainer."
             )
-    try:
+    with _noted(batch.inputs):
         outputs = _trace_outputs(built.adapted, built.template.rng, batch.inputs)
         fitting = jax.eval_shape(
             built.task.model.init, built.template.rng, batch.inputs
         )[0]
-    except Exception as error:
-        error.add_note(f"while tracing the model on {_listed(_forms(batch.inputs))}")
-        raise
     if _forms(fitting) != _forms(built.template.params):
         raise DataError(
             f"Got inputs {_listed(_forms(batch.inputs))}, which need other "
@@ -238,6 +256,38 @@ def check_batch(built: Built, settings: Settings, batch: Batch) -> None:
             )
 
 
+def check_outputs(built: Built, inputs: Inputs) -> None:
+    """Checks that outputs can be joined along their first axis, the batch.
+
+    Raises:
+      ValueError: an output has another first axis.
+    """
+    inputs = shapes_of(inputs)
+    rows = jax.tree.leaves(inputs)[0].shape[0]
+    outputs = _trace_outputs(built.adapted, built.template.rng, inputs)
+    for output in jax.tree.leaves(outputs):
+        if output.shape[:1] != (rows,):
+            raise ValueError(
+                f"predict joins outputs along their first axis, the batch, and for "
+                f"inputs {_listed(_forms(inputs))} the model returns "
+                f"{describe_array(output)}. For one example write x[None]; else let "
+                f"the model return [batch, ...] arrays, or call it yourself: "
+                f"module.apply(trainer.variables, x)."
+            )
+
+
+@contextlib.contextmanager
+def _noted(inputs: Inputs) -> Iterator[None]:
+    """Says on what a model was traced when it raises an error of its own."""
+    try:
+        yield
+    except DetectionError:
+        raise
+    except Exception as error:
+        error.add_note(f"while tracing the model on {_listed(_forms(inputs))}")
+        raise
+
+
 class Builder:
     """Owns the parts of one trainer, and makes them when the first data comes."""
 
@@ -246,6 +296,8 @@ class Builder:
         self._family = family
         self._settings = settings
         self._built: Built | None = None
+        # The forms of batches that were found to fit: looking again takes traces.
+        self._fitting: set[Hashable] = set()
 
     @property
     def seed(self) -> int:
@@ -275,54 +327,94 @@ class Builder:
             "predict": programs.predict.traces,
         }
 
-    def build(self, example: Batch, total_steps: int | None = None) -> Built:
+    def build(
+        self, example: Batch, total_steps: int | None = None, *, afresh: bool = False
+    ) -> Built:
         """Returns the parts, made anew only where they have to be.
 
         Args:
           example: a batch like those to come.
           total_steps: the step at which training will end, None if unknown.
+          afresh: whether a batch of another form may replace what was built before,
+            as nothing was learnt yet.
 
         Raises:
           ValueError: see `build` and `check_batch`.
         """
         built = self._built
-        if built is not None and built.complete:
-            check_batch(built, self._settings, example)
+        known = None
+        if built is not None and self._fits(example, afresh, not built.complete):
+            known = built.adapted
             scheduled = needs_total_steps(self._settings.learning_rate)
-            if not scheduled or total_steps in (None, built.total_steps):
+            same = not scheduled or total_steps in (None, built.total_steps)
+            if built.complete and same:
                 return built
-        self._built = build(
-            self._model,
-            self._family,
-            self._settings,
-            example,
-            total_steps,
-            known=built.adapted if built is not None else None,
-        )
-        return self._built
-
-    def build_for_inputs(self, example: Batch) -> Built:
-        """Returns the parts; without a loss if there never were targets."""
-        if self._built is None:
-            settings = replace(self._settings, loss=None, metrics=None)
-            self._built = build(
-                self._model, self._family, settings, example, 1, complete=False
+        self._install(
+            build(
+                self._model,
+                self._family,
+                self._settings,
+                example,
+                total_steps,
+                known=known,
             )
-        else:
-            check_batch(self._built, self._settings, example)
-        return self._built
+        )
+        return self.built
+
+    def require_total_steps(self, total_steps: int | None) -> None:
+        """Checks that the length of the training is known where it has to be.
+
+        Raises:
+          ValueError: it is not, and the learning rate is a function of it.
+        """
+        if total_steps is None and needs_total_steps(self._settings.learning_rate):
+            raise ValueError(UNKNOWN_TOTAL_STEPS)
+
+    def build_for_inputs(self, example: Batch, *, afresh: bool = False) -> Built:
+        """Returns the parts; without a loss if there never were targets."""
+        if self._built is None or not self._fits(example, afresh, True):
+            settings = replace(self._settings, loss=None, metrics=None)
+            self._install(
+                build(
+                    self._model, self._family, settings, example, None, complete=False
+                )
+            )
+        return self.built
+
+    def _install(self, built: Built) -> None:
+        self._built = built
+        self._fitting.clear()
+
+    def _fits(self, batch: Batch, afresh: bool, inputs_only: bool) -> bool:
+        """Returns whether a batch fits what was built; raises unless `afresh`."""
+        form = (inputs_only, *_form_of(batch))
+        if form in self._fitting:
+            return True
+        try:
+            check_batch(self.built, self._settings, batch, inputs_only=inputs_only)
+        except Exception:
+            if not afresh:
+                raise
+            return False
+        self._fitting.add(form)
+        return True
 
     def fresh_state(self, example: Batch) -> TrainState:
         """Returns a new state at step 0."""
         rng = jax.random.key(self._settings.seed)
         state: TrainState = self.built.programs.init(
-            rng, example.inputs, self._settings.variables
+            rng, example.inputs, self.built.variables
         )
         return state
 
-    def check_targets(self, batch: Batch) -> None:
-        """Checks the values of targets on the host; see `Built.check_targets`."""
-        self.built.check_targets(batch)
+    def check_values(self, batch: Batch) -> None:
+        """Checks values on the host; see `Built.check_values`."""
+        self.built.check_values(batch)
+
+
+def _form_of(batch: Batch) -> tuple[Hashable, ...]:
+    leaves, structure = jax.tree.flatten((batch.inputs, batch.targets))
+    return structure, tuple((x.shape, x.dtype) for x in leaves)
 
 
 class _Form(NamedTuple):
@@ -343,6 +435,18 @@ def _forms(tree: PyTree) -> dict[str, _Form]:
     }
 
 
+def _reshaping(
+    name: str, before: Mapping[str, _Form], after: Mapping[str, _Form]
+) -> str:
+    """Returns the line to write where one axis too many or too few may be all."""
+    if not after:
+        return "Pass (x, y). "
+    more = {f.ndim - before[path].ndim for path, f in after.items() if path in before}
+    lines = {("inputs", -1): "For one example write x[None]. "}
+    lines |= {("targets", -1): "Write y[:, None]. ", ("targets", 1): "Write y[:, 0]. "}
+    return lines.get((name, more.pop()), "") if len(more) == 1 else ""
+
+
 def _listed(forms: Mapping[str, _Form]) -> str:
     return ", ".join(f"{path} {f.text}".strip() for path, f in forms.items()) or "none"
 
@@ -360,6 +464,11 @@ def _trace_outputs(adapted: Adapted, key: Any, inputs: Inputs) -> PyTree:
 
 def _check_variables(variables: Mapping[str, PyTree], template: TrainState) -> None:
     made = {"params": template.params, **template.collections}
+    if variables and not made.keys() & variables.keys():
+        raise ValueError(
+            f"Trainer(variables=...) has the entries {', '.join(variables)}; it takes "
+            f"the collections {', '.join(made)}. Write variables={{'params': params}}."
+        )
     lines = []
     for name, tree in variables.items():
         if name not in made:

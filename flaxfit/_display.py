@@ -72,19 +72,24 @@ class EpochLine:
     ) -> str:
         """Returns the line, shortened to `columns` if they are not 0.
 
-        The learning rate is in it where it differs from that of the epoch before.
+        The learning rate is in it where it differs from that of the epoch before and
+        there is room for it.
         """
         rate = logs.get("learning_rate")
-        if self._rate is None or rate == self._rate:
-            logs = {n: v for n, v in logs.items() if n != "learning_rate"}
+        plain = {n: v for n, v in logs.items() if n != "learning_rate"}
+        rated = plain if self._rate in (None, rate) else logs
         self._rate = rate
         title = self._title if finished else self._title + _SEPARATOR + "broken off"
         seconds = f"{time.perf_counter() - self._began:.1f} s"
-        full = _joined(title, f"{done} steps", seconds, format_logs(logs))
-        if not columns or len(full) <= columns:
-            return full
-        short = _joined(title, seconds, _paired(logs))
-        return short if len(short) <= columns else short[: columns - 1] + _ELLIPSIS
+        for chosen in (rated, plain):
+            line = _joined(title, f"{done} steps", seconds, format_logs(chosen))
+            if not columns or len(line) <= columns:
+                return line
+        for chosen in (rated, plain):
+            line = _joined(title, seconds, _paired(chosen))
+            if len(line) <= columns:
+                return line
+        return _shortened(line, columns)
 
 
 class Lines(Silent):
@@ -133,7 +138,7 @@ class Bar:
         self._bar = self._tqdm(
             desc=title,
             total=total,
-            unit=" steps",
+            unit="step",
             file=sys.stdout,
             dynamic_ncols=True,
             mininterval=_SECONDS_BETWEEN_UPDATES,
@@ -237,6 +242,14 @@ def _paired(logs: Mapping[str, Any]) -> str:
 
 def _joined(*parts: str) -> str:
     return _SEPARATOR.join(part for part in parts if part)
+
+
+def _shortened(line: str, columns: int) -> str:
+    """Returns as many whole parts as fit, the first cut if it alone does not."""
+    parts = line.split(_SEPARATOR)
+    while len(parts) > 1 and len(_joined(*parts, _ELLIPSIS)) > columns:
+        parts.pop()
+    return _joined(*parts, _ELLIPSIS)[:columns]
 
 
 def _wrapped(text: str, columns: int) -> str:

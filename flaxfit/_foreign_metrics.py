@@ -112,7 +112,7 @@ def _check_merge(batch: Any, name: str) -> None:
         merged = jax.eval_shape(lambda a: a.merge(a), batch)
     except Exception as err:
         raise ValueError(problem) from err
-    same = jax.tree.structure(merged) == jax.tree.structure(batch)
+    same = bool(jax.tree.structure(merged) == jax.tree.structure(batch))
     if not same or leaves(merged) != leaves(batch):
         raise ValueError(problem)
 

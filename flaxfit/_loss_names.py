@@ -129,6 +129,11 @@ def look_up(fn: LossFn | str) -> tuple[str | None, LossFn, Kind]:
         if name not in LOSSES:
             raise ValueError(_unknown_name(fn))
         return name, *LOSSES[name]
+    if isinstance(fn, type):
+        raise TypeError(
+            f"loss is the class {fn.__name__}; write {fn.__name__}(...), a name or a "
+            "function (outputs, targets) -> float[batch]."
+        )
     if not callable(fn):
         raise TypeError(
             f"A loss is a name or a function (outputs, targets) -> float[batch], "

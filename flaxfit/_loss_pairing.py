@@ -95,7 +95,8 @@ def pair_losses(
     elif isinstance(spec, str) and spec == "auto":
         yield from _auto(outputs, targets, path)
     else:
-        loss = spec if isinstance(spec, Loss) else Loss(spec)
+        one: Any = spec
+        loss = one if isinstance(one, Loss) else Loss(one)
         yield from _spread(loss, outputs, targets, path)
 
 

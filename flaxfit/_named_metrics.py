@@ -142,7 +142,7 @@ def _squared(name: str, loss: Loss | None, outputs: Any, targets: Any) -> Update
 
 
 def _root_squared(name: str, loss: Loss | None, outputs: Any, targets: Any) -> Update:
-    mean = _squared(name, loss, outputs, targets)
+    mean: Any = _squared(name, loss, outputs, targets)
     return lambda o, t, w: RootMean(mean(o, t, w))
 
 
@@ -156,7 +156,7 @@ def _perplexity(name: str, loss: Loss | None, outputs: Any, targets: Any) -> Upd
         )
     # Smoothing changes what is trained, not how well the next token is guessed.
     plain = dataclasses.replace(loss, label_smoothing=0.0)
-    mean = _mean_of(name, plain.values)
+    mean: Any = _mean_of(name, plain.values)
     return lambda o, t, w: ExpMean(mean(o, t, w))
 
 

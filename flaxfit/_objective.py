@@ -20,7 +20,13 @@ from flaxfit._loss_pairing import (
     pick_targets,
     where,
 )
-from flaxfit._target_checks import check_shapes, check_values, describe, is_array
+from flaxfit._target_checks import (
+    check_shapes,
+    check_values,
+    describe,
+    is_array,
+    pairs_rows,
+)
 from flaxfit._types import Array, Average, PyTree
 from flaxfit.losses import Loss
 
@@ -197,13 +203,16 @@ def resolve_objective(
     return Objective(tuple(terms))
 
 
-def check_targets(objective: Objective, outputs: PyTree, targets: PyTree) -> None:
+def check_targets(
+    objective: Objective, outputs: PyTree, targets: PyTree, weights: Any = None
+) -> None:
     """Checks the values of targets on the host: range of labels, NaN.
 
     Args:
       objective: the losses that take them.
       outputs: the model's outputs, or their shapes.
       targets: arrays, on the host or a device.
+      weights: `float[batch, ...]`, or None where all count alike.
 
     Raises:
       DataError: what was found, at which row, and what to write.
@@ -211,7 +220,7 @@ def check_targets(objective: Objective, outputs: PyTree, targets: PyTree) -> Non
     for path, loss, _, _ in objective.terms:
         chosen = pick_targets(targets, path)
         if loss.kind != "custom":
-            check_values(loss, pick(outputs, path), chosen, where(path))
+            check_values(loss, pick(outputs, path), chosen, where(path), weights)
 
 
 def _check_scales(loss_weights: Any, outputs: PyTree, paths: list[Path]) -> None:
@@ -277,9 +286,16 @@ def _is_scalar(loss: Loss, outputs: PyTree, targets: PyTree, place: str) -> bool
             f"{what} returned shape {list(values.shape)} for targets "
             f"{describe(targets)}; with ignore_label it must give one value per target."
         )
+    if loss.kind == "custom" and pairs_rows(loss.values, structs, values):
+        raise ValueError(
+            f"{what} returned shape {list(values.shape)} for outputs "
+            f"{describe(outputs)} and targets {describe(targets)}: it compares every "
+            "output with every target of the batch. Give both one shape, e.g. "
+            "y[:, None] or outputs[:, 0], and return one value per example."
+        )
     return not values.shape
 
 
 def _struct(x: Any) -> jax.ShapeDtypeStruct:
     dtype = jax.dtypes.canonicalize_dtype(x.dtype)
-    return jax.ShapeDtypeStruct(x.shape, dtype)  # type: ignore[no-untyped-call]
+    return jax.ShapeDtypeStruct(x.shape, dtype)

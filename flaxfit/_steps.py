@@ -1,6 +1,7 @@
 """Pure builders of the init, train, eval and predict steps. Nothing here is jitted."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -9,6 +10,7 @@ import optax
 
 from flaxfit._models.base import stream_rngs
 from flaxfit._objective import Objective
+from flaxfit._sown import mean_of_losses, means_of_metrics, read_sown
 from flaxfit._types import (
     Array,
     Average,
@@ -28,6 +30,7 @@ TrainStep: TypeAlias = Callable[[TrainState, Batch], tuple[TrainState, Logs]]
 EvalStep: TypeAlias = Callable[[TrainState, Batch, Array], Logs]
 PredictStep: TypeAlias = Callable[[TrainState, Inputs, Array], PyTree]
 
+_SOWN = "/sown"  # no output has such a name
 _EVALUATION_STREAM = "evaluation"
 _OVERWRITE = "_overwrite_with_gradient"  # flax.linen.fp8_ops: state set by its gradient
 
@@ -94,14 +97,12 @@ def make_train_step(task: Task) -> TrainStep:
             outputs, collections, sown = task.model.apply(
                 params, collections, batch.inputs, train=True, rngs=rngs
             )
-            terms = _loss_terms(task, outputs, batch, sown)
-            return _batch_value(terms), (outputs, collections, sown, terms)
+            value, logs = _measure(task, state, batch, outputs, sown, train=True)
+            return value, (collections, logs)
 
-        variables = (state.params, overwrite)
-        (value, aux), (grads, replaced) = jax.value_and_grad(loss_fn, has_aux=True)(
-            variables
-        )
-        outputs, collections, sown, terms = aux
+        gradient = jax.value_and_grad(loss_fn, has_aux=True)
+        (value, aux), (grads, replaced) = gradient((state.params, overwrite))
+        collections, logs = aux
 
         def value_fn(params: PyTree) -> Array:
             return loss_fn((params, overwrite))[0]
@@ -114,7 +115,7 @@ def make_train_step(task: Task) -> TrainStep:
             collections=_like(collections, state.collections),
             opt_state=_like(opt_state, state.opt_state),
         )
-        return new_state, _logs(task, outputs, batch, sown, terms)
+        return new_state, logs
 
     return train_step
 
@@ -128,8 +129,7 @@ def make_eval_step(task: Task) -> EvalStep:
 
     def eval_step(state: TrainState, batch: Batch, index: Array) -> Logs:
         outputs, sown = _forward(task, state, batch.inputs, index)
-        terms = _loss_terms(task, outputs, batch, sown)
-        return _logs(task, outputs, batch, sown, terms)
+        return _measure(task, state, batch, outputs, sown, train=False)[1]
 
     return eval_step
 
@@ -159,7 +159,7 @@ def make_gradient(
             outputs, _, sown = task.model.apply(
                 params, state.collections, batch.inputs, train=True, rngs=rngs
             )
-            return _batch_value(_loss_terms(task, outputs, batch, sown))
+            return _measure(task, state, batch, outputs, sown, train=True)[0]
 
         return jax.value_and_grad(loss_fn)(state.params)
 
@@ -210,88 +210,63 @@ def _update(
     return optax.apply_updates(state.params, updates), opt_state
 
 
-def _loss_terms(
-    task: Task, outputs: PyTree, batch: Batch, sown: dict[str, PyTree]
-) -> dict[str, tuple[float, Average]]:
-    """Returns name -> (scale, mean) of every addend of the loss."""
-    averages = task.objective.term_averages(outputs, batch.targets, batch.weights)
+def _measure(
+    task: Task,
+    state: TrainState,
+    batch: Batch,
+    outputs: PyTree,
+    sown: dict[str, PyTree],
+    *,
+    train: bool,
+) -> tuple[Array, Logs]:
+    """Returns the loss of a batch and what it adds to the logs."""
+    grown = partial(_sown_of_one_row_more, task, state, batch, train=train)
+    weights = jnp.asarray(batch.weights)
+    losses = task.objective.term_averages(outputs, batch.targets, batch.weights)
     scales = task.objective.scales
-    terms = {name: (scales[name], mean) for name, mean in averages.items()}
-    for path, value in _sown_leaves(sown, "losses"):
-        terms[f"sown/{path}"] = (1.0, _sown_average(value, batch, jnp.sum))
-    if not terms:
+    scaled = {n: m.replace(total=scales[n] * m.total) for n, m in losses.items()}
+    sown_mean = mean_of_losses(read_sown(sown, "losses", len(weights), grown), weights)
+    if sown_mean is not None:
+        scaled[_SOWN] = sown_mean
+    if not scaled:
         raise ValueError(
             "There is no loss to train on: loss=None and the model sows none. Give "
             'Trainer(model, loss="...") or self.sow("losses", "name", value).'
         )
-    return terms
-
-
-def _batch_value(terms: Mapping[str, tuple[float, Average]]) -> Array:
-    # A batch whose weights are all 0 has loss 0 and gradient 0, not NaN.
-    value = jnp.zeros((), jnp.float32)
-    for scale, mean in terms.values():
-        value += scale * mean.total / jnp.where(mean.count == 0, 1.0, mean.count)
-    return value
-
-
-def _logs(
-    task: Task,
-    outputs: PyTree,
-    batch: Batch,
-    sown: dict[str, PyTree],
-    terms: Mapping[str, tuple[float, Average]],
-) -> Logs:
-    scaled = {
-        name: mean.replace(total=scale * mean.total)
-        for name, (scale, mean) in terms.items()
-    }
     logs: Logs = {
         "loss": next(iter(scaled.values())) if len(scaled) == 1 else Sum(scaled)
     }
     if not task.objective.single:
-        logs |= {f"{n}_loss": m for n, (_, m) in terms.items() if "/" not in n}
+        logs |= {f"{name}_loss": mean for name, mean in losses.items()}
     for name, metric in task.metrics.items():
         logs[name] = metric(outputs, batch.targets, batch.weights)
-    return logs | _sown_metrics(sown, batch, logs)
+    metrics = read_sown(sown, "metrics", len(weights), grown)
+    return _batch_value(scaled), logs | means_of_metrics(metrics, weights, logs)
 
 
-def _sown_leaves(sown: dict[str, PyTree], collection: str) -> list[tuple[str, Array]]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(sown.get(collection, {}))
-    named = []
-    for path, leaf in leaves:
-        keys = [str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey)]
-        named.append(("/".join(keys), jnp.asarray(leaf)))
-    return named
+def _batch_value(terms: Mapping[str, Average]) -> Array:
+    # A batch whose weights are all 0 has loss 0 and gradient 0, not NaN.
+    means = [t.total / jnp.where(t.count == 0, 1.0, t.count) for t in terms.values()]
+    return sum(means[1:], start=means[0])
 
 
-def _sown_metrics(
-    sown: dict[str, PyTree], batch: Batch, taken: Mapping[str, Any]
-) -> dict[str, Average]:
-    by_path: dict[str, Average] = {}
-    for path, value in _sown_leaves(sown, "metrics"):
-        mean = _sown_average(value, batch, jnp.mean)
-        by_path[path] = by_path[path].merge(mean) if path in by_path else mean
-    short = [path.rsplit("/", 1)[-1] for path in by_path]
-    logs = {}
-    for path, name in zip(by_path, short, strict=True):
-        # Two layers may sow under one name; then the whole path tells them apart.
-        unique = short.count(name) == 1 and name not in taken
-        logs[name if unique else path] = by_path[path]
-    return logs
+def _sown_of_one_row_more(
+    task: Task, state: TrainState, batch: Batch, *, train: bool
+) -> dict[str, PyTree]:
+    rows = jnp.shape(batch.weights)[0]
 
+    def longer(x: Any) -> jax.ShapeDtypeStruct:
+        shape = (rows + 1, *x.shape[1:]) if x.shape[:1] == (rows,) else x.shape
+        return jax.ShapeDtypeStruct(shape, x.dtype)
 
-def _sown_average(
-    value: Array, batch: Batch, reduce: Callable[[Array], Array]
-) -> Average:
-    """Averages one value per example, or counts any other for all its rows."""
-    weights = jnp.asarray(batch.weights)
-    rows = weights.reshape(weights.shape[0], -1).mean(axis=1)
-    if value.ndim >= 1 and value.shape[0] == rows.shape[0]:
-        return Average.of(value, rows)
-    count = jnp.sum(rows)
-    total = reduce(value).astype(jnp.float32) * count
-    return Average(total, count, jnp.zeros(2, jnp.float32))
+    def sown(inputs: Inputs) -> dict[str, PyTree]:
+        rngs = stream_rngs(jax.random.key(0), task.rngs)
+        return task.model.apply(
+            state.params, state.collections, inputs, train=train, rngs=rngs
+        )[2]
+
+    shapes: dict[str, PyTree] = jax.eval_shape(sown, jax.tree.map(longer, batch.inputs))
+    return shapes
 
 
 def _strong(tree: PyTree) -> PyTree:

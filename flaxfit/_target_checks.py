@@ -3,6 +3,7 @@
 Knows one output and its targets only; `where` is how an error names them.
 """
 
+from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any
 
@@ -17,6 +18,13 @@ from flaxfit.losses import Loss
 
 _ELEMENTWISE: frozenset[Kind] = frozenset({"binary", "margin", "regression"})
 _RANGES = MappingProxyType({"binary": (0, 1), "margin": (-1, 1)})
+_CROSS_ENTROPIES = frozenset(
+    {
+        "softmax_cross_entropy",
+        "safe_softmax_cross_entropy",
+        "poly_loss_cross_entropy",
+    }
+)
 
 
 def describe(tree: PyTree) -> str:
@@ -39,6 +47,31 @@ def is_array(tree: PyTree) -> bool:
 def is_integer(x: Any) -> bool:
     """Returns whether `x` holds integers; bool counts as one."""
     return jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool
+
+
+def pairs_rows(function: Callable[..., Any], given: PyTree, values: Any) -> bool:
+    """Returns whether values grow with the batch along more than one axis.
+
+    (batch, 1) against (batch,) broadcasts to (batch, batch) without a word.
+
+    Args:
+      function: the user's own, `(outputs, targets) -> float[batch, ...]`.
+      given: outputs and targets, only their shapes and dtypes count.
+      values: what the function returned for them, or its shape.
+    """
+    if len(values.shape) < 2:
+        return False
+    rows = values.shape[0]
+
+    def longer(x: Any) -> Any:
+        shape = (rows + 1, *x.shape[1:]) if x.shape[:1] == (rows,) else x.shape
+        return jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(x.dtype))
+
+    try:
+        grown = jax.eval_shape(function, *jax.tree.map(longer, given))
+    except Exception:  # Written for one batch size: then there is nothing to tell.
+        return False
+    return bool(grown.shape[1:] != values.shape[1:])
 
 
 def check_shapes(loss: Loss, outputs: PyTree, targets: PyTree, where: str) -> None:
@@ -119,7 +152,9 @@ def _same_shape_hint(loss: Loss, outputs: Any, targets: Any) -> str:
     return f"they are compared {kind} and must have equal shapes."
 
 
-def check_values(loss: Loss, outputs: Any, targets: Any, where: str) -> None:
+def check_values(
+    loss: Loss, outputs: Any, targets: Any, where: str, weights: Any = None
+) -> None:
     """Checks the values of targets on the host.
 
     Args:
@@ -127,9 +162,10 @@ def check_values(loss: Loss, outputs: Any, targets: Any, where: str) -> None:
       outputs: anything with the `shape` of the output.
       targets: an array, on the host or a device.
       where: `""`, or the name of the output.
+      weights: `float[batch, ...]`, or None where all count alike.
 
     Raises:
-      DataError: labels out of range, or NaN in targets.
+      DataError: labels out of range, NaN in targets, or no class in a one-hot row.
     """
     targets = np.asarray(targets)
     if targets.size == 0:
@@ -147,6 +183,8 @@ def check_values(loss: Loss, outputs: Any, targets: Any, where: str) -> None:
         )
     if loss.kind in _RANGES:
         _check_range(loss, targets, (low, high), where)
+    if loss.name in _CROSS_ENTROPIES:
+        _check_distribution(loss, targets, where, weights)
 
 
 def _check_labels(loss: Loss, classes: int, targets: Any, where: str) -> None:
@@ -172,6 +210,27 @@ def _check_labels(loss: Loss, classes: int, targets: Any, where: str) -> None:
     raise DataError(
         f"The targets{where} hold {value} at row {_first_row(bad)}; {classes} outputs "
         f"allow 0..{classes - 1}. {advice}"
+    )
+
+
+def _check_distribution(loss: Loss, targets: Any, where: str, weights: Any) -> None:
+    """Refuses what one_hot makes of a label out of range: it has loss 0, silently."""
+    negative = (targets < 0).any(axis=-1)
+    empty = targets.sum(axis=-1) == 0
+    if weights is not None and empty.any():
+        ones = (1,) * (empty.ndim - np.ndim(weights))
+        if np.ndim(weights) <= empty.ndim:
+            empty &= np.reshape(weights, np.shape(weights) + ones) != 0
+    bad = negative | empty
+    if not bad.any():
+        return
+    row = _first_row(bad)
+    what = "a negative number" if negative.any() else "nothing but 0"
+    raise DataError(
+        f"The targets{where} hold {what} at row {row}; {loss.name} takes one-hot rows "
+        "or probabilities of classes. one_hot of a label out of range is such a row: "
+        "pass the labels themselves, y.astype('int32'), or give rows that do not count "
+        "sample_weight 0."
     )
 
 

@@ -112,7 +112,7 @@ class History:
         return figure
 
     def _is_worth_a_panel(self, name: str) -> bool:
-        """Numbers are; validation goes with training, a rate that stays with nothing."""
+        """Numbers are, but for validation, drawn with training, and a constant rate."""
         values = self.history[name]
         if not values or not all(map(_is_number, values)):
             return False

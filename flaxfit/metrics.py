@@ -21,7 +21,7 @@ from flaxfit._foreign_metrics import (
 from flaxfit._loss_pairing import Path, children, main_output, pick, pick_targets
 from flaxfit._named_metrics import Update, named_update, weighted_mean
 from flaxfit._objective import Objective, path_name
-from flaxfit._target_checks import describe, is_array
+from flaxfit._target_checks import describe, is_array, pairs_rows
 from flaxfit._types import Accumulator, Array, PyTree
 from flaxfit.losses import full_precision
 
@@ -128,6 +128,7 @@ def _resolve(
             one = asked._replace(metric=member, name=name)
             yield from _resolve(one, objective, outputs, targets)
         return
+    _check_kind(metric)
     name = asked.name or _default_name(metric)
     if not isinstance(metric, str) and not is_foreign(metric):
         path = asked.path or ()
@@ -202,6 +203,12 @@ def _function_metric(
                 f"The metric {name!r} returned {_text(values)} for a batch of {rows}; "
                 "return one real value per example, float[batch]."
             )
+        if pairs_rows(function, full_precision(chosen), values):
+            raise ValueError(
+                f"The metric {name!r} returned {_text(values)}: it compares every "
+                "output with every target of the batch. Give both one shape, e.g. "
+                "targets[:, None] or outputs[:, 0]."
+            )
         spread = objective.objective_weights(counted, targets, weights)
         # A value per sequence cannot leave single tokens out; the function may.
         fits = spread.ndim <= values.ndim
@@ -211,18 +218,21 @@ def _function_metric(
     return metric
 
 
+def _check_kind(metric: Any) -> None:
+    if not (isinstance(metric, str) or is_foreign(metric) or callable(metric)):
+        raise TypeError(
+            f"A metric is a name, a function (outputs, targets) -> float[batch] or a "
+            f"class with clu's interface, not {type(metric).__name__}; write "
+            "metrics=['accuracy']."
+        )
+
+
 def _default_name(metric: Any) -> str:
     if isinstance(metric, str):
         return metric.lower()
     if is_foreign(metric):
         owner = metric if isinstance(metric, type) else type(metric)
         return snake_case(owner.__name__)
-    if not callable(metric):
-        raise TypeError(
-            f"A metric is a name, a function (outputs, targets) -> float[batch] or a "
-            f"class with clu's interface, not {type(metric).__name__}; write "
-            "metrics=['accuracy']."
-        )
     while isinstance(metric, functools.partial):
         metric = metric.func
     name = getattr(metric, "__name__", type(metric).__name__)
@@ -252,7 +262,7 @@ def _check(name: str, fn: MetricFn, outputs: PyTree, targets: PyTree) -> None:
 
     def struct(x: Any) -> Any:
         dtype = jax.dtypes.canonicalize_dtype(x.dtype)
-        return jax.ShapeDtypeStruct(x.shape, dtype)  # type: ignore[no-untyped-call]
+        return jax.ShapeDtypeStruct(x.shape, dtype)
 
     shapes = jax.tree.map(struct, (outputs, targets))
     rows = next((x.shape[0] for x in jax.tree.leaves(outputs) if x.shape), 1)

@@ -21,6 +21,11 @@ from flaxfit import _transforms
 from flaxfit._errors import did_you_mean
 from flaxfit._types import Array, PyTree
 
+UNKNOWN_TOTAL_STEPS = (
+    "learning_rate is a function of total_steps, and the number of steps is not known "
+    "before the data ends. Pass steps_per_epoch= to fit, or a schedule of the step "
+    "count."
+)
 _DEFAULT_RATE = 1e-3
 _RATE = "learning_rate"
 # Without a rate optax's adadelta climbs; 1 is the paper's (arXiv:1212.5701).
@@ -165,11 +170,7 @@ def _as_rate(rate: Any, updates: int | None) -> Any:
     """Returns a float or a schedule that can be traced."""
     if needs_total_steps(rate):
         if updates is None:
-            raise ValueError(
-                "learning_rate is a function of total_steps, and the number of steps "
-                "is not known before the data ends. Pass steps_per_epoch= to fit, or "
-                "a schedule of the step count."
-            )
+            raise ValueError(UNKNOWN_TOTAL_STEPS)
         rate = rate(total_steps=updates)
     if isinstance(rate, optax.schedules.StatefulSchedule):
         return rate

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
+import flax.core
 import jax
 import numpy as np
 
@@ -14,8 +15,16 @@ from flaxfit._arguments import (
     as_epoch_filter,
     as_names,
     as_optional_count,
+    as_variables,
 )
-from flaxfit._build import NO_DATA_YET, Builder, Built, Settings
+from flaxfit._build import (
+    NO_DATA_YET,
+    Builder,
+    Built,
+    Settings,
+    check_outputs,
+    shapes_of,
+)
 from flaxfit._check import CheckReport, Text, first_lines, make_report
 from flaxfit._display import Display, make_display, make_progress
 from flaxfit._errors import CheckpointError, DataError
@@ -33,13 +42,12 @@ from flaxfit._meta import from_meta, to_meta
 from flaxfit._models import model_family
 from flaxfit._models.base import Overrides
 from flaxfit._steps import Task, TrainStep
-from flaxfit._types import Batch, Logs, PyTree, StateHolder, TrainState, copy_state
+from flaxfit._types import Batch, Logs, PyTree, StateHolder, TrainState
 from flaxfit.callbacks.base import (
     Callback,
     CallbackList,
     LoopState,
-    check_same_form,
-    own_array,
+    own_state,
 )
 from flaxfit.data import (
     DEFAULT_BATCH_SIZE,
@@ -48,6 +56,7 @@ from flaxfit.data import (
     as_batch,
     as_inputs_source,
     as_source,
+    check_lengths,
     split_validation,
 )
 from flaxfit.history import History
@@ -144,7 +153,7 @@ class Trainer:
                 "accumulate_steps": accumulate_steps,
                 "freeze": freeze,
             },
-            variables=dict(variables or {}),
+            variables=as_variables(variables),
             seed=as_count("seed", seed, least=0),
             make_train_step=make_train_step or _steps.make_train_step,
         )
@@ -155,6 +164,8 @@ class Trainer:
         )
         self._builder = Builder(model, family, settings)
         self._holder = StateHolder()
+        # The state as long as nothing was learnt: data of other shapes replaces it.
+        self._fresh: TrainState | None = None
         self._batch_size = DEFAULT_BATCH_SIZE
 
     # ------------------------------------------------------------------ training
@@ -245,11 +256,12 @@ class Trainer:
                 seed=(self._builder.seed, done),
                 class_weight=class_weight,
                 steps=steps,
-                check=self._builder.check_targets,
+                check=self._builder.check_values,
             )
             _refuse_one_shot(source, "fit", span, steps)
             epoch_steps = steps or source.num_batches
             total_steps = epoch_steps and done + len(span) * epoch_steps
+            self._builder.require_total_steps(total_steps)
             built = self._build(source, total_steps)
             self._batch_size = batch_size or self._batch_size
             validation = self._validation_source(
@@ -333,6 +345,7 @@ class Trainer:
         """
         batch = self._one_batch(x, y, sample_weight, class_weight, "train_on_batch")
         built = self._builder.built
+        self._builder.require_total_steps(built.total_steps)
         with Interrupt() as interrupt:
             with interrupt.shield():
                 state, running, _ = built.programs.train(
@@ -469,11 +482,15 @@ class Trainer:
             binding=self._binding,
             batch_size=batch_size,
             default_batch_size=self._batch_size,
+            check=self._builder.check_values,
             what=what,
         )
-        built = self._builder.build_for_inputs(source.example)
-        self._init_state(source.example)
+        built = self._builder.build_for_inputs(source.example, afresh=not self._settled)
+        source.check()
         sown = what == "predict_intermediates"
+        if not sown:
+            check_outputs(built, source.example.inputs)
+        self._init_state(source.example)
         parts = predict_loop(
             self._holder.peek(),
             predict=built.programs.intermediates if sown else built.programs.predict,
@@ -495,7 +512,9 @@ class Trainer:
           batch: `(x, y)`, `(x, y, weights)` or a dict of arrays, or a `Batch`.
         """
         batch = self._as_batch(batch)
-        self._builder.build(batch)
+        self._builder.build(batch, afresh=not self._settled)
+        if all(isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(batch)):
+            self._builder.check_values(batch)
         return self._builder.fresh_state(batch)
 
     def train_step(self, state: TrainState, batch: Any) -> tuple[TrainState, Logs]:
@@ -511,8 +530,15 @@ class Trainer:
           The next state, and the logs as accumulators on the device:
           `logs["loss"].compute()`, `logs["loss"].merge(other)`.
         """
+        if not isinstance(state, TrainState):
+            raise TypeError(
+                f"train_step takes a TrainState, got {type(state).__name__}. Write "
+                f"state = trainer.init(batch), then state, logs = "
+                f"trainer.train_step(state, batch)."
+            )
         batch = self._as_batch(batch)
         built = self._builder.build(batch)
+        self._builder.require_total_steps(built.total_steps)
         state, logs = built.programs.step(state, batch)
         return state, built.task.order(logs)
 
@@ -532,15 +558,7 @@ class Trainer:
 
     @state.setter
     def state(self, state: TrainState) -> None:
-        if self._holder.empty:
-            if not isinstance(state, TrainState):
-                raise TypeError(
-                    f"state takes a TrainState, got {type(state).__name__}."
-                )
-            self._holder.put(copy_state(state))
-            return
-        check_same_form(state, self._holder.peek())
-        self._holder.put(jax.tree.map(own_array, state, self._holder.peek()))
+        self._holder.put(own_state(state, self._builder.built.template))
 
     @property
     def variables(self) -> dict[str, PyTree]:
@@ -573,7 +591,9 @@ class Trainer:
         """
         if x is not None:
             source = as_inputs_source(x, binding=self._binding, what="summary")
-            built = self._builder.build_for_inputs(source.example)
+            built = self._builder.build_for_inputs(
+                source.example, afresh=not self._settled
+            )
         else:
             built = self._builder.built
         return Text(built.adapted.summary(built.example.inputs))
@@ -657,7 +677,7 @@ class Trainer:
             binding=self._binding,
             batch_size=batch_size,
             default_batch_size=self._batch_size,
-            check=self._builder.check_targets,
+            check=self._builder.check_values,
             what=what,
         )
 
@@ -668,7 +688,9 @@ class Trainer:
             raise ValueError(
                 "fit got both validation_split and validation_data; give one of them."
             )
-        whole = as_batch(x, y, sample_weight, binding=self._binding)
+        whole = as_batch(
+            x, y, sample_weight, binding=self._binding, what="validation_split"
+        )
         return split_validation(whole, fraction)
 
     def _validation_source(
@@ -676,9 +698,13 @@ class Trainer:
     ) -> Source | None:
         if data is None:
             return None
-        source = self._source(data, None, None, batch_size, "validation_data")
-        _refuse_one_shot(source, "validation_data", range(epochs), steps)
-        self._build(source)
+        try:
+            source = self._source(data, None, None, batch_size, "validation_data")
+            _refuse_one_shot(source, "validation_data", range(epochs), steps)
+            self._build(source, afresh=False)
+        except Exception as error:
+            error.add_note("in validation_data")
+            raise
         return source
 
     def _validate_on(
@@ -712,28 +738,51 @@ class Trainer:
             class_weight=class_weight,
             what=what,
         )
-        self._builder.build(batch)
-        self._builder.check_targets(batch)
+        self._builder.build(batch, afresh=not self._settled)
+        self._builder.check_values(batch)
         self._init_state(batch)
         return batch
 
     def _as_batch(self, raw: Any) -> Batch:
         batch = raw if isinstance(raw, Batch) else self._binding.split(raw)
+        for leaf in jax.tree.leaves(batch):
+            if not hasattr(leaf, "dtype"):
+                raise TypeError(
+                    f"The batch holds a {type(leaf).__name__} in place of an array; "
+                    f"write trainer.init((x, y)) with NumPy or jax arrays."
+                )
+        rows = check_lengths(batch)
         if batch.weights is None:
-            rows = jax.tree.leaves(batch)[0].shape[0]
             batch = batch.replace(weights=np.ones(rows, np.float32))
         return batch
 
-    def _build(self, source: Source, total_steps: int | None = None) -> Built:
-        built = self._builder.build(source.example, total_steps)
+    def _build(
+        self,
+        source: Source,
+        total_steps: int | None = None,
+        *,
+        afresh: bool | None = None,
+    ) -> Built:
+        afresh = not self._settled if afresh is None else afresh
+        built = self._builder.build(source.example, total_steps, afresh=afresh)
         if built.task.objective.scalar_loss:
             source.pad = False
         source.check()
         return built
 
+    @property
+    def _settled(self) -> bool:
+        """Whether the state holds anything that a fresh one would lose."""
+        return not self._holder.empty and self._holder.peek() is not self._fresh
+
     def _init_state(self, example: Batch) -> None:
-        if self._holder.empty:
-            self._holder.put(self._builder.fresh_state(example))
+        """Sees to it that there is a state, and that it fits what was built."""
+        if self._settled:
+            return
+        template = self._builder.built.template
+        if self._fresh is None or shapes_of(self._fresh) != template:
+            self._fresh = self._builder.fresh_state(example)
+            self._holder.put(self._fresh)
 
     def _require_state(self) -> None:
         if self._holder.empty:

@@ -301,7 +301,9 @@ def count_reads(monkeypatch):
 
         monkeypatch.setattr(array, name, counted)
     monkeypatch.setattr(
-        jax, "device_get", lambda tree, _get=jax.device_get: (reads.append("get"), _get(tree))[1]
+        jax,
+        "device_get",
+        lambda tree, _get=jax.device_get: (reads.append("get"), _get(tree))[1],
     )
     return reads
 
@@ -333,7 +335,9 @@ def test_the_display_reads_at_most_ten_times_a_second(monkeypatch):
     reads = []
     original = flaxfit._loop.read
     monkeypatch.setattr(
-        flaxfit._loop, "read", lambda tree: (reads.append(time.perf_counter()), original(tree))[1]
+        flaxfit._loop,
+        "read",
+        lambda tree: (reads.append(time.perf_counter()), original(tree))[1],
     )
     trainer = Trainer(Net())
     started = time.perf_counter()

@@ -338,6 +338,45 @@ def test_sown_losses_join_the_loss_and_sown_metrics_are_logged():
     np.testing.assert_allclose(hidden, sown["intermediates"]["hidden"][0], rtol=1e-6)
 
 
+class _SowingBlock(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        x = nn.Dense(4)(x)
+        self.sow("losses", "balance", jnp.mean(x**2))
+        self.sow("metrics", "scale", jnp.mean(jnp.abs(x)))
+        return x, None
+
+
+class ScannedSower(nn.Module):
+    layers: int
+
+    @nn.compact
+    def __call__(self, x):
+        axes = {"params": 0, "losses": 0, "metrics": 0}
+        stack = nn.scan(
+            _SowingBlock, axes, split_rngs={"params": True}, length=self.layers
+        )
+        x, _ = stack()(x, None)
+        self.sow("losses", "norm", jnp.mean(x**2, axis=1))
+        self.sow("losses", "norm", 0.5 * jnp.mean(x**2, axis=1))
+        return nn.Dense(3)(x)
+
+
+@pytest.mark.parametrize("rows", [4, 16])
+def test_a_stack_of_sown_losses_is_not_taken_for_a_batch(rows):
+    model = ScannedSower(layers=4)
+    trainer = Trainer(model, variables=model.init(jax.random.key(0), X))
+    values = trainer.evaluate(X, Y, batch_size=rows)
+    variables = {"params": trainer.variables["params"]}
+    outputs, sown = model.apply(variables, X, mutable=["losses", "metrics"])
+    losses = jax.tree.leaves(sown["losses"])
+    expected = optax.softmax_cross_entropy_with_integer_labels(outputs, Y).mean()
+    expected += sum(np.sum(v) if v.shape == (4,) else np.mean(v) for v in losses)
+    np.testing.assert_allclose(values["loss"], expected, rtol=1e-5)
+    (scale,) = jax.tree.leaves(sown["metrics"])
+    np.testing.assert_allclose(values["scale"], scale.mean(), rtol=1e-5)
+
+
 def test_complex_parameters_descend():
     class Complex(nn.Module):
         @nn.compact
@@ -405,7 +444,11 @@ def test_two_inputs_by_name_with_integer_tokens():
     np.testing.assert_allclose(by_keyword, outputs, atol=1e-6)
     by_position = trainer = Trainer(TwoTowers())
     by_position.fit(
-        (data["input_ids"], data["attention_mask"]), Y, epochs=1, batch_size=8, verbose=0
+        (data["input_ids"], data["attention_mask"]),
+        Y,
+        epochs=1,
+        batch_size=8,
+        verbose=0,
     )
 
 

@@ -456,8 +456,10 @@ def test_save_and_load_go_on_as_if_nothing_had_happened(tmp_path):
     stopped.save(tmp_path / "deep" / "run.msgpack")
     loaded = Trainer.load(tmp_path / "deep" / "run.msgpack", GuideMLP(3))
     assert loaded.evaluate(X, LABELS) == straight.evaluate(X, LABELS)
-    histories = [t.fit(X, LABELS, epochs=2, batch_size=16, verbose=0).history
-                 for t in (straight, loaded)]
+    histories = [
+        t.fit(X, LABELS, epochs=2, batch_size=16, verbose=0).history
+        for t in (straight, loaded)
+    ]
     assert histories[0] == histories[1]
     jax.tree.map(np.testing.assert_array_equal, straight.variables, loaded.variables)
     assert loaded.compiles["train"] == 1
@@ -469,7 +471,9 @@ def test_schedule_free_evaluates_its_averaged_parameters():
     outputs = nn.Dense(3).apply(trainer.variables, X)
     np.testing.assert_allclose(trainer.predict(X), outputs, atol=1e-5)
     state = trainer.state
-    assert not np.allclose(state.params["kernel"], trainer.variables["params"]["kernel"])
+    assert not np.allclose(
+        state.params["kernel"], trainer.variables["params"]["kernel"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -526,7 +530,9 @@ def test_check_reports_without_training():
     report = trainer.check(X, LABELS, batch_size=16)
     assert report.zero_gradients == ("unused",)
     assert report.chance_loss == pytest.approx(np.log(3))
-    outputs = Idle().apply({"params": trainer.init((X[:16], LABELS[:16])).params}, X[:16])
+    outputs = Idle().apply(
+        {"params": trainer.init((X[:16], LABELS[:16])).params}, X[:16]
+    )
     losses = optax.softmax_cross_entropy_with_integer_labels(outputs, LABELS[:16])
     assert report.initial_loss == pytest.approx(float(losses.mean()), rel=1e-5)
     assert report.flops > 2 * 16 * 5 * 3

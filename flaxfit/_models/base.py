@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ class Detected:
       rngs: the names of the RNG streams that are drawn from.
       train_flag: how training and evaluation differ, as the first line shows it.
       axis_names: the mapped axes the model asks for, bound to an axis of size 1.
+      vocabularies: the path of an input that is looked up in a table -> its rows.
       reasons: for each item why it is as it is, for `Trainer.check`.
     """
 
@@ -30,6 +31,7 @@ class Detected:
     rngs: tuple[str, ...] = ()
     train_flag: str = "none"
     axis_names: tuple[str, ...] = ()
+    vocabularies: Mapping[str, int] = field(default_factory=dict)
     reasons: Mapping[str, str] | None = None
 
 

@@ -61,6 +61,7 @@ class Probe:
     rngs: set[str] = field(default_factory=set)
     axis_names: list[str] = field(default_factory=list)
     moded_layers: set[str] = field(default_factory=set)
+    vocabularies: dict[str, int] = field(default_factory=dict)
 
 
 def call_spec(module: nn.Module, overrides: Overrides) -> CallSpec:
@@ -155,7 +156,8 @@ def adapt(module: nn.Module, inputs: Inputs, overrides: Overrides) -> Adapted:
         raise _no_flag_error(module, probe)
     initial, after_train = traced
     carried = _carried(initial, after_train, overrides)
-    sown = tuple(sorted(set(after_train) - set(carried) - {"params"} - _PERTURB))
+    written = set(initial) | set(after_train)
+    sown = tuple(sorted(written - set(carried) - {"params"}))
     rngs = tuple(sorted(probe.rngs))
     model = _make_model(module, flag, carried, rngs, tuple(probe.axis_names))
     detected = Detected(
@@ -165,6 +167,7 @@ def adapt(module: nn.Module, inputs: Inputs, overrides: Overrides) -> Adapted:
         rngs=rngs,
         train_flag=flag.name,
         axis_names=tuple(probe.axis_names),
+        vocabularies=probe.vocabularies,
         reasons=_reasons(flag, probe, carried, sown),
     )
 
@@ -173,9 +176,6 @@ def adapt(module: nn.Module, inputs: Inputs, overrides: Overrides) -> Adapted:
         return {"params": params, **collections}
 
     return Adapted(model, detected, lambda example: layer_table(variables, example))
-
-
-_PERTURB = frozenset({"perturbations"})
 
 
 def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
@@ -321,9 +321,10 @@ def _trace_until_known(
             lambda: _init(module, flag, inputs, {**streams, "params": key}), axes
         )
         variables = {n: v for n, v in initial.items() if n not in NEVER_CARRIED}
-        _, after_train = _bind_axes(
-            lambda: _apply(module, flag, variables, inputs, True, streams), axes
-        )
+        with nn.intercept_methods(_note_vocabularies(probe, inputs)):
+            _, after_train = _bind_axes(
+                lambda: _apply(module, flag, variables, inputs, True, streams), axes
+            )
         _bind_axes(
             lambda: _apply(module, flag, variables, inputs, False, streams), axes
         )
@@ -364,6 +365,28 @@ def _note_moded_layers(probe: Probe) -> Callable[..., Any]:
             probe.moded_layers.add(type(module).__name__)
         elif getattr(module, "dropout_rate", 0) and hasattr(module, "deterministic"):
             probe.moded_layers.add(type(module).__name__)
+        return next_fun(*args, **kwargs)
+
+    return note
+
+
+def _note_vocabularies(probe: Probe, inputs: Inputs) -> Callable[..., Any]:
+    """Notes which inputs go into an `nn.Embed` just as they came in.
+
+    A token beyond its table is NaN, one below 0 a row from its end, both silently:
+    with the table's size known the data can be checked.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(inputs)
+
+    def note(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        module = context.module
+        if isinstance(module, nn.Embed) and context.method_name == "__call__":
+            tokens = args[0] if args else kwargs.get("inputs")
+            for path, leaf in leaves:
+                if leaf is tokens:
+                    name = jax.tree_util.keystr(path, simple=True, separator="/")
+                    rows = probe.vocabularies.get(name, module.num_embeddings)
+                    probe.vocabularies[name] = min(rows, module.num_embeddings)
         return next_fun(*args, **kwargs)
 
     return note

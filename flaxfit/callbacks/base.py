@@ -57,8 +57,7 @@ class LoopState:
 
     @state.setter
     def state(self, state: TrainState) -> None:
-        check_same_form(state, self._holder.peek())
-        self._holder.put(jax.tree.map(own_array, state, self._holder.peek()))
+        self._holder.put(own_state(state, self._holder.peek()))
 
     @property
     def logs(self) -> dict[str, Any]:
@@ -184,15 +183,12 @@ def _named(callback: Callback, hook: str) -> Iterator[None]:
         raise
 
 
-def own_array(new: Any, like: Any) -> jax.Array:
-    """Returns `new` as a device array of its own, of the same type as `like`."""
-    if isinstance(new, jax.Array):
-        return jax.device_put(new, may_alias=False)
-    return jax.device_put(jax.numpy.asarray(new, like.dtype), may_alias=False)
+def own_state(new: TrainState, like: TrainState) -> TrainState:
+    """Returns a state that is to replace another, in buffers of its own.
 
-
-def check_same_form(new: TrainState, old: TrainState) -> None:
-    """Checks paths, shapes and dtypes of a state that is to replace another.
+    Args:
+      new: what a user brings; arrays of any library, dicts or FrozenDicts.
+      like: the state to replace, or its shapes.
 
     Raises:
       TypeError: `new` is no `TrainState`.
@@ -203,7 +199,7 @@ def check_same_form(new: TrainState, old: TrainState) -> None:
             f"state must be a TrainState, got {type(new).__name__}. Write "
             f"trainer.state = trainer.state.replace(params=...)."
         )
-    before, after = _forms(old), _forms(new)
+    before, after = _forms(like), _forms(new)
     lines = [
         f"  {path}: is {before.get(path, 'absent')}, given {after.get(path, 'absent')}"
         for path in sorted(before.keys() | after.keys())
@@ -213,6 +209,13 @@ def check_same_form(new: TrainState, old: TrainState) -> None:
         raise ValueError(
             "The assigned state does not fit the model:\n" + "\n".join(lines[:20])
         )
+    leaves = [
+        jax.device_put(jax.numpy.asarray(leaf), may_alias=False)
+        for leaf in jax.tree.leaves(new)
+    ]
+    # Into the structure of `like`: a FrozenDict would compile everything anew.
+    owned: TrainState = jax.tree.unflatten(jax.tree.structure(like), leaves)
+    return owned
 
 
 def _forms(state: TrainState) -> dict[str, str]:

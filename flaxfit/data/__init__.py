@@ -15,7 +15,14 @@ from flaxfit.data.checks import (
     check_weights,
 )
 from flaxfit.data.iterables import IterableSource
-from flaxfit.data.source import Source, as_host, is_array, is_nest, narrow
+from flaxfit.data.source import (
+    Source,
+    as_host,
+    call_text,
+    is_array,
+    is_nest,
+    narrow,
+)
 from flaxfit.data.weights import with_class_weight, with_weights
 
 __all__ = [
@@ -24,6 +31,7 @@ __all__ = [
     "as_batch",
     "as_inputs_source",
     "as_source",
+    "check_lengths",
     "split_validation",
 ]
 
@@ -81,6 +89,7 @@ def as_source(
         source: Source = ArraySource(
             data, size, shuffle=shuffle, seed=seed, check=check
         )
+        check_values(with_weights(data))
         check_values(source.example)
         return source
     _refuse_batch_size(batch_size, what)
@@ -100,6 +109,7 @@ def as_inputs_source(
     binding: Binding,
     batch_size: int | None = None,
     default_batch_size: int = DEFAULT_BATCH_SIZE,
+    check: Callable[[Batch], None] | None = None,
     what: str = "predict",
 ) -> Source:
     """Makes a source of inputs: no targets, weights 1 for rows and 0 for fill.
@@ -111,6 +121,7 @@ def as_inputs_source(
       binding: how a raw batch is read.
       batch_size: rows of a batch; only for arrays.
       default_batch_size: rows of a batch of arrays if `batch_size` is None.
+      check: called by `Source.check`, and with every batch of a dataset.
       what: the method the data was given to, for messages.
 
     Raises:
@@ -122,10 +133,10 @@ def as_inputs_source(
         size = _checked_size(batch_size, default_batch_size)
         inputs = _whole_inputs(as_host(x), binding)
         check_lengths(inputs)
-        return ArraySource(narrow(inputs, keep_mapped=True), size)
+        return ArraySource(narrow(inputs, keep_mapped=True), size, check=check)
     _refuse_batch_size(batch_size, what)
     return IterableSource(
-        x, lambda raw: _stream_inputs(as_host(raw), binding), what=what
+        x, lambda raw: _stream_inputs(as_host(raw), binding), check=check, what=what
     )
 
 
@@ -148,14 +159,21 @@ def as_batch(
       ValueError: arguments that do not go together, or a dataset.
     """
     if not _is_arrays(x, y, sample_weight, what):
+        advice = (
+            "pass the rest of the data as validation_data=(x_val, y_val)"
+            if what == "validation_split"
+            else "write x, y = next(iter(dataset)) for its first batch"
+        )
         raise ValueError(
-            f"{what} needs arrays here, not a {type(x).__name__}: "
-            "write x, y = next(iter(dataset)) for its first batch."
+            f"{what} needs arrays here, not a {type(x).__name__}: {advice}."
         )
     data = _read_arrays(x, y, sample_weight, binding)
     if class_weight is not None:
         data = with_class_weight(data, class_weight)
-    return with_weights(narrow(data))
+    data = with_weights(narrow(data))
+    check_weights(data.weights, all_zero=True)
+    check_values(data)
+    return data
 
 
 def _is_arrays(x: Any, y: Any, sample_weight: Any, what: str) -> bool:
@@ -166,9 +184,11 @@ def _is_arrays(x: Any, y: Any, sample_weight: Any, what: str) -> bool:
       ValueError: `y` or `sample_weight` beside data that has its own.
     """
     if x is None or isinstance(x, str | bytes):
+        arrays = "x" if what.startswith("predict") else "x, y"
         raise TypeError(
-            f"{what}({x!r}) gives no data. Datasets by name are not understood yet: "
-            f"write {what}(x, y) with arrays, or pass an iterable of batches."
+            f"{call_text(what, repr(x))} gives no data. Datasets by name are not "
+            f"understood yet: write {call_text(what, arrays)} with arrays, or pass an "
+            "iterable of batches."
         )
     name = "y" if y is not None else "sample_weight"
     given = y is not None or sample_weight is not None
@@ -181,7 +201,8 @@ def _is_arrays(x: Any, y: Any, sample_weight: Any, what: str) -> bool:
     if given:
         raise ValueError(
             f"{name} is given beside a {type(x).__name__}, which yields whole batches "
-            f"of its own. Let it yield (x, y, weights) and write {what}(dataset)."
+            f"of its own. Let it yield (x, y, weights) and write "
+            f"{call_text(what, 'dataset')}."
         )
     if isinstance(x, Mapping) or (isinstance(x, tuple) and len(x) <= 3):
         parts = x.values() if isinstance(x, Mapping) else x
@@ -196,10 +217,10 @@ def _is_arrays(x: Any, y: Any, sample_weight: Any, what: str) -> bool:
 
 def _is_batch_list(x: Any, y: Any) -> bool:
     """Whether `x` lists batches: a list of tuples, dicts or lists of arrays."""
-    if y is not None or not isinstance(x, list | tuple) or hasattr(x, "_fields"):
+    if not isinstance(x, list | tuple) or hasattr(x, "_fields"):
         return False
     # A tuple of two or three is one dataset, ((a, b), y) as well as ((a, b), (c, d)).
-    if isinstance(x, tuple) and len(x) <= 3:
+    if isinstance(x, tuple) and (len(x) <= 3 or y is not None):
         return False
     return bool(x) and all(_is_nested(part) for part in x)
 
@@ -271,7 +292,11 @@ def _checked_size(batch_size: Any, default: int) -> int:
 
 def _refuse_batch_size(batch_size: Any, what: str) -> None:
     if batch_size is not None:
+        argument = "batch_size"
+        if what == "validation_data":
+            argument = "validation_batch_size"
         raise ValueError(
-            f"batch_size={batch_size!r} is given, but your iterable yields batches of "
-            f"its own: set their size where they are made, and write {what}(dataset)."
+            f"{argument}={batch_size!r} is given, but your iterable yields batches of "
+            "its own: set their size where they are made, and write "
+            f"{call_text(what, 'dataset')}."
         )

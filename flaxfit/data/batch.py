@@ -238,8 +238,10 @@ class Binding:
         return dict(zip(names, values, strict=True)) if by_name else values
 
     def _missing(self, fields: Mapping[str, Any], free: tuple[str, ...]) -> DataError:
-        first = free[0] if free else "key"
-        name = (*self.call.required, *self.call.names, "x")[0]
+        lacking = [name for name in self.call.required if name not in fields]
+        name = (*lacking, *self.call.names, "x")[0]
+        spare = [key for key in free if key not in self.call.names]
+        first = (*spare, *free, "key")[0]
         return DataError(
             f"the batch has the keys {_listed(fields)}; the model's call takes "
             f"{_listed(self.call.names)} and requires {_listed(self.call.required)}. "

@@ -1,5 +1,6 @@
 """Checks of host arrays before anything is compiled: rows, dtypes, NaN, weights."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -71,12 +72,18 @@ def check_finite(example: Batch) -> None:
 def check_values(batch: Batch) -> None:
     """Checks inputs and targets as `check_finite` does, and no weights.
 
+    Arrays mapped from a file are passed over: all of the file would be read.
+
     Raises:
       DataError: NaN or infinity in inputs, or in targets whose weight is not 0.
     """
     for name, leaf in named_leaves(batch.replace(weights=None)):
-        if not jnp.issubdtype(leaf.dtype, np.inexact):
+        if not jnp.issubdtype(leaf.dtype, np.inexact) or isinstance(leaf, np.memmap):
             continue
+        # One pass without a second array: a sum is finite only if all of it is.
+        with np.errstate(over="ignore", invalid="ignore"):
+            if np.isfinite(leaf.sum()):
+                continue
         bad = ~np.isfinite(leaf)
         if name.split("/")[0] == "y":
             bad &= _spread(batch.weights != 0, leaf.ndim)
@@ -90,8 +97,12 @@ def check_values(batch: Batch) -> None:
             )
 
 
-def check_weights(weights: HostArray) -> None:
+def check_weights(weights: HostArray, *, all_zero: bool = False) -> None:
     """Checks sample weights `float32[rows, ...]`.
+
+    Args:
+      weights: those of all examples, or of a batch.
+      all_zero: whether they may all be 0, as in one batch of many.
 
     Raises:
       DataError: NaN, infinity, negative weights, or nothing but zeros.
@@ -108,10 +119,42 @@ def check_weights(weights: HostArray) -> None:
             f"weights hold {weights[row]} at row {row}; weights are at least 0, "
             "0 leaves an example out."
         )
-    if not weights.any():
+    if not all_zero and not weights.any():
         raise DataError(
             "the weights are all zero, so there is nothing to average over. Leave "
             "the weights out, or give the examples that count a weight above 0."
+        )
+
+
+def check_tokens(batch: Batch, vocabularies: Mapping[str, int]) -> None:
+    """Checks inputs that are looked up in a table of embeddings.
+
+    Args:
+      batch: host arrays.
+      vocabularies: the path of an input in `batch.inputs` -> the table's rows.
+
+    Raises:
+      DataError: a number that the table has no row for.
+    """
+    flat, _ = jax.tree_util.tree_flatten_with_path(batch.inputs)
+    for (path, tokens), (name, _) in zip(
+        flat, named_leaves(batch.replace(targets=None, weights=None)), strict=True
+    ):
+        rows = vocabularies.get(jax.tree_util.keystr(path, simple=True, separator="/"))
+        if rows is None or not tokens.size:
+            continue
+        if tokens.min() >= 0 and tokens.max() < rows:
+            continue
+        place = tuple(int(i) for i in np.argwhere((tokens < 0) | (tokens >= rows))[0])
+        advice = (
+            f"For padding write np.maximum({name}, 0), and mask those places."
+            if tokens[place] < 0
+            else f"Write nn.Embed({tokens.max() + 1}, ...), or correct the tokens."
+        )
+        raise DataError(
+            f"{name} holds the token {tokens[place]} at row {place[0]}; the model's "
+            f"nn.Embed has {rows} rows, 0..{rows - 1}, and gives NaN or another "
+            f"token's row for others. {advice}"
         )
 
 

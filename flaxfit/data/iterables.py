@@ -14,8 +14,8 @@ import numpy as np
 
 from flaxfit._errors import DataError
 from flaxfit._types import Batch
-from flaxfit.data.checks import check_lengths
-from flaxfit.data.source import fill, is_array, named_leaves, narrow
+from flaxfit.data.checks import check_lengths, check_weights
+from flaxfit.data.source import call_text, fill, is_array, named_leaves, narrow
 from flaxfit.data.weights import with_weights
 
 
@@ -118,7 +118,7 @@ class IterableSource:
                 f"the function given to {self._what} returned a "
                 f"{type(made).__name__}; it must return an iterable of batches, or "
                 "yield them: def make_batches(): yield x, y. Arrays are given "
-                f"directly: {self._what}(x, y)."
+                f"directly: {call_text(self._what, 'x, y')}."
             )
         return iter(made)
 
@@ -136,7 +136,9 @@ class IterableSource:
         try:
             batch = self._read(raw)
             check_lengths(batch)
-            return with_weights(narrow(batch))
+            batch = with_weights(narrow(batch))
+            check_weights(batch.weights, all_zero=True)
+            return batch
         except DataError as error:
             raise DataError(f"batch {number} of pass {pass_index}: {error}") from error
         except Exception as error:
@@ -187,8 +189,9 @@ class IterableSource:
             return "The function must make a new iterable each time it is called."
         return (
             "Pass something that can be read again and again: a list, a loader, or "
-            f"the function that makes the batches, {self._what}(make_batches) not "
-            f"{self._what}(make_batches())."
+            f"the function that makes the batches, "
+            f"{call_text(self._what, 'make_batches')} not "
+            f"{call_text(self._what, 'make_batches()')}."
         )
 
 

@@ -161,6 +161,13 @@ def named_leaves(nest: PyTree) -> list[tuple[str, Any]]:
     return [leaf for name, part in parts.items() for leaf in _paths(part, name)]
 
 
+def call_text(what: str, arguments: str) -> str:
+    """Returns how data is given to `what`: a method, or an argument of `fit`."""
+    if what == "validation_data":
+        return f"{what}=({arguments})" if "," in arguments else f"{what}={arguments}"
+    return f"{what}({arguments})"
+
+
 def _is_leaf(value: object) -> bool:
     # jax warns of iterables that are no pytrees, unless they are declared leaves.
     return is_array(value) or (
@@ -183,6 +190,12 @@ def _as_array(leaf: Any) -> Any:
         return leaf
     if isinstance(leaf, Mapping):
         return as_host(leaf)
+    if isinstance(leaf, np.ma.MaskedArray) and np.ma.is_masked(leaf):
+        raise DataError(
+            f"a masked array hides {np.ma.count_masked(leaf)} of its values, and "
+            "training would see what is below the mask. Write x.filled(0), and "
+            "sample_weight for rows that do not count."
+        )
     try:
         return np.asarray(leaf)
     except ValueError as error:
