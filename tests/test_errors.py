@@ -1,5 +1,6 @@
 """Wrong input, as users give it: what is said, and that the trainer is unharmed."""
 
+import contextlib
 import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from flaxfit import (
     Trainer,
 )
 
-ROWS = 8
+ROWS = 32  # the default batch size: streams and arrays share one program
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(ROWS, 4)).astype(np.float32)
 LABELS = (np.arange(ROWS) % 3).astype(np.int32)
@@ -127,14 +128,15 @@ TARGETS = [
     Case("label -4", fits(X, label(-4)), DataError, IGNORE + "-4"),
     Case("label -1", fits(X, label(-1)), DataError, IGNORE + "-1"),
     Case("labels from 1", fits(X, LABELS + 1), DataError, "start at 1: write y - 1"),
-    Case("label beyond the first batch", fits(X, with_value(LABELS, 7, -1), batch_size=2),
-         DataError, "hold 7 at row 7"),
+    Case("label beyond the first batch", fits(X, with_value(LABELS, 7, -1),
+         batch_size=2), DataError, "hold 7 at row 31"),
     Case("label in evaluate", lambda t: t.evaluate(X, label(3)), DataError, "hold 3"),
     Case("label in train_on_batch", lambda t: t.train_on_batch(X, label(3)), DataError,
          "hold 3 at row 2"),
     Case("label in test_on_batch", lambda t: t.test_on_batch(X, label(-1)), DataError,
          IGNORE),
-    Case("label in init", lambda t: t.init((X, label(3))), DataError, "hold 3 at row 2"),
+    Case("label in init", lambda t: t.init((X, label(3))), DataError,
+         "hold 3 at row 2"),
     Case("label in validation_data", fits(X, LABELS, validation_data=(X, label(3))),
          DataError, "(?s)hold 3 at row 2.*in validation_data"),
     Case("label of 64 bits", fits(X, label(2**32 + 5)), DataError,
@@ -146,7 +148,7 @@ TARGETS = [
     Case("one-hot integers", fits(X, ONE_HOT.astype(np.int32)), DetectionError,
          "For one-hot labels write loss='softmax_cross_entropy'",
          trained=r"Got targets int32\[32, 3\]"),
-    Case("one-hot of a label out of range", fits(X, with_value(ONE_HOT, 0, 1)),
+    Case("one-hot of a label out of range", fits(X, with_value(ONE_HOT, 0, 0)),
          DataError, r"nothing but 0 at row 0; .*pass the labels themselves, "
          r"y\.astype\('int32'\)", "one-hot"),
     Case("integer labels for a one-hot loss", fits(X, LABELS), ValueError,
@@ -160,13 +162,14 @@ TARGETS = [
          "hold 2 at row 1; .* takes 0 to 1: .* write y == positive", "binary"),
     Case("binary labels -1 and 1", fits(X, BITS * 2 - 1), DataError,
          r"write \(y \+ 1\) / 2", "binary"),
-    Case("no targets", fits(X), DetectionError, r"There are no targets .*pass fit\(x, y\)",
+    Case("no targets", fits(X), DetectionError,
+         r"There are no targets .*pass fit\(x, y\)",
          trained=r"Got targets none; .*Pass \(x, y\)"),
     Case("no targets to evaluate", lambda t: t.evaluate(X), DetectionError,
          "There are no targets", trained=r"Pass \(x, y\)"),
     Case("no targets in validation_data", fits(X, LABELS, validation_data=X), DataError,
          r"(?s)Got targets none; .*Pass \(x, y\).*in validation_data"),
-    Case("strings as labels", fits(X, list("abcabcab")), DataError,
+    Case("strings as labels", fits(X, list(LABELS.astype(str))), DataError,
          r"y has dtype <U1.*np\.unique\(labels, return_inverse=True\)\[1\]"),
     Case("NaN in y", fits(X, with_value(VALUES, np.nan)), DataError,
          "y holds nan at row 5: .*a target of weight 0 does not count", "values"),
@@ -201,7 +204,8 @@ INPUTS = [
          "tokens", trained=r"Got inputs \[0\] float32\[32, 6\]; .*int32\[32, 6\]"),
     Case("no examples", fits(X[:0], LABELS[:0]), DataError,
          r"no examples: x has shape \(0, 4\)\. Pass at least one row"),
-    Case("no examples in predict", lambda t: t.predict(X[:0]), DataError, "no examples"),
+    Case("no examples in predict", lambda t: t.predict(X[:0]), DataError,
+         "no examples"),
     Case("no examples in evaluate", lambda t: t.evaluate(X[:0], LABELS[:0]), DataError,
          "no examples"),
     Case("no examples in train_on_batch", lambda t: t.train_on_batch(X[:0], LABELS[:0]),
@@ -210,17 +214,18 @@ INPUTS = [
          "no examples"),
     Case("empty list", fits([]), DataError, "no examples: x has shape"),
     Case("empty tuple", fits(()), TypeError, r"a tuple of nothing: .*\(x, y\)"),
-    Case("None", fits(None), TypeError, r"fit\(None\) gives no data\. .*write fit\(x, y\)"),
+    Case("None", fits(None), TypeError,
+         r"fit\(None\) gives no data\. .*write fit\(x, y\)"),
     Case("a name", fits("mnist"), TypeError, r"fit\('mnist'\) gives no data"),
     Case("a number", fits(3), TypeError, "a int is no data. Understood are arrays"),
     Case("a batch of strings in init", lambda t: t.init("batch"), TypeError,
          r"holds a str .*write trainer\.init\(\(x, y\)\)"),
     Case("lengths differ", fits(X, LABELS[:-1]), DataError,
-         "different length: x: 8, y: 7.*cut them to the same number of rows"),
+         "different length: x: 32, y: 31.*cut them to the same number of rows"),
     Case("lengths differ in init", lambda t: t.init((X, LABELS[:-1])), DataError,
-         "x: 8, y: 7"),
+         "x: 32, y: 31"),
     Case("lengths of inputs differ", lambda t: t.predict((X, X[:-1])), DataError,
-         "x/0: 8, x/1: 7", "pair"),
+         "x/0: 32, x/1: 31", "pair"),
     Case("object array", fits(X.astype(object), LABELS), DataError,
          r"x has dtype object, .*write x\.astype\('float32'\)"),
     Case("dates", fits(X.astype("datetime64[s]"), LABELS), DataError,
@@ -239,7 +244,8 @@ INPUTS = [
     Case("a dict without an input", fits({"a": X, "label": LABELS}), DataError,
          r"requires a, b\. .*Trainer\(model, inputs=\{'b': 'a'\}\)", "pair"),
     Case("a dict with two candidates", fits({"p": X, "q": X, "label": LABELS}),
-         DataError, r"the keys p, q, label; .*Trainer\(model, inputs=\{'inputs': 'p'\}\)"),
+         DataError, "the keys p, q, label; "
+         r".*Trainer\(model, inputs=\{'inputs': 'p'\}\)"),
     Case("four parts", fits((X, LABELS, ONES, ONES)), DataError,
          r"a tuple of 4 items: a batch is x, \(x,\), \(x, y\) or \(x, y, weights\)"),
     Case("a list of examples", lambda t: t.predict([X[0], X[1]]), DataError,
@@ -269,7 +275,7 @@ DATASETS = [
     Case("weights all 0", fits(X, LABELS, sample_weight=0 * ONES), DataError,
          "all zero.* Leave the weights out"),
     Case("weights too short", fits(X, LABELS, sample_weight=ONES[1:]), DataError,
-         "x: 8, y: 8, weights: 7"),
+         "x: 32, y: 32, weights: 31"),
     Case("(n, 1) weights", fits(X, LABELS, sample_weight=ONES[:, None]), DataError,
          r"Write weights\.reshape\(len\(weights\)\)"),
     Case("one number as weights", fits(X, LABELS, sample_weight=2.0), DataError,
@@ -311,11 +317,12 @@ DATASETS = [
     Case("weights beside a dataset", fits([(X, LABELS)], sample_weight=ONES),
          ValueError, r"sample_weight is given beside a list"),
     Case("validation_split of a dataset", fits([(X, LABELS)], validation_split=0.5),
-         ValueError, r"needs arrays here, not a list: .*validation_data=\(x_val, y_val\)"),
+         ValueError, "needs arrays here, not a list: "
+         r".*validation_data=\(x_val, y_val\)"),
     Case("validation_split and validation_data", fits(X, LABELS, validation_split=0.5,
          **VALIDATE), ValueError, "give one of them"),
     Case("validation_split of nothing", fits(X, LABELS, validation_split=0.999),
-         ValueError, "leaves 0 to train on and 8 to validate on"),
+         ValueError, "leaves 0 to train on and 32 to validate on"),
     Case("validation_split above 1", fits(X, LABELS, validation_split=1.5), ValueError,
          r"e\.g\. validation_split=0\.1"),
     Case("no data to validate on", fits(X, LABELS, validation_data=(X[:0], LABELS[:0])),
@@ -364,11 +371,12 @@ ARGUMENTS = [
          callbacks=LambdaCallback(on_epoch_ends=print)), TypeError,
          "Did you mean 'on_epoch_end'"),
     Case("a monitor misspelt", fits(X, LABELS, callbacks=EarlyStopping("val_los"),
-         **VALIDATE), ValueError, "will log loss, val_loss, learning_rate. Did you mean "
-         "'val_loss'"),
+         **VALIDATE), ValueError,
+         r"will log loss, val_loss, learning_rate\. Did you mean 'val_loss'"),
     Case("a monitor without validation", fits(X, LABELS, callbacks=EarlyStopping()),
          ValueError, "Give fit validation_data= or validation_split="),
-    Case("a state of None", lambda t: setattr(t, "state", None), (TypeError, ValueError),
+    Case("a state of None", lambda t: setattr(t, "state", None),
+         (TypeError, ValueError),
          r"state must be a TrainState|state = trainer\.init\(batch\)"),
     Case("no state in train_step", lambda t: t.train_step(None, (X, LABELS)), TypeError,
          r"Write state = trainer\.init\(batch\), then state, logs = "
@@ -384,14 +392,12 @@ def trainer_of(kind):
 
 def host_copy(state):
     """The state's values, typed keys as their data."""
-    return [
-        np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-                   else x)
-        for x in jax.tree.leaves(state)
-    ]  # fmt: skip
+    state = state.replace(rng=jax.random.key_data(state.rng))
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 
 
 def assert_equal(state, expected):
+    """Equal to the last bit."""
     for one, other in zip(host_copy(state), expected, strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -465,10 +471,8 @@ def test_a_new_trainer_refuses_and_is_unharmed(trained, case):
 def test_other_data_before_the_first_step_binds_to_nothing(call):
     """As long as nothing was learnt, data of another form may come."""
     trainer = trainer_of("classes")
-    try:
+    with contextlib.suppress(DataError, OSError):
         call(trainer)
-    except (DataError, OSError) as error:
-        print(error)
     assert_fits(trainer, "classes")
     fresh = trainer_of("classes")
     fresh.fit(X, LABELS, verbose=0)
@@ -505,7 +509,7 @@ MIDSTREAM = {
     "nesting": (lambda: iter([(X, LABELS), (X, {"a": LABELS})]), DataError,
                 r"batch 1 of pass 0 .*y/a is int32\[batch\], was missing", 1),
     "lengths": (lambda: iter([(X, LABELS), (X, LABELS[:3])]), DataError,
-                "batch 1 of pass 0: .* x: 8, y: 3", 1),
+                "batch 1 of pass 0: .* x: 32, y: 3", 1),
     "weights": (lambda: iter([(X, LABELS, ONES), (X, LABELS, -ONES)]), DataError,
                 r"batch 1 of pass 0: weights hold -1\.0", 1),
     "strings": (lambda: iter([(X, LABELS), (X, LABELS.astype(str))]), DataError,
@@ -601,8 +605,9 @@ def cosine(total_steps):
 
 
 ARGUMENTS_OF_TRAINER = [
-    ({"metrics": ["acuracy"]}, ValueError, "no metric 'acuracy'. Did you mean 'accuracy'"),
-    ({"metrics": ["acc", "acc"]}, ValueError, r"write|metrics=\{'my_name': \.\.\.\}"),
+    ({"metrics": ["acuracy"]}, ValueError,
+     "There is no metric 'acuracy'. Did you mean 'accuracy'"),
+    ({"metrics": ["acc", "acc"]}, ValueError, r"'acc' is taken .*metrics=\{'my_name': \.\.\.\}"),
     ({"metrics": [lambda o, t: o[:, 0]]}, ValueError,
      r"A lambda has no name to log; write metrics=\{'my_name'"),
     ({"metrics": {"m": lambda o, t: o.mean()}}, ValueError,
@@ -623,12 +628,14 @@ ARGUMENTS_OF_TRAINER = [
     ({"optimizer": None}, TypeError, "expected a name such as 'adam'"),
     ({"optimizer": optax.adam(1e-3), "learning_rate": 1e-3}, ValueError,
      r"Give the function instead: optimizer=optax\.adamw, learning_rate="),
-    ({"optimizer": "sgd", "weight_decay": 0.1}, ValueError, "example optimizer='adamw'"),
+    ({"optimizer": "sgd", "weight_decay": 0.1}, ValueError,
+     "for example optimizer='adamw'"),
     ({"learning_rate": 0}, ValueError, "learning_rate=0 is not a positive number"),
     ({"learning_rate": "1e-3"}, TypeError, "learning_rate='1e-3' is a str; give a pos"),
     ({"clip_norm": -1.0}, ValueError, r"clip_norm=-1\.0 is not a positive number"),
     ({"accumulate_steps": 0}, ValueError, "accumulate_steps=0 is too small; give 1"),
-    ({"freeze": "encoder"}, ValueError, "matches no parameter. There are: bias, kernel"),
+    ({"freeze": "encoder"}, ValueError,
+     "matches no parameter. There are: bias, kernel"),
     ({"seed": -1}, ValueError, "seed=-1: write a whole number >= 0"),
     ({"collections": "batch_stats"}, ValueError, r"collections=\['batch_stats'\]"),
     ({"collections": ["batch_stat"]}, DetectionError, "init makes no 'batch_stat'"),
@@ -703,12 +710,10 @@ def test_a_schedule_of_total_steps_needs_to_know_them():
     with pytest.raises(ValueError, match=text):
         trainer.fit(lambda: batches(), verbose=0)
     assert np.isfinite(trainer.evaluate(X, LABELS)["loss"])
-    for call in (
-        trainer.train_on_batch,
-        lambda *xy: trainer.fit([xy][:1] and iter([xy])),
-    ):
-        with pytest.raises(ValueError, match=text):
-            call(X, LABELS)
+    with pytest.raises(ValueError, match=text):
+        trainer.train_on_batch(X, LABELS)
+    with pytest.raises(ValueError, match=text):
+        trainer.fit(batches(), verbose=0)
     trainer.fit(lambda: batches(), steps_per_epoch=2, verbose=0)
     with pytest.raises(ValueError, match=text):
         trainer.fit(lambda: batches(), verbose=0)
@@ -723,8 +728,8 @@ def other_params(**params):
 
 
 STATES = [
-    (lambda state: state.params, TypeError, r"TrainState, got dict\. Write trainer\.state"
-     r" = trainer\.state\.replace\(params=\.\.\.\)"),
+    (lambda state: state.params, TypeError, "TrainState, got dict. Write "
+     r"trainer\.state = trainer\.state\.replace\(params=\.\.\.\)"),
     (other_params(kernel=np.ones((4, 2), np.float32)), ValueError,
      r"kernel'\]: is float32\[4, 3\], given float32\[4, 2\]"),
     (other_params(extra=np.ones(2, np.float32)), ValueError,
@@ -764,8 +769,8 @@ def test_nothing_to_show_or_save_before_data(tmp_path):
 # -------------------------------------------------------------------------- files
 
 FILES = {
-    "pickle": (pickle.dumps({}), "looks like a Python pickle. Expected a file written by "
-               r"trainer\.save\(path\)"),
+    "pickle": (pickle.dumps({}), "looks like a Python pickle. Expected a file "
+               r"written by trainer\.save\(path\)"),
     "json": (b'{"a": 1}', "looks like a JSON file"),
     "empty": (b"", "0 bytes that are no whole msgpack file"),
     "flax": (serialization.to_bytes({"params": {"bias": np.ones(3)}}),
