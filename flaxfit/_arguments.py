@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import flax.core
 import numpy as np
 
 from flaxfit._errors import did_you_mean
@@ -58,7 +59,8 @@ def as_variables(variables: Any) -> dict[str, PyTree]:
             f"variables is a {type(variables).__name__}; it takes collections by name, "
             f"as module.init returns them: variables={{'params': params}}."
         )
-    return dict(variables)
+    # FrozenDicts inside would compile everything anew once a state is restored.
+    return dict(flax.core.unfreeze(dict(variables)))
 
 
 def as_epoch_filter(frequency: int | Iterable[int]) -> Callable[[int], bool]:

@@ -112,8 +112,8 @@ def _check_merge(batch: Any, name: str) -> None:
         merged = jax.eval_shape(lambda a: a.merge(a), batch)
     except Exception as err:
         raise ValueError(problem) from err
-    same = bool(jax.tree.structure(merged) == jax.tree.structure(batch))
-    if not same or leaves(merged) != leaves(batch):
+    before, after = ((jax.tree.structure(x), leaves(x)) for x in (batch, merged))
+    if before != after:
         raise ValueError(problem)
 
 

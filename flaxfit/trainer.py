@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
-import flax.core
 import jax
 import numpy as np
 

@@ -607,7 +607,8 @@ def cosine(total_steps):
 ARGUMENTS_OF_TRAINER = [
     ({"metrics": ["acuracy"]}, ValueError,
      "There is no metric 'acuracy'. Did you mean 'accuracy'"),
-    ({"metrics": ["acc", "acc"]}, ValueError, r"'acc' is taken .*metrics=\{'my_name': \.\.\.\}"),
+    ({"metrics": ["acc", "acc"]}, ValueError,
+     r"'acc' is taken .*metrics=\{'my_name': \.\.\.\}"),
     ({"metrics": [lambda o, t: o[:, 0]]}, ValueError,
      r"A lambda has no name to log; write metrics=\{'my_name'"),
     ({"metrics": {"m": lambda o, t: o.mean()}}, ValueError,
