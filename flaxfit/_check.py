@@ -7,13 +7,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from flaxfit._build import Built, describe_array
+from flaxfit._build import Built
 from flaxfit._display import (
     format_bytes,
     format_count,
     format_table,
     format_value,
 )
+from flaxfit._forms import describe_array
 from flaxfit._loop import read
 from flaxfit._types import Batch, PyTree, TrainState
 from flaxfit.data import Source

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from flaxfit._forms import shapes_of
 from flaxfit._loss_pairing import (
     LossSpec,
     Path,
@@ -255,7 +256,7 @@ def _scale(loss_weights: Any, path: Path) -> float:
 
 def _is_scalar(loss: Loss, outputs: PyTree, targets: PyTree, place: str) -> bool:
     """Traces the loss abstractly and returns whether it gives a single number."""
-    structs = jax.tree.map(_struct, (outputs, targets))
+    structs = shapes_of((outputs, targets))
     if loss.ignore_label is not None and not is_array(targets):
         raise ValueError(
             f"ignore_label of {loss.name}{place} needs one array of targets, not "
@@ -294,8 +295,3 @@ def _is_scalar(loss: Loss, outputs: PyTree, targets: PyTree, place: str) -> bool
             "y[:, None] or outputs[:, 0], and return one value per example."
         )
     return not values.shape
-
-
-def _struct(x: Any) -> jax.ShapeDtypeStruct:
-    dtype = jax.dtypes.canonicalize_dtype(x.dtype)
-    return jax.ShapeDtypeStruct(x.shape, dtype)

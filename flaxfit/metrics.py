@@ -18,6 +18,7 @@ from flaxfit._foreign_metrics import (
     members,
     snake_case,
 )
+from flaxfit._forms import shapes_of
 from flaxfit._loss_pairing import Path, children, main_output, pick, pick_targets
 from flaxfit._named_metrics import Update, named_update, weighted_mean
 from flaxfit._objective import Objective, path_name
@@ -260,13 +261,9 @@ def _check_arrays(name: str, outputs: PyTree, targets: PyTree) -> None:
 def _check(name: str, fn: MetricFn, outputs: PyTree, targets: PyTree) -> None:
     """Traces a metric abstractly, so that what is wrong is wrong before step 1."""
 
-    def struct(x: Any) -> Any:
-        dtype = jax.dtypes.canonicalize_dtype(x.dtype)
-        return jax.ShapeDtypeStruct(x.shape, dtype)
-
-    shapes = jax.tree.map(struct, (outputs, targets))
+    shapes = shapes_of((outputs, targets))
     rows = next((x.shape[0] for x in jax.tree.leaves(outputs) if x.shape), 1)
-    weights = struct(jnp.zeros(rows, jnp.float32))
+    weights = jax.ShapeDtypeStruct((rows,), jnp.float32)
     try:
         jax.eval_shape(fn, *shapes, weights)
     except Exception as err:

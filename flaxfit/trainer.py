@@ -16,17 +16,12 @@ from flaxfit._arguments import (
     as_optional_count,
     as_variables,
 )
-from flaxfit._build import (
-    NO_DATA_YET,
-    Builder,
-    Built,
-    Settings,
-    check_outputs,
-    shapes_of,
-)
+from flaxfit._build import Built, Settings
+from flaxfit._builder import NO_DATA_YET, Builder, check_outputs
 from flaxfit._check import CheckReport, Text, first_lines, make_report
 from flaxfit._display import Display, make_display, make_progress
 from flaxfit._errors import CheckpointError, DataError
+from flaxfit._forms import shapes_of
 from flaxfit._interrupt import Interrupt
 from flaxfit._loop import (
     FitPlan,
@@ -262,7 +257,7 @@ class Trainer:
             total_steps = epoch_steps and done + len(span) * epoch_steps
             self._builder.require_total_steps(total_steps)
             built = self._build(source, total_steps)
-            self._batch_size = batch_size or self._batch_size
+            self._batch_size = source.batch_size or self._batch_size
             validation = self._validation_source(
                 validation_data, validation_batch_size, len(span), validation_steps
             )

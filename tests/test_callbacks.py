@@ -172,7 +172,7 @@ def test_early_stopping_in_a_fit_gives_the_best_model_back():
         verbose=0,
         callbacks=[
             stopper,
-            LambdaCallback(on_epoch_end=lambda l: states.append(l.state)),
+            LambdaCallback(on_epoch_end=lambda loop: states.append(loop.state)),
         ],
     )
     values = history.history["val_loss"]

@@ -32,7 +32,7 @@ def test_not_a_terminal_gets_one_line_per_epoch(capsys):
     assert lines[1].startswith(
         "loss: softmax_cross_entropy_with_integer_labels (int32 targets, 3 outputs)"
     )
-    assert lines[1].endswith("adam 0.001 · 1 × cpu")
+    assert lines[1].endswith("adam 0.001 · 1 \N{MULTIPLICATION SIGN} cpu")
     assert [line.split(" · ")[0] for line in lines[2:]] == ["Epoch 1/2", "Epoch 2/2"]
     assert "5 steps" in lines[2] and "val_loss: " in lines[2]
 

@@ -5,7 +5,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from flaxfit._forms import differences
 from flaxfit._types import StateHolder, TrainState
 from flaxfit.history import History
 
@@ -199,28 +201,17 @@ def own_state(new: TrainState, like: TrainState) -> TrainState:
             f"state must be a TrainState, got {type(new).__name__}. Write "
             f"trainer.state = trainer.state.replace(params=...)."
         )
-    before, after = _forms(like), _forms(new)
-    lines = [
-        f"  {path}: is {before.get(path, 'absent')}, given {after.get(path, 'absent')}"
-        for path in sorted(before.keys() | after.keys())
-        if before.get(path) != after.get(path)
-    ]
-    if lines:
+    if lines := differences(like, new, wanted_is="is"):
         raise ValueError(
-            "The assigned state does not fit the model:\n" + "\n".join(lines[:20])
+            "The assigned state does not fit the model:\n" + "\n".join(lines)
         )
-    leaves = [
-        jax.device_put(jax.numpy.asarray(leaf), may_alias=False)
-        for leaf in jax.tree.leaves(new)
-    ]
+    leaves = map(_owned, jax.tree.leaves(new), jax.tree.leaves(like))
     # Into the structure of `like`: a FrozenDict would compile everything anew.
     owned: TrainState = jax.tree.unflatten(jax.tree.structure(like), leaves)
     return owned
 
 
-def _forms(state: TrainState) -> dict[str, str]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {
-        jax.tree_util.keystr(path): f"{jax.numpy.result_type(leaf)}{list(leaf.shape)}"
-        for path, leaf in leaves
-    }
+def _owned(leaf: Any, like: Any) -> jax.Array:
+    if not jnp.issubdtype(like.dtype, jax.dtypes.extended):
+        leaf = jnp.asarray(leaf).astype(like.dtype)  # not weakly typed
+    return jax.device_put(leaf, may_alias=False)

@@ -1,0 +1,233 @@
+"""When parts are made, kept or made anew, and which batches fit them."""
+
+from collections.abc import Hashable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+
+from flaxfit._build import Built, Settings, build, noted, trace_outputs
+from flaxfit._errors import DataError
+from flaxfit._forms import Form, describe_array, forms_of, listed, shapes_of
+from flaxfit._models.base import ModelFamily
+from flaxfit._objective import resolve_objective
+from flaxfit._types import Batch, Inputs, TrainState
+from flaxfit.optimizers import UNKNOWN_TOTAL_STEPS, needs_total_steps
+
+NO_DATA_YET = (
+    "This trainer has seen no data yet, so it has no state: call fit, evaluate or "
+    "predict first, or make one with state = trainer.init(batch)."
+)
+
+
+class Builder:
+    """Owns the parts of one trainer, and makes them when the first data comes."""
+
+    def __init__(self, model: Any, family: ModelFamily, settings: Settings) -> None:
+        self._model = model
+        self._family = family
+        self._settings = settings
+        self._built: Built | None = None
+        # The forms of batches that were found to fit: looking again takes traces.
+        self._fitting: set[Hashable] = set()
+
+    @property
+    def seed(self) -> int:
+        """The trainer's seed."""
+        return self._settings.seed
+
+    @property
+    def built(self) -> Built:
+        """The parts.
+
+        Raises:
+          ValueError: there was no data yet to make them from.
+        """
+        if self._built is None:
+            raise ValueError(NO_DATA_YET)
+        return self._built
+
+    @property
+    def compiles(self) -> dict[str, int]:
+        """The number of traces of each phase."""
+        if self._built is None:
+            return dict.fromkeys(("train", "eval", "predict"), 0)
+        programs = self._built.programs
+        return {
+            "train": programs.train.traces,
+            "eval": programs.evaluate.traces,
+            "predict": programs.predict.traces,
+        }
+
+    def build(
+        self, example: Batch, total_steps: int | None = None, *, afresh: bool = False
+    ) -> Built:
+        """Returns the parts, made anew only where they have to be.
+
+        Args:
+          example: a batch like those to come.
+          total_steps: the step at which training will end, None if unknown.
+          afresh: whether a batch of another form may replace what was built before,
+            as nothing was learnt yet.
+
+        Raises:
+          ValueError: see `build` and `check_batch`.
+        """
+        built = self._built
+        known = None
+        if built is not None and self._fits(example, afresh, not built.complete):
+            known = built.adapted
+            scheduled = needs_total_steps(self._settings.learning_rate)
+            same = not scheduled or total_steps in (None, built.total_steps)
+            if built.complete and same:
+                return built
+        self._install(
+            build(
+                self._model,
+                self._family,
+                self._settings,
+                example,
+                total_steps,
+                known=known,
+            )
+        )
+        return self.built
+
+    def require_total_steps(self, total_steps: int | None) -> None:
+        """Checks that the length of the training is known where it has to be.
+
+        Raises:
+          ValueError: it is not, and the learning rate is a function of it.
+        """
+        if total_steps is None and needs_total_steps(self._settings.learning_rate):
+            raise ValueError(UNKNOWN_TOTAL_STEPS)
+
+    def build_for_inputs(self, example: Batch, *, afresh: bool = False) -> Built:
+        """Returns the parts; without a loss if there never were targets."""
+        if self._built is None or not self._fits(example, afresh, True):
+            settings = replace(self._settings, loss=None, metrics=None)
+            self._install(
+                build(
+                    self._model, self._family, settings, example, None, complete=False
+                )
+            )
+        return self.built
+
+    def _install(self, built: Built) -> None:
+        self._built = built
+        self._fitting.clear()
+
+    def _fits(self, batch: Batch, afresh: bool, inputs_only: bool) -> bool:
+        """Returns whether a batch fits what was built; raises unless `afresh`."""
+        form = (inputs_only, *_form_of(batch))
+        if form in self._fitting:
+            return True
+        try:
+            check_batch(self.built, self._settings, batch, inputs_only=inputs_only)
+        except Exception:
+            if not afresh:
+                raise
+            return False
+        self._fitting.add(form)
+        return True
+
+    def fresh_state(self, example: Batch) -> TrainState:
+        """Returns a new state at step 0."""
+        rng = jax.random.key(self._settings.seed)
+        state: TrainState = self.built.programs.init(
+            rng, example.inputs, self.built.variables
+        )
+        return state
+
+    def check_values(self, batch: Batch) -> None:
+        """Checks values on the host; see `Built.check_values`."""
+        self.built.check_values(batch)
+
+
+def check_batch(
+    built: Built, settings: Settings, batch: Batch, *, inputs_only: bool = False
+) -> None:
+    """Checks that a batch is like the one everything was built from.
+
+    Args:
+      built: the trainer's parts.
+      settings: what they were built with.
+      batch: arrays or shapes; rows and the lengths of axes may differ.
+      inputs_only: whether targets do not matter.
+
+    Raises:
+      DataError: other inputs or targets, by name, dtype or number of axes.
+      ValueError: targets that do not fit the outputs.
+      Exception: whatever the model raises for inputs of these shapes.
+    """
+    batch = shapes_of(batch)
+    checked = ["inputs"] if inputs_only else ["inputs", "targets"]
+    for name in checked:
+        before, after = (
+            forms_of(getattr(built.example, name)),
+            forms_of(getattr(batch, name)),
+        )
+        if {p: f[:2] for p, f in before.items()} != {
+            p: f[:2] for p, f in after.items()
+        }:
+            raise DataError(
+                f"Got {name} {listed(after)}; this trainer was built for "
+                f"{listed(before)}. {_reshaping(name, before, after)}Give it such "
+                f"{name}, or make a new Trainer."
+            )
+    with noted(batch.inputs):
+        outputs = trace_outputs(built.adapted, built.template.rng, batch.inputs)
+        fitting = jax.eval_shape(
+            built.task.model.init, built.template.rng, batch.inputs
+        )[0]
+    if forms_of(fitting) != forms_of(built.template.params):
+        raise DataError(
+            f"Got inputs {listed(forms_of(batch.inputs))}, which need other "
+            f"parameters than {listed(forms_of(built.example.inputs))} did, for which "
+            f"this trainer was built. Give it such inputs, or make a new Trainer."
+        )
+    if "targets" in checked:
+        objective = resolve_objective(
+            settings.loss, settings.loss_weights, outputs, batch.targets
+        )
+        if objective.name != built.task.objective.name:
+            raise DataError(
+                f"Got targets {listed(forms_of(batch.targets))}, for which the "
+                f"loss would be {objective.name}; this trainer was built with "
+                f"{built.task.objective.name}. Name it: Trainer(model, loss=...)."
+            )
+
+
+def check_outputs(built: Built, inputs: Inputs) -> None:
+    """Checks that outputs can be joined along their first axis, the batch.
+
+    Raises:
+      ValueError: an output has another first axis.
+    """
+    inputs = shapes_of(inputs)
+    rows = jax.tree.leaves(inputs)[0].shape[0]
+    outputs = trace_outputs(built.adapted, built.template.rng, inputs)
+    for output in jax.tree.leaves(outputs):
+        if output.shape[:1] != (rows,):
+            raise ValueError(
+                f"predict joins outputs along their first axis, the batch, and for "
+                f"inputs {listed(forms_of(inputs))} the model returns "
+                f"{describe_array(output)}. For one example write x[None]; else let "
+                f"the model return [batch, ...] arrays, or call it yourself: "
+                f"module.apply(trainer.variables, x)."
+            )
+
+
+def _form_of(batch: Batch) -> tuple[Hashable, ...]:
+    leaves, structure = jax.tree.flatten((batch.inputs, batch.targets))
+    return structure, tuple((x.shape, x.dtype) for x in leaves)
+
+
+def _reshaping(name: str, before: Mapping[str, Form], after: Mapping[str, Form]) -> str:
+    """Returns the line to write where one axis too many or too few may be all."""
+    if not after:
+        return "Pass (x, y). "
+    more = {f.ndim - before[path].ndim for path, f in after.items() if path in before}
+    lines = {("inputs", -1): "For one example write x[None]. "}
+    lines |= {("targets", -1): "Write y[:, None]. ", ("targets", 1): "Write y[:, 0]. "}
+    return lines.get((name, more.pop()), "") if len(more) == 1 else ""
