@@ -191,18 +191,29 @@ def _mask_like(part: PyTree, whole: PyTree) -> PyTree:
     )
 
 
+def _holds_rate(node: Any) -> bool:
+    kinds = (
+        optax.InjectHyperparamsState,
+        optax.schedules.InjectStatefulHyperparamsState,
+    )
+    return isinstance(node, kinds) and _RATE in node.hyperparams
+
+
+def with_rates_of(opt_state: PyTree, other: PyTree) -> PyTree:
+    """Returns `opt_state` with the learning rates of another state of its form."""
+
+    def replace(node: Any, source: Any) -> Any:
+        if not _holds_rate(node):
+            return node
+        return node._replace(hyperparams=source.hyperparams)
+
+    return jax.tree.map(replace, opt_state, other, is_leaf=_holds_rate)
+
+
 def read_learning_rate(opt_state: PyTree) -> Array | None:
     """Returns the first injected learning rate as `float32[]`, if there is one."""
-
-    def holds_rate(node: Any) -> bool:
-        kinds = (
-            optax.InjectHyperparamsState,
-            optax.schedules.InjectStatefulHyperparamsState,
-        )
-        return isinstance(node, kinds) and _RATE in node.hyperparams
-
-    for node in jax.tree.leaves(opt_state, is_leaf=holds_rate):
-        if holds_rate(node):
+    for node in jax.tree.leaves(opt_state, is_leaf=_holds_rate):
+        if _holds_rate(node):
             rate = jnp.asarray(node.hyperparams[_RATE])
             return jnp.real(rate).astype(jnp.float32)
     return None

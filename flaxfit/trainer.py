@@ -36,6 +36,7 @@ from flaxfit._meta import from_meta, to_meta
 from flaxfit._models import model_family
 from flaxfit._models.base import Overrides
 from flaxfit._steps import Task, TrainStep
+from flaxfit._transforms import with_rates_of
 from flaxfit._types import Batch, Logs, PyTree, StateHolder, TrainState
 from flaxfit.callbacks.base import (
     Callback,
@@ -655,7 +656,12 @@ class Trainer:
                 f"{os.fspath(path)!r} was saved for inputs that {type(model).__name__} "
                 f"cannot take: {error}"
             ) from error
-        trainer._holder.put(checkpoint.restore(raw_state, built.template))
+        state = checkpoint.restore(raw_state, built.template)
+        if "learning_rate" in changes:
+            # A constant rate lies in the state, and would win over the new one.
+            fresh = built.task.optimizer.tx.init(state.params)
+            state = state.replace(opt_state=with_rates_of(state.opt_state, fresh))
+        trainer._holder.put(state)
         trainer._batch_size = batch_size
         return trainer
 
