@@ -61,7 +61,8 @@ class Built(NamedTuple):
       variables: the variables to start from, sown ones left out.
       outputs: the shapes of the model's outputs.
       example: the shapes of the batch all this was made from.
-      logs: the shapes of the logs of a step.
+      logs: the shapes of the logs of a training step.
+      eval_logs: those of an evaluation step; a model may sow other values there.
       total_steps: what the optimizer was resolved for, None if that is not known.
       complete: whether there is a loss; without targets one can only predict.
     """
@@ -74,22 +75,28 @@ class Built(NamedTuple):
     outputs: PyTree
     example: Batch
     logs: PyTree
+    eval_logs: PyTree
     total_steps: int | None
     complete: bool
 
     def empty(self) -> Running:
-        """Returns an empty accumulator."""
+        """Returns an empty accumulator for training."""
         return empty_running(self.logs)
+
+    def empty_eval(self) -> Running:
+        """Returns an empty accumulator for evaluation."""
+        return empty_running(self.eval_logs)
 
     def history_names(self, *, validated: bool) -> list[str]:
         """Returns the names the History of a fit will have, in its order."""
         names = list(self.task.order(self.logs))
+        evaluated = list(self.task.order(self.eval_logs)) if validated else []
         rate = jax.eval_shape(
             self.task.optimizer.learning_rate, self.template.opt_state
         )
         return [
             *names,
-            *(f"val_{name}" for name in names if validated),
+            *(f"val_{name}" for name in evaluated),
             *(["learning_rate"] if rate is not None else []),
         ]
 
@@ -158,6 +165,7 @@ def build(
             **settings.optimizer_options,
         ),
         rngs=adapted.detected.rngs,
+        eval_rngs=adapted.detected.eval_rngs,
     )
     init, train_step = make_init(task), settings.make_train_step(task)
     template = jax.eval_shape(init, key, example.inputs, {})
@@ -167,13 +175,16 @@ def build(
         if name not in adapted.detected.sown  # `module.init` returns these as well
     }
     _check_variables(variables, template)
-    traced = (
-        preflight(train_step, template, example) if complete else Preflight({}, False)
-    )
+    eval_step = make_eval_step(task)
+    traced = evaluated = Preflight({}, False)
+    if complete:
+        index = jax.ShapeDtypeStruct((), np.int32)
+        traced = preflight(train_step, template, example)
+        evaluated = preflight(eval_step, template, example, index)
     programs = compile_programs(
         init=init,
         train_step=train_step,
-        eval_step=make_eval_step(task),
+        eval_step=eval_step,
         predict_step=make_predict_step(task),
         intermediates_step=make_predict_step(task, sown="intermediates"),
         gradient=make_gradient(task),
@@ -188,6 +199,7 @@ def build(
         outputs=outputs,
         example=example,
         logs=traced.logs,
+        eval_logs=evaluated.logs,
         total_steps=total_steps,
         complete=complete,
     )

@@ -105,8 +105,7 @@ def make_report(built: Built, state: TrainState, source: Source) -> CheckReport:
     )
     cost = built.programs.train.analyze(state, built.empty(), example)
     flops = cost.get("flops")
-    memory = [v for name, v in cost.items() if name.endswith("_bytes")]
-    step_bytes = sum(memory) if memory else None
+    step_bytes = cost.get("bytes")
     chance = _chance(built)
     tail = built.task.objective.scalar_loss and _has_tail(source)
     compiles = {"train": 2 if tail else 1, "eval": 2 if tail else 1, "predict": 1}

@@ -60,8 +60,9 @@ class Program:
     def analyze(self, *args: Any) -> dict[str, float]:
         """Compiles ahead of time and returns FLOPs and bytes of one call.
 
-        Keys: `flops`, `temporary_bytes`, `argument_bytes`, `output_bytes`; those
-        that the backend does not tell are absent.
+        Keys: `flops`, and `bytes` of device memory: arguments, results and
+        temporaries, donated ones counted once. What the backend does not tell is
+        absent.
         """
         traces = self.traces
         compiled = self._jitted.lower(*args).compile()

@@ -57,6 +57,19 @@ def differences(
     return lines if more <= 0 else [*lines[:_MOST_LINES], f"  and {more} more"]
 
 
+def one_row_more(tree: PyTree, rows: int) -> PyTree:
+    """Returns the shapes of a batch with one row more than its `rows`.
+
+    What grows with it has the batch as its first axis; what stays has not.
+    """
+
+    def longer(x: Any) -> jax.ShapeDtypeStruct:
+        shape = (rows + 1, *x.shape[1:]) if x.shape[:1] == (rows,) else x.shape
+        return jax.ShapeDtypeStruct(shape, x.dtype)
+
+    return jax.tree.map(longer, shapes_of(tree))
+
+
 def describe_array(x: Any) -> str:
     """Returns e.g. `"float32[32, 784]"`."""
     return f"{x.dtype}{list(x.shape)}"

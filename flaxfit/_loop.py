@@ -80,12 +80,14 @@ def fit_loop(
                 break
     except BaseException as error:
         # The first error is the one to report; what follows from it is noted.
+        loop.broken_off = True
         try:
             callbacks.end(loop)
         except Exception as later:
             error.add_note(f"then on_train_end failed: {later!r}")
         raise
     if interrupt.requested and not loop.stopped:
+        loop.broken_off = True
         loop.stop("interrupted by Ctrl-C")
     callbacks.end(loop)
 

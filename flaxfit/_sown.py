@@ -67,7 +67,11 @@ def mean_of_losses(sown: list[Sown], weights: Array) -> Average | None:
 def means_of_metrics(
     sown: list[Sown], weights: Array, taken: Mapping[str, Any]
 ) -> dict[str, Average]:
-    """Returns log name -> mean: the value's own name, or its path if that is taken."""
+    """Returns log name -> mean: the value's own name, or its path if that is taken.
+
+    A name that is taken all the same, or that History needs for something else,
+    becomes `"metrics/<path>"`.
+    """
     by_path: dict[str, Average] = {}
     for one in sown:
         mean = _mean(one, weights, jnp.mean)
@@ -75,11 +79,16 @@ def means_of_metrics(
             by_path[one.path].merge(mean) if one.path in by_path else mean
         )
     short = [path.rsplit("/", 1)[-1] for path in by_path]
-    unique = {name for name in short if short.count(name) == 1} - set(taken)
-    return {
-        name if name in unique else path: mean
-        for name, (path, mean) in zip(short, by_path.items(), strict=True)
-    }
+    logs = {}
+    for name, (path, mean) in zip(short, by_path.items(), strict=True):
+        names = [name] if short.count(name) == 1 else []
+        free = (n for n in [*names, path] if n not in taken and not _is_reserved(n))
+        logs[next(free, f"metrics/{path}")] = mean
+    return logs
+
+
+def _is_reserved(name: str) -> bool:
+    return name in ("loss", "learning_rate") or name.startswith("val_")
 
 
 def _mean(one: Sown, weights: Array, reduce: Callable[[Array], Array]) -> Average:

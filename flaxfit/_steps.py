@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flaxfit._forms import one_row_more
 from flaxfit._models.base import stream_rngs
 from flaxfit._objective import Objective
 from flaxfit._sown import mean_of_losses, means_of_metrics, read_sown
@@ -43,7 +44,8 @@ class Task(NamedTuple):
       objective: the losses over its outputs.
       metrics: log name -> metric, in the order given.
       optimizer: the optax transformation and how to read it.
-      rngs: the names of the RNG streams to supply.
+      rngs: the names of the RNG streams to supply in training.
+      eval_rngs: those to supply in evaluation and prediction.
     """
 
     model: Model
@@ -51,6 +53,7 @@ class Task(NamedTuple):
     metrics: Mapping[str, MetricFn]
     optimizer: Optimizer
     rngs: tuple[str, ...]
+    eval_rngs: tuple[str, ...]
 
     def order(self, logs: Mapping[str, Any]) -> dict[str, Any]:
         """Returns `logs` in the order of History; jit hands them out sorted."""
@@ -180,7 +183,7 @@ def _forward(
         state.collections,
         inputs,
         train=False,
-        rngs=stream_rngs(rng, task.rngs, index),
+        rngs=stream_rngs(rng, task.eval_rngs, index),
     )
     del unused  # evaluation never writes
     return outputs, sown
@@ -228,14 +231,15 @@ def _measure(
     sown_mean = mean_of_losses(read_sown(sown, "losses", len(weights), grown), weights)
     if sown_mean is not None:
         scaled[_SOWN] = sown_mean
-    if not scaled:
+    if not scaled and train:
         raise ValueError(
             "There is no loss to train on: loss=None and the model sows none. Give "
             'Trainer(model, loss="...") or self.sow("losses", "name", value).'
         )
-    logs: Logs = {
-        "loss": next(iter(scaled.values())) if len(scaled) == 1 else Sum(scaled)
-    }
+    logs: Logs = {}
+    if scaled:
+        one = next(iter(scaled.values()))
+        logs["loss"] = one if len(scaled) == 1 else Sum(scaled)
     if not task.objective.single:
         logs |= {f"{name}_loss": mean for name, mean in losses.items()}
     for name, metric in task.metrics.items():
@@ -247,25 +251,21 @@ def _measure(
 def _batch_value(terms: Mapping[str, Average]) -> Array:
     # A batch whose weights are all 0 has loss 0 and gradient 0, not NaN.
     means = [t.total / jnp.where(t.count == 0, 1.0, t.count) for t in terms.values()]
-    return sum(means[1:], start=means[0])
+    return sum(means, start=jnp.zeros((), jnp.float32))
 
 
 def _sown_of_one_row_more(
     task: Task, state: TrainState, batch: Batch, *, train: bool
 ) -> dict[str, PyTree]:
-    rows = jnp.shape(batch.weights)[0]
-
-    def longer(x: Any) -> jax.ShapeDtypeStruct:
-        shape = (rows + 1, *x.shape[1:]) if x.shape[:1] == (rows,) else x.shape
-        return jax.ShapeDtypeStruct(shape, x.dtype)
-
     def sown(inputs: Inputs) -> dict[str, PyTree]:
-        rngs = stream_rngs(jax.random.key(0), task.rngs)
+        streams = task.rngs if train else task.eval_rngs
+        rngs = stream_rngs(jax.random.key(0), streams)
         return task.model.apply(
             state.params, state.collections, inputs, train=train, rngs=rngs
         )[2]
 
-    shapes: dict[str, PyTree] = jax.eval_shape(sown, jax.tree.map(longer, batch.inputs))
+    rows = jnp.shape(batch.weights)[0]
+    shapes: dict[str, PyTree] = jax.eval_shape(sown, one_row_more(batch.inputs, rows))
     return shapes
 
 

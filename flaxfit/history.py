@@ -33,6 +33,10 @@ class History:
         self.stop_reason: str | None = None
         self._epochs: dict[str, list[int]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The record can be pickled; the trainer, functions and all, cannot.
+        return {**vars(self), "trainer": None}
+
     def append(self, epoch: int, logs: Mapping[str, Any]) -> None:
         """Adds an epoch's values."""
         self.epoch.append(epoch)

@@ -275,7 +275,10 @@ class Trainer:
                 epoch=initial_epoch,
                 epochs=epochs,
                 steps_per_epoch=epoch_steps,
-                log_names=built.history_names(validated=validation is not None),
+                log_names=[
+                    *built.history_names(validated=validation is not None),
+                    *hooks.log_names,
+                ],
             )
             plan = FitPlan(
                 epochs=span,
@@ -390,7 +393,7 @@ class Trainer:
         logs = eval_loop(
             self._holder.peek(),
             evaluate=built.programs.evaluate,
-            running=built.empty(),
+            running=built.empty_eval(),
             source=source,
             steps=steps,
             order=built.task.order,
@@ -404,7 +407,9 @@ class Trainer:
         """Returns the loss and metrics of one batch of any size, as floats."""
         batch = self._one_batch(x, y, sample_weight, None, "test_on_batch")
         built = self._builder.built
-        running, _ = built.programs.evaluate(self._holder.peek(), built.empty(), batch)
+        running, _ = built.programs.evaluate(
+            self._holder.peek(), built.empty_eval(), batch
+        )
         logs, _ = read_logs(running, built.task.order)
         return logs
 
@@ -718,7 +723,7 @@ class Trainer:
             return eval_loop(
                 state,
                 evaluate=built.programs.evaluate,
-                running=built.empty(),
+                running=built.empty_eval(),
                 source=source,
                 steps=steps,
                 order=built.task.order,

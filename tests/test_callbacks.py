@@ -1,5 +1,9 @@
 """Callbacks with a hand-made LoopState, and in a real fit."""
 
+import contextlib
+import os
+import signal
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -184,6 +188,45 @@ def test_early_stopping_in_a_fit_gives_the_best_model_back():
         trainer.state.params,
         states[stopper.best_epoch].params,
     )
+
+
+@pytest.mark.parametrize("how", ["error", "interrupt"])
+def test_early_stopping_rolls_nothing_back_when_broken_off(how):
+    def end(loop):
+        if loop.step == 7:
+            if how == "error":
+                raise RuntimeError("mine")
+            os.kill(os.getpid(), signal.SIGINT)
+
+    trainer = Trainer(nn.Dense(3), learning_rate=10.0)
+    with pytest.raises(RuntimeError) if how == "error" else contextlib.nullcontext():
+        trainer.fit(
+            X,
+            Y,
+            batch_size=16,
+            epochs=9,
+            validation_data=(X, Y),
+            verbose=0,
+            callbacks=[
+                EarlyStopping(patience=9, mode="max"),
+                LambdaCallback(on_train_batch_end=end),
+            ],
+        )
+    assert trainer.step == 7
+
+
+def test_a_log_that_a_callback_adds_can_be_monitored():
+    class Gain(Callback):
+        log_names = ("gain",)
+
+        def on_epoch_end(self, loop):
+            loop.logs["gain"] = [1.0, 3.0, 2.0][loop.epoch]
+
+    stopper = EarlyStopping("gain", mode="max")
+    history = Trainer(nn.Dense(3)).fit(
+        X, Y, epochs=3, verbose=0, callbacks=[Gain(), stopper]
+    )
+    assert (history.history["gain"], stopper.best_epoch) == ([1.0, 3.0, 2.0], 1)
 
 
 def test_lambda_callback_refuses_unknown_hooks():

@@ -4,6 +4,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -318,9 +319,124 @@ def test_the_unbound_axis_message_of_jax_is_still_understood():
         jax.eval_shape(lambda x: jax.lax.pmean(x, "batch"), jnp.zeros(2))
 
 
-def test_the_missing_stream_message_of_flax_is_still_understood():
-    with pytest.raises(Exception, match='PRNG for "noise"'):
-        OwnStream().apply({"params": {}}, X, train=True)
+def test_streams_are_noted_where_flax_draws_them():
+    """The one place that reaches into flax; it must fail loudly if flax moves it."""
+    from flaxfit._models.linen import _noting_streams
+
+    class Asks(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            if self.has_rng("extra"):
+                x += 1
+            return x + jax.random.normal(self.make_rng("noise"), x.shape)
+
+    drawn, asked, key = set(), set(), jax.random.key(0)
+    make, has = flax.core.Scope.make_rng, flax.core.Scope.has_rng
+    with _noting_streams(drawn, asked):
+        Asks().apply({}, X, rngs={"params": key})
+    assert (drawn, asked) == ({"noise"}, {"extra"})
+    assert (flax.core.Scope.make_rng, flax.core.Scope.has_rng) == (make, has)
+
+
+def test_a_stream_that_is_asked_for_is_there_in_training_only():
+    class Hinted(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            if self.has_rng("noise"):
+                x = x * 0 + 100 * jax.random.normal(self.make_rng("inner"), x.shape)
+            return nn.Dense(3)(x)
+
+    trainer = Trainer(Hinted(), learning_rate=1e-6)
+    history = trainer.fit(X, Y, verbose=0).history
+    detected = trainer._builder.built.adapted.detected
+    assert (detected.rngs, detected.eval_rngs) == (("inner", "noise"), ())
+    assert history["loss"][0] > 5 > trainer.evaluate(X, Y)["loss"]
+
+
+def test_an_explicit_params_stream_does_not_swallow_dropout():
+    class Both(nn.Module):
+        @nn.compact
+        def __call__(self, x, train: bool):
+            x = x + jax.random.normal(self.make_rng(), x.shape)
+            return nn.Dense(3)(nn.Dropout(0.5, deterministic=not train)(x))
+
+    trainer = Trainer(Both())
+    trainer.fit(X, Y, verbose=0)
+    detected = trainer._builder.built.adapted.detected
+    assert (detected.rngs, detected.eval_rngs) == (("dropout", "params"), ("params",))
+
+
+def test_every_flag_of_the_call_is_set():
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x, train: bool = False, deterministic: bool = True):
+            assert train != deterministic
+            return nn.Dense(3)(nn.Dropout(0.5, deterministic=deterministic)(x))
+
+    trainer = Trainer(Two())
+    trainer.fit(X, Y, verbose=0)
+    assert trainer._builder.built.adapted.detected.rngs == ("dropout",)
+
+
+def test_a_flag_behind_keyword_arguments_can_be_named():
+    class Wrapper(nn.Module):
+        @nn.compact
+        def __call__(self, *args, **kwargs):
+            return Training()(*args, **kwargs)
+
+    trainer = Trainer(Wrapper(), train_flag="training")
+    trainer.fit(X, Y, verbose=0)
+    assert trainer._builder.built.adapted.detected.rngs == ("dropout",)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_values_sown_in_one_mode_only(mode):
+    class Moody(nn.Module):
+        @nn.compact
+        def __call__(self, x, train: bool):
+            if train == mode:
+                self.sow("losses", "extra", jnp.float32(5.0))
+                self.sow("metrics", "seen", jnp.float32(7.0))
+            return nn.Dense(3)(x)
+
+    trainer = Trainer(Moody())
+    history = trainer.fit(X, Y, epochs=2, validation_data=(X, Y), verbose=0).history
+    seen = ["seen"] if mode else ["val_seen"]
+    assert [name for name in history if "seen" in name] == seen
+    assert history[seen[0]] == [7.0, 7.0]
+    assert abs(history["loss"][1] - history["val_loss"][1]) > 4
+    assert trainer.compiles == {"train": 1, "eval": 1, "predict": 0}
+
+
+def test_only_sown_losses_and_only_in_training():
+    class Alone(nn.Module):
+        @nn.compact
+        def __call__(self, x, train: bool):
+            h = nn.Dense(3)(x)
+            if train:
+                self.sow("losses", "size", jnp.mean(h**2))
+            return h
+
+    trainer = Trainer(Alone(), loss=None, learning_rate=0.1)
+    history = trainer.fit(X, epochs=20, verbose=0).history
+    assert history["loss"][-1] < history["loss"][0]
+    assert trainer.evaluate(X) == {}
+
+
+def test_sown_metrics_never_replace_a_log():
+    class Rude(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for name in ("loss", "accuracy", "learning_rate", "val_loss"):
+                self.sow("metrics", name, jnp.float32(123.0))
+            return nn.Dense(3)(x)
+
+    trainer = Trainer(Rude(), metrics=["accuracy"])
+    history = trainer.fit(X, Y, validation_data=(X, Y), verbose=0).history
+    assert history["loss"][0] < 10 and history["val_loss"][0] < 10
+    assert history["accuracy"][0] <= 1
+    assert history["learning_rate"] == [pytest.approx(1e-3)]
+    assert history["metrics/loss"] == history["metrics/accuracy"] == [123.0]
 
 
 def test_sown_losses_join_the_loss_and_sown_metrics_are_logged():

@@ -51,6 +51,7 @@ def _adapt_functions(model: Model, inputs: Inputs, overrides: Overrides) -> Adap
         name="Model",
         carried=tuple(sorted(collections)),
         rngs=asked,
+        eval_rngs=asked,
         train_flag="train=",
         reasons={"rngs": "given as rngs=, or dropout", "train flag": "Model.apply's"},
     )

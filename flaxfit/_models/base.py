@@ -18,7 +18,8 @@ class Detected:
       name: the module's class name.
       carried: the collections that go from step to step.
       sown: the collections that are only written in a call.
-      rngs: the names of the RNG streams that are drawn from.
+      rngs: the names of the RNG streams that training draws from or asks for.
+      eval_rngs: those that evaluation draws from.
       train_flag: how training and evaluation differ, as the first line shows it.
       axis_names: the mapped axes the model asks for, bound to an axis of size 1.
       vocabularies: the path of an input that is looked up in a table -> its rows.
@@ -29,6 +30,7 @@ class Detected:
     carried: tuple[str, ...] = ()
     sown: tuple[str, ...] = ()
     rngs: tuple[str, ...] = ()
+    eval_rngs: tuple[str, ...] = ()
     train_flag: str = "none"
     axis_names: tuple[str, ...] = ()
     vocabularies: Mapping[str, int] = field(default_factory=dict)

@@ -3,13 +3,14 @@
 import contextlib
 import inspect
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
+from unittest import mock
 
 import flax.core
-import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ FLAGS: Mapping[str, bool] = MappingProxyType(
 # Written by convention, never state: a `sow` that reduces keeps its shape.
 NEVER_CARRIED = frozenset({"losses", "metrics", "intermediates", "perturbations"})
 _MAX_TRACES = 32
+_ONE_AT_A_TIME = threading.RLock()  # flax's Scope is the same in all threads
 
 
 class TrainFlag(NamedTuple):
@@ -59,6 +61,7 @@ class Probe:
     """What the abstract traces have learnt so far; local to one detection."""
 
     rngs: set[str] = field(default_factory=set)
+    eval_rngs: set[str] = field(default_factory=set)
     axis_names: list[str] = field(default_factory=list)
     moded_layers: set[str] = field(default_factory=set)
     vocabularies: dict[str, int] = field(default_factory=dict)
@@ -107,8 +110,9 @@ def find_train_flag(module: nn.Module, overrides: Overrides) -> TrainFlag:
     else:
         name = asked.removeprefix("not ").strip()
         inverted = {**FLAGS, name: asked.startswith("not ") or FLAGS.get(name, False)}
-        in_call = [name] if name in parameters else []
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         on_module = [name] if name in fields else []
+        in_call = [name] if name in parameters or (takes_any and not on_module) else []
         if not in_call and not on_module:
             raise DetectionError(
                 f"train_flag={asked!r}: {type(module).__name__} has no such argument "
@@ -117,11 +121,9 @@ def find_train_flag(module: nn.Module, overrides: Overrides) -> TrainFlag:
                 f"or train_flag=lambda module, train: module.clone(...)."
             )
     if in_call:
-        # The first decides; others only where the call cannot do without them.
-        needed = [
-            n for n in in_call[1:] if parameters[n].default is inspect.Parameter.empty
-        ]
-        arguments = [in_call[0], *needed]
+        # Others that would say something else if they were left alone go along.
+        others = [n for n in in_call[1:] if parameters[n].default is not None]
+        arguments = [in_call[0], *others]
         return TrainFlag(
             f"{in_call[0]}=",
             arguments=tuple((n, inverted[n]) for n in arguments),
@@ -151,6 +153,7 @@ def adapt(module: nn.Module, inputs: Inputs, overrides: Overrides) -> Adapted:
     probe = Probe()
     if not isinstance(overrides.rngs, str):
         probe.rngs.update(overrides.rngs)
+        probe.eval_rngs.update(overrides.rngs)
     traced = _trace_until_known(module, inputs, flag, probe)
     if flag.name == "none" and overrides.train_flag == "auto" and probe.moded_layers:
         raise _no_flag_error(module, probe)
@@ -165,6 +168,7 @@ def adapt(module: nn.Module, inputs: Inputs, overrides: Overrides) -> Adapted:
         carried=carried,
         sown=sown,
         rngs=rngs,
+        eval_rngs=tuple(sorted(probe.eval_rngs)),
         train_flag=flag.name,
         axis_names=tuple(probe.axis_names),
         vocabularies=probe.vocabularies,
@@ -315,27 +319,34 @@ def _trace_until_known(
 
     def trace(inputs: Inputs) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
         key = jax.random.key(0)
-        streams = dict.fromkeys(probe.rngs, key)
+        # "params" stands in for every stream that is not known yet.
+        streams = dict.fromkeys((*probe.rngs, "params"), key)
+        eval_streams = dict.fromkeys((*probe.eval_rngs, "params"), key)
         axes = tuple(probe.axis_names)
-        initial = _bind_axes(
-            lambda: _init(module, flag, inputs, {**streams, "params": key}), axes
-        )
+        initial = _bind_axes(lambda: _init(module, flag, inputs, streams), axes)
         variables = {n: v for n, v in initial.items() if n not in NEVER_CARRIED}
-        with nn.intercept_methods(_note_vocabularies(probe, inputs)):
+        with (
+            nn.intercept_methods(_note_vocabularies(probe, inputs)),
+            _noting_streams(drawn=probe.rngs, asked=probe.rngs),
+        ):
             _, after_train = _bind_axes(
                 lambda: _apply(module, flag, variables, inputs, True, streams), axes
             )
-        _bind_axes(
-            lambda: _apply(module, flag, variables, inputs, False, streams), axes
-        )
+        # In evaluation a stream that is only asked for stays out: it may be there
+        # to tell training from evaluation.
+        with _noting_streams(drawn=probe.eval_rngs, asked=set()):
+            _bind_axes(
+                lambda: _apply(module, flag, variables, inputs, False, eval_streams),
+                axes,
+            )
         return initial, after_train
 
     for _ in range(_MAX_TRACES):
+        known = (set(probe.rngs), set(probe.eval_rngs))
         try:
             with nn.intercept_methods(_note_moded_layers(probe)):
-                return jax.eval_shape(trace, inputs)
-        except flax.errors.InvalidRngError as error:
-            probe.rngs.add(_new_name(r'PRNG for "([^"]+)"', error, probe.rngs))
+                # A function of its own each time: jax remembers what it has traced.
+                traced = jax.eval_shape(lambda x: trace(x), inputs)
         except NameError as error:
             names = probe.axis_names
             names.append(_new_name(r"unbound axis name:? (\w+)", error, names))
@@ -344,10 +355,38 @@ def _trace_until_known(
             if unset and flag.name == "none":
                 raise _no_flag_error(module, probe) from error
             raise
+        else:
+            # A stream that is there may open the way to others.
+            if known == (probe.rngs, probe.eval_rngs):
+                return traced
     raise DetectionError(  # pragma: no cover - more streams than anyone names
         f"{type(module).__name__} asks for more than {_MAX_TRACES} RNG streams and "
         f"axis names; name the streams: Trainer(model, rngs=[...])."
     )
+
+
+@contextlib.contextmanager
+def _noting_streams(drawn: set[str], asked: set[str]) -> Iterator[None]:
+    """Notes the streams a call draws from (`make_rng`) or asks for (`has_rng`)."""
+    scope = flax.core.Scope
+    make, has = scope.make_rng, scope.has_rng
+    drawing: list[str] = []
+
+    def make_rng(self: Any, name: str = "params") -> Any:
+        drawn.add(name)
+        drawing.append(name)  # flax asks for the stream, and for "params" in its place
+        try:
+            return make(self, name)
+        finally:
+            drawing.pop()
+
+    def has_rng(self: Any, name: str) -> bool:
+        if not drawing:
+            asked.add(name)
+        return bool(has(self, name))
+
+    with _ONE_AT_A_TIME, mock.patch.multiple(scope, make_rng=make_rng, has_rng=has_rng):
+        yield
 
 
 def _new_name(pattern: str, error: Exception, known: Any) -> str:
@@ -446,7 +485,7 @@ def _reasons(
         "logged"
         if sown
         else "the call writes no other collection",
-        "rngs": "streams a call in training or evaluation asked for"
+        "rngs": "streams that a call in training asked for"
         if probe.rngs
         else "no call asked for a random stream",
         "train flag": f"layers that need one: {', '.join(sorted(probe.moded_layers))}"

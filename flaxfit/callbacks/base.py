@@ -27,6 +27,7 @@ class LoopState:
       history: the `History` so far; in `on_epoch_end` it holds this epoch.
       log_names: the names `logs` will have at an epoch's end, known before step 1.
       stop_reason: what `stop` was called with, or None.
+      broken_off: whether an error or Ctrl-C ended the fit; known in `on_train_end`.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class LoopState:
         self.steps_per_epoch = steps_per_epoch
         self.log_names = tuple(log_names)
         self.stop_reason: str | None = None
+        self.broken_off = False
 
     @property
     def state(self) -> TrainState:
@@ -105,10 +107,13 @@ class Callback:
     the last finished step.
 
     Attributes:
+      log_names: the names that this callback adds to `loop.logs` in `on_epoch_end`,
+        so that others may monitor them.
       every_steps: how often the batch hooks have to run, in steps. None leaves it
         to the loop, which may run several steps at once.
     """
 
+    log_names: tuple[str, ...] = ()
     every_steps: int | None = None
 
     def on_train_begin(self, loop: LoopState) -> None:
@@ -146,6 +151,11 @@ class CallbackList:
             for name in vars(Callback)
             if name.startswith("on_")
         }
+
+    @property
+    def log_names(self) -> tuple[str, ...]:
+        """The names of the logs that the callbacks add."""
+        return tuple(name for c in self._callbacks for name in c.log_names)
 
     def has(self, hook: str) -> bool:
         """Whether any callback overrides `hook`."""

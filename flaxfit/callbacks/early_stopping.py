@@ -14,6 +14,7 @@ class EarlyStopping(Callback):
 
     A NaN counts as no improvement. The state of the best epoch comes back at the
     end, also when training ends by itself: optimizer, statistics and parameters.
+    After an error or Ctrl-C the trainer keeps the last finished step.
 
     Args:
       monitor: the log to watch, e.g. `"val_loss"`; must be one `fit` will have.
@@ -117,8 +118,9 @@ class EarlyStopping(Callback):
 
     def on_train_end(self, loop: LoopState) -> None:
         """Puts the best epoch's state back."""
-        if self._best_state is not None and self.best_epoch != loop.epoch:
-            loop.state = self._best_state
+        best = self._best_state
+        if best is not None and self.best_epoch != loop.epoch and not loop.broken_off:
+            loop.state = best
         self._best_state = None
 
     def _is_better(self, value: float, than: float | None) -> bool:
