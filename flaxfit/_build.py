@@ -151,13 +151,16 @@ def build(
     with noted(example.inputs):
         adapted = known or family.adapt(model, example.inputs, settings.overrides)
         outputs = trace_outputs(adapted, key, example.inputs)
+    rows = example.weights.shape[0]
     objective = resolve_objective(
-        settings.loss, settings.loss_weights, outputs, example.targets
+        settings.loss, settings.loss_weights, outputs, example.targets, rows
     )
     task = Task(
         model=adapted.model,
         objective=objective,
-        metrics=resolve_metrics(settings.metrics, objective, outputs, example.targets),
+        metrics=resolve_metrics(
+            settings.metrics, objective, outputs, example.targets, rows
+        ),
         optimizer=resolve_optimizer(
             settings.optimizer,
             settings.learning_rate,

@@ -1,23 +1,44 @@
 """When parts are made, kept or made anew, and which batches fit them."""
 
+from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from flaxfit._build import Built, Settings, build, noted, trace_outputs
 from flaxfit._errors import DataError
-from flaxfit._forms import Form, describe_array, forms_of, listed, shapes_of
-from flaxfit._models.base import ModelFamily
+from flaxfit._forms import (
+    Form,
+    describe_array,
+    forms_of,
+    listed,
+    one_row_more,
+    shapes_of,
+)
+from flaxfit._models.base import Adapted, ModelFamily
 from flaxfit._objective import resolve_objective
-from flaxfit._types import Batch, Inputs, TrainState
+from flaxfit._steps import make_predict_step
+from flaxfit._types import Batch, Inputs, PyTree, TrainState
 from flaxfit.optimizers import UNKNOWN_TOTAL_STEPS, needs_total_steps
 
 NO_DATA_YET = (
     "This trainer has seen no data yet, so it has no state: call fit, evaluate or "
     "predict first, or make one with state = trainer.init(batch)."
 )
+
+_PHASES = (
+    ("train", "train"),
+    ("train", "step"),
+    ("eval", "evaluate"),
+    ("predict", "predict"),
+)
+# Programs that stay as they are when only the targets, or only the length of the
+# training, become known.
+_WITHOUT_TARGETS = ("predict", "intermediates")
+_WITHOUT_OPTIMIZER = (*_WITHOUT_TARGETS, "evaluate", "gradient")
 
 
 class Builder:
@@ -30,6 +51,9 @@ class Builder:
         self._built: Built | None = None
         # The forms of batches that were found to fit: looking again takes traces.
         self._fitting: set[Hashable] = set()
+        self._batched: dict[Hashable, list[bool]] = {}
+        # Compiles of programs that were replaced since.
+        self._past: Counter[str] = Counter()
 
     @property
     def seed(self) -> int:
@@ -49,15 +73,12 @@ class Builder:
 
     @property
     def compiles(self) -> dict[str, int]:
-        """The number of traces of each phase."""
-        if self._built is None:
-            return dict.fromkeys(("train", "eval", "predict"), 0)
-        programs = self._built.programs
-        return {
-            "train": programs.train.traces,
-            "eval": programs.evaluate.traces,
-            "predict": programs.predict.traces,
-        }
+        """How often each phase was compiled so far."""
+        counts = {phase: self._past[phase] for phase, _ in _PHASES}
+        if self._built is not None:
+            for phase, name in _PHASES:
+                counts[phase] += getattr(self._built.programs, name).traces
+        return counts
 
     def build(
         self, example: Batch, total_steps: int | None = None, *, afresh: bool = False
@@ -74,9 +95,11 @@ class Builder:
           ValueError: see `build` and `check_batch`.
         """
         built = self._built
-        known = None
+        known: Adapted | None = None
+        keep: tuple[str, ...] = ()
         if built is not None and self._fits(example, afresh, not built.complete):
             known = built.adapted
+            keep = _WITHOUT_OPTIMIZER if built.complete else _WITHOUT_TARGETS
             scheduled = needs_total_steps(self._settings.learning_rate)
             same = not scheduled or total_steps in (None, built.total_steps)
             if built.complete and same:
@@ -89,7 +112,8 @@ class Builder:
                 example,
                 total_steps,
                 known=known,
-            )
+            ),
+            keep=keep,
         )
         return self.built
 
@@ -113,13 +137,30 @@ class Builder:
             )
         return self.built
 
-    def _install(self, built: Built) -> None:
+    def _install(self, built: Built, *, keep: tuple[str, ...] = ()) -> None:
+        """Makes `built` the current parts, with the old programs named in `keep`."""
+        old = self._built
+        if old is not None:
+            kept = {name: getattr(old.programs, name) for name in keep}
+            built = built._replace(programs=built.programs._replace(**kept))
+            for phase, name in _PHASES:
+                if name not in keep:
+                    self._past[phase] += getattr(old.programs, name).traces
+        if not keep:
+            self._fitting.clear()
+            self._batched.clear()
         self._built = built
-        self._fitting.clear()
+
+    def find_batched(self, inputs: Inputs, *, sown: bool) -> list[bool]:
+        """Returns `find_batched` of the inputs, remembered by their form."""
+        form = (sown, *_form_of(inputs))
+        if form not in self._batched:
+            self._batched[form] = find_batched(self.built, inputs, sown=sown)
+        return self._batched[form]
 
     def _fits(self, batch: Batch, afresh: bool, inputs_only: bool) -> bool:
         """Returns whether a batch fits what was built; raises unless `afresh`."""
-        form = (inputs_only, *_form_of(batch))
+        form = (inputs_only, *_form_of((batch.inputs, batch.targets)))
         if form in self._fitting:
             return True
         try:
@@ -188,7 +229,11 @@ def check_batch(
         )
     if "targets" in checked:
         objective = resolve_objective(
-            settings.loss, settings.loss_weights, outputs, batch.targets
+            settings.loss,
+            settings.loss_weights,
+            outputs,
+            batch.targets,
+            batch.weights.shape[0],
         )
         if objective.name != built.task.objective.name:
             raise DataError(
@@ -198,28 +243,47 @@ def check_batch(
             )
 
 
-def check_outputs(built: Built, inputs: Inputs) -> None:
-    """Checks that outputs can be joined along their first axis, the batch.
+def find_batched(built: Built, inputs: Inputs, *, sown: bool) -> list[bool]:
+    """Returns for each leaf of what is predicted whether its first axis is the batch.
+
+    A first axis as long as the batch may be something else, time or layers: only
+    that it grows with the batch tells.
+
+    Args:
+      built: the trainer's parts.
+      inputs: a batch of inputs.
+      sown: whether `intermediates` are predicted, where others may be among them.
 
     Raises:
       ValueError: an output has another first axis.
     """
     inputs = shapes_of(inputs)
     rows = jax.tree.leaves(inputs)[0].shape[0]
-    outputs = trace_outputs(built.adapted, built.template.rng, inputs)
-    for output in jax.tree.leaves(outputs):
-        if output.shape[:1] != (rows,):
-            raise ValueError(
-                f"predict joins outputs along their first axis, the batch, and for "
-                f"inputs {listed(forms_of(inputs))} the model returns "
-                f"{describe_array(output)}. For one example write x[None]; else let "
-                f"the model return [batch, ...] arrays, or call it yourself: "
-                f"module.apply(trainer.variables, x)."
-            )
+    step = make_predict_step(built.task, "intermediates" if sown else None)
+
+    def leaves(inputs: Inputs) -> list[Any]:
+        index = jax.ShapeDtypeStruct((), jnp.int32)
+        return jax.tree.leaves(jax.eval_shape(step, built.template, inputs, index))
+
+    outputs = leaves(inputs)
+    grown = leaves(one_row_more(inputs, rows))
+    batched = [
+        one.shape[:1] == (rows,) and more.shape == (rows + 1, *one.shape[1:])
+        for one, more in zip(outputs, grown, strict=True)
+    ]
+    if not sown and not all(batched):
+        raise ValueError(
+            f"predict joins outputs along their first axis, the batch, and for "
+            f"inputs {listed(forms_of(inputs))} the model returns "
+            f"{describe_array(outputs[batched.index(False)])}. For one example write "
+            f"x[None]; else let the model return [batch, ...] arrays, or call it "
+            f"yourself: module.apply(trainer.variables, x)."
+        )
+    return batched
 
 
-def _form_of(batch: Batch) -> tuple[Hashable, ...]:
-    leaves, structure = jax.tree.flatten((batch.inputs, batch.targets))
+def _form_of(tree: PyTree) -> tuple[Hashable, ...]:
+    leaves, structure = jax.tree.flatten(tree)
     return structure, tuple((x.shape, x.dtype) for x in leaves)
 
 

@@ -16,6 +16,7 @@ from flaxfit._display import (
 )
 from flaxfit._forms import describe_array
 from flaxfit._loop import read
+from flaxfit._loss_pairing import pick, where
 from flaxfit._types import Batch, PyTree, TrainState
 from flaxfit.data import Source
 
@@ -120,6 +121,7 @@ def make_report(built: Built, state: TrainState, source: Source) -> CheckReport:
         "metrics": _listed(built.task.metrics),
         "optimizer": _optimizer_text(built, state),
         "zero gradient": _listed(zero),
+        **_warning_rows(built, state, example),
         "one step": _step_text(flops, step_bytes),
         "compiles": ", ".join(f"{n} {_TIMES} {phase}" for phase, n in compiles.items()),
     }
@@ -140,6 +142,26 @@ def _model_rows(built: Built, state: TrainState) -> dict[str, str]:
     if detected.axis_names:
         rows["axis names"] = f"{_listed(detected.axis_names)} (bound to an axis of 1)"
     return {n: f"{v} ({why[n]})" if n in why else v for n, v in rows.items()}
+
+
+def _warning_rows(built: Built, state: TrainState, example: Batch) -> dict[str, str]:
+    """Says where outputs look like probabilities though their loss takes logits."""
+    terms = [term for term in built.task.objective.terms if term.loss.of_logits]
+    if not terms:
+        return {}
+    outputs = read(built.programs.predict(state, example.inputs, np.int32(0)))
+    warnings = []
+    for term in terms:
+        values = np.asarray(pick(outputs, term.path), np.float32)
+        several = term.loss.num_classes(values.shape) is not None
+        inside = values.min() >= 0 and values.max() <= 1 and values.any()
+        if inside and (not several or np.allclose(values.sum(-1), 1, atol=1e-2)):
+            warnings.append(
+                f"outputs{where(term.path)} look like probabilities, and "
+                f"{term.loss.name} takes logits: let the model return them without "
+                f"the last {'softmax' if several else 'sigmoid'}"
+            )
+    return {"warning": "; ".join(warnings)} if warnings else {}
 
 
 def _data_rows(built: Built, source: Source, example: Batch) -> dict[str, str]:

@@ -70,9 +70,13 @@ class Program:
         cost = compiled.cost_analysis() or {}
         memory = compiled.memory_analysis()
         found = {"flops": cost.get("flops")}
-        for name in ("temp", "argument", "output"):
-            key = "temporary_bytes" if name == "temp" else f"{name}_bytes"
-            found[key] = getattr(memory, f"{name}_size_in_bytes", None)
+        if memory is not None:
+            found["bytes"] = (
+                memory.argument_size_in_bytes
+                + memory.output_size_in_bytes
+                + memory.temp_size_in_bytes
+                - memory.alias_size_in_bytes
+            )
         return {
             name: float(value) for name, value in found.items() if value is not None
         }

@@ -100,7 +100,7 @@ class Lines(Silent):
 
     def say(self, text: str) -> None:
         """Prints the text."""
-        print(text, flush=True)
+        print(_encodable(text), flush=True)
 
     def begin(self, title: str, total: int | None) -> None:
         """Starts the clock."""
@@ -130,7 +130,8 @@ class Bar:
 
     def say(self, text: str) -> None:
         """Prints the text, broken between its parts where the terminal ends."""
-        self._tqdm.write(_wrapped(text, self._columns()), file=sys.stdout)
+        wrapped = _wrapped(_encodable(text), self._columns())
+        self._tqdm.write(wrapped, file=sys.stdout)
 
     def begin(self, title: str, total: int | None) -> None:
         """Opens a bar."""
@@ -174,6 +175,19 @@ class Bar:
         if total is None:
             return _TOTAL_UNKNOWN % rate
         return _TOTAL_KNOWN % (20 if wide else 10, rate)
+
+
+def _encodable(text: str) -> str:
+    """Returns the text in what stdout can write; an odd locale ends no training."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        plain = text.replace(" \N{MIDDLE DOT} ", " | ").replace(
+            "\N{MULTIPLICATION SIGN}", "x"
+        )
+        return plain.encode(encoding, "replace").decode(encoding)
+    return text
 
 
 def make_display(verbose: int | str) -> Display:

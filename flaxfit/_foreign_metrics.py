@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from flaxfit._target_checks import is_integer
 from flaxfit._types import Accumulator, Array, PyTree
-from flaxfit.losses import Loss, full_precision
+from flaxfit.losses import Loss, decision_threshold, full_precision
 
 Update: TypeAlias = Callable[[Array, Array, Array], Accumulator]
 """`(outputs, targets, weights) -> Accumulator`, of one output."""
@@ -74,7 +74,8 @@ def adapt_metric(metric: Any, name: str, loss: Loss | None) -> Update:
       loss: the loss of the same output, if it has one.
 
     Raises:
-      ValueError: it needs an argument that flaxfit cannot give.
+      ValueError: it needs an argument that flaxfit cannot give, or decisions where
+        nothing says what the outputs are.
     """
     parameters = inspect.signature(metric.from_model_output).parameters
     _check_parameters(metric, name, parameters)
@@ -198,7 +199,7 @@ def _predictions(
     """Returns what a metric of `predictions` takes, and whether it is logits."""
     owner = metric if isinstance(metric, type) else type(metric)
     if any("Accuracy" in base.__name__ for base in owner.__mro__):
-        return _decisions(loss, outputs, targets), False
+        return _decisions(owner.__name__, loss, outputs, targets), False
     kind = loss.kind if loss is not None else "custom"
     if kind == "binary" or kind == "margin":
         return jax.nn.sigmoid(outputs), False
@@ -219,7 +220,7 @@ def _predictions(
     return chances[..., 1], False
 
 
-def _decisions(loss: Loss | None, outputs: Array, targets: Array) -> Array:
+def _decisions(name: str, loss: Loss | None, outputs: Array, targets: Array) -> Array:
     """Returns what equals the targets where the model is right."""
     kind = loss.kind if loss is not None else "custom"
     if is_integer(targets) and outputs.ndim == targets.ndim + 1:
@@ -227,10 +228,11 @@ def _decisions(loss: Loss | None, outputs: Array, targets: Array) -> Array:
     if kind == "distribution":
         best = jnp.argmax(outputs, axis=-1)
         return jax.nn.one_hot(best, outputs.shape[-1], dtype=targets.dtype)
-    if loss is None or loss.threshold is None or kind == "regression":
+    if kind == "regression" or kind == "vector":
         return outputs
     low = -1 if kind == "margin" else 0
-    return jnp.where(outputs > loss.threshold, 1, low).astype(targets.dtype)
+    decided = outputs > decision_threshold(loss, name)
+    return jnp.where(decided, 1, low).astype(targets.dtype)
 
 
 def _without_rows_of_weight_0(metric: Any, whole: Update) -> Update:

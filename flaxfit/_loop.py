@@ -1,7 +1,7 @@
 """The host loops: fit, eval, predict. They dispatch, and read as seldom as they can."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
@@ -237,40 +237,25 @@ def predict_loop(
 
 
 def join_batches(
-    parts: Iterator[tuple[PyTree, int]], *, stack_others: bool = False
+    parts: Iterator[tuple[PyTree, int]], batched: Sequence[bool]
 ) -> PyTree:
     """Joins the outputs of `predict_loop`, without their fill.
 
     Args:
       parts: what `predict_loop` yields.
-      stack_others: whether values without a batch axis are stacked, not refused.
-
-    Raises:
-      ValueError: an output's first axis is not the batch's.
+      batched: for each leaf whether its first axis is the batch; others are stacked.
     """
-    columns: list[list[Any]] = []
+    columns: list[list[Any]] = [[] for _ in batched]
     structure = None
     for outputs, rows in parts:
         leaves, structure = jax.tree.flatten(outputs)
-        columns = columns or [[] for _ in leaves]
-        for column, leaf in zip(columns, leaves, strict=True):
-            column.append((leaf, rows))
-    joined = [_join(column, stack_others) for column in columns]
+        for column, leaf, is_batch in zip(columns, leaves, batched, strict=True):
+            column.append(leaf[:rows] if is_batch else leaf)
+    joined = [
+        np.concatenate(column) if is_batch else np.stack(column)
+        for column, is_batch in zip(columns, batched, strict=True)
+    ]
     return jax.tree.unflatten(structure, joined)
-
-
-def _join(column: list[tuple[Any, int]], stack_others: bool) -> Any:
-    batched = all(leaf.ndim and leaf.shape[0] >= rows for leaf, rows in column)
-    if batched:
-        return np.concatenate([leaf[:rows] for leaf, rows in column])
-    if stack_others:
-        return np.stack([leaf for leaf, _ in column])
-    shape = list(column[0][0].shape)
-    raise ValueError(
-        f"predict joins outputs along their first axis, the batch, and one of the "
-        f"model's outputs has shape {shape}. Return [batch, ...] arrays, or call "
-        f"predict_on_batch's model yourself: module.apply(trainer.variables, x)."
-    )
 
 
 def read(tree: PyTree) -> PyTree:

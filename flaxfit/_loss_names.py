@@ -1,9 +1,10 @@
 """The losses that have a name, and what each takes outputs and targets for."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from types import MappingProxyType
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 import optax
@@ -23,6 +24,15 @@ Kind: TypeAlias = Literal[
 a probability per class. `binary`: a logit and 0 or 1. `margin`: a score and -1 or
 1. `regression`: a number and a number. `vector`: a vector and a vector.
 """
+
+
+_TARGETS = frozenset({"label", "labels", "target", "targets", "true", "y", "y_true"})
+_OUTPUTS = frozenset(
+    {
+        *("logit", "logits", "output", "outputs", "pred", "preds", "prediction"),
+        *("predictions", "y_hat", "y_pred"),
+    }
+)
 
 
 class _Entry(NamedTuple):
@@ -140,7 +150,53 @@ def look_up(fn: LossFn | str) -> tuple[str | None, LossFn, Kind]:
             f"not {type(fn).__name__}; write Loss('squared_error')."
         )
     known = known_name(fn)
+    if known is None:
+        check_argument_order(fn, "loss", "loss=lambda outputs, targets: {call}")
     return known, fn, LOSSES[known].kind if known else "custom"
+
+
+def check_argument_order(fn: Callable[..., Any], what: str, line: str) -> None:
+    """Checks that a function does not ask for `(targets, outputs)`, as in Keras.
+
+    Args:
+      fn: the user's own function.
+      what: `"loss"` or `"metric"`.
+      line: what to write instead, with `{name}` and `{call}` to be filled in.
+
+    Raises:
+      TypeError: the names of its arguments say so.
+    """
+    first, second = _first_two_arguments(fn)
+    # (y, t) and (y, _) have the outputs first.
+    swapped = first.lower() in _TARGETS and not (
+        second.lower() in (*_TARGETS, "t") or second.startswith("_")
+    )
+    if swapped or (second.lower() in _OUTPUTS and first.lower() not in _OUTPUTS):
+        name = function_name(fn)
+        called = "f" if name == "<lambda>" else name
+        line = line.format(name=called, call=f"{called}(targets, outputs)")
+        raise TypeError(
+            f"The {what} {name} takes ({first}, {second}), as in Keras, but is called "
+            f"with (outputs, targets), as in optax; write {line}. If that is its order "
+            "already, name its arguments (outputs, targets)."
+        )
+
+
+def function_name(fn: Callable[..., Any]) -> str:
+    """Returns the name of a function, also of a `functools.partial`."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    return str(getattr(fn, "__name__", type(fn).__name__))
+
+
+def _first_two_arguments(fn: Callable[..., Any]) -> tuple[str, str]:
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):  # A builtin may have none.
+        return "", ""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [p.name for p in parameters if p.kind in kinds]
+    return (names[0], names[1]) if len(names) > 1 else ("", "")
 
 
 def known_name(fn: LossFn) -> str | None:

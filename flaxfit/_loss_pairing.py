@@ -6,6 +6,7 @@ Reads nestings, shapes and dtypes only; nothing is traced here.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
 
 from flaxfit._errors import DetectionError, did_you_mean
@@ -26,24 +27,55 @@ LossSpec: TypeAlias = (
 def pick(tree: PyTree, path: Path) -> PyTree:
     """Returns the output at `path`."""
     for key in path:
-        tree = tree[key]
+        tree = children(tree)[key]
     return tree
 
 
 def pick_targets(targets: PyTree, path: Path) -> PyTree:
-    """Returns the targets of the output at `path`; one array serves all outputs."""
+    """Returns the targets of the output at `path`; one array serves all outputs.
+
+    Raises:
+      ValueError: targets in a nesting without such an entry.
+    """
+    below = targets
     for key in path:
-        if not isinstance(targets, Mapping | tuple | list):
+        entries = children(below)
+        if not entries:
             break
-        targets = pick(targets, (key,))
-    return targets
+        if key not in entries:
+            raise ValueError(
+                f"There are no targets{where(path)}: the targets are "
+                f"{describe(targets)}. Nest the targets like the outputs."
+            )
+        below = entries[key]
+    return below
 
 
 def children(tree: PyTree) -> dict[str | int, PyTree]:
-    """Returns the entries of a dict, tuple or list by key; `{}` for an array."""
+    """Returns the entries of a nesting by key; `{}` for an array.
+
+    A dict's keys are its own; those of a NamedTuple or of a dataclass that jax knows
+    are its fields' names; those of a tuple or list are positions.
+    """
     if isinstance(tree, Mapping):
         return dict(tree)
-    return dict(enumerate(tree)) if isinstance(tree, tuple | list) else {}
+    if isinstance(tree, tuple | list) and not hasattr(tree, "_fields"):
+        return dict(enumerate(tree))
+    nodes, _ = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda node: node is not tree
+    )
+    named = jax.tree_util.GetAttrKey
+    return {
+        path[0].name: node
+        for path, node in nodes
+        if path and isinstance(path[0], named)
+    }
+
+
+def is_named(tree: PyTree) -> bool:
+    """Returns whether the entries of a nesting have names, as a dict's do."""
+    positional = isinstance(tree, tuple | list) and not hasattr(tree, "_fields")
+    return isinstance(tree, Mapping) or (not positional and bool(children(tree)))
 
 
 def main_output(outputs: PyTree, targets: PyTree) -> Path | None:
@@ -150,10 +182,12 @@ def _auto_loss(outputs: Any, targets: Any, path: Path) -> Loss:
 def _no_rule(outputs: PyTree, targets: PyTree, path: Path) -> str:
     advice = ""
     keys = children(outputs)
-    if not is_array(outputs) and not keys:
+    if is_named(outputs) and children(targets):
+        advice = " Nest the targets like the outputs, in a dict by their names."
+    elif not is_array(outputs) and not keys:
         advice = " Let the model return an array, or a dict or tuple of arrays."
     elif not is_array(outputs):
-        if isinstance(outputs, Mapping):
+        if is_named(outputs):
             parts = ", ".join(f"{k!r}: None" for k in list(keys)[1:])
             example = f"{{{next(iter(keys), 'name')!r}: 'auto', {parts}}}"
         else:
@@ -183,16 +217,14 @@ def _no_targets(name: str) -> str:
 
 
 def _same_keys(a: PyTree, b: PyTree) -> bool:
-    alike = isinstance(a, Mapping) == isinstance(b, Mapping)
+    alike = is_named(a) == is_named(b)
     return alike and bool(children(a)) and set(children(a)) == set(children(b))
 
 
 def _targets_below(outputs: PyTree, targets: PyTree, key: str | int, path: Path) -> Any:
     if targets is None or is_array(targets):
         return targets
-    if isinstance(outputs, Mapping) != isinstance(targets, Mapping) or (
-        key not in children(targets)
-    ):
+    if is_named(outputs) != is_named(targets) or key not in children(targets):
         raise ValueError(
             f"There are no targets{where((*path, key))}: the outputs are "
             f"{describe(outputs)}, the targets {describe(targets)}. Nest the targets "
@@ -203,7 +235,7 @@ def _targets_below(outputs: PyTree, targets: PyTree, key: str | int, path: Path)
 
 def _check_keys(spec: Any, outputs: PyTree, path: Path) -> None:
     entries = children(outputs)
-    if is_array(outputs) or isinstance(spec, Mapping) != isinstance(outputs, Mapping):
+    if is_array(outputs) or is_named(spec) != is_named(outputs):
         form = (
             "one array: give one loss, loss='auto'"
             if is_array(outputs)
@@ -213,8 +245,8 @@ def _check_keys(spec: Any, outputs: PyTree, path: Path) -> None:
             f"The losses are a {type(spec).__name__}, but what the model "
             f"returns{where(path)} is {form}."
         )
-    if isinstance(spec, Mapping):
-        check_known(spec, entries, "loss")
+    if is_named(spec):
+        check_known(children(spec), entries, "loss")
     elif len(spec) != len(entries):
         raise ValueError(
             f"{len(spec)} losses for {len(entries)} outputs{where(path)}; give one per "

@@ -28,22 +28,24 @@ def to_meta(
       example: the shapes of the batch it was built from.
       batch_size: that of its last fit.
     """
+    # Structures of other kinds have no name in a file: the first data tells them.
+    plain = all(_is_plain(tree) for tree in (example.inputs, example.targets))
+    fields = ("inputs", "targets", "weights")
+    shapes = {name: _pack_shapes(getattr(example, name)) for name in fields if plain}
     return {
         "versions": {name: _version(name) for name in _PACKAGES},
         "config": {name: _pack(value) for name, value in config.items()},
         "batch_size": batch_size,
-        "example": {
-            "inputs": _pack_shapes(example.inputs),
-            "targets": _pack_shapes(example.targets),
-            "weights": _pack_shapes(example.weights),
-        },
+        "example": shapes or None,
     }
 
 
 def from_meta(
     meta: Mapping[str, Any], changes: Mapping[str, Any], path: str
-) -> tuple[dict[str, Any], Batch, int]:
+) -> tuple[dict[str, Any], Batch | None, int]:
     """Returns the trainer's arguments, the shapes of its batch, and its batch size.
+
+    The shapes are None where they are of a structure that a file cannot hold.
 
     Args:
       meta: what `to_meta` returned.
@@ -80,10 +82,8 @@ def from_meta(
             + ", ".join(f"{name}=..." for name in missing)
             + ")."
         )
-    example = Batch(
-        inputs=_unpack_shapes(shapes["inputs"]),
-        targets=_unpack_shapes(shapes["targets"]),
-        weights=_unpack_shapes(shapes["weights"]),
+    example = shapes and Batch(
+        **{name: _unpack_shapes(packed) for name, packed in shapes.items()}
     )
     return config, example, batch_size
 
@@ -121,6 +121,14 @@ def _unpack(value: Any) -> Any:
 def _text(value: Any) -> str:
     name = getattr(value, "__name__", None)
     return name if isinstance(name, str) else f"<{type(value).__name__}>"
+
+
+def _is_plain(tree: PyTree) -> bool:
+    if type(tree) is dict:
+        return all(isinstance(k, str) and _is_plain(v) for k, v in tree.items())
+    if type(tree) in (tuple, list):
+        return all(map(_is_plain, tree))
+    return tree is None or isinstance(tree, jax.ShapeDtypeStruct)
 
 
 def _pack_shapes(tree: PyTree) -> Any:

@@ -22,7 +22,7 @@ from flaxfit._loss_names import absolute_error, squared_error
 from flaxfit._objective import check_weights
 from flaxfit._target_checks import describe, is_integer
 from flaxfit._types import Accumulator, Array, Average
-from flaxfit.losses import Loss, full_precision
+from flaxfit.losses import Loss, decision_threshold, full_precision
 
 Update: TypeAlias = Callable[[Array, Array, Array], Accumulator]
 """`(outputs, targets, weights) -> Accumulator`, of one output."""
@@ -246,15 +246,7 @@ def _read(name: str, loss: Loss | None, outputs: Any, targets: Any) -> Reading:
 
 def _threshold(name: str, loss: Loss | None, outputs: Any, targets: Any) -> float:
     _check_equal_shapes(name, outputs, targets)
-    if loss is None:
-        return 0.0
-    if loss.threshold is None:
-        raise ValueError(
-            f"{name!r} needs a threshold on the outputs, and the loss {loss.name} has "
-            f"none; write metrics=['accuracy'], or loss=Loss({loss.name!r}, "
-            "threshold=0.0)."
-        )
-    return loss.threshold
+    return decision_threshold(loss, name)
 
 
 def _check_equal_shapes(name: str, outputs: Any, targets: Any) -> None:

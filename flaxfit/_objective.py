@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flaxfit._forms import shapes_of
 from flaxfit._loss_pairing import (
@@ -96,6 +97,11 @@ class Objective:
         """Returns the loss of the output at `path`, if it has one."""
         return next((term.loss for term in self.terms if term.path == path), None)
 
+    def loss_around(self, path: Path) -> Loss | None:
+        """Returns the loss of the output at `path`, or of the nesting it is in."""
+        around = [term for term in self.terms if term.path == path[: len(term.path)]]
+        return max(around, key=lambda term: len(term.path)).loss if around else None
+
     def objective_weights(self, path: Path, targets: PyTree, weights: Array) -> Array:
         """Returns `weights` for the output at `path`, 0 where its loss ignores.
 
@@ -168,6 +174,7 @@ def resolve_objective(
     loss_weights: float | Mapping[Any, Any] | Sequence[Any] | None,
     outputs: PyTree,
     targets: PyTree,
+    rows: int,
 ) -> Objective:
     """Pairs the losses asked for with the outputs of a model.
 
@@ -180,14 +187,22 @@ def resolve_objective(
       loss_weights: a factor per loss, nested as the losses are.
       outputs: the shapes and dtypes of what the model returns.
       targets: the shapes and dtypes of the targets, or None.
+      rows: the number of examples in the batch they are of.
 
     Returns:
       The terms, each checked against the shapes.
 
     Raises:
       DetectionError: "auto" and no rule fits.
-      ValueError: an unknown name or output, or shapes that do not fit.
+      ValueError: an unknown name or output, shapes that do not fit, or outputs whose
+        losses would share a name in the logs.
+      TypeError: a loss weight that is no number, a function that takes
+        `(targets, outputs)`.
     """
+    # NumPy's numbers are numbers too, and so is what jax makes of them.
+    loss_weights = jax.tree.map(
+        lambda x: np.asarray(x).tolist() if is_array(x) else x, loss_weights
+    )
     pairs = list(pair_losses(loss, outputs, targets))
     if loss is not None and not pairs:
         raise ValueError(
@@ -199,9 +214,11 @@ def resolve_objective(
     for path, one in pairs:
         chosen = pick(outputs, path), pick_targets(targets, path)
         check_shapes(one, *chosen, where(path))
-        scalar_loss = _is_scalar(one, *chosen, where(path))
+        scalar_loss = _is_scalar(one, *chosen, where(path), rows)
         terms.append(Term(path, one, _scale(loss_weights, path), scalar_loss))
-    return Objective(tuple(terms))
+    objective = Objective(tuple(terms))
+    _check_log_names(objective.log_names)
+    return objective
 
 
 def check_targets(
@@ -222,6 +239,22 @@ def check_targets(
         chosen = pick_targets(targets, path)
         if loss.kind != "custom":
             check_values(loss, pick(outputs, path), chosen, where(path), weights)
+
+
+def _check_log_names(names: Sequence[str]) -> None:
+    for name in names:
+        if name.startswith("val_"):
+            problem = "which is the name of a value of validation data"
+        elif names.count(name) > 1:
+            problem = "as would the loss of another one"
+        else:
+            continue
+        output = name.removesuffix("_loss")
+        raise ValueError(
+            f"The loss of output {output!r} would be logged as {name!r}, {problem}; "
+            "give the output another name in the model, e.g. "
+            f"'my_{output}'."
+        )
 
 
 def _check_scales(loss_weights: Any, outputs: PyTree, paths: list[Path]) -> None:
@@ -250,11 +283,18 @@ def _check_scales(loss_weights: Any, outputs: PyTree, paths: list[Path]) -> None
 def _scale(loss_weights: Any, path: Path) -> float:
     if loss_weights is None or isinstance(loss_weights, int | float):
         return 1.0 if loss_weights is None else float(loss_weights)
-    factor = children(loss_weights).get(path[0] if path else "")
+    if not path:
+        raise TypeError(
+            f"loss_weights holds {loss_weights!r} for one loss; write a number, e.g. "
+            "loss_weights={'name': 0.5}."
+        )
+    factor = children(loss_weights).get(path[0])
     return _scale(factor, path[1:])
 
 
-def _is_scalar(loss: Loss, outputs: PyTree, targets: PyTree, place: str) -> bool:
+def _is_scalar(
+    loss: Loss, outputs: PyTree, targets: PyTree, place: str, rows: int
+) -> bool:
     """Traces the loss abstractly and returns whether it gives a single number."""
     structs = shapes_of((outputs, targets))
     if loss.ignore_label is not None and not is_array(targets):
@@ -270,7 +310,6 @@ def _is_scalar(loss: Loss, outputs: PyTree, targets: PyTree, place: str) -> bool
             f"{describe(outputs)} and targets {describe(targets)}"
         )
         raise
-    rows = next((x.shape[0] for x in jax.tree.leaves(outputs) if x.shape), None)
     what = f"The loss {loss.name}{place}"
     if not is_array(values) or not jnp.issubdtype(values.dtype, jnp.floating):
         raise ValueError(

@@ -254,9 +254,11 @@ def _check_range(
     elif np.isin(targets, (-1, 1)).all():
         expected, advice = "0 to 1", "for labels -1 and 1 write (y + 1) / 2."
     elif targets.min() >= 0 and targets.max() <= 255 and targets.max() > 2:
-        expected, advice = "0 to 1", "for images write y / 255."
+        expected, advice = "0 to 1", "for images write y / 255"
+        advice += ", for numbers to be predicted loss='mse'."
     else:
-        expected, advice = "0 to 1", "for two other labels write y == positive."
+        expected, advice = "0 to 1", "for two other labels write y == positive"
+        advice += ", for numbers to be predicted loss='mse'."
     raise DataError(
         f"The targets{where} hold {value} at row {_first_row(bad)}; {loss.name} takes "
         f"{expected}: {advice}"

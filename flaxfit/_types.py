@@ -208,6 +208,12 @@ class StateHolder:
     def __init__(self, state: TrainState | None = None) -> None:
         self._state = state
         self._lent = False
+        self._fresh = False
+
+    @property
+    def settled(self) -> bool:
+        """Whether there is a state that holds more than a fresh one would."""
+        return self._state is not None and not self._fresh
 
     @property
     def empty(self) -> bool:
@@ -227,13 +233,19 @@ class StateHolder:
     def take(self) -> TrainState:
         """Returns a state that may be donated; it stays until `put`."""
         if self._lent:
-            self.put(copy_state(self.peek()))
+            self.put(copy_state(self.peek()), fresh=self._fresh)
         return self.peek()
 
-    def put(self, state: TrainState) -> None:
-        """Makes `state` the current one; nobody else may hold on to it."""
+    def put(self, state: TrainState, *, fresh: bool = False) -> None:
+        """Makes `state` the current one; nobody else may hold on to it.
+
+        Args:
+          state: the state.
+          fresh: whether it was only just made, so that nothing is lost with it.
+        """
         self._state = state
         self._lent = False
+        self._fresh = fresh
 
 
 def copy_state(state: TrainState) -> TrainState:

@@ -3,7 +3,6 @@
 Knows nothing of several outputs, of data or of the reduction to one number.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,13 +12,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flaxfit._loss_names import Kind, LossFn, known_name, look_up
+from flaxfit._loss_names import Kind, LossFn, function_name, known_name, look_up
 from flaxfit._types import Array, PyTree
 
 _INTEGER_CROSS_ENTROPY = "softmax_cross_entropy_with_integer_labels"
 _SMOOTHED = frozenset(
     {_INTEGER_CROSS_ENTROPY, "softmax_cross_entropy", "sigmoid_binary_cross_entropy"}
 )
+_OF_LOGITS = _SMOOTHED | {
+    "poly_loss_cross_entropy",
+    "safe_softmax_cross_entropy",
+    "sigmoid_focal_loss",
+}
 _CHANCE_LOG_CLASSES = frozenset(
     {_INTEGER_CROSS_ENTROPY, "softmax_cross_entropy", "safe_softmax_cross_entropy"}
 )
@@ -39,7 +43,7 @@ class Loss:
       label_smoothing: this much of every label is spread over all classes.
       ignore_label: targets equal to it count nothing.
       threshold: a raw output above it is a positive decision; None where outputs
-        are no such decisions.
+        are no such decisions, or nothing says what they are.
       name: shown in the first line of `fit`.
 
     Example:
@@ -71,15 +75,17 @@ class Loss:
           label_smoothing: in `[0, 1)`; for softmax cross-entropy and
             `sigmoid_binary_cross_entropy`.
           ignore_label: the integer that marks targets to leave out, often -100.
-          threshold: "auto" is 0 for losses of logits and scores and for functions
-            flaxfit does not know, 0.5 for regression, None for softmax.
+          threshold: "auto" is 0 for losses of logits and scores, 0.5 for
+            regression, None for softmax. For a function of your own it is None too:
+            metrics that decide, such as accuracy, then ask for it.
           name: "auto" by default: the function's own.
 
         Raises:
           ValueError: for an unknown name, or one that is no loss of
             `(outputs, targets)`; for a label smoothing out of range or on a
             loss that has no labels to smooth.
-          TypeError: for what is neither function nor name.
+          TypeError: for what is neither function nor name, and for a function whose
+            arguments are named as Keras's, `(y_true, y_pred)`.
         """
         known, function, kind = look_up(fn)
         _check_smoothing(label_smoothing, known)
@@ -95,7 +101,7 @@ class Loss:
             "label_smoothing": float(label_smoothing),
             "ignore_label": ignore_label,
             "threshold": _threshold(kind) if threshold == "auto" else threshold,
-            "name": name or known or _name_of(function),
+            "name": name or known or function_name(function),
             "kind": kind,
         }
         for attribute, value in values.items():
@@ -105,6 +111,11 @@ class Loss:
     def integer_targets(self) -> bool:
         """Whether a target is the number of a class."""
         return self.kind == "integer"
+
+    @property
+    def of_logits(self) -> bool:
+        """Whether it applies a softmax or sigmoid, so that outputs must be logits."""
+        return known_name(self.fn) in _OF_LOGITS
 
     def num_classes(self, outputs_shape: Sequence[int]) -> int | None:
         """Returns how many classes outputs of this shape tell apart, if any."""
@@ -166,6 +177,38 @@ class Loss:
         return optax.losses.softmax_cross_entropy(outputs, smooth)
 
 
+def decision_threshold(loss: Loss | None, metric: str) -> float:
+    """Returns what a raw output must exceed to be a positive decision.
+
+    Args:
+      loss: the loss of the output, None if it has none.
+      metric: who asks.
+
+    Raises:
+      ValueError: the loss does not say it.
+    """
+    if loss is not None and loss.threshold is not None:
+        return loss.threshold
+    if loss is None:
+        problem = "an output without a loss has none"
+        line = "metrics={'name': lambda outputs, targets: (outputs > 0) == targets}"
+    elif loss.kind == "custom":
+        problem = f"what the outputs mean to the loss {loss.name} is not known"
+        line = (
+            f"loss=Loss({'f' if loss.name == '<lambda>' else loss.name}, "
+            "threshold=0.0) if they are logits, threshold=0.5 if probabilities"
+        )
+    else:
+        problem = f"the loss {loss.name} has none"
+        line = (
+            f"metrics=['accuracy'], or loss=Loss({loss.name!r}, threshold=0.0) if "
+            "a raw output above 0 is a yes"
+        )
+    raise ValueError(
+        f"{metric!r} needs a threshold on the outputs, and {problem}; write {line}."
+    )
+
+
 def full_precision(tree: PyTree) -> PyTree:
     """Returns `tree` with floats of less than 32 bits raised to float32."""
 
@@ -198,12 +241,6 @@ def _check_smoothing(amount: float, known: str | None) -> None:
 
 
 def _threshold(kind: Kind) -> float | None:
-    if kind in ("binary", "margin", "custom"):
+    if kind in ("binary", "margin"):
         return 0.0
     return 0.5 if kind == "regression" else None
-
-
-def _name_of(fn: LossFn) -> str:
-    while isinstance(fn, functools.partial):
-        fn = fn.func
-    return getattr(fn, "__name__", type(fn).__name__)

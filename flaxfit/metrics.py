@@ -3,7 +3,6 @@
 Named metrics are in `_named_metrics`, clu's and metrax's in `_foreign_metrics`.
 """
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
@@ -19,6 +18,7 @@ from flaxfit._foreign_metrics import (
     snake_case,
 )
 from flaxfit._forms import shapes_of
+from flaxfit._loss_names import check_argument_order, function_name
 from flaxfit._loss_pairing import Path, children, main_output, pick, pick_targets
 from flaxfit._named_metrics import Update, named_update, weighted_mean
 from flaxfit._objective import Objective, path_name
@@ -43,7 +43,7 @@ class _Asked(NamedTuple):
 
 
 def resolve_metrics(
-    metrics: Any, objective: Objective, outputs: PyTree, targets: PyTree
+    metrics: Any, objective: Objective, outputs: PyTree, targets: PyTree, rows: int
 ) -> dict[str, MetricFn]:
     """Makes a function of a batch of every metric asked for.
 
@@ -58,6 +58,7 @@ def resolve_metrics(
       objective: the losses: thresholds, labels to ignore.
       outputs: the shapes and dtypes of what the model returns.
       targets: the shapes and dtypes of the targets.
+      rows: the number of examples in the batch they are of.
 
     Returns:
       By the name to log, in the order asked for.
@@ -65,17 +66,18 @@ def resolve_metrics(
     Raises:
       ValueError: an unknown name, an output that is not there, shapes that do not fit,
         a function that returns one number for a batch, a metric that grows.
-      TypeError: what is no metric at all.
+      TypeError: what is no metric at all, a function that takes `(targets, outputs)`.
     """
     resolved: dict[str, MetricFn] = {}
+    taken = (*_TAKEN, *objective.log_names)
     for asked in _asked(metrics, outputs):
         for name, fn in _resolve(asked, objective, outputs, targets):
-            if name in resolved or name in _TAKEN or name.startswith("val_"):
+            if name in resolved or name in taken or name.startswith("val_"):
                 raise ValueError(
                     f"The name {name!r} is taken in the logs; name the metric: "
                     "metrics={'my_name': ...}."
                 )
-            _check(name, fn, outputs, targets)
+            _check(name, fn, outputs, targets, rows)
             resolved[name] = fn
     return resolved
 
@@ -132,6 +134,8 @@ def _resolve(
     _check_kind(metric)
     name = asked.name or _default_name(metric)
     if not isinstance(metric, str) and not is_foreign(metric):
+        line = "metrics={{'{name}': lambda outputs, targets: {call}}}"
+        check_argument_order(metric, "metric", line)
         path = asked.path or ()
         prefixed = name if not path else f"{path_name(path)}_{name}"
         yield prefixed, _function_metric(metric, name, path, objective)
@@ -142,11 +146,10 @@ def _resolve(
         prefixed = f"{path_name(path)}_{name}" if several else name
         chosen = pick(outputs, path), pick_targets(targets, path)
         _check_arrays(prefixed, *chosen)
-        loss = objective.loss_at(path)
         if isinstance(metric, str):
-            update = named_update(metric, loss, *chosen)
+            update = named_update(metric, objective.loss_around(path), *chosen)
         else:
-            update = adapt_metric(metric, prefixed, loss)
+            update = adapt_metric(metric, prefixed, objective.loss_at(path))
         yield prefixed, _at(path, objective, update)
 
 
@@ -162,10 +165,12 @@ def _paths(
     for root in roots:
         below = main_output(pick(outputs, root), pick_targets(targets, root))
         if below is None:
-            keys = list(children(pick(outputs, root)))
+            whole = pick(outputs, root)
+            keys = list(children(whole))
+            line = f"metrics={{{keys[0]!r}: {name!r}}}, or " if keys else ""
             raise ValueError(
-                f"The metric {name!r} takes one output, and the model returns {keys}; "
-                f"write metrics={{{keys[0]!r}: {name!r}}}, or a function "
+                f"The metric {name!r} takes one output, and the model returns "
+                f"{keys or type(whole).__name__}; write {line}a function "
                 "(outputs, targets) -> float[batch]."
             )
         paths.append((*root, *below))
@@ -234,14 +239,12 @@ def _default_name(metric: Any) -> str:
     if is_foreign(metric):
         owner = metric if isinstance(metric, type) else type(metric)
         return snake_case(owner.__name__)
-    while isinstance(metric, functools.partial):
-        metric = metric.func
-    name = getattr(metric, "__name__", type(metric).__name__)
+    name = function_name(metric)
     if name == "<lambda>":
         raise ValueError(
             "A lambda has no name to log; write metrics={'my_name': lambda ...}."
         )
-    return str(name)
+    return name
 
 
 def _check_arrays(name: str, outputs: PyTree, targets: PyTree) -> None:
@@ -258,11 +261,12 @@ def _check_arrays(name: str, outputs: PyTree, targets: PyTree) -> None:
         )
 
 
-def _check(name: str, fn: MetricFn, outputs: PyTree, targets: PyTree) -> None:
+def _check(
+    name: str, fn: MetricFn, outputs: PyTree, targets: PyTree, rows: int
+) -> None:
     """Traces a metric abstractly, so that what is wrong is wrong before step 1."""
 
     shapes = shapes_of((outputs, targets))
-    rows = next((x.shape[0] for x in jax.tree.leaves(outputs) if x.shape), 1)
     weights = jax.ShapeDtypeStruct((rows,), jnp.float32)
     try:
         jax.eval_shape(fn, *shapes, weights)

@@ -17,7 +17,7 @@ from flaxfit._arguments import (
     as_variables,
 )
 from flaxfit._build import Built, Settings
-from flaxfit._builder import NO_DATA_YET, Builder, check_outputs
+from flaxfit._builder import NO_DATA_YET, Builder
 from flaxfit._check import CheckReport, Text, first_lines, make_report
 from flaxfit._display import Display, make_display, make_progress
 from flaxfit._errors import CheckpointError, DataError
@@ -159,9 +159,9 @@ class Trainer:
         )
         self._builder = Builder(model, family, settings)
         self._holder = StateHolder()
-        # The state as long as nothing was learnt: data of other shapes replaces it.
-        self._fresh: TrainState | None = None
         self._batch_size = DEFAULT_BATCH_SIZE
+        # What `load` read, until the model's inputs are known.
+        self._saved: tuple[Mapping[str, Any], bool] | None = None
 
     # ------------------------------------------------------------------ training
 
@@ -485,11 +485,12 @@ class Trainer:
             check=self._builder.check_values,
             what=what,
         )
-        built = self._builder.build_for_inputs(source.example, afresh=not self._settled)
+        built = self._builder.build_for_inputs(
+            source.example, afresh=not self._holder.settled
+        )
         source.check()
         sown = what == "predict_intermediates"
-        if not sown:
-            check_outputs(built, source.example.inputs)
+        batched = self._builder.find_batched(source.example.inputs, sown=sown)
         self._init_state(source.example)
         parts = predict_loop(
             self._holder.peek(),
@@ -498,7 +499,7 @@ class Trainer:
             steps=steps,
             display=display,
         )
-        return join_batches(parts, stack_others=sown)
+        return join_batches(parts, batched)
 
     # ------------------------------------------------------- a loop of one's own
 
@@ -512,7 +513,7 @@ class Trainer:
           batch: `(x, y)`, `(x, y, weights)` or a dict of arrays, or a `Batch`.
         """
         batch = self._as_batch(batch)
-        self._builder.build(batch, afresh=not self._settled)
+        self._builder.build(batch, afresh=not self._holder.settled)
         if all(isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(batch)):
             self._builder.check_values(batch)
         return self._builder.fresh_state(batch)
@@ -592,7 +593,7 @@ class Trainer:
         if x is not None:
             source = as_inputs_source(x, binding=self._binding, what="summary")
             built = self._builder.build_for_inputs(
-                source.example, afresh=not self._settled
+                source.example, afresh=not self._holder.settled
             )
         else:
             built = self._builder.built
@@ -603,9 +604,20 @@ class Trainer:
     ) -> CheckReport:
         """Tells what was understood, without training: `print(trainer.check(x, y))`.
 
-        Takes what `fit` takes. Compiles one step to count its FLOPs and memory.
+        Compiles one step to count its FLOPs and memory.
+
+        Args:
+          x: the data, as for `fit`, but no iterator: it would lose a batch.
+          y: targets, for arrays.
+          batch_size: rows of a batch, for arrays; that of the last `fit`, or 32.
         """
         source = self._source(x, y, None, batch_size, "check")
+        if source.one_shot:
+            raise DataError(
+                "check got an iterator, and would use up its first batch. Write "
+                "trainer.check(x, y) with that batch, or give the function that "
+                "makes the iterator."
+            )
         built = self._build(source)
         state = (
             self._builder.fresh_state(source.example)
@@ -654,20 +666,21 @@ class Trainer:
         meta, raw_state = checkpoint.load(path)
         config, example, batch_size = from_meta(meta, changes, os.fspath(path))
         trainer = cls(model, **config)
+        trainer._batch_size = batch_size
+        trainer._saved = (raw_state, "learning_rate" in changes)
+        if example is None:
+            return trainer
         try:
-            built = trainer._builder.build(example)
+            if example.targets is None and config["loss"] is not None:
+                trainer._builder.build_for_inputs(example)
+            else:
+                trainer._builder.build(example)
         except Exception as error:
             raise CheckpointError(
                 f"{os.fspath(path)!r} was saved for inputs that {type(model).__name__} "
                 f"cannot take: {error}"
             ) from error
-        state = checkpoint.restore(raw_state, built.template)
-        if "learning_rate" in changes:
-            # A constant rate lies in the state, and would win over the new one.
-            fresh = built.task.optimizer.tx.init(state.params)
-            state = state.replace(opt_state=with_rates_of(state.opt_state, fresh))
-        trainer._holder.put(state)
-        trainer._batch_size = batch_size
+        trainer._restore(*trainer._saved)
         return trainer
 
     # ------------------------------------------------------------------ plumbing
@@ -743,7 +756,7 @@ class Trainer:
             class_weight=class_weight,
             what=what,
         )
-        self._builder.build(batch, afresh=not self._settled)
+        self._builder.build(batch, afresh=not self._holder.settled)
         self._builder.check_values(batch)
         self._init_state(batch)
         return batch
@@ -768,26 +781,33 @@ class Trainer:
         *,
         afresh: bool | None = None,
     ) -> Built:
-        afresh = not self._settled if afresh is None else afresh
+        afresh = not self._holder.settled if afresh is None else afresh
         built = self._builder.build(source.example, total_steps, afresh=afresh)
         if built.task.objective.scalar_loss:
             source.pad = False
         source.check()
         return built
 
-    @property
-    def _settled(self) -> bool:
-        """Whether the state holds anything that a fresh one would lose."""
-        return not self._holder.empty and self._holder.peek() is not self._fresh
-
     def _init_state(self, example: Batch) -> None:
         """Sees to it that there is a state, and that it fits what was built."""
-        if self._settled:
+        if self._saved is not None:
+            self._restore(*self._saved)
+        if self._holder.settled:
             return
+        # As long as nothing was learnt, data of other shapes replaces the state.
         template = self._builder.built.template
-        if self._fresh is None or shapes_of(self._fresh) != template:
-            self._fresh = self._builder.fresh_state(example)
-            self._holder.put(self._fresh)
+        if self._holder.empty or shapes_of(self._holder.peek()) != template:
+            self._holder.put(self._builder.fresh_state(example), fresh=True)
+
+    def _restore(self, raw_state: Mapping[str, Any], new_rate: bool) -> None:
+        built = self._builder.built
+        state = checkpoint.restore(raw_state, built.template)
+        if new_rate:
+            # A constant rate lies in the state, and would win over the new one.
+            fresh = built.task.optimizer.tx.init(state.params)
+            state = state.replace(opt_state=with_rates_of(state.opt_state, fresh))
+        self._holder.put(state)
+        self._saved = None
 
     def _require_state(self) -> None:
         if self._holder.empty:

@@ -149,3 +149,13 @@ def test_history_plots_training_and_validation_together():
     assert lines["validation"].get_xdata().tolist() == [2]
     with pytest.raises(ValueError, match="no epoch was finished"):
         History().plot()
+
+
+def test_an_odd_locale_ends_no_training(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    fit("auto")
+    sys.stdout.flush()
+    text = raw.getvalue().decode("ascii")
+    assert "adam 0.001 | 1 x cpu" in text
+    assert "Epoch 2/2 | 5 steps" in text

@@ -1,5 +1,7 @@
 """save and load of a whole trainer: what comes back, and what has to be said again."""
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import flax.serialization
 import jax
@@ -121,3 +123,35 @@ def test_meta_holds_every_nesting_of_a_batch():
 def test_nothing_to_save():
     with pytest.raises(ValueError, match="has seen no data yet"):
         Trainer(nn.Dense(3)).save("unused.msgpack")
+
+
+def test_a_trainer_that_only_predicted(tmp_path):
+    trainer = Trainer(nn.Dense(3))
+    before = trainer.predict(X)
+    trainer.save(tmp_path / "run.msgpack")
+    loaded = Trainer.load(tmp_path / "run.msgpack", nn.Dense(3))
+    np.testing.assert_array_equal(loaded.predict(X), before)
+    loaded.fit(X, Y, verbose=0)
+    assert loaded.step == 1
+
+
+class Pair(NamedTuple):
+    a: np.ndarray
+    b: np.ndarray
+
+
+def test_inputs_of_a_structure_that_a_file_cannot_hold(tmp_path):
+    class Takes(nn.Module):
+        @nn.compact
+        def __call__(self, pair):
+            return nn.Dense(3)(pair.a) + nn.Dense(3)(pair.b)
+
+    batches = [(Pair(X, X), Y)]
+    trainer = Trainer(Takes())
+    trainer.fit(batches, verbose=0)
+    trainer.save(tmp_path / "run.msgpack")
+    loaded = Trainer.load(tmp_path / "run.msgpack", Takes())
+    with pytest.raises(ValueError, match="has seen no data yet"):
+        loaded.state
+    assert loaded.evaluate(batches) == trainer.evaluate(batches)
+    assert loaded.step == 1

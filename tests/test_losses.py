@@ -1,7 +1,9 @@
 import dataclasses
 import functools
 import math
+from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,12 +17,31 @@ from flaxfit.losses import Loss
 INTEGER = "softmax_cross_entropy_with_integer_labels"
 
 
+class PairTuple(NamedTuple):
+    logits: Any
+    value: Any
+
+
+class PairStruct(flax.struct.PyTreeNode):
+    logits: Any
+    value: Any
+    temperature: float = flax.struct.field(pytree_node=False, default=1.0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class PairDataclass:
+    logits: Any
+    value: Any
+
+
 def shaped(shape, dtype="float32"):
     return jax.ShapeDtypeStruct(shape, np.dtype(dtype))
 
 
 def resolve(loss, outputs, targets, loss_weights=None):
-    return resolve_objective(loss, loss_weights, outputs, targets)
+    rows = jax.tree.leaves(outputs if targets is None else targets)[0].shape[0]
+    return resolve_objective(loss, loss_weights, outputs, targets, rows)
 
 
 def ones(rows):
@@ -137,7 +158,7 @@ def test_properties():
     assert Loss("mse").chance_loss((8, 1)) is None
     thresholds = [Loss(n).threshold for n in (INTEGER, "bce", "hinge", "mse")]
     assert thresholds == [None, 0.0, 0.0, 0.5]
-    assert Loss(lambda o, t: o).threshold == 0.0
+    assert Loss(lambda o, t: o).threshold is None
     assert Loss("mse", threshold=None).threshold is None
     assert Loss(lambda o, t: o, name="mine").name == "mine"
     assert dataclasses.replace(integer, ignore_label=-1) == Loss(
@@ -317,6 +338,103 @@ def test_one_target_serves_several_outputs():
     assert [float(m.compute()) for m in means.values()] == [1.0, 0.0]
 
 
+def named(source, wanted):
+    """Makes a function with arguments of these names."""
+    return eval(f"lambda {source}: {wanted}")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["y_true, y_pred", "labels, x", "target, o", "y, p", "x, logits", "t, y_hat"],
+)
+def test_a_function_with_keras_s_order_is_refused(arguments):
+    first, second = arguments.split(", ")
+    match = rf"takes \({first}, {second}\).*lambda outputs, targets: f\(targets, outp"
+    with pytest.raises(TypeError, match=match):
+        Loss(named(arguments, f"{first} - {second}"))
+
+
+def test_a_partial_and_an_object_with_keras_s_order_are_refused():
+    def mine(y_true, y_pred, scale):
+        return scale * (y_true - y_pred)
+
+    class Mine:
+        def __call__(self, y_true, y_pred):
+            return y_true - y_pred
+
+    with pytest.raises(TypeError, match=r"The loss mine takes.*mine\(targets, outputs"):
+        Loss(functools.partial(mine, scale=2.0))
+    with pytest.raises(TypeError, match="The loss Mine takes"):
+        Loss(Mine())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["outputs, targets", "logits, labels", "y_pred, y_true", "y, t", "y, _", "a, b"],
+)
+def test_a_function_with_optax_s_order_is_taken(arguments):
+    loss = Loss(named(arguments, arguments.split(", ")[0]))
+    assert loss.kind == "custom" and loss.threshold is None
+
+
+def test_the_names_of_losses_in_the_logs_are_their_own():
+    a = shaped((4, 2))
+    for outputs in ({"val": a, "b": a}, {"val_x": a, "b": a}):
+        with pytest.raises(ValueError, match=r"as 'val.*_loss', which is .*'my_val"):
+            resolve("mse", outputs, outputs)
+    fine = {"value": a, "b": a}
+    assert resolve("mse", fine, fine).log_names == ("value_loss", "b_loss")
+    twice = {"a": {"b": a}, "a_b": a}
+    with pytest.raises(ValueError, match="'a_b_loss', as would the loss of another"):
+        resolve("mse", twice, twice)
+
+
+def test_the_batch_of_outputs_with_another_first_axis():
+    def of_ensemble(outputs, targets):
+        return optax.squared_error(outputs, targets[None, :, None]).mean((0, 2))
+
+    outputs, targets = jnp.full((3, 8, 2), 2.0), jnp.zeros(8)
+    objective = resolve(of_ensemble, outputs, targets)
+    assert not objective.scalar_loss
+    weights = jnp.asarray([1.0] * 4 + [0.0] * 4)
+    average = objective.term_averages(outputs, targets, weights)[""]
+    assert (average.total, average.count) == (16.0, 4.0)
+    with pytest.raises(ValueError, match=r"shape \[3, 2\] for a batch of 8"):
+        resolve(lambda o, t: o.mean(1), outputs, targets)
+
+
+@pytest.mark.parametrize("kind", [PairTuple, PairStruct, PairDataclass])
+def test_outputs_of_a_class_go_by_their_fields_names(kind):
+    o = kind(logits=jnp.ones((4, 3)), value=jnp.ones((4, 2)))
+    y = jnp.zeros(4, jnp.int32)
+    assert resolve("auto", o, y).terms[0].path == ("logits",)
+    assert resolve({"logits": INTEGER}, o, y).terms[0].path == ("logits",)
+    targets = {"logits": y, "value": jnp.zeros((4, 2))}
+    both = resolve("auto", o, targets, {"value": 0.5})
+    assert both.log_names == ("logits_loss", "value_loss")
+    means = both.term_averages(o, targets, ones(4))
+    assert float(means["value"].compute()) == 1.0
+    assert resolve("auto", o, kind(**targets)).log_names == both.log_names
+    with pytest.raises(ValueError, match="Did you mean 'logits'"):
+        resolve({"logit": INTEGER}, o, y)
+    with pytest.raises(DetectionError, match="in a dict by their names"):
+        resolve("auto", o, (y, targets["value"]))
+
+
+@pytest.mark.parametrize(
+    "two", [np.float32(2), np.int64(2), np.asarray(2.0), jnp.float32(2)]
+)
+def test_loss_weights_are_numbers_of_any_library(two):
+    o, t = shaped((4, 2)), shaped((4, 2))
+    assert resolve("mse", o, t, two).scales == {"": 2.0}
+    pair = {"a": o, "b": o}
+    assert resolve("mse", pair, pair, {"a": two}).scales == {"a": 2.0, "b": 1.0}
+    listed = resolve("mse", (o, o), (t, t), np.asarray([1, 2]))
+    assert listed.scales == {"0": 1.0, "1": 2.0}
+    with pytest.raises(TypeError, match="holds '2' for one loss; write a number"):
+        resolve("mse", pair, pair, {"a": "2"})
+
+
 @pytest.mark.parametrize(
     ("loss", "weights", "match"),
     [
@@ -415,6 +533,8 @@ def test_weights_with_more_axes_than_the_loss():
         (INTEGER, (4, 3), [1, -100, 2, 0], "ignore_label=-100"),
         (INTEGER, (3, 3), [0, 2, 255], "ignore_label=255"),
         (Loss(INTEGER, ignore_label=-1), (3, 3), [0, -1, 7], "hold 7 at row 2"),
+        ("auto", (40, 1), np.arange(40)[:, None], "hold 2 at row 2.*loss='mse'"),
+        ("auto", (2, 1), [[-7], [900]], "hold -7 at row 0.*loss='mse'"),
         ("bce", (3, 1), [[0], [2], [1]], "hold 2 at row 1.*y == positive"),
         ("bce", (2, 1), [[0], [200]], "write y / 255"),
         ("bce", (2, 1), [[-1], [1]], r"write \(y \+ 1\) / 2"),

@@ -15,8 +15,9 @@ INTEGER = "softmax_cross_entropy_with_integer_labels"
 
 
 def resolve(metrics, loss, outputs, targets):
-    objective = resolve_objective(loss, None, outputs, targets)
-    return resolve_metrics(metrics, objective, outputs, targets)
+    rows = jax.tree.leaves(outputs if targets is None else targets)[0].shape[0]
+    objective = resolve_objective(loss, None, outputs, targets, rows)
+    return resolve_metrics(metrics, objective, outputs, targets, rows)
 
 
 def run(metrics, loss, outputs, targets, weights=None, batches=1):
@@ -124,6 +125,39 @@ def test_accuracy_of_a_sigmoid_loss_uses_logits():
     assert run("acc", high, scores, y)["acc"] == pytest.approx(1 / 3)
 
 
+def on_probabilities(outputs, targets):
+    clipped = jnp.clip(outputs, 1e-6, 1 - 1e-6)
+    return -targets * jnp.log(clipped) - (1 - targets) * jnp.log1p(-clipped)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "binary_accuracy", "precision", "f1"])
+def test_nobody_guesses_the_threshold_of_a_function(metric):
+    scores, y, w = binary_data()
+    chances = np.asarray(jax.nn.sigmoid(scores))
+    match = r"write loss=Loss\(on_probabilities, threshold=0.0\) if .* threshold=0.5 if"
+    with pytest.raises(ValueError, match=match):
+        resolve(metric, on_probabilities, chances, y)
+    told = Loss(on_probabilities, threshold=0.5)
+    got = run(metric, told, chances, y, w)[metric]
+    assert got == run(metric, "bce", scores, y, w)[metric]
+    # The area under the curve needs no threshold.
+    got = run("auc", on_probabilities, chances, y, w)["auc"]
+    assert got == pytest.approx(run("auc", "bce", scores, y, w)["auc"], abs=1e-3)
+
+
+def test_the_threshold_of_a_function_of_all_outputs():
+    scores, y, _ = binary_data()
+    outputs = {"p": np.asarray(jax.nn.sigmoid(scores)), "h": scores}
+
+    def whole(outputs, targets):
+        return on_probabilities(outputs["p"], targets)[:, 0]
+
+    with pytest.raises(ValueError, match=r"write loss=Loss\(whole, threshold=0.0\)"):
+        resolve({"p": "accuracy"}, whole, outputs, y)
+    got = run({"p": "accuracy"}, Loss(whole, threshold=0.5), outputs, y)
+    assert got["p_accuracy"] == pytest.approx(((scores > 0) == y).mean(), rel=1e-6)
+
+
 def test_a_ratio_of_nothing_is_zero():
     got = run("precision", "bce", np.full((3, 1), -1.0, "float32"), np.ones((3, 1)))
     assert got["precision"] == 0.0
@@ -201,6 +235,64 @@ def test_functions_and_their_names():
     assert run([optax.losses.l2_loss], "mse", o, t, w) == {"l2_loss": 2.0}
 
 
+def test_a_function_with_keras_s_order_is_refused():
+    def gap(y_true, y_pred):
+        return y_true - y_pred
+
+    o = np.ones((4, 2), "float32")
+    match = (
+        r"The metric gap takes \(y_true, y_pred\).*write "
+        r"metrics=\{'gap': lambda outputs, targets: gap\(targets, outputs\)\}"
+    )
+    with pytest.raises(TypeError, match=match):
+        resolve([gap], "mse", o, o)
+    assert run({"gap": lambda o, t: gap(t, o)}, "mse", o, 3 * o) == {"gap": 2.0}
+
+
+def test_the_batch_of_outputs_with_another_first_axis():
+    def error(outputs, targets):
+        return jnp.abs(outputs - targets[None, :]).mean(0)
+
+    o, t = np.ones((3, 8), "float32"), np.zeros(8, "float32")
+    assert run([error], error, o, t) == {"error": 1.0}
+
+
+class Heads(flax.struct.PyTreeNode):
+    logits: jax.Array
+    value: jax.Array
+
+
+@jax.tree_util.register_pytree_node_class
+class Opaque:
+    def __init__(self, *arrays):
+        self.arrays = arrays
+
+    def tree_flatten(self):
+        return self.arrays, None
+
+    @classmethod
+    def tree_unflatten(cls, _, arrays):
+        return cls(*arrays)
+
+
+def test_outputs_of_a_class_go_by_their_fields_names():
+    o = Heads(np.eye(3, dtype="float32"), np.ones((3, 2), "float32"))
+    y = np.asarray([0, 1, 1])
+
+    def whole(outputs, targets):
+        return optax.softmax_cross_entropy_with_integer_labels(outputs.logits, targets)
+
+    for loss in ("auto", whole, None):
+        assert run("accuracy", loss, o, y)["accuracy"] == pytest.approx(2 / 3)
+    targets = {"logits": y, "value": np.zeros((3, 2), "float32")}
+    got = run({"logits": "acc", "value": ["mae"]}, "auto", o, targets)
+    assert got == pytest.approx({"logits_acc": 2 / 3, "value_mae": 1.0})
+    with pytest.raises(ValueError, match="the model returns Opaque; write a function"):
+        resolve("accuracy", lambda o, t: t * 1.0, Opaque(o.logits, o.value), y)
+    with pytest.raises(ValueError, match="no targets of output 'logits'.*Nest"):
+        resolve({"logits": "acc"}, lambda o, t: o.value[:, 0], o, (y, y))
+
+
 def test_several_outputs():
     outputs = {"a": np.eye(3, dtype="float32"), "b": np.ones((3, 2), "float32")}
     targets = {"a": np.asarray([0, 1, 1]), "b": np.zeros((3, 2), "float32")}
@@ -215,6 +307,8 @@ def test_several_outputs():
     assert list(got) == ["a_error", "b_error"]
     got = run({"b": optax.losses.squared_error}, both, outputs, targets)
     assert got == {"b_squared_error": 1.0}
+    with pytest.raises(ValueError, match="'a_loss' is taken in the logs"):
+        resolve({"a_loss": lambda o, t: o["a"]}, both, outputs, targets)
 
 
 def test_an_output_named_logits_is_found():
@@ -425,8 +519,8 @@ def test_a_metric_that_changes_its_dtype_is_refused():
 def test_metrics_that_need_one_array_or_no_loss():
     scores, y, _ = binary_data()
     assert resolve(None, "bce", scores, y) == {}
-    got = run("binary_accuracy", None, scores, y)["binary_accuracy"]
-    assert got == pytest.approx(((scores > 0) == y).mean(), rel=1e-6)
+    with pytest.raises(ValueError, match=r"output without a loss has none; write metr"):
+        resolve("binary_accuracy", None, scores, y)
     pair = (scores, scores)
     with pytest.raises(ValueError, match="takes one array of outputs and of targets"):
         resolve("mae", lambda o, t: o[:, 0], scores, pair)
@@ -477,6 +571,19 @@ def test_metrax_accuracy_of_one_hot_targets(metrax):
     got = run(metrax.Accuracy, "softmax_cross_entropy", logits, hot)["accuracy"]
     wrong = (logits.argmax(-1) != y).mean()
     assert got == pytest.approx(1 - wrong * 2 / 4, rel=1e-6)
+
+
+def test_metrax_accuracy_needs_to_know_what_a_decision_is(metrax):
+    scores, y, w = binary_data()
+    scores, y = scores[:, 0], y[:, 0]
+    chances = np.asarray(jax.nn.sigmoid(scores))
+    with pytest.raises(ValueError, match="'Accuracy' needs a threshold"):
+        resolve([metrax.Accuracy], on_probabilities, chances, y)
+    with pytest.raises(ValueError, match="'Accuracy' needs a threshold"):
+        resolve([metrax.Accuracy], None, chances, y)
+    told = Loss(on_probabilities, threshold=0.5)
+    got = run([metrax.Accuracy], told, chances, y, w)["accuracy"]
+    assert got == pytest.approx(run("acc", "bce", scores, y, w)["acc"], rel=1e-6)
 
 
 def test_metrax_metrics_that_need_more_arguments(metrax):

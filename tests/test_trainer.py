@@ -1,5 +1,7 @@
 """Whole runs against hand-written Flax loops, and what must hold for every run."""
 
+import copy
+import pickle
 from typing import Any
 
 import flax.linen as nn
@@ -546,6 +548,45 @@ def test_check_reports_without_training():
         trainer.state
 
 
+@pytest.mark.parametrize(
+    ("loss", "squash", "y", "warning"),
+    [
+        ("auto", nn.softmax, LABELS, "without the last softmax"),
+        ("bce", nn.sigmoid, np.eye(3)[LABELS], "without the last sigmoid"),
+        ("auto", jnp.zeros_like, LABELS, None),
+        ("auto", nn.log_softmax, LABELS, None),
+        ("mse", nn.sigmoid, np.eye(3)[LABELS], None),
+    ],
+)
+def test_check_tells_probabilities_from_logits(loss, squash, y, warning):
+    class Squashed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return squash(nn.Dense(3)(x))
+
+    report = Trainer(Squashed(), loss=loss).check(X, y)
+    assert ("warning" in report.rows) == (warning is not None)
+    if warning:
+        assert warning in report.rows["warning"]
+
+
+def test_an_ensemble_trains_with_the_batch_on_the_second_axis():
+    class Ensemble(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return jnp.stack([nn.Dense(1)(x)[:, 0] for _ in range(3)])
+
+    def of_ensemble(outputs, targets):
+        return optax.squared_error(outputs, targets[None, :]).mean(0)
+
+    trainer = Trainer(Ensemble(), loss=of_ensemble, metrics=[of_ensemble])
+    trainer.fit(X, VALUES[:, 0], batch_size=48, verbose=0)
+    outputs = Ensemble().apply(trainer.variables, X)
+    values = trainer.evaluate(X, VALUES[:, 0], batch_size=48)
+    expected = np.mean((outputs - VALUES[:, 0]) ** 2)
+    np.testing.assert_allclose(list(values.values()), [expected] * 2, rtol=1e-5)
+
+
 def test_summary_and_repr(fitted):
     trainer, _ = fitted
     assert "BatchNorm" in trainer.summary()
@@ -579,3 +620,66 @@ def test_models_of_other_libraries_as_two_functions():
     history = trainer.fit(X, LABELS, epochs=3, verbose=0).history
     assert history["loss"][-1] < history["loss"][0]
     assert trainer.predict(X).shape == (64, 3)
+
+
+class Layers(nn.Module):
+    """Sows what has a batch axis, what has none, and what only looks like it."""
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.Dense(4)(x)
+        self.sow("intermediates", "hidden", h)
+        self.sow("intermediates", "mean", h.mean(axis=0))
+        self.sow("intermediates", "stack", jnp.stack([h, 2 * h]))
+        return nn.Dense(3)(h)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 40])
+def test_intermediates_without_a_batch_axis_are_stacked(rows):
+    trainer = Trainer(Layers())
+    sown = trainer.predict_intermediates(X[:rows], batch_size=4)
+    _, expected = Layers().apply(trainer.variables, X[:rows], mutable="intermediates")
+    (hidden,) = expected["intermediates"]["hidden"]
+    np.testing.assert_allclose(sown["hidden"][0], hidden, atol=1e-6)
+    batches = -(-rows // 4)
+    assert sown["mean"][0].shape == (batches, 4)
+    assert sown["stack"][0].shape[:2] == (batches, 2)
+
+
+def test_outputs_whose_first_axis_is_not_the_batch_are_refused():
+    class TimeMajor(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return jnp.swapaxes(nn.Dense(3)(x), 0, 1)
+
+    x = np.zeros((64, 32, 5), np.float32)
+    with pytest.raises(ValueError, match=r"the model returns float32\[32, 32, 3\]"):
+        Trainer(TimeMajor()).predict(x, batch_size=32)
+
+
+def test_compiles_counts_those_of_replaced_programs_and_of_the_own_loop():
+    trainer = Trainer(
+        nn.Dense(3),
+        learning_rate=lambda total_steps: optax.linear_schedule(0.1, 0.0, total_steps),
+    )
+    trainer.predict(X)
+    for epochs in (1, 2):
+        trainer.fit(X, LABELS, epochs=epochs, validation_data=(X, LABELS), verbose=0)
+    # Another length is another schedule; evaluation and prediction do not care.
+    assert trainer.compiles == {"train": 2, "eval": 1, "predict": 1}
+    own = Trainer(nn.Dense(3))
+    own.train_step(own.init((X, LABELS)), (X, LABELS))
+    assert own.compiles["train"] == 1
+
+
+def test_a_trainer_can_be_copied_and_its_history_pickled(fitted):
+    trainer, history = fitted
+    copied = copy.deepcopy(trainer)
+    assert copied.evaluate(X, LABELS) == trainer.evaluate(X, LABELS)
+    again = pickle.loads(pickle.dumps(history))
+    assert (again.history, again.trainer) == (history.history, None)
+
+
+def test_check_refuses_to_use_up_an_iterator():
+    with pytest.raises(flaxfit.DataError, match="would use up its first batch"):
+        Trainer(nn.Dense(3)).check(iter([(X, LABELS)]))

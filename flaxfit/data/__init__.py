@@ -4,6 +4,8 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from flaxfit._errors import DataError
 from flaxfit._types import Batch
 from flaxfit.data.arrays import ArraySource, split_validation
@@ -23,7 +25,7 @@ from flaxfit.data.source import (
     is_nest,
     narrow,
 )
-from flaxfit.data.weights import with_class_weight, with_weights
+from flaxfit.data.weights import ClassWeighting, with_weights
 
 __all__ = [
     "Binding",
@@ -45,7 +47,7 @@ def as_source(
     *,
     binding: Binding,
     batch_size: int | None = None,
-    default_batch_size: int = DEFAULT_BATCH_SIZE,
+    default_batch_size: int | None = None,
     shuffle: bool = False,
     seed: Sequence[int] = (0,),
     class_weight: Mapping[Any, float] | None = None,
@@ -64,13 +66,16 @@ def as_source(
       sample_weight: `float[examples]` or, one for every element of the targets,
         `float[examples, ...]`; only with arrays.
       binding: how a raw batch is read.
-      batch_size: rows of a batch; only for arrays.
-      default_batch_size: rows of a batch of arrays if `batch_size` is None.
+      batch_size: rows of a batch, but never more than there are; only for arrays.
+      default_batch_size: what programs are compiled for already: rows of a batch of
+        arrays if `batch_size` is None, even if there are fewer. None for 32, but
+        never more than there are.
       shuffle: whether arrays come in a new order each pass; a dataset shuffles
         itself.
       seed: decides the order, together with the index of the pass.
       class_weight: class to weight, for one target; a missing class weighs 1.
-      steps: the number of steps asked for, for messages.
+      steps: the number of steps asked for; an iterator that ends before it is an
+        error.
       check: called by `Source.check`, and with every batch of a dataset.
       what: the method the data was given to, for messages.
 
@@ -79,15 +84,21 @@ def as_source(
       TypeError: data of an unknown kind.
       ValueError: arguments that do not go together.
     """
+    weighting = None if class_weight is None else ClassWeighting(class_weight)
     if _is_arrays(x, y, sample_weight, what):
         size = _checked_size(batch_size, default_batch_size)
         data = _read_arrays(x, y, sample_weight, binding)
-        if class_weight is not None:
-            data = with_class_weight(data, class_weight)
+        if weighting is not None:
+            data = weighting(data)
         if data.weights is not None:
             check_weights(data.weights)
         source: Source = ArraySource(
-            data, size, shuffle=shuffle, seed=seed, check=check
+            data,
+            size(data),
+            shuffle=shuffle,
+            seed=seed,
+            check=check,
+            unused=binding.unused(x) if y is None else (),
         )
         check_values(with_weights(data))
         check_values(source.example)
@@ -95,10 +106,12 @@ def as_source(
     _refuse_batch_size(batch_size, what)
 
     def read(raw: Any) -> Batch:
-        batch = binding.split(as_host(raw))
-        return batch if class_weight is None else with_class_weight(batch, class_weight)
+        batch = binding.split(as_host(raw, but_device=True))
+        return batch if weighting is None else weighting(batch)
 
-    source = IterableSource(x, read, check=check, what=what, steps=steps)
+    source = IterableSource(
+        x, read, unused=binding.unused, check=check, what=what, steps=steps
+    )
     check_finite(source.example)
     return source
 
@@ -108,7 +121,7 @@ def as_inputs_source(
     *,
     binding: Binding,
     batch_size: int | None = None,
-    default_batch_size: int = DEFAULT_BATCH_SIZE,
+    default_batch_size: int | None = None,
     check: Callable[[Batch], None] | None = None,
     what: str = "predict",
 ) -> Source:
@@ -119,8 +132,10 @@ def as_inputs_source(
         is the inputs of a model that takes several, else `(x, y)` or
         `(x, y, weights)`.
       binding: how a raw batch is read.
-      batch_size: rows of a batch; only for arrays.
-      default_batch_size: rows of a batch of arrays if `batch_size` is None.
+      batch_size: rows of a batch, but never more than there are; only for arrays.
+      default_batch_size: what programs are compiled for already: rows of a batch of
+        arrays if `batch_size` is None, even if there are fewer. None for 32, but
+        never more than there are.
       check: called by `Source.check`, and with every batch of a dataset.
       what: the method the data was given to, for messages.
 
@@ -133,10 +148,14 @@ def as_inputs_source(
         size = _checked_size(batch_size, default_batch_size)
         inputs = _whole_inputs(as_host(x), binding)
         check_lengths(inputs)
-        return ArraySource(narrow(inputs, keep_mapped=True), size, check=check)
+        inputs = narrow(inputs, keep_mapped=True)
+        return ArraySource(inputs, size(inputs), check=check)
     _refuse_batch_size(batch_size, what)
     return IterableSource(
-        x, lambda raw: _stream_inputs(as_host(raw), binding), check=check, what=what
+        x,
+        lambda raw: _stream_inputs(as_host(raw, but_device=True), binding),
+        check=check,
+        what=what,
     )
 
 
@@ -169,7 +188,7 @@ def as_batch(
         )
     data = _read_arrays(x, y, sample_weight, binding)
     if class_weight is not None:
-        data = with_class_weight(data, class_weight)
+        data = ClassWeighting(class_weight)(data)
     data = with_weights(narrow(data))
     check_weights(data.weights, all_zero=True)
     check_values(data)
@@ -275,11 +294,16 @@ def _stream_inputs(raw: Any, binding: Binding) -> Batch:
     return Batch(inputs, None, None)
 
 
-def _checked_size(batch_size: Any, default: int) -> int:
-    if batch_size is None:
-        return default
+def _checked_size(batch_size: Any, default: int | None) -> Callable[[Batch], int]:
+    """Returns the rows of a batch, given all examples.
+
+    More than there are would fill every batch up, and the same rows would count
+    twice in batch statistics.
+    """
+    if batch_size is None and default is not None:
+        return lambda data: default
     try:
-        size = operator.index(batch_size)
+        size = operator.index(DEFAULT_BATCH_SIZE if batch_size is None else batch_size)
     except TypeError:
         size = 0
     if size < 1 or isinstance(batch_size, bool):
@@ -287,7 +311,7 @@ def _checked_size(batch_size: Any, default: int) -> int:
             f"batch_size={batch_size!r}: expected a whole number of at least 1, e.g. "
             f"batch_size={DEFAULT_BATCH_SIZE}."
         )
-    return size
+    return lambda data: min(size, len(jax.tree.leaves(data)[0]))
 
 
 def _refuse_batch_size(batch_size: Any, what: str) -> None:

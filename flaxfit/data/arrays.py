@@ -18,10 +18,16 @@ class ArraySource:
     Args:
       data: all examples, host arrays `[examples, ...]` of equal length;
         `weights` may be None, then every example weighs 1.
-      batch_size: rows of every batch.
+      batch_size: rows of every batch. More than there are examples fills every batch
+        up, and the fill counts in batch statistics: for training cap it.
       shuffle: whether each pass has an order of its own.
       seed: decides the orders, together with the index of the pass.
       check: called by `check` with all examples.
+      unused: see `Source`.
+
+    Batches are copies: steps that are still under way read them while a callback may
+    already write into the arrays they were cut from. Later batches then hold what it
+    wrote.
     """
 
     kind = "arrays"
@@ -35,6 +41,7 @@ class ArraySource:
         shuffle: bool = False,
         seed: Sequence[int] = (0,),
         check: Callable[[Batch], None] | None = None,
+        unused: tuple[str, ...] = (),
     ) -> None:
         data = with_weights(data)
         self.num_examples: int = len(data.weights)
@@ -45,6 +52,7 @@ class ArraySource:
         self._shuffle = shuffle
         self._seed = tuple(seed)
         self.pad = True
+        self.unused = unused
         self._check = check
 
     @property
@@ -152,9 +160,12 @@ def _warn_if_sorted(data: Batch) -> None:
 
 
 def _rows(leaf: HostArray, chosen: HostArray | slice) -> HostArray:
+    """Returns a copy of the rows `chosen`."""
     leaf = np.asarray(leaf)
+    if isinstance(chosen, slice):
+        return leaf[chosen].copy()
     # take() copies row by row, twice as fast as an index where rows are long, but
     # would first copy all of an array that is not contiguous.
-    if isinstance(chosen, slice) or leaf.ndim == 1 or not leaf.flags.c_contiguous:
+    if leaf.ndim == 1 or not leaf.flags.c_contiguous:
         return leaf[chosen]
     return leaf.take(chosen, axis=0)

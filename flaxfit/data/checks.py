@@ -18,7 +18,7 @@ def check_lengths(nest: PyTree) -> int:
     """Returns the number of rows all arrays of a nesting share.
 
     Args:
-      nest: NumPy arrays `[rows, ...]` in a `Batch` or any other nesting.
+      nest: NumPy or jax arrays `[rows, ...]` in a `Batch` or any other nesting.
 
     Raises:
       DataError: arrays of different length, no rows or no array at all, a single
@@ -159,7 +159,7 @@ def check_tokens(batch: Batch, vocabularies: Mapping[str, int]) -> None:
 
 
 def _is_plain(leaf: Any) -> bool:
-    if not isinstance(leaf, np.ndarray) or leaf.ndim == 0:
+    if not isinstance(leaf, np.ndarray | jax.Array) or leaf.ndim == 0:
         return False
     return leaf.dtype.kind in "biufc" and leaf.dtype.char not in LONG_DOUBLES
 

@@ -22,9 +22,11 @@ class Source(Protocol):
     Attributes:
       pad: whether a short batch is filled up with real rows at weight 0; without,
         it is as short as it comes.
+      unused: the keys of a dict batch that are neither input nor target nor weight.
     """
 
     pad: bool
+    unused: tuple[str, ...]
 
     @property
     def kind(self) -> str:
@@ -54,7 +56,11 @@ class Source(Protocol):
         """Checks what is there to be checked before the first pass."""
 
     def batches(self, pass_index: int) -> Iterator[Batch]:
-        """Yields the batches of one pass; `pass_index` decides the order."""
+        """Yields the batches of one pass; `pass_index` decides the order.
+
+        Their memory is theirs alone: a step may read it long after the next batch
+        was asked for, so it is neither the loader's nor the user's.
+        """
 
 
 def fill(batch: Batch, size: int) -> Batch:
@@ -63,7 +69,8 @@ def fill(batch: Batch, size: int) -> Batch:
     Real rows, not zeros: BatchNorm then sees real data only.
 
     Args:
-      batch: host arrays `[rows, ...]`, `weights` `float32[rows, ...]`.
+      batch: arrays `[rows, ...]`, `weights` `float32[rows, ...]`. Those on a device
+        stay there.
       size: rows wanted; a batch that has them is returned as it is.
     """
     rows = len(batch.weights)
@@ -71,23 +78,33 @@ def fill(batch: Batch, size: int) -> Batch:
         return batch
     order = np.arange(size) % rows
     filled: Batch = jax.tree.map(lambda leaf: leaf[order], batch)
+    if isinstance(filled.weights, jax.Array):
+        return filled.replace(weights=filled.weights.at[rows:].set(0.0))
     filled.weights[rows:] = 0.0
     return filled
 
 
-def as_host(nest: PyTree) -> PyTree:
+def as_host(nest: PyTree, *, but_device: bool = False) -> PyTree:
     """Returns a nesting with every array-like in it as a NumPy array.
 
     jax arrays come to the host, lists of numbers become one array, anything with
     `__array__` (pandas, torch) is asked for it. dtypes stay as they are.
+
+    Args:
+      nest: array-likes in any nesting.
+      but_device: leave jax arrays on their device. Those that are committed to one
+        come to the host nevertheless, as they would have every program compiled a
+        second time, or run on that device.
 
     Raises:
       DataError: a list of numbers whose rows differ in length.
     """
     if isinstance(nest, Mapping):
         # Not by jax.tree.map, which would sort the keys that messages list.
-        return {key: as_host(value) for key, value in nest.items()}
-    return jax.tree.map(_as_array, nest, is_leaf=_is_leaf)
+        return {key: as_host(v, but_device=but_device) for key, v in nest.items()}
+    return jax.tree.map(
+        lambda leaf: _as_array(leaf, but_device), nest, is_leaf=_is_leaf
+    )
 
 
 def is_array(value: object) -> bool:
@@ -184,12 +201,15 @@ def _paths(nest: PyTree, prefix: str) -> list[tuple[str, Any]]:
     return named
 
 
-def _as_array(leaf: Any) -> Any:
+def _as_array(leaf: Any, but_device: bool) -> Any:
     # A memmap keeps its type, so that `narrow` can tell it is one.
     if type(leaf) is np.ndarray or isinstance(leaf, np.memmap):
         return leaf
+    if but_device and isinstance(leaf, jax.Array) and not leaf.committed:
+        # A weak type, as `jnp.full(shape, 1.0)` has, would be compiled for anew.
+        return leaf.astype(leaf.dtype) if leaf.weak_type else leaf
     if isinstance(leaf, Mapping):
-        return as_host(leaf)
+        return as_host(leaf, but_device=but_device)
     if isinstance(leaf, np.ma.MaskedArray) and np.ma.is_masked(leaf):
         raise DataError(
             f"a masked array hides {np.ma.count_masked(leaf)} of its values, and "

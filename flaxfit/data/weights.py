@@ -16,7 +16,7 @@ def with_weights(batch: Batch) -> Batch:
     """Returns the batch with `float32[rows, ...]` weights, 1 where it has none.
 
     Args:
-      batch: host arrays of equal length; `weights` may be None.
+      batch: arrays of equal length; `weights` may be None. On a device they stay.
 
     Raises:
       DataError: weights whose shape is not the leading part of every target's.
@@ -24,7 +24,7 @@ def with_weights(batch: Batch) -> Batch:
     if batch.weights is None:
         rows = len(jax.tree.leaves(batch)[0])
         return batch.replace(weights=np.ones(rows, np.float32))
-    if not isinstance(batch.weights, np.ndarray):
+    if not isinstance(batch.weights, np.ndarray | jax.Array):
         raise DataError(
             f"weights are a {type(batch.weights).__name__}: give one array of shape "
             "[rows] or [rows, ...], it counts for every output."
@@ -43,34 +43,74 @@ def with_weights(batch: Batch) -> Batch:
     return batch.replace(weights=weights)
 
 
-def with_class_weight(batch: Batch, class_weight: Mapping[Any, float]) -> Batch:
-    """Returns the batch with every example weighted by the class of its target.
+class ClassWeighting:
+    """Weights every example by the class of its target.
+
+    What the first targets are, one-hot rows or classes, all later ones of the source
+    have to be: a single batch can look like the other by chance.
 
     Args:
-      batch: host arrays; one target: integers `[rows, ...]`, or one-hot or class
-        probabilities `[rows, ..., classes]`, of which the largest counts.
       class_weight: class to weight; a class that is missing weighs 1.
 
     Raises:
-      ValueError: weights are given twice, there is no or more than one target,
-        a key is not a class or a value not a weight.
+      ValueError: a key is not a class or a value not a weight.
     """
-    classes, values = _read_class_weight(class_weight)
-    if batch.weights is not None and np.any(np.asarray(batch.weights) != 1):
-        raise ValueError(
-            "both class_weight and sample weights are given. Multiply them into one: "
-            "sample_weight=sample_weight * np.array([class_weight[c] for c in y])."
-        )
-    targets = jax.tree.leaves(batch.targets)
-    if len(targets) != 1:
-        raise ValueError(
-            f"class_weight needs exactly one target, there are {len(targets)}. Give "
-            "the weights per example instead: fit(x, y, sample_weight=weights)."
-        )
-    labels = _labels(targets[0])
-    at = np.minimum(np.searchsorted(classes, labels), len(classes) - 1)
-    weights = np.where(classes[at] == labels, values[at], np.float32(1))
-    return batch.replace(weights=weights)
+
+    def __init__(self, class_weight: Mapping[Any, float]) -> None:
+        self._classes, self._values = _read_class_weight(class_weight)
+        self._one_hot: bool | None = None
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Returns the batch with `float32[rows, ...]` weights.
+
+        Args:
+          batch: arrays; one target: classes `[rows, ...]`, or one-hot
+            `[rows, ..., classes]`. A target on a device is read back.
+
+        Raises:
+          ValueError: weights are given twice, there is no or more than one target,
+            or it holds no classes.
+        """
+        if batch.weights is not None and np.any(np.asarray(batch.weights) != 1):
+            raise ValueError(
+                "both class_weight and sample weights are given. Multiply them into "
+                "one: sample_weight=sample_weight * np.array([class_weight[c] for c in "
+                "y])."
+            )
+        targets = jax.tree.leaves(batch.targets)
+        if len(targets) != 1:
+            raise ValueError(
+                f"class_weight needs exactly one target, there are {len(targets)}. "
+                "Give the weights per example instead: fit(x, y, "
+                "sample_weight=weights)."
+            )
+        labels = self._labels(np.asarray(targets[0]))
+        at = np.minimum(np.searchsorted(self._classes, labels), len(self._classes) - 1)
+        weights = np.where(self._classes[at] == labels, self._values[at], np.float32(1))
+        return batch.replace(weights=weights)
+
+    def _labels(self, target: HostArray) -> HostArray:
+        """Returns the class of every example as integers `[rows, ...]`."""
+        if target.ndim > 1 and target.shape[-1] == 1:
+            target = target[..., 0]
+        elif target.ndim > 1:
+            first = self._one_hot is None
+            if first:
+                self._one_hot = _is_one_hot(target)
+            if self._one_hot:
+                if not first and not _is_one_hot(target):
+                    raise ValueError(_mixed(target))
+                return np.asarray(target.argmax(axis=-1))
+            if first:
+                _refuse_several_labels(target)
+        labels = target.astype(np.int64)
+        if np.any(labels != target):
+            raise ValueError(
+                f"class_weight needs classes, but the targets are {target.dtype} "
+                f"values such as {target[labels != target][0]}. Give the weights per "
+                "example instead: fit(x, y, sample_weight=weights)."
+            )
+        return labels
 
 
 def _read_class_weight(class_weight: Any) -> tuple[HostArray, HostArray]:
@@ -99,24 +139,42 @@ def _read_class_weight(class_weight: Any) -> tuple[HostArray, HostArray]:
     return np.array(classes, np.int64), np.array(values, np.float32)
 
 
-def _labels(target: HostArray) -> HostArray:
-    """Returns the class of every example as integers `[rows, ...]`."""
-    floating = jnp.issubdtype(target.dtype, np.floating)
-    if target.ndim > 1 and target.shape[-1] == 1:
-        target = target[..., 0]
-    elif target.ndim > 1 and (floating or _is_one_hot(target)):
-        return np.asarray(target.argmax(axis=-1))
-    labels = target.astype(np.int64)
-    if floating and np.any(labels != target):
-        raise ValueError(
-            f"class_weight needs classes, but the targets are {target.dtype} values "
-            f"such as {target[labels != target][0]}. Give the weights per example "
-            "instead: fit(x, y, sample_weight=weights)."
-        )
-    return labels
+def _refuse_several_labels(target: HostArray) -> None:
+    """Refuses `[rows, ..., n]` that is not one-hot and may not be one class each."""
+    floating = jnp.issubdtype(target.dtype, np.inexact)
+    # In pictures, 0 and 1 are two classes; in `[rows, n]` also labels of one row.
+    binary = target.ndim == 2 and target.min() >= 0 and target.max() <= 1
+    if not floating and not binary:
+        return
+    shape = list(target.shape)
+    advice = (
+        "For class probabilities write sample_weight=weights[y.argmax(-1)], for "
+        "classes y.astype('int32'), for several labels of one row "
+        if floating
+        else "If a row has several labels, or a class of 0 or 1 at every place, write "
+    )
+    raise ValueError(
+        f"class_weight needs one class per example, but the targets are {target.dtype}"
+        f"{shape} and not all rows are one-hot. {advice}"
+        "sample_weight=np.where(y == 1, 5.0, 1.0)."
+    )
+
+
+def _mixed(target: HostArray) -> str:
+    row = int(np.argwhere(~_one_hot_rows(target))[0][0])
+    return (
+        f"class_weight took the targets for one-hot, as all rows of the first batch "
+        f"were, but row {row} of {target.dtype}{list(target.shape)} is not. Leave "
+        "class_weight out, and let the data yield (x, y, weights)."
+    )
 
 
 def _is_one_hot(target: HostArray) -> bool:
-    return bool(
-        target.min() >= 0 and target.max() <= 1 and np.all(target.sum(axis=-1) == 1)
-    )
+    return bool(_one_hot_rows(target).all())
+
+
+def _one_hot_rows(target: HostArray) -> HostArray:
+    """Returns which rows `[..., classes]` are a 1 among 0s, `bool[...]`."""
+    binary = ((target == 0) | (target == 1)).all(axis=-1)
+    ones: HostArray = binary & ((target == 1).sum(axis=-1) == 1)
+    return ones
