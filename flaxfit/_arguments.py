@@ -33,6 +33,19 @@ def as_optional_count(argument: str, value: Any) -> int | None:
     return None if value is None else as_count(argument, value)
 
 
+def refuse_list(return_dict: Any) -> None:
+    """Checks Keras's `return_dict`.
+
+    Raises:
+      ValueError: a list is asked for.
+    """
+    if return_dict is not True:
+        raise ValueError(
+            f"return_dict={return_dict!r}: values come by name, always. Write "
+            'values = trainer.evaluate(x, y); values["loss"].'
+        )
+
+
 def as_names(argument: str, names: str | Iterable[str]) -> str | tuple[str, ...]:
     """Returns `"auto"` or a tuple of names.
 

@@ -19,9 +19,10 @@ from flaxfit._forms import (
     shapes_of,
 )
 from flaxfit._models.base import Adapted, ModelFamily
-from flaxfit._objective import resolve_objective
+from flaxfit._objective import Objective, resolve_objective
 from flaxfit._steps import make_predict_step
 from flaxfit._types import Batch, Inputs, PyTree, TrainState
+from flaxfit.metrics import resolve_metrics
 from flaxfit.optimizers import UNKNOWN_TOTAL_STEPS, needs_total_steps
 
 NO_DATA_YET = (
@@ -190,6 +191,10 @@ def check_batch(
 ) -> None:
     """Checks that a batch is like the one everything was built from.
 
+    Numbers and integers are two kinds. Where inputs were numbers they may be integers
+    now, which the model is called with, and compiled for. Targets may be of either
+    kind as long as loss and metrics are the same for both.
+
     Args:
       built: the trainer's parts.
       settings: what they were built with.
@@ -208,14 +213,8 @@ def check_batch(
             forms_of(getattr(built.example, name)),
             forms_of(getattr(batch, name)),
         )
-        if {p: f[:2] for p, f in before.items()} != {
-            p: f[:2] for p, f in after.items()
-        }:
-            raise DataError(
-                f"Got {name} {listed(after)}; this trainer was built for "
-                f"{listed(before)}. {_reshaping(name, before, after)}Give it such "
-                f"{name}, or make a new Trainer."
-            )
+        if not _alike(name, before, after):
+            raise _unlike(name, before, after)
     with noted(batch.inputs):
         outputs = trace_outputs(built.adapted, built.template.rng, batch.inputs)
         fitting = jax.eval_shape(
@@ -228,13 +227,7 @@ def check_batch(
             f"this trainer was built. Give it such inputs, or make a new Trainer."
         )
     if "targets" in checked:
-        objective = resolve_objective(
-            settings.loss,
-            settings.loss_weights,
-            outputs,
-            batch.targets,
-            batch.weights.shape[0],
-        )
+        objective = _objective_of(built, settings, outputs, batch)
         if objective.name != built.task.objective.name:
             raise DataError(
                 f"Got targets {listed(forms_of(batch.targets))}, for which the "
@@ -266,11 +259,14 @@ def find_batched(built: Built, inputs: Inputs, *, sown: bool) -> list[bool]:
         return jax.tree.leaves(jax.eval_shape(step, built.template, inputs, index))
 
     outputs = leaves(inputs)
-    grown = leaves(one_row_more(inputs, rows))
-    batched = [
-        one.shape[:1] == (rows,) and more.shape == (rows + 1, *one.shape[1:])
-        for one, more in zip(outputs, grown, strict=True)
-    ]
+    batched = [one.shape[:1] == (rows,) for one in outputs]
+    # Not of outputs that are wrong anyhow: a model of one example may not grow.
+    if sown or all(batched):
+        grown = leaves(one_row_more(inputs, rows))
+        batched = [
+            fits and more.shape == (rows + 1, *one.shape[1:])
+            for fits, one, more in zip(batched, outputs, grown, strict=True)
+        ]
     if not sown and not all(batched):
         raise ValueError(
             f"predict joins outputs along their first axis, the batch, and for "
@@ -285,6 +281,53 @@ def find_batched(built: Built, inputs: Inputs, *, sown: bool) -> list[bool]:
 def _form_of(tree: PyTree) -> tuple[Hashable, ...]:
     leaves, structure = jax.tree.flatten(tree)
     return structure, tuple((x.shape, x.dtype) for x in leaves)
+
+
+def _alike(name: str, before: Mapping[str, Form], after: Mapping[str, Form]) -> bool:
+    either_kind = name == "targets"
+    return before.keys() == after.keys() and all(
+        form.ndim == before[path].ndim
+        and (either_kind or before[path].kind in ("number", form.kind))
+        for path, form in after.items()
+    )
+
+
+def _unlike(
+    name: str, before: Mapping[str, Form], after: Mapping[str, Form]
+) -> DataError:
+    return DataError(
+        f"Got {name} {listed(after)}; this trainer was built for {listed(before)}. "
+        f"{_reshaping(name, before, after)}Give it such {name}, or make a new Trainer."
+    )
+
+
+def _objective_of(
+    built: Built, settings: Settings, outputs: PyTree, batch: Batch
+) -> Objective:
+    """Returns the objective for a batch's targets.
+
+    Raises:
+      DataError: the targets are of another kind, and for such there is no loss or
+        not the same one, or a metric is missing.
+      ValueError: targets that do not fit the outputs.
+    """
+    before, after = forms_of(built.example.targets), forms_of(batch.targets)
+    rows = batch.weights.shape[0]
+    same_kinds = all(form.kind == before[path].kind for path, form in after.items())
+    try:
+        objective = resolve_objective(
+            settings.loss, settings.loss_weights, outputs, batch.targets, rows
+        )
+        if same_kinds:
+            return objective
+        resolve_metrics(settings.metrics, objective, outputs, batch.targets, rows)
+    except ValueError as error:
+        if same_kinds:
+            raise
+        raise _unlike("targets", before, after) from error
+    if objective.name != built.task.objective.name:
+        raise _unlike("targets", before, after)
+    return objective
 
 
 def _reshaping(name: str, before: Mapping[str, Form], after: Mapping[str, Form]) -> str:

@@ -1,6 +1,6 @@
 """What `fit` says first and `check` says at length: everything that was understood."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,8 +61,17 @@ class CheckReport:
         return format_table(self.rows)
 
 
-def first_lines(built: Built, state: TrainState, source: Source) -> list[str]:
-    """Returns the lines a `fit` begins with: two, more if there is more to say."""
+def first_lines(
+    built: Built, state: TrainState, source: Source, unused: Sequence[str] = ()
+) -> list[str]:
+    """Returns the lines a `fit` begins with: two, more if there is more to say.
+
+    Args:
+      built: the trainer's parts.
+      state: the state before the first step.
+      source: the data.
+      unused: keys of the data of which nothing is read, besides the source's.
+    """
     detected = built.adapted.detected
     parts = [
         detected.name,
@@ -87,6 +96,9 @@ def first_lines(built: Built, state: TrainState, source: Source) -> list[str]:
     ]
     if isinstance(built.example.inputs, dict) or len(built.example.inputs) > 1:
         lines.append(_inputs_text(built.example))
+    unused = (*unused, *source.unused)
+    if unused:
+        lines.append(f"unused: {_listed(map(str, unused))}")
     if built.task.objective.scalar_loss and _has_tail(source):
         lines.append(
             "the loss returns one number per batch: the last, shorter batch is not "
@@ -173,6 +185,8 @@ def _data_rows(built: Built, source: Source, example: Batch) -> dict[str, str]:
         "outputs": _shapes(built.outputs),
         "targets": _shapes(example.targets),
     }
+    if source.unused:
+        rows["unused"] = _listed(map(str, source.unused))
     labels = [
         leaf for leaf in jax.tree.leaves(example.targets) if leaf.dtype.kind in "iu"
     ]

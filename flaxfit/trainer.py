@@ -15,6 +15,7 @@ from flaxfit._arguments import (
     as_names,
     as_optional_count,
     as_variables,
+    refuse_list,
 )
 from flaxfit._build import Built, Settings
 from flaxfit._builder import NO_DATA_YET, Builder
@@ -197,7 +198,7 @@ class Trainer:
           x: arrays in any nesting, `(x, y)`, `(x, y, weights)`, a dict of arrays, an
             iterable of batches, a function that returns one, or an iterator.
           y: targets, for arrays.
-          batch_size: rows of a batch, for arrays; 32.
+          batch_size: rows of a batch, for arrays; 32. Never more than there are.
           epochs: the epoch to end at (the number of epochs, from `initial_epoch` 0).
           verbose: 0 nothing, 1 a bar per epoch, 2 a line per epoch, `"auto"`.
           callbacks: see `Callback`.
@@ -210,7 +211,8 @@ class Trainer:
           initial_epoch: the epoch to begin at.
           steps_per_epoch: an epoch then has exactly that many steps: the data goes
             on from where it was, and starts anew, reshuffled, when it ends.
-          validation_steps: validate on the first so many batches.
+          validation_steps: validate on the first so many batches. An iterator goes
+            on where it was, and must have as many for each validation.
           validation_batch_size: rows of a validation batch; `batch_size`.
           validation_freq: validate every so many epochs, or after these epochs,
             counted from 1.
@@ -235,8 +237,10 @@ class Trainer:
         if not isinstance(shuffle, bool | np.bool_):
             raise ValueError(f"shuffle={shuffle!r}: write True or False.")
         done = self.step
+        unused: tuple[str, ...] = ()
         with Interrupt() as interrupt:
             if validation_split:
+                unused = self._binding.unused(x) if y is None else ()
                 x, validation_data = self._split(
                     x, y, sample_weight, validation_split, validation_data
                 )
@@ -264,7 +268,8 @@ class Trainer:
             )
             self._init_state(source.example)
             if verbose != 0:
-                for line in first_lines(built, self._holder.peek(), source):
+                state = self._holder.peek()
+                for line in first_lines(built, state, source, unused):
                     display.say(line)
             loop = LoopState(
                 self._holder,
@@ -327,6 +332,8 @@ class Trainer:
         y: Any = None,
         sample_weight: Any = None,
         class_weight: Mapping[int, float] | None = None,
+        *,
+        return_dict: bool = True,
     ) -> dict[str, Any]:
         """Makes one optimizer step on one batch of any size.
 
@@ -337,10 +344,12 @@ class Trainer:
           y: their targets.
           sample_weight: `float[batch]`, or one for every element of the targets.
           class_weight: class -> weight of its examples.
+          return_dict: as for `evaluate`.
 
         Returns:
           The loss and metrics of this batch before the step, as floats.
         """
+        refuse_list(return_dict)
         batch = self._one_batch(x, y, sample_weight, class_weight, "train_on_batch")
         built = self._builder.built
         self._builder.require_total_steps(built.total_steps)
@@ -366,6 +375,7 @@ class Trainer:
         verbose: int | str = "auto",
         sample_weight: Any = None,
         steps: int | None = None,
+        return_dict: bool = True,
     ) -> dict[str, Any]:
         """Returns the loss and metrics over all examples; changes nothing.
 
@@ -378,6 +388,7 @@ class Trainer:
           verbose: 0 nothing, 1 a bar; `"auto"` a bar where someone watches.
           sample_weight: `float[examples]`, or one for every element of the targets.
           steps: use the first so many batches only.
+          return_dict: for those who know Keras; there is nothing but a dict.
 
         Returns:
           `{"loss": …, "accuracy": …}`, floats.
@@ -385,6 +396,7 @@ class Trainer:
         Raises:
           ValueError: as `fit`.
         """
+        refuse_list(return_dict)
         steps = as_optional_count("steps", steps)
         display = make_progress(verbose)
         source = self._source(x, y, sample_weight, batch_size, "evaluate")
@@ -402,9 +414,15 @@ class Trainer:
         return logs or {}
 
     def test_on_batch(
-        self, x: Any, y: Any = None, sample_weight: Any = None
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        return_dict: bool = True,
     ) -> dict[str, Any]:
         """Returns the loss and metrics of one batch of any size, as floats."""
+        refuse_list(return_dict)
         batch = self._one_batch(x, y, sample_weight, None, "test_on_batch")
         built = self._builder.built
         running, _ = built.programs.evaluate(
@@ -575,6 +593,8 @@ class Trainer:
     @property
     def step(self) -> int:
         """The number of optimizer steps so far."""
+        if self._saved is not None:
+            return int(self._saved[0]["step"])
         return 0 if self._holder.empty else int(read(self._holder.peek().step))
 
     @property
@@ -686,7 +706,14 @@ class Trainer:
     # ------------------------------------------------------------------ plumbing
 
     def _source(
-        self, x: Any, y: Any, sample_weight: Any, batch_size: int | None, what: str
+        self,
+        x: Any,
+        y: Any,
+        sample_weight: Any,
+        batch_size: int | None,
+        what: str,
+        *,
+        steps: int | None = None,
     ) -> Source:
         return as_source(
             x,
@@ -695,6 +722,7 @@ class Trainer:
             binding=self._binding,
             batch_size=batch_size,
             default_batch_size=self._batch_size,
+            steps=steps,
             check=self._builder.check_values,
             what=what,
         )
@@ -717,7 +745,9 @@ class Trainer:
         if data is None:
             return None
         try:
-            source = self._source(data, None, None, batch_size, "validation_data")
+            source = self._source(
+                data, None, None, batch_size, "validation_data", steps=steps
+            )
             _refuse_one_shot(source, "validation_data", range(epochs), steps)
             self._build(source, afresh=False)
         except Exception as error:

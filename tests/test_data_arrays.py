@@ -35,15 +35,34 @@ def test_batches_in_order_with_a_filled_tail():
     np.testing.assert_array_equal(source.example.targets, [0, 1, 2, 3])
 
 
-def test_whole_batches_are_views():
-    source = as_source(X, Y, binding=ONE, batch_size=5)
-    assert all(np.shares_memory(b.inputs[0], X) for b in source.batches(0))
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("rows", [4, 5])
+def test_batches_are_copies(rows, shuffle):
+    weights = np.ones(10, np.float32)
+    source = as_source(X, Y, weights, binding=ONE, batch_size=rows, shuffle=shuffle)
+    for batch in (source.example, *source.batches(0)):
+        assert not np.shares_memory(batch.inputs[0], X)
+        assert not np.shares_memory(batch.targets, Y)
+        assert not np.shares_memory(batch.weights, weights)
 
 
-def test_a_batch_larger_than_the_data_wraps_around():
-    source = as_source(X[:3], Y[:3], binding=ONE, batch_size=8)
+def test_a_batch_size_asked_for_is_at_most_the_number_of_examples():
+    """As otherwise a batch would hold rows twice, and BatchNorm count them twice."""
+    for size in ({"batch_size": 8}, {}):
+        for source in (
+            as_source(X[:3], Y[:3], binding=ONE, **size),
+            as_inputs_source(X[:3], binding=ONE, **size),
+        ):
+            assert (source.batch_size, source.num_batches) == (3, 1)
+            assert [b.weights.tolist() for b in source.batches(0)] == [[1, 1, 1]]
+
+
+def test_a_batch_size_compiled_for_before_stays_and_rows_wrap_around():
+    source = as_source(X[:3], Y[:3], binding=ONE, default_batch_size=8)
     assert rows(source) == [[0, 1, 2, 0, 1, 2, 0, 1]]
     assert source.example.weights.tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
+    inputs = as_inputs_source(X[:3], binding=ONE, default_batch_size=8)
+    assert inputs.batch_size == 8
 
 
 def test_no_pad_leaves_the_tail_short():
@@ -105,7 +124,8 @@ def test_several_inputs_and_targets():
 
 
 def test_the_default_batch_size():
-    assert as_source(X, Y, binding=ONE).batch_size == 32
+    many = np.zeros((40, 2), np.float32)
+    assert as_source(many, many, binding=ONE).batch_size == 32
     assert as_source(X, Y, binding=ONE, default_batch_size=3).batch_size == 3
     assert as_inputs_source(X, binding=ONE, default_batch_size=3).batch_size == 3
 
@@ -163,6 +183,27 @@ def test_class_weight(targets):
     batch = as_batch(X[:4], targets, binding=ONE, class_weight=weight)
     assert batch.weights.tolist() == [0.5, 5, 1, 5]
     assert batch.weights.dtype == np.float32
+
+
+def test_class_weight_of_pictures_of_two_classes():
+    masks = np.array([[[0, 1], [1, 1]]])
+    batch = as_batch(X[:1], masks, binding=ONE, class_weight={1: 5.0})
+    assert batch.weights.tolist() == [[[1, 5], [5, 5]]]
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (np.array([[0.0, 1, 1], [1, 0, 0]]), "float32.*not all rows are one-hot"),
+        (np.array([[0, 1, 1], [1, 0, 0]]), r"int32\[2, 3\].*several labels.*np\.where"),
+        (np.array([[False, True, True], [True, False, False]]), "not all rows are"),
+        (np.array([[0.8, 0.2], [0.1, 0.9]]), r"weights\[y\.argmax\(-1\)\]"),
+        (np.array([[0.0, 2.0], [1.0, 1.0]]), r"classes y\.astype\('int32'\)"),
+    ],
+)
+def test_class_weight_refuses_rows_of_several_labels(targets, message):
+    with pytest.raises(ValueError, match=message):
+        as_source(X[:2], targets, binding=ONE, class_weight={1: 5.0})
 
 
 def test_class_weight_per_token():

@@ -4,7 +4,6 @@ import collections
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax.core import FrozenDict
 
@@ -179,35 +178,42 @@ def test_inputs_must_name_parameters_of_the_call():
 
 
 @pytest.mark.parametrize(
-    ("binding", "raw", "text"),
+    ("binding", "raw", "unused"),
     [
-        (ONE, (1, 2), "inputs: x · targets: y"),
-        (ONE, np.ones(2), "inputs: x · targets: none"),
-        (TWO, ((1, 2), 3, 4), "inputs: a, b · targets: y · weights: weights"),
-        (ARGS, ((1, 2), 3), "inputs: *args, *args · targets: y"),
-        (ONE, {"image": 1, "label": 2}, "inputs: image · targets: label"),
+        (ONE, (1, 2), ()),
+        (ONE, Batch((1,), 2, None), ()),
+        (ONE, {"image": 1, "label": 2}, ()),
         (
             OPTIONAL,
-            {"input_ids": 1, "label": 2, "idx": 3, "sample_weight": 4},
-            "inputs: input_ids · targets: label · weights: sample_weight · unused: idx",
+            {"input_ids": 1, "label": 2, "idx": 3, "sample_weight": 4, "id": 5},
+            ("idx", "id"),
         ),
-        (
-            OPTIONAL,
-            {"tokens": 1, "attention_mask": 4},
-            "inputs: attention_mask, input_ids from tokens · targets: none",
-        ),
-        (ONE, ({"x": 1, "z": 2}, 3), "inputs: x · targets: y · unused: z"),
-        (
-            Binding(ONE.call, inputs=lambda raw: raw[0], targets=None),
-            (1, 2),
-            "inputs: by <lambda> · targets: y",
-        ),
-        (
-            Binding(ONE.call, inputs="image", targets=["p", "q"]),
-            {"image": 1, "p": 2, "q": 3},
-            "inputs: image · targets: p, q",
-        ),
+        (OPTIONAL, {"tokens": 1, "attention_mask": 4}, ()),
+        (KWARGS, {"p": 1, "idx": 2}, ()),
+        (Binding(ONE.call, inputs="image"), {"image": 1, "p": 2}, ("p",)),
+        (Binding(ONE.call, inputs=lambda raw: raw["image"]), {"image": 1, "p": 2}, ()),
     ],
 )
-def test_describe(binding, raw, text):
-    assert binding.describe(raw) == text
+def test_unused(binding, raw, unused):
+    assert binding.unused(raw) == unused
+
+
+@pytest.mark.parametrize(
+    ("binding", "x", "message"),
+    [
+        (
+            OPTIONAL,
+            {"input_ids": 1, "attention_maks": 4},
+            r"x has the keys input_ids, attention_maks, .* takes input_ids, "
+            r"attention_mask and knows no 'attention_maks'\. Did you mean "
+            r"'attention_mask'\? .*inputs=\['input_ids'\]",
+        ),
+        (ONE, {"x": 1, "z": 2}, r"takes x and knows no 'z'\. Rename"),
+    ],
+)
+def test_a_dict_of_inputs_holds_nothing_else(binding, x, message):
+    for raw in ((x, 3), (x, 3, 4), (x,)):
+        with pytest.raises(DataError, match=message):
+            binding.split(raw)
+    chosen = Binding(binding.call, inputs=[next(iter(x))])
+    assert chosen.split((x, 3)).inputs == {next(iter(x)): 1}

@@ -1,7 +1,10 @@
 """Loaders, lists of batches, generators and iterators as a source."""
 
 import gc
+import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,6 +22,16 @@ def make_batches(sizes=(4, 4, 2)):
     for size in sizes:
         yield X[start : start + size], Y[start : start + size]
         start += size
+
+
+def torch_like(array):
+    """Something else that shares its memory, as torch's tensors do."""
+
+    class Tensor:
+        def __array__(self, dtype=None, copy=None):
+            return array[:]
+
+    return Tensor()
 
 
 class Loader:
@@ -101,7 +114,7 @@ def test_an_expensive_function_is_called_once_per_pass():
 
 
 def test_an_iterator_goes_on_where_it_was_and_then_says_what_to_write():
-    source = source_of(make_batches(), steps=9)
+    source = source_of(make_batches())
     first = source.batches(0)
     assert next(first).targets.tolist() == [0, 1, 2, 3]
     del first
@@ -109,10 +122,95 @@ def test_an_iterator_goes_on_where_it_was_and_then_says_what_to_write():
     assert rows(source, 1) == [[4, 5, 6, 7], [8, 9, 8, 9]]
     with pytest.raises(
         DataError,
-        match=r"used up, but pass 2 .*\(9 steps .* "
+        match=r"used up, after 3 batches in all, .* "
         r"fit\(make_batches\) not fit\(make_batches\(\)\)",
     ):
         rows(source, 2)
+
+
+def test_an_iterator_that_ends_before_the_steps_asked_for():
+    """Also where every reading starts at pass 0, as validation does."""
+    source = source_of(make_batches(), steps=2, what="validation_data")
+    assert len(list(itertools.islice(source.batches(0), 2))) == 2
+    second = source.batches(0)
+    assert next(second).targets[:2].tolist() == [8, 9]
+    text = "validation_data is used up, after 3 batches .*2 steps were asked for"
+    with pytest.raises(DataError, match=text):
+        next(second)
+
+
+def test_errors_name_the_pass_even_if_every_reading_starts_at_0():
+    passes = iter([4, 4, 3])
+    source = source_of(lambda: iter([(X[:4], Y[:4]), (X[:4], Y[: next(passes)])]))
+    rows(source, 0), rows(source, 0)
+    with pytest.raises(DataError, match="batch 1 of pass 2: arrays of different"):
+        rows(source, 0)
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, torch_like])
+def test_a_loader_may_use_its_memory_again(wrap):
+    def reuse():
+        x, y = np.empty((2, 2), np.float32), np.empty(2, np.int32)
+        weights = np.empty(2, np.float32)
+        for start in range(0, 10, 2):
+            x[:], y[:], weights[:] = X[start : start + 2], Y[start : start + 2], start
+            weights += 1
+            yield wrap(x), wrap(y), weights
+
+    batches = list(source_of(reuse).batches(0))
+    np.testing.assert_array_equal(np.concatenate([b.inputs[0] for b in batches]), X)
+    np.testing.assert_array_equal(np.concatenate([b.targets for b in batches]), Y)
+    assert [b.weights[0] for b in batches] == [1, 3, 5, 7, 9]
+
+
+def test_what_inputs_returns_is_copied_as_well():
+    buffer = X[:4].copy()
+    binding = Binding(ONE.call, inputs=lambda raw: torch_like(raw[0]))
+    source = as_source([(buffer, Y[:4])] * 2, binding=binding)
+    batches = source.batches(0)
+    for batch in (next(batches), next(batches)):
+        assert not np.shares_memory(batch.inputs[0], buffer)
+
+
+def test_arrays_on_a_device_go_on_as_they_are():
+    def batches():
+        for x, y in make_batches():
+            yield jnp.asarray(x), jnp.asarray(y), jnp.ones(len(y))
+
+    source = source_of(batches)
+    first, second, third = source.batches(0)
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(first))
+    for batch in (second, third):
+        assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batch))
+        assert not any(leaf.weak_type for leaf in jax.tree.leaves(batch))
+    assert third.targets.tolist() == [8, 9, 8, 9]
+    assert third.weights.tolist() == [1, 1, 0, 0]
+
+
+def test_arrays_committed_to_a_device_come_to_the_host():
+    """Or every program would be compiled anew for them, or run where they are."""
+    x = jax.device_put(X[:4], jax.devices()[1])
+    weak = jnp.full((4, 2), 1.0)
+    assert weak.weak_type
+    batches = list(source_of([(x, Y[:4]), (x, Y[:4]), (weak, Y[:4])]).batches(0))
+    assert type(batches[1].inputs[0]) is np.ndarray
+    assert not batches[2].inputs[0].weak_type
+
+
+def test_what_is_on_the_host_is_checked_beside_what_is_on_a_device():
+    seen = []
+
+    def check(batch):
+        assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(batch))
+        seen.append((batch.inputs[0][0, 0], batch.targets[0]))
+
+    def batches():
+        yield X[:4], Y[:4]
+        yield jnp.asarray(X[4:8]), Y[4:8]
+        yield X[8:], jnp.asarray(Y[8:])
+
+    rows(source_of(batches, check=check))
+    assert seen == [(0, 0), (0, 4), (16, 0)]
 
 
 def test_an_iterable_that_is_empty_the_second_time():
@@ -289,6 +387,19 @@ def test_check_is_called_with_real_rows_of_every_batch():
     with pytest.raises(DataError, match="batch 2 of pass 0: targets hold 9"):
         rows(source)
     assert seen == [4, 4, 2]
+
+
+def test_class_weight_holds_every_batch_to_what_the_first_was():
+    one_hot = np.eye(3, dtype=np.int32)[[0, 1, 2, 1]]
+    several = np.array([[0, 1, 0], [1, 1, 0], [0, 0, 1], [0, 0, 1]])
+    source = source_of([(X[:4], one_hot), (X[:4], several)], class_weight={1: 5.0})
+    with pytest.raises(ValueError, match=r"one-hot, .* first batch were, but row 1"):
+        list(source.batches(0))
+    # Classes by place, of which a later batch looks one-hot by chance.
+    tokens = np.array([[0, 2, 1], [1, 1, 0], [0, 0, 1], [0, 0, 1]])
+    source = source_of([(X[:4], tokens), (X[:4], one_hot)], class_weight={1: 5.0})
+    _, second = source.batches(0)
+    assert second.weights.tolist() == np.where(one_hot == 1, 5, 1).tolist()
 
 
 def test_class_weight_for_every_batch():

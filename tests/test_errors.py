@@ -558,6 +558,50 @@ def test_validation_data_that_runs_dry(trained):
     assert_fits(trainer, "classes", trainer.compiles)
 
 
+def test_validation_data_whose_last_steps_are_too_few(trained):
+    trainer = trained("classes")
+    text = r"to validation_data is used up, after 5 batches .*2 steps were asked for"
+    with pytest.raises(DataError, match=text):
+        trainer.fit(
+            X,
+            LABELS,
+            epochs=3,
+            validation_data=batches(5),
+            validation_steps=2,
+            verbose=0,
+        )
+    assert_fits(trainer, "classes", trainer.compiles)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_misspelt_input_that_could_be_left_out(stream):
+    class Optional(nn.Module):
+        @nn.compact
+        def __call__(self, tokens, segments=None):
+            return nn.Dense(3)(tokens if segments is None else tokens + segments)
+
+    x = {"tokens": X, "segmnts": X}
+    text = "knows no 'segmnts'. Did you mean 'segments'"
+    with pytest.raises(DataError, match=text):
+        Trainer(Optional()).fit(*([[(x, LABELS)]] if stream else (x, LABELS)))
+    with pytest.raises(DataError, match=text):
+        Trainer(Optional()).fit({"tokens": X}, LABELS, validation_data=(x, LABELS))
+
+
+def test_numbers_where_the_model_was_built_on_integers():
+    trainer = Trainer(nn.Dense(3))
+    trainer.fit((X * 10).astype(np.uint8), LABELS, verbose=0)
+    text = r"Got inputs \[0\] float32\[32, 4\]; this trainer was built for \[0\] uint8"
+    with pytest.raises(DataError, match=text):
+        trainer.predict(X)
+
+
+def test_targets_of_another_kind_that_would_mean_another_loss(trained):
+    text = r"Got targets int32\[32, 1\]; this trainer was built for float32\[32, 1\]"
+    with pytest.raises(DataError, match=f"{text}.*{BUILT_FOR}"):
+        trained("values").evaluate(X, BITS)
+
+
 def test_sorted_labels_are_warned_of(trained):
     text = r"takes the last examples, and y is sorted: .*permutation\(len\(x\)\)"
     with pytest.warns(UserWarning, match=text):
@@ -579,7 +623,6 @@ SECOND = {
                  r"other parameters than \[0\] float32\[32, 4\]"),
     "rank": ((X[:, :, None], LABELS), r"Got inputs \[0\] float32\[32, 4, 1\]; this "
              r"trainer was built for \[0\] float32\[32, 4\]"),
-    "integers": ((X.astype(np.int32), LABELS), r"Got inputs \[0\] int32\[32, 4\]; "),
     "two inputs": (((X, X), LABELS), r"Got inputs \[0\]\[0\] float32"),
     "float labels": ((X, VALUES[:, 0]), r"Got targets float32\[32\]; this trainer was "
                      r"built for int32\[32\]"),

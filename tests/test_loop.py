@@ -300,6 +300,15 @@ def count_reads(monkeypatch):
             return _original(self, *args, **kwargs)
 
         monkeypatch.setattr(array, name, counted)
+    original = np.asarray
+
+    def asarray(value, *args, **kwargs):
+        # NumPy reads a CPU's arrays by their buffer, and asks for no `__array__`.
+        if isinstance(value, jax.Array):
+            reads.append("__array__")
+        return original(value, *args, **kwargs)
+
+    monkeypatch.setattr(np, "asarray", asarray)
     monkeypatch.setattr(
         jax,
         "device_get",
@@ -329,6 +338,29 @@ def test_the_step_loop_reads_nothing(monkeypatch):
     # One for an epoch, one for its validation, and the step number at the start: as
     # many with 32 steps in an epoch as with one.
     assert counts == [3 * 2 + 1, 3 * 2 + 1]
+
+
+def test_batches_on_a_device_are_not_read_back(monkeypatch):
+    trainer = Trainer(Net(), metrics=["accuracy"])
+
+    def batches(count):
+        def make():
+            for step in range(count):
+                rows = slice(8 * step % 64, 8 * step % 64 + 8)
+                yield jnp.asarray(X[rows]), jnp.asarray(Y[rows])
+
+        return make
+
+    trainer.fit(batches(2), validation_data=batches(2), verbose=0)
+    reads = count_reads(monkeypatch)
+    counts = []
+    for count in (2, 8):
+        reads.clear()
+        trainer.fit(batches(count), validation_data=batches(count), verbose=0)
+        counts.append(sorted(reads))
+    # The first batch is read, whose values are checked, and then no other.
+    assert counts[0] == counts[1]
+    assert trainer.compiles == {"train": 1, "eval": 1, "predict": 0}
 
 
 def test_the_display_reads_at_most_ten_times_a_second(monkeypatch):

@@ -391,7 +391,7 @@ def test_the_names_of_losses_in_the_logs_are_their_own():
 
 def test_the_batch_of_outputs_with_another_first_axis():
     def of_ensemble(outputs, targets):
-        return optax.squared_error(outputs, targets[None, :, None]).mean((0, 2))
+        return jnp.square(outputs - targets[None, :, None]).mean((0, 2))
 
     outputs, targets = jnp.full((3, 8, 2), 2.0), jnp.zeros(8)
     objective = resolve(of_ensemble, outputs, targets)

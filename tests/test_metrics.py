@@ -289,7 +289,7 @@ def test_outputs_of_a_class_go_by_their_fields_names():
     assert got == pytest.approx({"logits_acc": 2 / 3, "value_mae": 1.0})
     with pytest.raises(ValueError, match="the model returns Opaque; write a function"):
         resolve("accuracy", lambda o, t: t * 1.0, Opaque(o.logits, o.value), y)
-    with pytest.raises(ValueError, match="no targets of output 'logits'.*Nest"):
+    with pytest.raises(ValueError, match=r"no targets of output 'logits'.*Nest"):
         resolve({"logits": "acc"}, lambda o, t: o.value[:, 0], o, (y, y))
 
 

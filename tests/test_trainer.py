@@ -379,6 +379,14 @@ def test_on_batch_methods_agree_with_the_whole():
     assert trainer.step == 1
 
 
+def test_values_come_by_name_whatever_keras_returns():
+    trainer = Trainer(nn.Dense(3))
+    assert list(trainer.evaluate(X, LABELS, return_dict=True)) == ["loss"]
+    for method in (trainer.evaluate, trainer.train_on_batch, trainer.test_on_batch):
+        with pytest.raises(ValueError, match="by name, always"):
+            method(X, LABELS, return_dict=False)
+
+
 def test_own_loop_with_init_and_train_step():
     trainer = Trainer(GuideMLP(3), optimizer="sgd", learning_rate=0.1)
     batch = (X[:16], LABELS[:16])
@@ -577,11 +585,11 @@ def test_an_ensemble_trains_with_the_batch_on_the_second_axis():
             return jnp.stack([nn.Dense(1)(x)[:, 0] for _ in range(3)])
 
     def of_ensemble(outputs, targets):
-        return optax.squared_error(outputs, targets[None, :]).mean(0)
+        return jnp.square(outputs - targets[None, :]).mean(0)
 
     trainer = Trainer(Ensemble(), loss=of_ensemble, metrics=[of_ensemble])
     trainer.fit(X, VALUES[:, 0], batch_size=48, verbose=0)
-    outputs = Ensemble().apply(trainer.variables, X)
+    outputs = np.asarray(Ensemble().apply(trainer.variables, X))
     values = trainer.evaluate(X, VALUES[:, 0], batch_size=48)
     expected = np.mean((outputs - VALUES[:, 0]) ** 2)
     np.testing.assert_allclose(list(values.values()), [expected] * 2, rtol=1e-5)
@@ -683,3 +691,108 @@ def test_a_trainer_can_be_copied_and_its_history_pickled(fitted):
 def test_check_refuses_to_use_up_an_iterator():
     with pytest.raises(flaxfit.DataError, match="would use up its first batch"):
         Trainer(nn.Dense(3)).check(iter([(X, LABELS)]))
+
+
+def test_a_loader_that_fills_one_buffer_again_trains_on_its_own_batches():
+    """Steps still under way read a batch after the loader has gone on."""
+
+    class Deep(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for _ in range(6):
+                x = nn.relu(nn.Dense(512)(x))
+            return nn.Dense(2)(x)
+
+    rng = np.random.default_rng(0)
+    data = [
+        (
+            scale * rng.normal(size=(256, 512)).astype(np.float32),
+            rng.integers(0, 2, 256),
+        )
+        for scale in range(1, 9)
+    ]
+    # Aligned to 64 bytes, where jax on a CPU takes the memory for its own.
+    memory = np.empty(256 * 512 * 4 + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    buffer = memory[start : start + 256 * 512 * 4].view(np.float32).reshape(256, 512)
+
+    def reusing():
+        for x, y in data:
+            buffer[:] = x
+            yield buffer, y
+
+    losses = [
+        Trainer(Deep(), learning_rate=1e-4).fit(batches, verbose=0).history["loss"]
+        for batches in (data, reusing)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_batch_larger_than_the_data_counts_no_row_twice():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train: bool):
+            x = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x))
+            self.sow("metrics", "size", jnp.mean(x**2))
+            return nn.Dense(3)(x)
+
+    x, y = X[:40], LABELS[:40]
+    runs = []
+    for size in (40, 64):
+        trainer = Trainer(Net())
+        history = trainer.fit(
+            x, y, batch_size=size, shuffle=False, verbose=0, validation_data=(x, y)
+        )
+        values = [trainer.evaluate(x, y, batch_size=n) for n in (size, size + 1)]
+        assert values[0] == values[1]
+        runs.append((history.history, trainer.variables, values))
+        compiles = dict(trainer.compiles)
+        # What the programs were compiled for stays, also for fewer rows.
+        trainer.evaluate(x[:7], y[:7])
+        trainer.predict(x[:7])
+        trainer.fit(x, y, batch_size=size, validation_data=(x[:7], y[:7]), verbose=0)
+        assert trainer.compiles == {**compiles, "predict": 1}
+    jax.tree.map(np.testing.assert_array_equal, *runs)
+
+
+class Optional(nn.Module):
+    """A model with an input that may be left out."""
+
+    @nn.compact
+    def __call__(self, tokens, segments=None):
+        x = nn.Dense(3)(tokens)
+        return x if segments is None else x + nn.Dense(3)(segments)
+
+
+def test_keys_of_a_dict_batch_that_go_nowhere_are_shown(capsys):
+    whole = {"tokens": X, "label": LABELS, "id": np.arange(64)}
+    stream = [{name: rows[:32] for name, rows in whole.items()}]
+    for data, options in (
+        (whole, {}),
+        (whole, {"validation_split": 0.5}),
+        (stream, {}),
+    ):
+        Trainer(Optional()).fit(data, **options, verbose=2)
+        assert "unused: id\n" in capsys.readouterr().out
+    assert "unused" in Trainer(Optional()).check(whole).rows
+    Trainer(Optional()).fit({"tokens": X}, LABELS, verbose=2)
+    assert "unused" not in capsys.readouterr().out
+
+
+def test_targets_of_another_kind_if_the_loss_is_the_same():
+    bits = (LABELS[:, None] > 1).astype(np.int32)
+    trainer = Trainer(nn.Dense(1), loss="bce", metrics=["accuracy"])
+    history = trainer.fit(
+        X, bits.astype(np.float32), validation_data=(X, bits), verbose=0
+    ).history
+    expected = trainer.evaluate(X, bits.astype(np.float32))
+    assert [history["val_loss"][0], history["val_accuracy"][0]] == [*expected.values()]
+
+
+def test_integers_where_the_model_was_built_on_numbers():
+    pixels = RNG.integers(0, 255, (64, 5)).astype(np.uint8)
+    trainer = Trainer(nn.Dense(3))
+    trainer.fit(X, LABELS, verbose=0)
+    outputs = nn.Dense(3).apply(trainer.variables, pixels)
+    np.testing.assert_allclose(trainer.predict(pixels), outputs, rtol=1e-5, atol=1e-4)
+    assert trainer.compiles["predict"] == 1

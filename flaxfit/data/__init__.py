@@ -86,7 +86,6 @@ def as_source(
     """
     weighting = None if class_weight is None else ClassWeighting(class_weight)
     if _is_arrays(x, y, sample_weight, what):
-        size = _checked_size(batch_size, default_batch_size)
         data = _read_arrays(x, y, sample_weight, binding)
         if weighting is not None:
             data = weighting(data)
@@ -94,7 +93,7 @@ def as_source(
             check_weights(data.weights)
         source: Source = ArraySource(
             data,
-            size(data),
+            _checked_size(batch_size, default_batch_size, data),
             shuffle=shuffle,
             seed=seed,
             check=check,
@@ -145,11 +144,10 @@ def as_inputs_source(
       ValueError: `batch_size` for a dataset, or a wrong one.
     """
     if _is_arrays(x, None, None, what):
-        size = _checked_size(batch_size, default_batch_size)
         inputs = _whole_inputs(as_host(x), binding)
         check_lengths(inputs)
-        inputs = narrow(inputs, keep_mapped=True)
-        return ArraySource(inputs, size(inputs), check=check)
+        size = _checked_size(batch_size, default_batch_size, inputs)
+        return ArraySource(narrow(inputs, keep_mapped=True), size, check=check)
     _refuse_batch_size(batch_size, what)
     return IterableSource(
         x,
@@ -294,14 +292,10 @@ def _stream_inputs(raw: Any, binding: Binding) -> Batch:
     return Batch(inputs, None, None)
 
 
-def _checked_size(batch_size: Any, default: int | None) -> Callable[[Batch], int]:
-    """Returns the rows of a batch, given all examples.
-
-    More than there are would fill every batch up, and the same rows would count
-    twice in batch statistics.
-    """
+def _checked_size(batch_size: Any, default: int | None, data: Batch) -> int:
+    """Returns the rows of a batch of `data`, all examples."""
     if batch_size is None and default is not None:
-        return lambda data: default
+        return default
     try:
         size = operator.index(DEFAULT_BATCH_SIZE if batch_size is None else batch_size)
     except TypeError:
@@ -311,7 +305,8 @@ def _checked_size(batch_size: Any, default: int | None) -> Callable[[Batch], int
             f"batch_size={batch_size!r}: expected a whole number of at least 1, e.g. "
             f"batch_size={DEFAULT_BATCH_SIZE}."
         )
-    return lambda data: min(size, len(jax.tree.leaves(data)[0]))
+    # More would fill every batch up, and BatchNorm would count rows twice.
+    return min(size, len(jax.tree.leaves(data)[0]))
 
 
 def _refuse_batch_size(batch_size: Any, what: str) -> None:

@@ -102,9 +102,10 @@ class Binding:
 
         A tuple or list goes in by position where the call takes several inputs, a
         dict by name where it has the names of the call; else they are one input.
+        Unlike a whole batch, a dict of inputs may hold nothing else.
 
         Raises:
-          DataError: `x` has not the parts that the call requires.
+          DataError: `x` has not the parts that the call requires, or others.
         """
         if callable(self.inputs):
             return _called(self.inputs(x), self.call)
@@ -117,39 +118,18 @@ class Binding:
         names = list(x) if self.call.var_keyword else self.call.names
         named = {name: x[name] for name in names if name in x}
         if named and all(name in named for name in self.call.required):
+            if len(named) < len(x):
+                raise self._unknown(x, named)
             return named
         if self.takes_several:
             raise self._missing(x, tuple(x))
         return self._by_position((dict(x),))
 
-    def describe(self, raw: Any) -> str:
-        """Says in one line how a raw batch is read, and what of it is not used."""
-        batch = self.split(raw)
-        targets = "none" if batch.targets is None else "y"
-        weights = None if batch.weights is None else "weights"
-        unused: tuple[str, ...] = ()
-        if isinstance(batch.inputs, dict):
-            inputs = ", ".join(batch.inputs)
-        else:
-            names = self.call.positional + ("*args",) * len(batch.inputs)
-            inputs = ", ".join(names[: len(batch.inputs)])
-        if not isinstance(raw, Batch) and _has_fields(raw):
-            plan = self._plan(_fields(raw))
-            inputs = _described(plan.inputs)
-            weights = plan.weights
-            targets = _described(plan.targets)
-            unused = plan.unused
-        elif isinstance(batch.inputs, dict) and not callable(self.inputs):
-            x = raw.inputs if isinstance(raw, Batch) else _unpacked(raw)[0]
-            used = batch.inputs.values()
-            left = x.items() if isinstance(x, Mapping) else ()
-            unused = tuple(k for k, v in left if not any(v is u for u in used))
-        if callable(self.inputs):
-            inputs = f"by {getattr(self.inputs, '__name__', 'function')}"
-        parts = [f"inputs: {inputs}", f"targets: {targets}"]
-        parts += [f"weights: {weights}"] if weights else []
-        parts += [f"unused: {', '.join(map(str, unused))}"] if unused else []
-        return " · ".join(parts)
+    def unused(self, raw: Any) -> tuple[str, ...]:
+        """Returns the keys of a raw dict batch of which nothing is read."""
+        if isinstance(raw, Batch) or not _has_fields(raw):
+            return ()
+        return self._plan(_fields(raw)).unused
 
     @property
     def takes_several(self) -> bool:
@@ -237,6 +217,16 @@ class Binding:
             )
         return dict(zip(names, values, strict=True)) if by_name else values
 
+    def _unknown(self, x: Mapping[str, Any], named: Mapping[str, Any]) -> DataError:
+        unknown = [key for key in x if key not in named]
+        absent = [name for name in self.call.names if name not in named]
+        return DataError(
+            f"x has the keys {_listed(x)}, but the model's call takes "
+            f"{_listed(self.call.names)} and knows no {unknown[0]!r}."
+            f"{did_you_mean(str(unknown[0]), absent)} Rename it or leave it out, or "
+            f"say what the inputs are: Trainer(model, inputs={list(named)!r})."
+        )
+
     def _missing(self, fields: Mapping[str, Any], free: tuple[str, ...]) -> DataError:
         lacking = [name for name in self.call.required if name not in fields]
         name = (*lacking, *self.call.names, "x")[0]
@@ -306,16 +296,6 @@ def _pick(fields: Mapping[str, Any], keys: str | tuple[str, ...] | None) -> PyTr
     if isinstance(keys, str):
         return fields[keys]
     return {key: fields[key] for key in keys}
-
-
-def _described(keys: str | tuple[str, ...] | dict[str, str] | None) -> str:
-    if not keys:
-        return "none"
-    if isinstance(keys, str):
-        return keys
-    if isinstance(keys, tuple):
-        return ", ".join(keys)
-    return ", ".join(k if k == name else f"{name} from {k}" for name, k in keys.items())
 
 
 def _first(keys: Any) -> str | None:

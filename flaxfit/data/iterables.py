@@ -2,6 +2,10 @@
 
 Nothing is lost by looking ahead: the first batch is read when the source is made,
 and handed out again by the first pass.
+
+A loader may fill one buffer again and again, while steps on the batches before are
+still under way: what is its own memory is copied as it comes. jax arrays cannot change,
+and go on as they are.
 """
 
 import inspect
@@ -13,9 +17,16 @@ import jax
 import numpy as np
 
 from flaxfit._errors import DataError
-from flaxfit._types import Batch
+from flaxfit._types import Batch, PyTree
 from flaxfit.data.checks import check_lengths, check_weights
-from flaxfit.data.source import call_text, fill, is_array, named_leaves, narrow
+from flaxfit.data.source import (
+    as_host,
+    call_text,
+    fill,
+    is_array,
+    named_leaves,
+    narrow,
+)
 from flaxfit.data.weights import with_weights
 
 
@@ -25,10 +36,14 @@ class IterableSource:
     Args:
       data: something to iterate over, or a function without arguments that returns
         it anew for each pass. An iterator (`iter(data) is data`) serves one pass.
-      read: raw batch -> `Batch` of host arrays; `weights` may be None.
+      read: raw batch -> `Batch` of NumPy and jax arrays; `weights` may be None.
+      unused: raw batch -> the keys of which nothing is read.
       check: called with every batch that is handed out, before it is filled up.
+        Reading a device takes its time: values there are checked in the first batch,
+        whose values stand in for them later on.
       what: the method the data was given to, for messages.
-      steps: the number of steps asked for, for messages.
+      steps: the number of steps asked for; an iterator that ends before it is an
+        error.
 
     Raises:
       DataError: there is no batch, or the first one cannot be read.
@@ -42,6 +57,7 @@ class IterableSource:
         data: Any,
         read: Callable[[Any], Batch],
         *,
+        unused: Callable[[Any], tuple[str, ...]] = lambda raw: (),
         check: Callable[[Batch], None] | None = None,
         what: str = "fit",
         steps: int | None = None,
@@ -56,6 +72,9 @@ class IterableSource:
         self._what = what
         self._steps = steps
         self._warned = False
+        # Of batches and of passes: callers that evaluate again start at 0 each time.
+        self._handed_out = 0
+        self._passes = 0
         iterator = self._open(0)
         try:
             raw = self._next(iterator, 0, 0)
@@ -64,7 +83,8 @@ class IterableSource:
                 f"no batches: the {self.kind} given to {what} yielded nothing. "
                 f"{self._again()}"
             ) from None
-        first = self._converted(raw, 0, 0)
+        first = self._converted(raw, 0, 0, to_host=True)
+        self.unused = unused(raw)
         self._signature = _signature(first)
         self.batch_size = len(first.weights)
         self.example = first
@@ -77,13 +97,15 @@ class IterableSource:
             self._check(self.example)
 
     def batches(self, pass_index: int) -> Iterator[Batch]:
-        """Yields the batches of one pass.
+        """Yields the batches of one pass; the data decides the order.
 
         Raises:
-          DataError: nothing is left, or a batch differs from the first one in
-            structure, dtype or shape beyond the batch axis.
+          DataError: nothing is left, an iterator ends before the steps asked for, or
+            a batch differs from the first one in structure, dtype or shape beyond
+            the batch axis.
         """
-        number = 0
+        number, pass_index = 0, self._passes
+        self._passes += 1
         if self._ahead is not None:
             (iterator, first), self._ahead = self._ahead, None
             yield self._finished(first, number, pass_index)
@@ -98,7 +120,9 @@ class IterableSource:
             batch = self._converted(raw, number, pass_index)
             yield self._finished(batch, number, pass_index)
             number += 1
-        if number == 0:
+        # Whoever asks for so many steps reads no further: this is the end before it.
+        short = self.one_shot and self._steps is not None
+        if number == 0 or short:
             raise DataError(self._used_up(pass_index))
 
     def _open(self, pass_index: int) -> Iterator[Any]:
@@ -131,14 +155,17 @@ class IterableSource:
             error.add_note(f"while reading batch {number} of pass {pass_index}")
             raise
 
-    def _converted(self, raw: Any, number: int, pass_index: int) -> Batch:
-        """Returns a raw batch as host arrays with weights, checked but not filled."""
+    def _converted(
+        self, raw: Any, number: int, pass_index: int, *, to_host: bool = False
+    ) -> Batch:
+        """Returns a raw batch with weights, checked but not filled."""
         try:
-            batch = self._read(raw)
-            check_lengths(batch)
-            batch = with_weights(narrow(batch))
-            check_weights(batch.weights, all_zero=True)
-            return batch
+            given = as_host(self._read(raw), but_device=not to_host)
+            check_lengths(given)
+            batch = with_weights(narrow(given))
+            if isinstance(batch.weights, np.ndarray):
+                check_weights(batch.weights, all_zero=True)
+            return _owned(batch, given)
         except DataError as error:
             raise DataError(f"batch {number} of pass {pass_index}: {error}") from error
         except Exception as error:
@@ -152,13 +179,23 @@ class IterableSource:
             raise DataError(f"{place} {_difference(batch, self.example)}")
         if self._check is not None:
             try:
-                self._check(batch)
+                self._check(self._checkable(batch))
             except DataError as error:
                 raise DataError(f"{place}: {error}") from error
         rows = len(batch.weights)
         if rows > self.batch_size:
             self._grow(place, rows)
+        self._handed_out += 1
         return fill(batch, self.batch_size) if self.pad else batch
+
+    def _checkable(self, batch: Batch) -> Batch:
+        """Returns the batch with the first one's values for those on a device."""
+        if _on_device(batch.inputs):
+            batch = batch.replace(inputs=self.example.inputs)
+        if _on_device((batch.targets, batch.weights)):
+            first = self.example
+            batch = batch.replace(targets=first.targets, weights=first.weights)
+        return batch
 
     def _grow(self, place: str, rows: int) -> None:
         if not self._warned and self.pad:
@@ -176,8 +213,9 @@ class IterableSource:
         asked = f" ({self._steps} steps were asked for)" if self._steps else ""
         if self.one_shot:
             return (
-                f"the iterator given to {self._what} is used up, but pass "
-                f"{pass_index} over it was asked for{asked}. {self._again()}"
+                f"the iterator given to {self._what} is used up, after "
+                f"{self._handed_out} batches in all, but there is more to do{asked}. "
+                f"{self._again()}"
             )
         return (
             f"no batches in pass {pass_index}: the {self.kind} given to {self._what} "
@@ -246,6 +284,22 @@ def _length(data: Any) -> int | None:
         return len(data)
     except (TypeError, NotImplementedError):
         return None
+
+
+def _owned(batch: Batch, given: Batch) -> Batch:
+    """Returns the batch with copies of NumPy arrays that `given` has too."""
+    theirs = {id(leaf) for leaf in jax.tree.leaves(given)}
+    copied: Batch = jax.tree.map(
+        lambda leaf: (
+            leaf.copy() if isinstance(leaf, np.ndarray) and id(leaf) in theirs else leaf
+        ),
+        batch,
+    )
+    return copied
+
+
+def _on_device(nest: PyTree) -> bool:
+    return any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(nest))
 
 
 def _signature(batch: Batch) -> tuple[Any, ...]:
