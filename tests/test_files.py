@@ -154,4 +154,5 @@ def test_inputs_of_a_structure_that_a_file_cannot_hold(tmp_path):
     with pytest.raises(ValueError, match="has seen no data yet"):
         loaded.state
     assert loaded.evaluate(batches) == trainer.evaluate(batches)
+    assert loaded.predict(Pair(X, X)).shape == (16, 3)
     assert loaded.step == 1

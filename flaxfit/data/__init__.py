@@ -281,11 +281,11 @@ def _whole_inputs(raw: Any, binding: Binding) -> Batch:
 
 def _stream_inputs(raw: Any, binding: Binding) -> Batch:
     """Reads a raw batch for its inputs alone."""
-    if isinstance(raw, Mapping):
+    if isinstance(raw, Mapping) or hasattr(raw, "_asdict"):
         try:
             inputs = binding.split(raw).inputs
         except DataError:
-            # Not a batch with names for the call: then it is one input, a dict.
+            # Not a batch with names for the call: then it is one input as it is.
             inputs = binding.bind(raw)
     else:
         inputs = binding.split(raw).inputs
