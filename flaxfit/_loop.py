@@ -105,6 +105,8 @@ def _fit_epoch(
     interrupt: Interrupt,
 ) -> bool:
     """Trains one epoch; False if it was broken off."""
+    if loop.stopped or interrupt.requested:
+        return False
     begins = callbacks.has("on_train_batch_begin")
     ends = callbacks.has("on_train_batch_end")
     in_flight: deque[Any] = deque()
@@ -113,8 +115,6 @@ def _fit_epoch(
     loop.set_logs({})
     with epoch_display(display, title, loop.steps_per_epoch) as shown:
         for batch in batches:
-            if interrupt.requested or loop.stopped:
-                break
             if begins:
                 callbacks.call("on_train_batch_begin", loop)
             # From here to `put` the state is the device's.
@@ -131,29 +131,43 @@ def _fit_epoch(
             if display.due():
                 shown["logs"], _ = read_logs(running, plan.order)
                 display.update(loop.batch, shown["logs"])
+            if loop.stopped or interrupt.requested:
+                break
         # A callback's stop ends the epoch as its last step would; Ctrl-C breaks it off.
-        if interrupt.requested or loop.batch == 0:
+        if interrupt.requested:
             return False
-        rate = plan.learning_rate(holder.peek().opt_state)
-        logs, rate = read_logs(running, plan.order, rate)
-        shown["logs"] = logs
-        loop.steps_per_epoch = loop.batch
-        if plan.validate is not None and plan.validates_at(loop.epoch):
-            loop.set_logs(logs)
-            callbacks.call("on_test_begin", loop)
-            values = plan.validate(holder.peek())
-            if values is None:
-                return False
-            logs |= {f"val_{name}": value for name, value in values.items()}
-            loop.set_logs(logs)
-            callbacks.call("on_test_end", loop)
-        if rate is not None:
-            logs["learning_rate"] = rate
+        return _close_epoch(loop, holder, plan, running, callbacks, shown)
+
+
+def _close_epoch(
+    loop: LoopState,
+    holder: StateHolder,
+    plan: FitPlan,
+    running: Running,
+    callbacks: CallbackList,
+    shown: dict[str, Any],
+) -> bool:
+    """Reads the epoch's values, validates, records; False if it was broken off."""
+    rate = plan.learning_rate(holder.peek().opt_state)
+    logs, rate = read_logs(running, plan.order, rate)
+    shown["logs"] = logs
+    loop.steps_per_epoch = loop.batch
+    if plan.validate is not None and plan.validates_at(loop.epoch):
         loop.set_logs(logs)
-        loop.history.append(loop.epoch, logs)
-        callbacks.call("on_epoch_end", loop)
-        loop.history.amend(loop.logs)
-        shown.update(logs=loop.logs, finished=True)
+        callbacks.call("on_test_begin", loop)
+        values = plan.validate(holder.peek())
+        if values is None:
+            return False
+        logs |= {f"val_{name}": value for name, value in values.items()}
+        loop.set_logs(logs)
+        callbacks.call("on_test_end", loop)
+    if rate is not None:
+        logs["learning_rate"] = rate
+    loop.set_logs(logs)
+    loop.history.append(loop.epoch, logs)
+    callbacks.call("on_epoch_end", loop)
+    loop.history.amend(loop.logs)
+    shown.update(logs=loop.logs, finished=True)
     return True
 
 

@@ -27,6 +27,7 @@ FLOORS = {
     "callbacks.base": 3,
     "_models.__init__": 2.2,
     "_models.linen": 2.1,
+    "_models.linen_flag": 2.05,
     "_models.linen_summary": 2,
     "_models.base": 2,
     "data.__init__": 2.3,

@@ -6,8 +6,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import flax.core
@@ -17,43 +16,21 @@ import jax.numpy as jnp
 
 from flaxfit._errors import DetectionError
 from flaxfit._models.base import Adapted, Detected, Overrides, stream_rngs
+from flaxfit._models.linen_flag import (
+    TrainFlag,
+    call_arguments,
+    find_train_flag,
+    in_mode,
+    no_flag_error,
+    parameters_of,
+)
 from flaxfit._models.linen_summary import layer_table
 from flaxfit._types import CallSpec, Inputs, Model, PyTree
 
-# Name -> whether True means evaluation; in the order they are looked for.
-FLAGS: Mapping[str, bool] = MappingProxyType(
-    {
-        "train": False,
-        "training": False,
-        "is_training": False,
-        "deterministic": True,
-        "use_running_average": True,
-    }
-)
 # Written by convention, never state: a `sow` that reduces keeps its shape.
 NEVER_CARRIED = frozenset({"losses", "metrics", "intermediates", "perturbations"})
 _MAX_TRACES = 32
 _ONE_AT_A_TIME = threading.RLock()  # flax's Scope is the same in all threads
-
-
-class TrainFlag(NamedTuple):
-    """How one module is put into training or evaluation.
-
-    Attributes:
-      name: the flag's name, for messages.
-      arguments: call arguments to set -> whether True means evaluation.
-      attributes: module attributes to set -> likewise.
-      cleared: attributes to set to None because the argument decides.
-      layers: set the flag on the layers that leave it unset.
-      function: the user's own `(module, train) -> module`.
-    """
-
-    name: str
-    arguments: tuple[tuple[str, bool], ...] = ()
-    attributes: tuple[tuple[str, bool], ...] = ()
-    cleared: tuple[str, ...] = ()
-    layers: bool = False
-    function: Callable[[Any, bool], Any] | None = None
 
 
 @dataclass
@@ -69,7 +46,7 @@ class Probe:
 
 def call_spec(module: nn.Module, overrides: Overrides) -> CallSpec:
     """Returns the inputs `module.__call__` takes, without its train flag."""
-    parameters = _parameters(module)
+    parameters = parameters_of(module)
     flags = {name for name, _ in find_train_flag(module, overrides).arguments}
     kinds = inspect.Parameter
     inputs = {
@@ -86,56 +63,6 @@ def call_spec(module: nn.Module, overrides: Overrides) -> CallSpec:
         var_positional=any(p.kind == kinds.VAR_POSITIONAL for p in parameters.values()),
         var_keyword=any(p.kind == kinds.VAR_KEYWORD for p in parameters.values()),
     )
-
-
-def find_train_flag(module: nn.Module, overrides: Overrides) -> TrainFlag:
-    """Returns how the module tells training from evaluation; see DESIGN of `FLAGS`.
-
-    Raises:
-      DetectionError: a named flag is neither argument nor attribute.
-    """
-    asked = overrides.train_flag
-    if callable(asked):
-        return TrainFlag("function", function=asked)
-    if asked is None:
-        return TrainFlag("none")
-    if asked == "layers":
-        return TrainFlag("layers", layers=True)
-    parameters = _parameters(module)
-    fields = getattr(module, "__dataclass_fields__", {})
-    if asked == "auto":
-        in_call = [name for name in FLAGS if name in parameters]
-        on_module = [name for name in FLAGS if name in fields]
-        inverted: Mapping[str, bool] = FLAGS
-    else:
-        name = asked.removeprefix("not ").strip()
-        inverted = {**FLAGS, name: asked.startswith("not ") or FLAGS.get(name, False)}
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        on_module = [name] if name in fields else []
-        in_call = [name] if name in parameters or (takes_any and not on_module) else []
-        if not in_call and not on_module:
-            raise DetectionError(
-                f"train_flag={asked!r}: {type(module).__name__} has no such argument "
-                f"of __call__ ({', '.join(parameters) or 'no arguments'}) and no such "
-                f"attribute. Write the name it has, train_flag=None if it has none, "
-                f"or train_flag=lambda module, train: module.clone(...)."
-            )
-    if in_call:
-        # Others that would say something else if they were left alone go along.
-        others = [n for n in in_call[1:] if parameters[n].default is not None]
-        arguments = [in_call[0], *others]
-        return TrainFlag(
-            f"{in_call[0]}=",
-            arguments=tuple((n, inverted[n]) for n in arguments),
-            # `nn.merge_param` refuses a flag that is given twice.
-            cleared=tuple(n for n in arguments if getattr(module, n, None) is not None)
-            if on_module
-            else (),
-        )
-    if on_module:
-        name = on_module[0]
-        return TrainFlag(f"attribute {name}", attributes=((name, inverted[name]),))
-    return TrainFlag("none")
 
 
 def adapt(module: nn.Module, inputs: Inputs, overrides: Overrides) -> Adapted:
@@ -156,7 +83,7 @@ def adapt(module: nn.Module, inputs: Inputs, overrides: Overrides) -> Adapted:
         probe.eval_rngs.update(overrides.rngs)
     traced = _trace_until_known(module, inputs, flag, probe)
     if flag.name == "none" and overrides.train_flag == "auto" and probe.moded_layers:
-        raise _no_flag_error(module, probe)
+        raise no_flag_error(module, probe.moded_layers)
     initial, after_train = traced
     carried = _carried(initial, after_train, overrides)
     written = set(initial) | set(after_train)
@@ -180,12 +107,6 @@ def adapt(module: nn.Module, inputs: Inputs, overrides: Overrides) -> Adapted:
         return {"params": params, **collections}
 
     return Adapted(model, detected, lambda example: layer_table(variables, example))
-
-
-def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
-    parameters = dict(inspect.signature(type(module).__call__).parameters)
-    parameters.pop("self", None)
-    return parameters
 
 
 def _make_model(
@@ -235,8 +156,8 @@ def _bound(function: Callable[[], Any], name: str) -> Callable[[], Any]:
 def _init(
     module: nn.Module, flag: TrainFlag, inputs: Inputs, rngs: Mapping[str, Any]
 ) -> dict[str, PyTree]:
-    with _mode(module, flag, True) as (target, kwargs):
-        args, named = _arguments(target, inputs, kwargs)
+    with in_mode(module, flag, True) as (target, kwargs):
+        args, named = call_arguments(target, inputs, kwargs)
         return dict(flax.core.unfreeze(target.init(dict(rngs), *args, **named)))
 
 
@@ -248,8 +169,8 @@ def _apply(
     train: bool,
     rngs: Mapping[str, Any],
 ) -> tuple[PyTree, dict[str, PyTree]]:
-    with _mode(module, flag, train) as (target, kwargs):
-        args, named = _arguments(target, inputs, kwargs)
+    with in_mode(module, flag, train) as (target, kwargs):
+        args, named = call_arguments(target, inputs, kwargs)
         # Mutable in evaluation too: BatchNorm under `nn.scan` needs it, and a
         # module may count its calls. Whoever evaluates drops what comes back.
         outputs, updated = target.apply(
@@ -260,56 +181,6 @@ def _apply(
             mutable=flax.core.DenyList("params"),
         )
         return outputs, dict(flax.core.unfreeze(updated))
-
-
-def _arguments(
-    module: nn.Module, inputs: Inputs, flags: dict[str, bool]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, dict):
-        return (), {**inputs, **flags}
-    # By position where the flag comes next: `nn.remat(..., static_argnums=...)`
-    # can keep only a positional argument out of the trace.
-    args, named = list(inputs), dict(flags)
-    for parameter in list(_parameters(module).values())[len(args) :]:
-        by_position = parameter.kind is not inspect.Parameter.KEYWORD_ONLY
-        if parameter.name not in named or not by_position:
-            break
-        args.append(named.pop(parameter.name))
-    return tuple(args), named
-
-
-@contextlib.contextmanager
-def _mode(
-    module: nn.Module, flag: TrainFlag, train: bool
-) -> Iterator[tuple[nn.Module, dict[str, bool]]]:
-    if flag.function is not None:
-        yield flag.function(module, train), {}
-        return
-    changes: dict[str, Any] = {name: None for name in flag.cleared}
-    changes |= {name: train != inverted for name, inverted in flag.attributes}
-    target = module.clone(**changes) if changes else module
-    kwargs = {name: train != inverted for name, inverted in flag.arguments}
-    with _layers_set_to(train) if flag.layers else contextlib.nullcontext():
-        yield target, kwargs
-
-
-def _layers_set_to(train: bool) -> contextlib.AbstractContextManager[None]:
-    def set_flag(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        name = _unset_flag(context.module)
-        given = len(args) > 1 or name is None or kwargs.get(name) is not None
-        if context.method_name == "__call__" and name is not None and not given:
-            kwargs = {**kwargs, name: train != FLAGS[name]}
-        return next_fun(*args, **kwargs)
-
-    return nn.intercept_methods(set_flag)
-
-
-def _unset_flag(module: nn.Module) -> str | None:
-    if isinstance(module, nn.BatchNorm) and module.use_running_average is None:
-        return "use_running_average"
-    if isinstance(module, nn.Dropout):
-        return "deterministic" if module.deterministic is None else None
-    return None
 
 
 def _trace_until_known(
@@ -353,7 +224,7 @@ def _trace_until_known(
         except ValueError as error:
             unset = "must be passed to the constructor or at call time" in str(error)
             if unset and flag.name == "none":
-                raise _no_flag_error(module, probe) from error
+                raise no_flag_error(module, probe.moded_layers) from error
             raise
         else:
             # A stream that is there may open the way to others.
@@ -458,19 +329,6 @@ def _same_form(a: PyTree, b: PyTree) -> bool:
         return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
     return bool(form(a) == form(b))
-
-
-def _no_flag_error(module: nn.Module, probe: Probe) -> DetectionError:
-    layers = " and ".join(sorted(probe.moded_layers)) or "a layer with a train flag"
-    return DetectionError(
-        f"{type(module).__name__} contains {layers}, but nothing tells training from "
-        f"evaluation: its __call__ has none of the arguments {', '.join(FLAGS)}, and "
-        f"the module no such attribute. Add `train: bool` to __call__ and pass "
-        f"`use_running_average=not train`, `deterministic=not train` on; or say which "
-        f'it is: Trainer(model, train_flag="name") ("not name" where True means '
-        f'evaluation); train_flag="layers" to set every BatchNorm and Dropout that '
-        f"leaves it unset; train_flag=None to run it alike in both modes."
-    )
 
 
 def _reasons(

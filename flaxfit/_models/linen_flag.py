@@ -1,0 +1,167 @@
+"""How a linen module tells training from evaluation, and is put into either."""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+
+from flaxfit._errors import DetectionError
+from flaxfit._models.base import Overrides
+from flaxfit._types import Inputs
+
+# Name -> whether True means evaluation; in the order they are looked for.
+FLAGS: Mapping[str, bool] = MappingProxyType(
+    {
+        "train": False,
+        "training": False,
+        "is_training": False,
+        "deterministic": True,
+        "use_running_average": True,
+    }
+)
+
+
+class TrainFlag(NamedTuple):
+    """How one module is put into training or evaluation.
+
+    Attributes:
+      name: the flag's name, for messages.
+      arguments: call arguments to set -> whether True means evaluation.
+      attributes: module attributes to set -> likewise.
+      cleared: attributes to set to None because the argument decides.
+      layers: set the flag on the layers that leave it unset.
+      function: the user's own `(module, train) -> module`.
+    """
+
+    name: str
+    arguments: tuple[tuple[str, bool], ...] = ()
+    attributes: tuple[tuple[str, bool], ...] = ()
+    cleared: tuple[str, ...] = ()
+    layers: bool = False
+    function: Callable[[Any, bool], Any] | None = None
+
+
+def find_train_flag(module: nn.Module, overrides: Overrides) -> TrainFlag:
+    """Returns how the module tells training from evaluation; see DESIGN of `FLAGS`.
+
+    Raises:
+      DetectionError: a named flag is neither argument nor attribute.
+    """
+    asked = overrides.train_flag
+    if callable(asked):
+        return TrainFlag("function", function=asked)
+    if asked is None:
+        return TrainFlag("none")
+    if asked == "layers":
+        return TrainFlag("layers", layers=True)
+    parameters = parameters_of(module)
+    fields = getattr(module, "__dataclass_fields__", {})
+    if asked == "auto":
+        in_call = [name for name in FLAGS if name in parameters]
+        on_module = [name for name in FLAGS if name in fields]
+        inverted: Mapping[str, bool] = FLAGS
+    else:
+        name = asked.removeprefix("not ").strip()
+        inverted = {**FLAGS, name: asked.startswith("not ") or FLAGS.get(name, False)}
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        on_module = [name] if name in fields else []
+        in_call = [name] if name in parameters or (takes_any and not on_module) else []
+        if not in_call and not on_module:
+            raise DetectionError(
+                f"train_flag={asked!r}: {type(module).__name__} has no such argument "
+                f"of __call__ ({', '.join(parameters) or 'no arguments'}) and no such "
+                f"attribute. Write the name it has, train_flag=None if it has none, "
+                f"or train_flag=lambda module, train: module.clone(...)."
+            )
+    if in_call:
+        # Others that would say something else if they were left alone go along.
+        others = [n for n in in_call[1:] if parameters[n].default is not None]
+        arguments = [in_call[0], *others]
+        return TrainFlag(
+            f"{in_call[0]}=",
+            arguments=tuple((n, inverted[n]) for n in arguments),
+            # `nn.merge_param` refuses a flag that is given twice.
+            cleared=tuple(n for n in arguments if getattr(module, n, None) is not None)
+            if on_module
+            else (),
+        )
+    if on_module:
+        name = on_module[0]
+        return TrainFlag(f"attribute {name}", attributes=((name, inverted[name]),))
+    return TrainFlag("none")
+
+
+def parameters_of(module: nn.Module) -> dict[str, inspect.Parameter]:
+    """Returns the parameters of `module.__call__` by name."""
+    parameters = dict(inspect.signature(type(module).__call__).parameters)
+    parameters.pop("self", None)
+    return parameters
+
+
+@contextlib.contextmanager
+def in_mode(
+    module: nn.Module, flag: TrainFlag, train: bool
+) -> Iterator[tuple[nn.Module, dict[str, bool]]]:
+    """Yields the module and the flags to call it with, in training or evaluation."""
+    if flag.function is not None:
+        yield flag.function(module, train), {}
+        return
+    changes: dict[str, Any] = {name: None for name in flag.cleared}
+    changes |= {name: train != inverted for name, inverted in flag.attributes}
+    target = module.clone(**changes) if changes else module
+    kwargs = {name: train != inverted for name, inverted in flag.arguments}
+    with _layers_set_to(train) if flag.layers else contextlib.nullcontext():
+        yield target, kwargs
+
+
+def _layers_set_to(train: bool) -> contextlib.AbstractContextManager[None]:
+    def set_flag(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        name = _unset_flag(context.module)
+        given = len(args) > 1 or name is None or kwargs.get(name) is not None
+        if context.method_name == "__call__" and name is not None and not given:
+            kwargs = {**kwargs, name: train != FLAGS[name]}
+        return next_fun(*args, **kwargs)
+
+    return nn.intercept_methods(set_flag)
+
+
+def _unset_flag(module: nn.Module) -> str | None:
+    if isinstance(module, nn.BatchNorm) and module.use_running_average is None:
+        return "use_running_average"
+    if isinstance(module, nn.Dropout):
+        return "deterministic" if module.deterministic is None else None
+    return None
+
+
+def call_arguments(
+    module: nn.Module, inputs: Inputs, flags: dict[str, bool]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the positional and named arguments of a call, its flags included."""
+    if isinstance(inputs, dict):
+        return (), {**inputs, **flags}
+    # By position where the flag comes next: `nn.remat(..., static_argnums=...)`
+    # can keep only a positional argument out of the trace.
+    args, named = list(inputs), dict(flags)
+    for parameter in list(parameters_of(module).values())[len(args) :]:
+        by_position = parameter.kind is not inspect.Parameter.KEYWORD_ONLY
+        if parameter.name not in named or not by_position:
+            break
+        args.append(named.pop(parameter.name))
+    return tuple(args), named
+
+
+def no_flag_error(module: nn.Module, moded_layers: Iterable[str]) -> DetectionError:
+    """Returns the error for layers with a mode in a module without a flag."""
+    layers = " and ".join(sorted(moded_layers)) or "a layer with a train flag"
+    return DetectionError(
+        f"{type(module).__name__} contains {layers}, but nothing tells training from "
+        f"evaluation: its __call__ has none of the arguments {', '.join(FLAGS)}, and "
+        f"the module no such attribute. Add `train: bool` to __call__ and pass "
+        f"`use_running_average=not train`, `deterministic=not train` on; or say which "
+        f'it is: Trainer(model, train_flag="name") ("not name" where True means '
+        f'evaluation); train_flag="layers" to set every BatchNorm and Dropout that '
+        f"leaves it unset; train_flag=None to run it alike in both modes."
+    )
