@@ -33,6 +33,10 @@ from flaxfit.data.checks import check_tokens
 from flaxfit.metrics import resolve_metrics
 from flaxfit.optimizers import resolve_optimizer
 
+# Stands for a length that is not known, where nothing is trained: schedules of
+# warm-up and decay take none that is short.
+_UNKNOWN_LENGTH = 1_000_000
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -164,7 +168,7 @@ def build(
         optimizer=resolve_optimizer(
             settings.optimizer,
             settings.learning_rate,
-            total_steps or 1,
+            total_steps or _UNKNOWN_LENGTH,
             **settings.optimizer_options,
         ),
         rngs=adapted.detected.rngs,

@@ -62,6 +62,11 @@ class Builder:
         return self._settings.seed
 
     @property
+    def plans_ahead(self) -> bool:
+        """Whether the learning rate depends on the length of the training."""
+        return needs_total_steps(self._settings.learning_rate)
+
+    @property
     def built(self) -> Built:
         """The parts.
 
@@ -101,8 +106,7 @@ class Builder:
         if built is not None and self._fits(example, afresh, not built.complete):
             known = built.adapted
             keep = _WITHOUT_OPTIMIZER if built.complete else _WITHOUT_TARGETS
-            scheduled = needs_total_steps(self._settings.learning_rate)
-            same = not scheduled or total_steps in (None, built.total_steps)
+            same = not self.plans_ahead or total_steps in (None, built.total_steps)
             if built.complete and same:
                 return built
         self._install(
@@ -124,7 +128,7 @@ class Builder:
         Raises:
           ValueError: it is not, and the learning rate is a function of it.
         """
-        if total_steps is None and needs_total_steps(self._settings.learning_rate):
+        if total_steps is None and self.plans_ahead:
             raise ValueError(UNKNOWN_TOTAL_STEPS)
 
     def build_for_inputs(self, example: Batch, *, afresh: bool = False) -> Built:

@@ -267,6 +267,11 @@ class Trainer:
                 validation_data, validation_batch_size, len(span), validation_steps
             )
             self._init_state(source.example)
+            if self._builder.plans_ahead:
+                # A constant rate lies in the state, made for another length.
+                fresh = not self._holder.settled
+                state = self._with_new_rate(self._holder.take())
+                self._holder.put(state, fresh=fresh)
             if verbose != 0:
                 state = self._holder.peek()
                 for line in first_lines(built, state, source, unused):
@@ -399,7 +404,7 @@ class Trainer:
         refuse_list(return_dict)
         steps = as_optional_count("steps", steps)
         display = make_progress(verbose)
-        source = self._source(x, y, sample_weight, batch_size, "evaluate")
+        source = self._source(x, y, sample_weight, batch_size, "evaluate", steps=steps)
         built = self._build(source)
         self._init_state(source.example)
         logs = eval_loop(
@@ -534,6 +539,8 @@ class Trainer:
         self._builder.build(batch, afresh=not self._holder.settled)
         if all(isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(batch)):
             self._builder.check_values(batch)
+        if self._saved is not None:
+            self._restore(*self._saved)
         return self._builder.fresh_state(batch)
 
     def train_step(self, state: TrainState, batch: Any) -> tuple[TrainState, Logs]:
@@ -578,6 +585,7 @@ class Trainer:
     @state.setter
     def state(self, state: TrainState) -> None:
         self._holder.put(own_state(state, self._builder.built.template))
+        self._saved = None
 
     @property
     def variables(self) -> dict[str, PyTree]:
@@ -639,6 +647,8 @@ class Trainer:
                 "makes the iterator."
             )
         built = self._build(source)
+        if self._saved is not None:
+            self._restore(*self._saved)
         state = (
             self._builder.fresh_state(source.example)
             if self._holder.empty
@@ -832,12 +842,14 @@ class Trainer:
     def _restore(self, raw_state: Mapping[str, Any], new_rate: bool) -> None:
         built = self._builder.built
         state = checkpoint.restore(raw_state, built.template)
-        if new_rate:
-            # A constant rate lies in the state, and would win over the new one.
-            fresh = built.task.optimizer.tx.init(state.params)
-            state = state.replace(opt_state=with_rates_of(state.opt_state, fresh))
-        self._holder.put(state)
+        # A constant rate lies in the state, and would win over the new one.
+        renew = new_rate and not self._builder.plans_ahead
+        self._holder.put(self._with_new_rate(state) if renew else state)
         self._saved = None
+
+    def _with_new_rate(self, state: TrainState) -> TrainState:
+        fresh = self._builder.built.task.optimizer.tx.init(state.params)
+        return state.replace(opt_state=with_rates_of(state.opt_state, fresh))
 
     def _require_state(self) -> None:
         if self._holder.empty:

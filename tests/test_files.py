@@ -156,3 +156,22 @@ def test_inputs_of_a_structure_that_a_file_cannot_hold(tmp_path):
     assert loaded.evaluate(batches) == trainer.evaluate(batches)
     assert loaded.predict(Pair(X, X)).shape == (16, 3)
     assert loaded.step == 1
+
+
+def test_a_state_assigned_after_load_is_not_taken_back(tmp_path):
+    class Takes(nn.Module):
+        @nn.compact
+        def __call__(self, pair):
+            return nn.Dense(3)(pair.a)
+
+    batches = [(Pair(X, X), Y)]
+    trainer = Trainer(Takes())
+    trainer.fit(batches, verbose=0)
+    trainer.save(tmp_path / "run.msgpack")
+    loaded = Trainer.load(tmp_path / "run.msgpack", Takes())
+    fresh = loaded.init(batches[0])
+    assert loaded.step == 1
+    ones = jax.tree.map(np.ones_like, fresh.params)
+    loaded.state = fresh.replace(params=ones)
+    loaded.evaluate(batches)
+    jax.tree.map(np.testing.assert_array_equal, loaded.state.params, ones)

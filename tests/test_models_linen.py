@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.core
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -364,6 +365,86 @@ def test_an_explicit_params_stream_does_not_swallow_dropout():
     trainer.fit(X, Y, verbose=0)
     detected = trainer._builder.built.adapted.detected
     assert (detected.rngs, detected.eval_rngs) == (("dropout", "params"), ("params",))
+
+
+def test_a_jitted_submodule_makes_no_stream_of_params():
+    class Row(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return nn.Dropout(0.5, deterministic=not train)(x)
+
+    class Jitted(nn.Module):
+        @nn.compact
+        def __call__(self, x, train: bool):
+            return nn.Dropout(0.5, deterministic=not train)(nn.jit(nn.Dense)(3)(x))
+
+    trainer = Trainer(Jitted())
+    trainer.fit(X, Y, verbose=0)
+    detected = trainer._builder.built.adapted.detected
+    assert (detected.rngs, detected.eval_rngs) == (("dropout",), ())
+
+    class Unsplit(nn.Module):
+        @nn.compact
+        def __call__(self, x, train: bool):
+            x = nn.jit(nn.Dense)(3)(x)
+            rows = nn.vmap(
+                Row,
+                variable_axes={"params": None},
+                split_rngs={"params": False},
+                in_axes=(0, None),
+            )
+            return rows()(x, train)
+
+    # Plain Flax refuses it; with a stream "params" all rows would share one mask.
+    with pytest.raises(flax.errors.InvalidRngError, match='PRNG for "dropout"'):
+        Trainer(Unsplit()).fit(X, Y, verbose=0)
+
+
+def test_flags_as_attributes_are_all_set_beside_an_argument():
+    class Both(nn.Module):
+        use_running_average: bool = False
+        deterministic: bool = True
+
+        @nn.compact
+        def __call__(self, x, train: bool = False):
+            del train
+            x = nn.BatchNorm(use_running_average=self.use_running_average)(x)
+            return nn.Dense(3)(nn.Dropout(0.5, deterministic=self.deterministic)(x))
+
+    trainer = Trainer(Both())
+    trainer.fit(X, Y, batch_size=8, verbose=0)
+    detected = trainer._builder.built.adapted.detected
+    assert detected.rngs == ("dropout",)
+    assert detected.train_flag == (
+        "train=, attribute deterministic, attribute use_running_average"
+    )
+    whole, halves = trainer.predict(X), trainer.predict(X, batch_size=8)
+    np.testing.assert_allclose(whole, halves, atol=1e-6)
+    assert np.any(trainer.variables["batch_stats"]["BatchNorm_0"]["mean"] != 0)
+
+
+def test_a_receiver_of_another_name():
+    class Odd(nn.Module):
+        @nn.compact
+        def __call__(me, x):
+            return nn.Dense(3)(x)
+
+    assert Trainer(Odd()).predict(X).shape == (len(X), 3)
+
+
+def test_named_streams_are_given_to_evaluation_only_if_it_draws():
+    class Hinted(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            if self.has_rng("noise"):
+                x = x + 9 * jax.random.normal(self.make_rng("noise"), x.shape)
+            return nn.Dense(3)(x)
+
+    trainer = Trainer(Hinted(), rngs=["noise"])
+    trainer.fit(X, Y, verbose=0)
+    np.testing.assert_allclose(
+        trainer.predict(X, batch_size=5), trainer.predict(X), atol=1e-6
+    )
 
 
 def test_every_flag_of_the_call_is_set():

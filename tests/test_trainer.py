@@ -796,3 +796,41 @@ def test_integers_where_the_model_was_built_on_numbers():
     outputs = nn.Dense(3).apply(trainer.variables, pixels)
     np.testing.assert_allclose(trainer.predict(pixels), outputs, rtol=1e-5, atol=1e-4)
     assert trainer.compiles["predict"] == 1
+
+
+def test_a_constant_rate_that_depends_on_the_length_is_never_stale(tmp_path):
+    def rate(total_steps):
+        return 1.0 / total_steps
+
+    def make():
+        return Trainer(nn.Dense(1), optimizer="sgd", learning_rate=rate)
+
+    def fit(trainer, epochs):
+        history = trainer.fit(X, VALUES, batch_size=32, epochs=epochs, verbose=0)
+        return history.history["learning_rate"][-1]
+
+    trainer = make()
+    trainer.evaluate(X, VALUES)
+    assert fit(trainer, 5) == pytest.approx(1 / 10)
+    assert fit(trainer, 5) == pytest.approx(1 / 20)
+    trainer.save(tmp_path / "run.msgpack")
+    loaded = Trainer.load(tmp_path / "run.msgpack", nn.Dense(1), learning_rate=rate)
+    assert fit(loaded, 5) == pytest.approx(1 / 30)
+
+
+def test_a_warm_up_can_be_loaded_and_predicted_with(tmp_path):
+    def rate(total_steps):
+        return optax.warmup_cosine_decay_schedule(0.0, 0.1, 10, total_steps)
+
+    trainer = Trainer(nn.Dense(1), learning_rate=rate)
+    trainer.predict(X)
+    trainer.fit(X, VALUES, batch_size=8, epochs=3, verbose=0)
+    trainer.save(tmp_path / "run.msgpack")
+    loaded = Trainer.load(tmp_path / "run.msgpack", nn.Dense(1), learning_rate=rate)
+    assert loaded.evaluate(X, VALUES) == trainer.evaluate(X, VALUES)
+
+
+def test_an_iterator_that_is_too_short_for_the_steps_of_evaluate():
+    trainer = Trainer(nn.Dense(3))
+    with pytest.raises(flaxfit.DataError):
+        trainer.evaluate(iter([(X, LABELS)] * 3), steps=5)

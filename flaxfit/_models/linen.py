@@ -10,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 import flax.core
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -80,7 +81,6 @@ def adapt(module: nn.Module, inputs: Inputs, overrides: Overrides) -> Adapted:
     probe = Probe()
     if not isinstance(overrides.rngs, str):
         probe.rngs.update(overrides.rngs)
-        probe.eval_rngs.update(overrides.rngs)
     traced = _trace_until_known(module, inputs, flag, probe)
     if flag.name == "none" and overrides.train_flag == "auto" and probe.moded_layers:
         raise no_flag_error(module, probe.moded_layers)
@@ -229,6 +229,7 @@ def _trace_until_known(
         else:
             # A stream that is there may open the way to others.
             if known == (probe.rngs, probe.eval_rngs):
+                _keep_params_if_drawn(module, flag, inputs, probe, traced[0])
                 return traced
     raise DetectionError(  # pragma: no cover - more streams than anyone names
         f"{type(module).__name__} asks for more than {_MAX_TRACES} RNG streams and "
@@ -236,14 +237,50 @@ def _trace_until_known(
     )
 
 
+def _keep_params_if_drawn(
+    module: nn.Module,
+    flag: TrainFlag,
+    inputs: Inputs,
+    probe: Probe,
+    initial: dict[str, PyTree],
+) -> None:
+    """Drops the stream "params" where nothing but a lifted transform touched it.
+
+    Supplied without need it would stand in for streams that are not, e.g. give all
+    rows of an `nn.vmap` one mask.
+    """
+    variables = {n: v for n, v in initial.items() if n not in NEVER_CARRIED}
+    for train, streams in ((True, probe.rngs), (False, probe.eval_rngs)):
+        if "params" not in streams:
+            continue
+        streams.discard("params")
+
+        def trace(variables: PyTree, inputs: Inputs, train: bool = train) -> Any:
+            names = probe.rngs if train else probe.eval_rngs
+            rngs = dict.fromkeys(names, jax.random.key(0))
+            return _bind_axes(
+                lambda: _apply(module, flag, variables, inputs, train, rngs),
+                tuple(probe.axis_names),
+            )
+
+        try:
+            jax.eval_shape(trace, variables, inputs)
+        except flax.errors.InvalidRngError as error:
+            if 'PRNG for "params"' not in str(error):
+                raise
+            streams.add("params")
+
+
 @contextlib.contextmanager
 def _noting_streams(drawn: set[str], asked: set[str]) -> Iterator[None]:
     """Notes the streams a call draws from (`make_rng`) or asks for (`has_rng`)."""
-    scope = flax.core.Scope
+    scope, thread = flax.core.Scope, threading.get_ident()
     make, has = scope.make_rng, scope.has_rng
     drawing: list[str] = []
 
     def make_rng(self: Any, name: str = "params") -> Any:
+        if threading.get_ident() != thread:
+            return make(self, name)
         drawn.add(name)
         drawing.append(name)  # flax asks for the stream, and for "params" in its place
         try:
@@ -252,7 +289,7 @@ def _noting_streams(drawn: set[str], asked: set[str]) -> Iterator[None]:
             drawing.pop()
 
     def has_rng(self: Any, name: str) -> bool:
-        if not drawing:
+        if not drawing and threading.get_ident() == thread:
             asked.add(name)
         return bool(has(self, name))
 

@@ -76,29 +76,30 @@ def find_train_flag(module: nn.Module, overrides: Overrides) -> TrainFlag:
                 f"attribute. Write the name it has, train_flag=None if it has none, "
                 f"or train_flag=lambda module, train: module.clone(...)."
             )
-    if in_call:
-        # Others that would say something else if they were left alone go along.
-        others = [n for n in in_call[1:] if parameters[n].default is not None]
-        arguments = [in_call[0], *others]
-        return TrainFlag(
-            f"{in_call[0]}=",
-            arguments=tuple((n, inverted[n]) for n in arguments),
-            # `nn.merge_param` refuses a flag that is given twice.
-            cleared=tuple(n for n in arguments if getattr(module, n, None) is not None)
-            if on_module
-            else (),
-        )
-    if on_module:
-        name = on_module[0]
-        return TrainFlag(f"attribute {name}", attributes=((name, inverted[name]),))
-    return TrainFlag("none")
+    # All that there are are set: one left alone would contradict the others.
+    arguments = [
+        n for i, n in enumerate(in_call) if not i or parameters[n].default is not None
+    ]
+    attributes = [n for n in on_module if n not in arguments]
+    names = [f"{n}=" for n in arguments] + [f"attribute {n}" for n in attributes]
+    return TrainFlag(
+        ", ".join(names) or "none",
+        arguments=tuple((n, inverted[n]) for n in arguments),
+        attributes=tuple((n, inverted[n]) for n in attributes),
+        # `nn.merge_param` refuses a flag that is given twice.
+        cleared=tuple(
+            n
+            for n in arguments
+            if n in on_module and getattr(module, n, None) is not None
+        ),
+    )
 
 
 def parameters_of(module: nn.Module) -> dict[str, inspect.Parameter]:
     """Returns the parameters of `module.__call__` by name."""
-    parameters = dict(inspect.signature(type(module).__call__).parameters)
-    parameters.pop("self", None)
-    return parameters
+    receiver, *others = inspect.signature(type(module).__call__).parameters.items()
+    del receiver
+    return dict(others)
 
 
 @contextlib.contextmanager
