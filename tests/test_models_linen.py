@@ -704,6 +704,36 @@ def test_collections_and_rngs_can_be_said():
         Trainer(Counter(), collections=["ema"]).fit(X, Y, verbose=0)
 
 
+def test_fp8_scales_are_replaced_by_their_gradient():
+    """`_overwrite_with_gradient`: state that flax's fp8 layers set by its gradient."""
+
+    class Fp8(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(16, dot_general_cls=nn.Fp8DirectDotGeneralOp)(x)
+
+    x = np.random.default_rng(0).normal(size=(16, 16)).astype(np.float32)
+    trainer = Trainer(Fp8(), optimizer="sgd", learning_rate=0.1)
+    trainer.fit(x, x / 2, batch_size=16, epochs=3, shuffle=False, verbose=0)
+
+    name = "_overwrite_with_gradient"
+    variables = Fp8().init(jax.random.key(0), x)
+    params, scales = variables["params"], variables[name]
+
+    @jax.jit
+    def gradients(params, scales):
+        def loss(both):
+            outputs = Fp8().apply({"params": both[0], name: both[1]}, x)
+            return jnp.mean((outputs - x / 2) ** 2)
+
+        return jax.grad(loss)((params, scales))
+
+    for _ in range(3):
+        grads, scales = gradients(params, scales)
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+    assert_equal(trainer.variables, {"params": params, name: scales}, atol=1e-6)
+
+
 def test_initial_parameters_are_those_of_module_init():
     trainer = Trainer(TrainByDefault(), seed=3)
     state = trainer.init((X[:8], Y[:8]))
