@@ -33,6 +33,35 @@ def as_optional_count(argument: str, value: Any) -> int | None:
     return None if value is None else as_count(argument, value)
 
 
+def as_steps_per_call(value: Any) -> int | None:
+    """Returns a number of steps, None for `"auto"`.
+
+    Raises:
+      ValueError: anything else.
+    """
+    if isinstance(value, str) and value == "auto":
+        return None
+    try:
+        return as_count("steps_per_call", value)
+    except ValueError as error:
+        raise ValueError(f'{error} Or "auto", to go by the clock.') from None
+
+
+def as_share(argument: str, value: Any) -> float:
+    """Returns a share between 0 and 1.
+
+    Raises:
+      ValueError: anything else.
+    """
+    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not number or not 0 <= value <= 1:
+        raise ValueError(
+            f"{argument}={value!r}: write a share of the free device memory between 0, "
+            f"for none, and 1: {argument}=0.5."
+        )
+    return float(value)
+
+
 def refuse_list(return_dict: Any) -> None:
     """Checks Keras's `return_dict`.
 

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from flaxfit._compile import (
-    Preflight,
     Programs,
     Running,
+    Steps,
     compile_programs,
     empty_running,
     preflight,
@@ -20,6 +20,7 @@ from flaxfit._errors import DataError, DetectionError
 from flaxfit._forms import differences, forms_of, listed, shapes_of
 from flaxfit._models.base import Adapted, ModelFamily, Overrides
 from flaxfit._objective import check_targets, resolve_objective
+from flaxfit._sharding import Placement
 from flaxfit._steps import (
     Task,
     TrainStep,
@@ -61,6 +62,7 @@ class Built(NamedTuple):
       adapted: the model and what was detected about it.
       task: what the steps are built from.
       programs: the compiled steps.
+      placement: the devices they run on.
       template: the shapes of the state.
       variables: the variables to start from, sown ones left out.
       outputs: the shapes of the model's outputs.
@@ -74,6 +76,7 @@ class Built(NamedTuple):
     adapted: Adapted
     task: Task
     programs: Programs
+    placement: Placement
     template: TrainState
     variables: Mapping[str, PyTree]
     outputs: PyTree
@@ -85,11 +88,11 @@ class Built(NamedTuple):
 
     def empty(self) -> Running:
         """Returns an empty accumulator for training."""
-        return empty_running(self.logs)
+        return empty_running(self.logs, self.placement)
 
     def empty_eval(self) -> Running:
         """Returns an empty accumulator for evaluation."""
-        return empty_running(self.eval_logs)
+        return empty_running(self.eval_logs, self.placement)
 
     def history_names(self, *, validated: bool) -> list[str]:
         """Returns the names the History of a fit will have, in its order."""
@@ -128,6 +131,7 @@ def build(
     model: Any,
     family: ModelFamily,
     settings: Settings,
+    placement: Placement,
     example: Batch,
     total_steps: int | None,
     known: Adapted | None = None,
@@ -141,6 +145,7 @@ def build(
       model: what the user gave the trainer.
       family: its library's functions.
       settings: what the user said.
+      placement: the devices to run on.
       example: one batch, arrays or shapes.
       total_steps: the length of the training if it is known.
       known: what was detected before, to be kept.
@@ -182,25 +187,29 @@ def build(
         if name not in adapted.detected.sown  # `module.init` returns these as well
     }
     _check_variables(variables, template)
-    eval_step = make_eval_step(task)
-    traced = evaluated = Preflight({}, False)
-    if complete:
-        index = jax.ShapeDtypeStruct((), np.int32)
-        traced = preflight(train_step, template, example)
-        evaluated = preflight(eval_step, template, example, index)
-    programs = compile_programs(
+    steps = Steps(
         init=init,
-        train_step=train_step,
-        eval_step=eval_step,
-        predict_step=make_predict_step(task),
-        intermediates_step=make_predict_step(task, sown="intermediates"),
+        train=train_step,
+        evaluate=make_eval_step(task),
+        predict=make_predict_step(task),
+        intermediates=make_predict_step(task, sown="intermediates"),
         gradient=make_gradient(task),
-        calls_host=traced.calls_host,
+    )
+    index = jax.ShapeDtypeStruct((), np.int32)
+    if complete:
+        traced = preflight(steps.train, template, example)
+        evaluated = preflight(steps.evaluate, template, example, index)
+    else:
+        predicted = preflight(steps.predict, template, example.inputs, index)
+        traced = evaluated = predicted._replace(logs={})
+    programs = compile_programs(
+        steps, placement, calls_host=traced.calls_host, convolves=traced.convolves
     )
     return Built(
         adapted=adapted,
         task=task,
         programs=programs,
+        placement=placement,
         template=template,
         variables=variables,
         outputs=outputs,

@@ -20,6 +20,7 @@ from flaxfit._forms import (
 )
 from flaxfit._models.base import Adapted, ModelFamily
 from flaxfit._objective import Objective, resolve_objective
+from flaxfit._sharding import Placement
 from flaxfit._steps import make_predict_step
 from flaxfit._types import Batch, Inputs, PyTree, TrainState
 from flaxfit.metrics import resolve_metrics
@@ -45,7 +46,11 @@ _WITHOUT_OPTIMIZER = (*_WITHOUT_TARGETS, "evaluate", "gradient")
 class Builder:
     """Owns the parts of one trainer, and makes them when the first data comes."""
 
-    def __init__(self, model: Any, family: ModelFamily, settings: Settings) -> None:
+    def __init__(
+        self, model: Any, family: ModelFamily, settings: Settings, placement: Placement
+    ) -> None:
+        self._all_devices = placement
+        self._placement = placement
         self._model = model
         self._family = family
         self._settings = settings
@@ -60,6 +65,28 @@ class Builder:
     def seed(self) -> int:
         """The trainer's seed."""
         return self._settings.seed
+
+    @property
+    def placement(self) -> Placement:
+        """The devices that are used now."""
+        return self._placement
+
+    @property
+    def spare_devices(self) -> int:
+        """How many devices the last batches to train on did not divide among."""
+        return len(self._all_devices.devices) - len(self._placement.devices)
+
+    def place_for(self, rows: int) -> bool:
+        """Uses as many devices as divide batches of `rows`; returns if they changed.
+
+        Raises:
+          ValueError: the devices were chosen, and do not divide them.
+        """
+        placement = self._all_devices.for_rows(rows)
+        if placement.devices == self._placement.devices:
+            return False
+        self._placement = placement
+        return True
 
     @property
     def plans_ahead(self) -> bool:
@@ -107,13 +134,16 @@ class Builder:
             known = built.adapted
             keep = _WITHOUT_OPTIMIZER if built.complete else _WITHOUT_TARGETS
             same = not self.plans_ahead or total_steps in (None, built.total_steps)
-            if built.complete and same:
+            if built.placement != self._placement:
+                keep = ()
+            elif built.complete and same:
                 return built
         self._install(
             build(
                 self._model,
                 self._family,
                 self._settings,
+                self._placement,
                 example,
                 total_steps,
                 known=known,
@@ -137,7 +167,13 @@ class Builder:
             settings = replace(self._settings, loss=None, metrics=None)
             self._install(
                 build(
-                    self._model, self._family, settings, example, None, complete=False
+                    self._model,
+                    self._family,
+                    settings,
+                    self._placement,
+                    example,
+                    None,
+                    complete=False,
                 )
             )
         return self.built
@@ -180,9 +216,8 @@ class Builder:
     def fresh_state(self, example: Batch) -> TrainState:
         """Returns a new state at step 0."""
         rng = jax.random.key(self._settings.seed)
-        state: TrainState = self.built.programs.init(
-            rng, example.inputs, self.built.variables
-        )
+        variables = self._placement.put(self.built.variables)
+        state: TrainState = self.built.programs.init(rng, example.inputs, variables)
         return state
 
     def check_values(self, batch: Batch) -> None:

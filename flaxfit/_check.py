@@ -62,7 +62,11 @@ class CheckReport:
 
 
 def first_lines(
-    built: Built, state: TrainState, source: Source, unused: Sequence[str] = ()
+    built: Built,
+    state: TrainState,
+    source: Source,
+    unused: Sequence[str] = (),
+    spare_devices: int = 0,
 ) -> list[str]:
     """Returns the lines a `fit` begins with: two, more if there is more to say.
 
@@ -71,6 +75,7 @@ def first_lines(
       state: the state before the first step.
       source: the data.
       unused: keys of the data of which nothing is read, besides the source's.
+      spare_devices: how many devices have nothing to do.
     """
     detected = built.adapted.detected
     parts = [
@@ -96,6 +101,14 @@ def first_lines(
     ]
     if isinstance(built.example.inputs, dict) or len(built.example.inputs) > 1:
         lines.append(_inputs_text(built.example))
+    if spare_devices:
+        used = len(built.placement.devices)
+        everything = used + spare_devices
+        rows = -(-(source.batch_size or 1) // everything) * everything
+        lines.append(
+            f"{used} of {everything} devices are used, as they divide batches of "
+            f"{source.batch_size}; all would with batch_size={rows}"
+        )
     unused = (*unused, *source.unused)
     if unused:
         lines.append(f"unused: {_listed(map(str, unused))}")
@@ -116,7 +129,7 @@ def make_report(built: Built, state: TrainState, source: Source) -> CheckReport:
         for path, leaf in jax.tree_util.tree_flatten_with_path(gradients)[0]
         if not np.any(leaf)
     )
-    cost = built.programs.train.analyze(state, built.empty(), example)
+    cost = built.programs.train.analyze(state, built.empty(), example, 0, 1)
     flops = cost.get("flops")
     step_bytes = cost.get("bytes")
     chance = _chance(built)
@@ -161,7 +174,7 @@ def _warning_rows(built: Built, state: TrainState, example: Batch) -> dict[str, 
     terms = [term for term in built.task.objective.terms if term.loss.of_logits]
     if not terms:
         return {}
-    outputs = read(built.programs.predict(state, example.inputs, np.int32(0)))
+    outputs = read(built.programs.predict(state, example, 0, 1, 0))
     warnings = []
     for term in terms:
         values = np.asarray(pick(outputs, term.path), np.float32)

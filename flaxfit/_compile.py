@@ -1,20 +1,26 @@
 """The only place that jits: what is compiled, what it donates, how often it traced."""
 
+import contextlib
+import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from contextvars import ContextVar
+from typing import Any, NamedTuple, Protocol
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxfit._segments import Segment, batch_at
+from flaxfit._sharding import Placement
 from flaxfit._steps import EvalStep, InitStep, PredictStep, TrainStep
-from flaxfit._types import Array, Batch, Logs, PyTree, TrainState
+from flaxfit._types import Array, Average, Batch, Inputs, Logs, PyTree, Sum, TrainState
 
 # Primitives that run the user's Python on the host, where it can fail.
 _HOST_CALLBACKS = frozenset(
     {"pure_callback", "io_callback", "debug_callback", "debug_print"}
 )
+_CONVOLUTION = "conv_general_dilated"
 
 
 class Running(flax.struct.PyTreeNode):
@@ -29,32 +35,68 @@ class Running(flax.struct.PyTreeNode):
     logs: Logs
 
 
+class CompileListener(Protocol):
+    """Who is told of compiles while `listening`."""
+
+    def compiling(self, program: "Program") -> None:
+        """Called when a program is about to be compiled."""
+
+    def compiled(self, program: "Program", seconds: float) -> None:
+        """Called when it was, and its first call was dispatched."""
+
+
+_LISTENER: ContextVar[CompileListener | None] = ContextVar("listener", default=None)
+
+
+@contextlib.contextmanager
+def listening(listener: CompileListener) -> Iterator[None]:
+    """Tells `listener` of every compile inside."""
+    token = _LISTENER.set(listener)
+    try:
+        yield
+    finally:
+        _LISTENER.reset(token)
+
+
 class Program:
     """A jitted function that counts how often it was traced.
 
     Attributes:
+      name: what it is to a user, e.g. `"train step"`.
       traces: the number of traces so far, one per compile.
+      signatures: the shapes of the arguments of the last two traces.
     """
 
     def __init__(
         self,
+        name: str,
         function: Callable[..., Any],
         *,
         donate_argnums: tuple[int, ...] = (),
+        out_shardings: Any = None,
         wait: bool = False,
     ) -> None:
+        self.name = name
         self.traces = 0
+        self.signatures: tuple[Any, ...] = ()
         self._wait = wait
 
         def traced(*args: Any) -> Any:
             self.traces += 1
+            self.signatures = (*self.signatures[-1:], _shapes_of(args))
+            if listener := _LISTENER.get():
+                listener.compiling(self)
             return function(*args)
 
-        self._jitted = jax.jit(traced, donate_argnums=donate_argnums)
+        shardings = {} if out_shardings is None else {"out_shardings": out_shardings}
+        self._jitted = jax.jit(traced, donate_argnums=donate_argnums, **shardings)
 
     def __call__(self, *args: Any) -> Any:
         """Runs the program; dispatch is asynchronous unless it must be waited for."""
+        traces, started = self.traces, time.perf_counter()
         result = self._jitted(*args)
+        if self.traces != traces and (listener := _LISTENER.get()):
+            listener.compiled(self, time.perf_counter() - started)
         return jax.block_until_ready(result) if self._wait else result
 
     def analyze(self, *args: Any) -> dict[str, float]:
@@ -64,9 +106,8 @@ class Program:
         temporaries, donated ones counted once. What the backend does not tell is
         absent.
         """
-        traces = self.traces
-        compiled = self._jitted.lower(*args).compile()
-        self.traces = traces
+        with self._uncounted():
+            compiled = self._jitted.lower(*args).compile()
         cost = compiled.cost_analysis() or {}
         memory = compiled.memory_analysis()
         found = {"flops": cost.get("flops")}
@@ -81,19 +122,59 @@ class Program:
             name: float(value) for name, value in found.items() if value is not None
         }
 
+    def flops(self) -> float | None:
+        """Returns the FLOPs of one step of the program as it was last traced.
+
+        Nothing is compiled. None if it was never traced, or the backend does not
+        tell.
+        """
+        if not self.signatures:
+            return None
+        with self._uncounted():
+            lowered = self._jitted.lower(*self.signatures[-1])
+        cost = lowered.cost_analysis() or {}
+        return float(cost["flops"]) if "flops" in cost else None
+
+    @contextlib.contextmanager
+    def _uncounted(self) -> Iterator[None]:
+        before = self.traces, self.signatures
+        token = _LISTENER.set(None)
+        try:
+            yield
+        finally:
+            _LISTENER.reset(token)
+            self.traces, self.signatures = before
+
+
+class Steps(NamedTuple):
+    """The pure functions that the programs are made of."""
+
+    init: InitStep
+    train: TrainStep
+    evaluate: EvalStep
+    predict: PredictStep
+    intermediates: PredictStep
+    gradient: Callable[[TrainState, Batch], tuple[Array, PyTree]]
+
 
 class Programs(NamedTuple):
     """All programs of a trainer, one per phase.
 
+    The first three that loop take a segment and run its batches
+    `start … start + count - 1`: one compile serves any number of steps. Where
+    `single`, `count` has to be 1.
+
     Attributes:
       init: `(rng, inputs, variables) -> state`.
-      train: `(state, running, batch) -> (state, running, token)`; state and running
-        are donated, `token` is ready when the step is.
+      train: `(state, running, segment, start, count) -> (state, running)`; the state
+        is donated.
       step: `(state, batch) -> (state, logs)`, nothing donated: the public step.
-      evaluate: `(state, running, batch) -> (running, token)`; running is donated.
-      predict: `(state, inputs, index) -> outputs`.
+      evaluate: `(state, running, segment, start, count) -> running`.
+      predict: `(state, segment, start, count, first) -> outputs`; `[capacity, ...]`
+        of a `Stack` unless `single`. `first` is the number of the batch `start`.
       intermediates: the same for the sown `intermediates`.
       gradient: `(state, batch) -> (loss, gradients)`, for `check`.
+      single: whether a call runs exactly one step.
     """
 
     init: Program
@@ -103,67 +184,127 @@ class Programs(NamedTuple):
     predict: Program
     intermediates: Program
     gradient: Program
+    single: bool
 
 
 def compile_programs(
-    *,
-    init: InitStep,
-    train_step: TrainStep,
-    eval_step: EvalStep,
-    predict_step: PredictStep,
-    intermediates_step: PredictStep,
-    gradient: Callable[[TrainState, Batch], tuple[Array, PyTree]],
-    calls_host: bool,
+    steps: Steps, placement: Placement, *, calls_host: bool, convolves: bool
 ) -> Programs:
     """Returns the programs; nothing is compiled before its first call.
 
     Args:
+      steps: the pure functions.
+      placement: the devices; the state stays on them as it is.
       calls_host: whether a step calls back into Python. An error there surfaces
         after the call, when a donated state would be gone: such steps donate
-        nothing and are waited for.
+        nothing, are waited for, and run one by one.
+      convolves: whether there are convolutions. For a CPU, XLA brings them into the
+        form that is fast only outside of loops; inside they take many times as long.
     """
+    single = calls_host or (convolves and placement.devices[0].platform == "cpu")
 
     def train(
-        state: TrainState, running: Running, batch: Batch
-    ) -> tuple[TrainState, Running, Array]:
-        state, logs = train_step(state, batch)
-        running = _accumulate(running, logs)
-        return state, running, running.index + 0
+        state: TrainState, running: Running, segment: Segment, start: Any, count: Any
+    ) -> tuple[TrainState, Running]:
+        def step(
+            index: Any, carry: tuple[TrainState, Running]
+        ) -> tuple[TrainState, Running]:
+            state, running = carry
+            state, logs = steps.train(state, batch_at(segment, index))
+            return state, _accumulate(running, logs)
+
+        if single or isinstance(segment, Batch):
+            return step(start, (state, running))
+        return jax.lax.fori_loop(start, start + count, step, (state, running))
 
     def evaluate(
-        state: TrainState, running: Running, batch: Batch
-    ) -> tuple[Running, Array]:
-        running = _accumulate(running, eval_step(state, batch, running.index))
-        return running, running.index + 0
+        state: TrainState, running: Running, segment: Segment, start: Any, count: Any
+    ) -> Running:
+        def step(index: Any, running: Running) -> Running:
+            batch = batch_at(segment, index)
+            return _accumulate(running, steps.evaluate(state, batch, running.index))
 
+        if single or isinstance(segment, Batch):
+            return step(start, running)
+        return jax.lax.fori_loop(start, start + count, step, running)
+
+    whole = placement.replicated
     return Programs(
-        init=Program(init),
+        init=Program("init", steps.init, out_shardings=whole),
         train=Program(
-            train, donate_argnums=() if calls_host else (0, 1), wait=calls_host
+            "train step",
+            train,
+            donate_argnums=() if calls_host else (0,),
+            out_shardings=whole,
+            wait=calls_host,
         ),
-        step=Program(train_step),
-        evaluate=Program(evaluate, donate_argnums=(1,)),
-        predict=Program(predict_step),
-        intermediates=Program(intermediates_step),
-        gradient=Program(gradient),
+        step=Program("train step", steps.train),
+        evaluate=Program("eval step", evaluate, out_shardings=whole),
+        predict=Program("predict step", _over_segment(steps.predict, single)),
+        intermediates=Program(
+            "predict step", _over_segment(steps.intermediates, single)
+        ),
+        gradient=Program("gradient", steps.gradient),
+        single=single,
     )
+
+
+def _over_segment(step: PredictStep, single: bool) -> Callable[..., PyTree]:
+    def predict(
+        state: TrainState, segment: Segment, start: Any, count: Any, first: Any
+    ) -> PyTree:
+        def outputs_at(index: Any) -> PyTree:
+            inputs: Inputs = batch_at(segment, index).inputs
+            return step(state, inputs, jnp.int32(first + index - start))
+
+        if single or isinstance(segment, Batch):
+            return outputs_at(start)
+        capacity = jax.tree.leaves(segment)[0].shape[0]
+        empty = jax.tree.map(
+            lambda leaf: jnp.zeros((capacity, *leaf.shape), leaf.dtype),
+            jax.eval_shape(outputs_at, start),
+        )
+
+        def write(index: Any, written: PyTree) -> PyTree:
+            return jax.tree.map(
+                lambda all_, one: all_.at[index].set(one), written, outputs_at(index)
+            )
+
+        return jax.lax.fori_loop(start, start + count, write, empty)
+
+    return predict
 
 
 def _accumulate(running: Running, logs: Logs) -> Running:
-    # Chosen by index and not merged into an empty one: not every metric has one.
     first = running.index == 0
-    merged = {name: running.logs[name].merge(log) for name, log in logs.items()}
-    chosen = jax.tree.map(lambda new, old: jnp.where(first, new, old), logs, merged)
-    return Running(running.index + 1, chosen)
 
+    def merged(log: Any, before: Any) -> Any:
+        after = before.merge(log)
+        if isinstance(log, Average | Sum):
+            return after  # what a running begins with is their neutral element
+        # Chosen by index: not every metric has one.
+        return jax.tree.map(lambda new, old: jnp.where(first, new, old), log, after)
 
-def empty_running(logs: PyTree) -> Running:
-    """Returns the start of an epoch for `logs` of these shapes."""
-    index, zeros = jax.device_put(
-        (np.int32(0), jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), logs)),
-        may_alias=False,
+    return Running(
+        running.index + 1,
+        {name: merged(log, running.logs[name]) for name, log in logs.items()},
     )
-    return Running(index, zeros)
+
+
+def empty_running(logs: PyTree, placement: Placement) -> Running:
+    """Returns the start of an epoch for `logs` of these shapes."""
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), logs)
+    index, logs = placement.put((np.int32(0), zeros))
+    return Running(index, logs)
+
+
+def _shapes_of(args: Any) -> Any:
+    def shape(leaf: Any) -> Any:
+        if isinstance(leaf, int):
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=leaf.weak_type)
+
+    return jax.tree.map(shape, args)
 
 
 class Preflight(NamedTuple):
@@ -172,23 +313,25 @@ class Preflight(NamedTuple):
     Attributes:
       logs: the logs' shapes.
       calls_host: whether the step calls back into Python.
+      convolves: whether there are convolutions in it.
     """
 
     logs: PyTree
     calls_host: bool
+    convolves: bool
 
 
 def preflight(step: Callable[..., Any], *args: Any) -> Preflight:
     """Traces `step(*args)`, the logs its last or only result, without computing.
 
     Args:
-      step: a train step `-> (state, logs)` or an eval step `-> logs`.
+      step: a train step `-> (state, logs)`, an eval step `-> logs`, or any other.
       *args: arrays or shapes.
     """
     jaxpr, shapes = jax.make_jaxpr(step, return_shape=True)(*args)
     logs = shapes[1] if isinstance(shapes, tuple) else shapes
     names = {eqn.primitive.name for eqn in _equations(jaxpr.jaxpr)}
-    return Preflight(logs, bool(names & _HOST_CALLBACKS))
+    return Preflight(logs, bool(names & _HOST_CALLBACKS), _CONVOLUTION in names)
 
 
 def _equations(jaxpr: Any) -> Iterator[Any]:

@@ -82,8 +82,7 @@ class ClassRatio(flax.struct.PyTreeNode):
             "recall": (hits, actual),
             "f1": (2 * hits, decided + actual),
         }[measure]
-        residual = jnp.zeros((2, *total.shape), jnp.float32)
-        return cls(Average(total, count, residual), seen)
+        return cls(Average.sums(total, count), seen)
 
     def merge(self, other: Self) -> Self:
         """Returns both together."""
@@ -185,8 +184,7 @@ class RocCurve(flax.struct.PyTreeNode):
 
         positives = histogram(jnp.where(targets, weights, 0.0))
         negatives = histogram(jnp.where(targets, 0.0, weights))
-        residual = jnp.zeros((2, 2 * _BINS), jnp.float32)
-        return cls(Average(positives, negatives, residual))
+        return cls(Average.sums(positives, negatives))
 
     def merge(self, other: Self) -> Self:
         """Returns both together."""
@@ -198,8 +196,8 @@ class RocCurve(flax.struct.PyTreeNode):
         That is the chance that a positive scores above a negative,
         https://en.wikipedia.org/wiki/Receiver_operating_characteristic.
         """
-        positives = self.counts.total + self.counts.residual[0]
-        negatives = self.counts.count + self.counts.residual[1]
+        positives = self.counts.total + self.counts.total_residual
+        negatives = self.counts.count + self.counts.count_residual
         below = jnp.cumsum(negatives) - 0.5 * negatives
         pairs = jnp.sum(positives) * jnp.sum(negatives)
         return jnp.sum(positives * below) / pairs

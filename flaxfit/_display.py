@@ -25,6 +25,9 @@ class Display(Protocol):
     def begin(self, title: str, total: int | None) -> None:
         """Begins an epoch of `total` steps, None if unknown."""
 
+    def note(self, text: str) -> None:
+        """Shows what goes on beside the bar, until the next `update`."""
+
     def due(self) -> bool:
         """Whether it is time for an `update`: at most ten times a second."""
 
@@ -42,6 +45,9 @@ class Silent:
         """Does nothing."""
 
     def begin(self, title: str, total: int | None) -> None:
+        """Does nothing."""
+
+    def note(self, text: str) -> None:
         """Does nothing."""
 
     def due(self) -> bool:
@@ -148,6 +154,11 @@ class Bar:
         )
         self._last = time.perf_counter()
 
+    def note(self, text: str) -> None:
+        """Shows the text in place of the values."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(_encodable(text), refresh=True)
+
     def due(self) -> bool:
         """Whether a tenth of a second has gone by."""
         return time.perf_counter() - self._last >= _SECONDS_BETWEEN_UPDATES
@@ -161,6 +172,7 @@ class Bar:
     def end(self, done: int, logs: Mapping[str, Any], *, finished: bool) -> None:
         """Puts the epoch's line in the bar's place."""
         self._bar.close()
+        self._bar = None
         self.say(self._line.text(done, logs, finished, self._columns()))
 
     def _columns(self) -> int:

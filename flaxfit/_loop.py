@@ -1,10 +1,8 @@
 """The host loops: fit, eval, predict. They dispatch, and read as seldom as they can."""
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import count, islice
 from typing import Any
 
 import jax
@@ -12,14 +10,13 @@ import numpy as np
 
 from flaxfit._compile import Program, Running
 from flaxfit._display import Display, Silent, epoch_display
+from flaxfit._feed import Feed, Ready, Segments
 from flaxfit._interrupt import Interrupt
-from flaxfit._types import Batch, Logs, PyTree, StateHolder, TrainState
+from flaxfit._pace import Pace
+from flaxfit._segments import Stack
+from flaxfit._timing import Clock
+from flaxfit._types import Logs, PyTree, StateHolder, TrainState
 from flaxfit.callbacks.base import CallbackList, LoopState
-from flaxfit.data.source import Source
-
-# Steps dispatched ahead of the device. Enough to keep it busy; without a bound a
-# slow device would have the batches of a whole epoch pile up in its memory.
-_STEPS_IN_FLIGHT = 8
 
 
 @dataclass(frozen=True)
@@ -28,115 +25,126 @@ class FitPlan:
 
     Attributes:
       epochs: `range(initial_epoch, epochs)`.
-      steps_per_epoch: steps of an epoch, None for one pass over the data.
+      train: the train program.
+      running: an empty accumulator.
+      feed: where the batches come from.
+      steps_per_call: steps of one call of the program, None to go by the clock.
       order: sorts logs into History's order.
       learning_rate: reads the current rate from an optimizer state, or None.
       validate: evaluates a state, or None without validation data.
       validates_at: whether to validate after an epoch.
+      callbacks: whom to call.
+      display: where the progress goes.
+      interrupt: tells of Ctrl-C.
     """
 
     epochs: range
-    steps_per_epoch: int | None
+    train: Program
+    running: Running
+    feed: Feed
+    steps_per_call: int | None
     order: Callable[[Logs], Logs]
     learning_rate: Callable[[PyTree], Any]
     validate: Callable[[TrainState], dict[str, Any] | None] | None
     validates_at: Callable[[int], bool]
+    callbacks: CallbackList
+    display: Display
+    interrupt: Interrupt
 
 
-def fit_loop(
-    loop: LoopState,
-    holder: StateHolder,
-    *,
-    plan: FitPlan,
-    train: Program,
-    empty: Callable[[], Running],
-    source: Source,
-    callbacks: CallbackList,
-    display: Display,
-    interrupt: Interrupt,
-) -> None:
+def fit_loop(loop: LoopState, holder: StateHolder, plan: FitPlan) -> None:
     """Trains until the plan is done, a callback stops it, or Ctrl-C.
 
     `loop.history` holds the finished epochs; `holder` the state after the last
     finished step, whatever happens.
     """
-    batches = _epochs_of(source, plan.steps_per_epoch)
+    pace = Pace(plan.steps_per_call)
     try:
-        callbacks.call("on_train_begin", loop)
+        plan.callbacks.call("on_train_begin", loop)
         for loop.epoch in plan.epochs:
-            callbacks.call("on_epoch_begin", loop)
-            finished = _fit_epoch(
-                loop,
-                holder,
-                plan=plan,
-                train=train,
-                running=empty(),
-                batches=next(batches),
-                callbacks=callbacks,
-                display=display,
-                interrupt=interrupt,
-            )
-            if not finished or loop.stopped or interrupt.requested:
+            plan.callbacks.call("on_epoch_begin", loop)
+            finished = _fit_epoch(loop, holder, plan, pace)
+            if not finished or loop.stopped or plan.interrupt.requested:
                 break
     except BaseException as error:
         # The first error is the one to report; what follows from it is noted.
         loop.broken_off = True
         try:
-            callbacks.end(loop)
+            plan.callbacks.end(loop)
         except Exception as later:
             error.add_note(f"then on_train_end failed: {later!r}")
         raise
-    if interrupt.requested and not loop.stopped:
+    if plan.interrupt.requested and not loop.stopped:
         loop.broken_off = True
         loop.stop("interrupted by Ctrl-C")
-    callbacks.end(loop)
+    plan.callbacks.end(loop)
 
 
-def _fit_epoch(
-    loop: LoopState,
-    holder: StateHolder,
-    *,
-    plan: FitPlan,
-    train: Program,
-    running: Running,
-    batches: Iterator[Batch],
-    callbacks: CallbackList,
-    display: Display,
-    interrupt: Interrupt,
-) -> bool:
+def _fit_epoch(loop: LoopState, holder: StateHolder, plan: FitPlan, pace: Pace) -> bool:
     """Trains one epoch; False if it was broken off."""
-    if loop.stopped or interrupt.requested:
+    if loop.stopped or plan.interrupt.requested:
         return False
-    begins = callbacks.has("on_train_batch_begin")
-    ends = callbacks.has("on_train_batch_end")
-    in_flight: deque[Any] = deque()
     title = f"Epoch {loop.epoch + 1}/{loop.epochs}"
     loop.batch = 0
     loop.set_logs({})
-    with epoch_display(display, title, loop.steps_per_epoch) as shown:
-        for batch in batches:
-            if begins:
-                callbacks.call("on_train_batch_begin", loop)
-            # From here to `put` the state is the device's.
-            with interrupt.shield():
-                state, running, token = train(holder.take(), running, batch)
-                holder.put(state)
-            loop.step += 1
-            loop.batch += 1
-            shown["done"] = loop.batch
-            _throttle(in_flight, token)
-            if ends:
-                loop.defer_logs(partial(_read_values, running, plan.order))
-                callbacks.call("on_train_batch_end", loop)
-            if display.due():
-                shown["logs"], _ = read_logs(running, plan.order)
-                display.update(loop.batch, shown["logs"])
-            if loop.stopped or interrupt.requested:
-                break
+    with epoch_display(plan.display, title, loop.steps_per_epoch) as shown:
+        running, examples = plan.running, 0
+        pace.begin()
+        with plan.feed.epoch() as segments:
+            for ready in timed(segments, pace, loop.clock):
+                running = _fit_segment(loop, holder, plan, pace, ready, running, shown)
+                examples += sum(ready.examples)
+                if loop.stopped or plan.interrupt.requested:
+                    break
         # A callback's stop ends the epoch as its last step would; Ctrl-C breaks it off.
-        if interrupt.requested:
+        if plan.interrupt.requested:
             return False
-        return _close_epoch(loop, holder, plan, running, callbacks, shown)
+        pace.drain()
+        closed = _close_epoch(loop, holder, plan, running, shown)
+        if closed:
+            loop.history.timing.append(loop.clock.lap(), loop.batch, examples)
+        return closed
+
+
+def _fit_segment(
+    loop: LoopState,
+    holder: StateHolder,
+    plan: FitPlan,
+    pace: Pace,
+    ready: Ready,
+    running: Running,
+    shown: dict[str, Any],
+) -> Running:
+    """Trains on the batches of a segment, several in one call."""
+    callbacks, interrupt, display = plan.callbacks, plan.interrupt, plan.display
+    begins = callbacks.has("on_train_batch_begin")
+    ends = callbacks.has("on_train_batch_end")
+    start = 0
+    while start < ready.batches:
+        if begins:
+            callbacks.call("on_train_batch_begin", loop)
+        left = ready.batches - start
+        count = min(pace.steps, left, callbacks.steps_to_hook(loop.step) or left)
+        traces = plan.train.traces
+        # From here to `put` the state is the device's.
+        with interrupt.shield():
+            state, running = plan.train(
+                holder.take(), running, ready.segment, start, count
+            )
+            holder.put(state)
+        start += count
+        loop.step += count
+        loop.batch += count
+        shown["done"] = loop.batch
+        pace.follow(running.index, running, count, compiled=plan.train.traces != traces)
+        if ends:
+            loop.defer_logs(partial(_read_values, running, plan.order))
+            callbacks.call("on_train_batch_end", loop)
+        if display.due():
+            _update(display, pace, plan.order)
+        if loop.stopped or interrupt.requested:
+            break
+    return running
 
 
 def _close_epoch(
@@ -144,7 +152,6 @@ def _close_epoch(
     holder: StateHolder,
     plan: FitPlan,
     running: Running,
-    callbacks: CallbackList,
     shown: dict[str, Any],
 ) -> bool:
     """Reads the epoch's values, validates, records; False if it was broken off."""
@@ -154,31 +161,45 @@ def _close_epoch(
     loop.steps_per_epoch = loop.batch
     if plan.validate is not None and plan.validates_at(loop.epoch):
         loop.set_logs(logs)
-        callbacks.call("on_test_begin", loop)
-        values = plan.validate(holder.peek())
+        plan.callbacks.call("on_test_begin", loop)
+        with loop.clock.phase("evaluating"):
+            values = plan.validate(holder.peek())
         if values is None:
             return False
         logs |= {f"val_{name}": value for name, value in values.items()}
         loop.set_logs(logs)
-        callbacks.call("on_test_end", loop)
+        plan.callbacks.call("on_test_end", loop)
     if rate is not None:
         logs["learning_rate"] = rate
     loop.set_logs(logs)
     loop.history.append(loop.epoch, logs)
-    callbacks.call("on_epoch_end", loop)
+    plan.callbacks.call("on_epoch_end", loop)
     loop.history.amend(loop.logs)
     shown.update(logs=loop.logs, finished=True)
     return True
 
 
-def _epochs_of(source: Source, steps: int | None) -> Iterator[Iterator[Batch]]:
-    """Yields the batches of each epoch: a pass each, or `steps` of endless passes."""
-    if steps is None:
-        for index in count():
-            yield source.batches(index)
-    endless = (batch for index in count() for batch in source.batches(index))
+def timed(segments: Segments, pace: Pace, clock: Clock | None) -> Iterator[Ready]:
+    """Yields the segments; waiting for one counts once the device has nothing to do."""
     while True:
-        yield islice(endless, steps)
+        if not segments.ready:
+            pace.drain()
+        idle = pace.idle
+        outer = clock.switch("waiting_for_data") if clock and idle else None
+        try:
+            ready = next(segments, None)
+        finally:
+            if clock and outer:
+                clock.switch(outer)
+        if ready is None:
+            return
+        yield ready
+
+
+def _update(display: Display, pace: Pace, order: Callable[[Logs], Logs]) -> None:
+    running, done = pace.finished
+    if running is not None:
+        display.update(done, read_logs(running, order)[0])
 
 
 def eval_loop(
@@ -186,8 +207,9 @@ def eval_loop(
     *,
     evaluate: Program,
     running: Running,
-    source: Source,
-    steps: int | None,
+    feed: Feed,
+    total: int | None,
+    steps_per_call: int | None,
     order: Callable[[Logs], Logs],
     display: Display | None = None,
     interrupted: Callable[[], bool] = lambda: False,
@@ -198,60 +220,104 @@ def eval_loop(
       state: the state to evaluate; it is only read.
       evaluate: the eval program.
       running: an empty accumulator.
-      source: the data, read from its beginning.
-      steps: at most so many batches, None for all.
+      feed: where the batches come from.
+      total: how many there are, None if that is not known.
+      steps_per_call: batches of one call of the program, None to go by the clock.
       order: sorts logs into History's order.
       display: shows the progress.
-      interrupted: asked before every batch.
+      interrupted: asked before every call.
     """
-    display = display or Silent()
-    in_flight: deque[Any] = deque()
-    total = source.num_batches if steps is None else steps
-    with epoch_display(display, "Evaluating", total) as shown:
-        for done, batch in enumerate(islice(source.batches(0), steps), 1):
-            if interrupted():
-                return None
-            running, token = evaluate(state, running, batch)
-            _throttle(in_flight, token)
-            shown["done"] = done
-            if display.due():
-                display.update(done, read_logs(running, order)[0])
+    display, pace = display or Silent(), Pace(steps_per_call)
+    done = 0
+    with (
+        epoch_display(display, "Evaluating", total) as shown,
+        feed.epoch() as segments,
+    ):
+        for ready in timed(segments, pace, None):
+            start = 0
+            while start < ready.batches:
+                if interrupted():
+                    return None
+                count = min(pace.steps, ready.batches - start)
+                traces = evaluate.traces
+                running = evaluate(state, running, ready.segment, start, count)
+                start += count
+                done += count
+                shown["done"] = done
+                pace.follow(
+                    running.index, running, count, compiled=evaluate.traces != traces
+                )
+                if display.due():
+                    _update(display, pace, order)
+        if interrupted():
+            return None
         shown.update(logs=read_logs(running, order)[0], finished=True)
     return dict(shown["logs"])
-
-
-def _throttle(in_flight: deque[Any], token: Any) -> None:
-    in_flight.append(token)
-    if len(in_flight) > _STEPS_IN_FLIGHT:
-        jax.block_until_ready(in_flight.popleft())
 
 
 def predict_loop(
     state: TrainState,
     *,
     predict: Program,
-    source: Source,
-    steps: int | None,
+    single: bool,
+    feed: Feed,
+    total: int | None,
+    steps_per_call: int | None,
     display: Display,
-) -> Iterator[tuple[PyTree, int]]:
-    """Yields `(outputs, rows)` per batch as NumPy arrays, the fill still in them.
+) -> Iterator[tuple[PyTree, tuple[int, ...]]]:
+    """Yields `(outputs, examples)` per call: NumPy arrays `[batches, batch, ...]`, the
+    fill still in them, and how many rows of each batch are real.
 
-    One batch of outputs is on the device at a time. `rows` counts the real rows.
+    Outputs are read while the next call runs: those of two are on the device at a time.
+
+    Args:
+      state: the state to predict with; it is only read.
+      predict: the predict program.
+      single: whether a call of it runs one batch.
+      feed: where the batches come from.
+      total: how many there are, None if that is not known.
+      steps_per_call: batches of one call of the program, None to go by the clock.
+      display: shows the progress.
     """
-    total = source.num_batches if steps is None else steps
-    with epoch_display(display, "Predicting", total) as shown:
-        for done, batch in enumerate(islice(source.batches(0), steps), 1):
-            outputs = read(predict(state, batch.inputs, np.int32(done - 1)))
-            rows = int(np.count_nonzero(batch.weights))
-            shown["done"] = done
-            if display.due():
-                display.update(done, {})
-            yield outputs, rows
+    done, pace = 0, Pace(steps_per_call)
+    before: Callable[[], tuple[PyTree, tuple[int, ...]]] | None = None
+    with (
+        epoch_display(display, "Predicting", total) as shown,
+        feed.epoch() as segments,
+    ):
+        for ready in segments:
+            start = 0
+            while start < ready.batches:
+                count = min(pace.steps, ready.batches - start)
+                traces = predict.traces
+                outputs = predict(state, ready.segment, start, count, done)
+                if before is not None:
+                    yield before()
+                pace.follow(outputs, outputs, count, compiled=predict.traces != traces)
+                stacked = not single and isinstance(ready.segment, Stack)
+                part = slice(start, start + count)
+                before = partial(
+                    _read_outputs, outputs, ready.examples[part], part, stacked
+                )
+                start += count
+                done += count
+                shown["done"] = done
+                if display.due():
+                    display.update(done, {})
+        if before is not None:
+            yield before()
         shown["finished"] = True
 
 
+def _read_outputs(
+    outputs: PyTree, examples: tuple[int, ...], part: slice, stacked: bool
+) -> tuple[PyTree, tuple[int, ...]]:
+    chosen = part if stacked else None  # leaf[None] adds the axis
+    return jax.tree.map(lambda leaf: leaf[chosen], read(outputs)), examples
+
+
 def join_batches(
-    parts: Iterator[tuple[PyTree, int]], batched: Sequence[bool]
+    parts: Iterator[tuple[PyTree, tuple[int, ...]]], batched: Sequence[bool]
 ) -> PyTree:
     """Joins the outputs of `predict_loop`, without their fill.
 
@@ -261,15 +327,16 @@ def join_batches(
     """
     columns: list[list[Any]] = [[] for _ in batched]
     structure = None
-    for outputs, rows in parts:
+    for outputs, examples in parts:
         leaves, structure = jax.tree.flatten(outputs)
         for column, leaf, is_batch in zip(columns, leaves, batched, strict=True):
-            column.append(leaf[:rows] if is_batch else leaf)
-    joined = [
-        np.concatenate(column) if is_batch else np.stack(column)
-        for column, is_batch in zip(columns, batched, strict=True)
-    ]
-    return jax.tree.unflatten(structure, joined)
+            if not is_batch:
+                column.append(leaf)
+            elif sum(examples) == leaf.shape[0] * leaf.shape[1]:
+                column.append(leaf.reshape(-1, *leaf.shape[2:]))
+            else:
+                column += [one[:n] for one, n in zip(leaf, examples, strict=True)]
+    return jax.tree.unflatten(structure, [np.concatenate(c) for c in columns])
 
 
 def read(tree: PyTree) -> PyTree:

@@ -97,4 +97,4 @@ def _mean(one: Sown, weights: Array, reduce: Callable[[Array], Array]) -> Averag
         return Average.of(jax.vmap(reduce)(one.value), rows)
     count = jnp.sum(rows)
     total = reduce(one.value).astype(jnp.float32) * count
-    return Average(total, count, jnp.zeros(2, jnp.float32))
+    return Average.sums(total, count)

@@ -6,8 +6,10 @@ from typing import Any, NamedTuple, Protocol, Self, TypeAlias, runtime_checkable
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array: TypeAlias = jax.Array
+HostArray: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 PyTree: TypeAlias = Any
 Inputs: TypeAlias = tuple[Any, ...] | dict[str, Any]
 """What a model is called with: a tuple of positional or a dict of named inputs."""
@@ -121,25 +123,42 @@ def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
     return total, (a - (total - b_virtual)) + (b - b_virtual)
 
 
+def _add(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Adds two sums, each with what rounding left out of it."""
+    total, error = _two_sum(a[0], b[0])
+    # Infinity minus infinity: the total itself already says what happened.
+    error = jnp.where(jnp.isfinite(total), a[1] + b[1] + error, 0.0)
+    # Kept small, as otherwise the residual itself would begin to round.
+    total, error = _two_sum(total, error)
+    return total, jnp.where(jnp.isfinite(total), error, 0.0)
+
+
 class Average(flax.struct.PyTreeNode):
     """A weighted mean that is merged without losing small addends.
 
     Attributes:
       total: `float32[]`, the sum of weight times value.
       count: `float32[]`, the sum of the weights.
-      residual: `float32[2]`, what rounding left out of `total` and `count`, so
-        that millions of batches of one example still add up.
+      total_residual: `float32[]`, what rounding left out of `total`, so that
+        millions of batches of one example still add up.
+      count_residual: `float32[]`, the same for `count`.
     """
 
     total: Array
     count: Array
-    residual: Array
+    total_residual: Array
+    count_residual: Array
 
     @classmethod
     def empty(cls) -> Self:
         """Returns the mean of nothing; `compute` of it is NaN."""
         zero = jnp.zeros((), jnp.float32)
-        return cls(zero, zero, jnp.zeros(2, jnp.float32))
+        return cls.sums(zero, zero)
+
+    @classmethod
+    def sums(cls, total: Array, count: Array) -> Self:
+        """Returns the mean `total / count` of exact sums."""
+        return cls(total, count, jnp.zeros_like(total), jnp.zeros_like(count))
 
     @classmethod
     def of(cls, values: Array, weights: Array) -> Self:
@@ -157,25 +176,22 @@ class Average(flax.struct.PyTreeNode):
         spread = weights.reshape(weights.shape + (1,) * (values.ndim - weights.ndim))
         spread = jnp.broadcast_to(spread, values.shape)
         kept = jnp.where(spread == 0, 0, values)
-        return cls(jnp.sum(spread * kept), jnp.sum(spread), jnp.zeros(2, jnp.float32))
+        return cls.sums(jnp.sum(spread * kept), jnp.sum(spread))
 
     def merge(self, other: Self) -> Self:
         """Returns the mean over both."""
-        total, total_error = _two_sum(self.total, other.total)
-        count, count_error = _two_sum(self.count, other.count)
-        # Infinity minus infinity: the total itself already says what happened.
-        total_error = jnp.where(jnp.isfinite(total), total_error, 0.0)
-        errors = jnp.stack([total_error, count_error])
-        errors = self.residual + other.residual + errors
-        # Kept small, as otherwise the residual itself would begin to round.
-        total, total_error = _two_sum(total, errors[0])
-        count, count_error = _two_sum(count, errors[1])
-        total_error = jnp.where(jnp.isfinite(total), total_error, 0.0)
-        return type(self)(total, count, jnp.stack([total_error, count_error]))
+        total, total_residual = _add(
+            (self.total, self.total_residual), (other.total, other.total_residual)
+        )
+        count, count_residual = _add(
+            (self.count, self.count_residual), (other.count, other.count_residual)
+        )
+        return type(self)(total, count, total_residual, count_residual)
 
     def compute(self) -> Array:
         """Returns `total / count`, NaN where nothing was counted."""
-        return (self.total + self.residual[0]) / (self.count + self.residual[1])
+        total = self.total + self.total_residual
+        return total / (self.count + self.count_residual)
 
 
 class Sum(flax.struct.PyTreeNode):
@@ -192,7 +208,7 @@ class Sum(flax.struct.PyTreeNode):
     def compute(self) -> Array:
         """Returns the sum of the terms' means; a term that counted nothing is 0."""
         means = [
-            (t.total + t.residual[0]) / (t.count + t.residual[1] + (t.count == 0))
+            (t.total + t.total_residual) / (t.count + t.count_residual + (t.count == 0))
             for t in self.terms.values()
         ]
         return sum(means[1:], start=means[0])

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from flaxfit._timing import Timing
+
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
@@ -21,15 +23,22 @@ class History:
       val_epoch: the epoch numbers of the `val_…` entries.
       params: `epochs`, `steps` (per epoch, None if unknown) and `verbose`.
       trainer: the trainer that was fitted.
+      timing: what the time was spent on, by epoch; see `Timing`.
       stop_reason: why `fit` ended before its last epoch, or None.
     """
 
-    def __init__(self, trainer: Any = None, params: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        trainer: Any = None,
+        params: Mapping[str, Any] | None = None,
+        timing: Timing | None = None,
+    ) -> None:
         self.history: dict[str, list[Any]] = {}
         self.epoch: list[int] = []
         self.val_epoch: list[int] = []
         self.params = dict(params or {})
         self.trainer = trainer
+        self.timing = timing or Timing()
         self.stop_reason: str | None = None
         self._epochs: dict[str, list[int]] = {}
 

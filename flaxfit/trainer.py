@@ -1,5 +1,6 @@
 """The facade: checks arguments, wires the parts, and owns the state."""
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
@@ -14,14 +15,20 @@ from flaxfit._arguments import (
     as_epoch_filter,
     as_names,
     as_optional_count,
+    as_share,
+    as_steps_per_call,
     as_variables,
     refuse_list,
 )
 from flaxfit._build import Built, Settings
 from flaxfit._builder import NO_DATA_YET, Builder
 from flaxfit._check import CheckReport, Text, first_lines, make_report
-from flaxfit._display import Display, make_display, make_progress
+from flaxfit._compilation_cache import use_compilation_cache
+from flaxfit._compile import listening
+from flaxfit._compile_report import CompileReport
+from flaxfit._display import Display, Silent, make_display, make_progress
 from flaxfit._errors import CheckpointError, DataError
+from flaxfit._feed import Execution, open_feed, open_pass
 from flaxfit._forms import shapes_of
 from flaxfit._interrupt import Interrupt
 from flaxfit._loop import (
@@ -36,7 +43,9 @@ from flaxfit._loop import (
 from flaxfit._meta import from_meta, to_meta
 from flaxfit._models import model_family
 from flaxfit._models.base import Overrides
+from flaxfit._sharding import find_placement
 from flaxfit._steps import Task, TrainStep
+from flaxfit._timing import Timing
 from flaxfit._transforms import with_rates_of
 from flaxfit._types import Batch, Logs, PyTree, StateHolder, TrainState
 from flaxfit.callbacks.base import (
@@ -56,6 +65,15 @@ from flaxfit.data import (
     split_validation,
 )
 from flaxfit.history import History
+
+# Arguments that say how to run: they belong to a machine, and not into a file.
+_EXECUTION = (
+    "devices",
+    "steps_per_call",
+    "device_data",
+    "prefetch",
+    "compilation_cache",
+)
 
 
 class Trainer:
@@ -95,6 +113,23 @@ class Trainer:
       targets: the key or keys of a dict batch that hold the targets.
       make_train_step: `(task) -> train_step` in place of
         `flaxfit.make_train_step`, for a training step of one's own.
+      devices: what to train on, data-parallel: None for all local devices, as many as
+        divide the batch (or `jax_default_device` alone, where it is set); their
+        number, a list of them, or a `jax.sharding.Mesh`, whose devices all have to
+        divide it.
+      steps_per_call: steps of one call of the compiled program. `"auto"` goes by the
+        clock, and by what callbacks need. Convolutions on a CPU run one by one.
+      device_data: the share of the free device memory that arrays may take; those
+        that fit lie there for the whole `fit`. 0 for none.
+      prefetch: how many calls ahead of the steps a background thread reads and
+        transfers data that is not on the device. 0 reads in your thread, no batch
+        before it is needed.
+      compilation_cache: a folder in which jax keeps compiled programs for the next
+        process, True for `~/.cache/flaxfit`; `$FLAXFIT_COMPILATION_CACHE` if None.
+        It holds for the whole process.
+
+    The last five decide how fast it is, and change no result; a saved trainer does
+    not hold them.
 
     Example:
       >>> import flax.linen as nn, numpy as np
@@ -127,11 +162,16 @@ class Trainer:
         inputs: Any = None,
         targets: Any = None,
         make_train_step: Callable[[Task], TrainStep] | None = None,
+        devices: Any = None,
+        steps_per_call: int | str = "auto",
+        device_data: float = 0.25,
+        prefetch: int = 2,
+        compilation_cache: bool | str | os.PathLike[str] | None = None,
     ) -> None:
         self._config: dict[str, Any] = {
             name: value
             for name, value in locals().items()
-            if name not in ("self", "model", "variables")
+            if name not in ("self", "model", "variables", *_EXECUTION)
         }
         overrides = Overrides(
             train_flag, as_names("collections", collections), as_names("rngs", rngs)
@@ -158,7 +198,13 @@ class Trainer:
         self._binding = Binding(
             family.call_spec(model, overrides), inputs=inputs, targets=targets
         )
-        self._builder = Builder(model, family, settings)
+        self._builder = Builder(model, family, settings, find_placement(devices))
+        self._execution = Execution(
+            steps_per_call=as_steps_per_call(steps_per_call),
+            device_data=as_share("device_data", device_data),
+            prefetch=as_count("prefetch", prefetch, least=0),
+        )
+        use_compilation_cache(compilation_cache)
         self._holder = StateHolder()
         self._batch_size = DEFAULT_BATCH_SIZE
         # What `load` read, until the model's inputs are known.
@@ -261,8 +307,9 @@ class Trainer:
             epoch_steps = steps or source.num_batches
             total_steps = epoch_steps and done + len(span) * epoch_steps
             self._builder.require_total_steps(total_steps)
+            self._builder.place_for(source.batch_size)
             built = self._build(source, total_steps)
-            self._batch_size = source.batch_size or self._batch_size
+            self._batch_size = source.batch_size
             validation = self._validation_source(
                 validation_data, validation_batch_size, len(span), validation_steps
             )
@@ -274,13 +321,18 @@ class Trainer:
                 self._holder.put(state, fresh=fresh)
             if verbose != 0:
                 state = self._holder.peek()
-                for line in first_lines(built, state, source, unused):
+                for line in first_lines(
+                    built, state, source, unused, self._builder.spare_devices
+                ):
                     display.say(line)
+            history = History(
+                self,
+                {"epochs": epochs, "steps": epoch_steps, "verbose": verbose},
+                Timing(built.programs.train.flops),
+            )
             loop = LoopState(
                 self._holder,
-                history=History(
-                    self, {"epochs": epochs, "steps": epoch_steps, "verbose": verbose}
-                ),
+                history=history,
                 step=done,
                 epoch=initial_epoch,
                 epochs=epochs,
@@ -290,46 +342,47 @@ class Trainer:
                     *hooks.log_names,
                 ],
             )
-            plan = FitPlan(
-                epochs=span,
-                steps_per_epoch=steps,
-                order=built.task.order,
-                learning_rate=built.task.optimizer.learning_rate,
-                validate=self._validate_on(validation, validation_steps, interrupt),
-                validates_at=validates_at,
-            )
-            return self._run(loop, plan, source, hooks, display, interrupt)
+            single = built.programs.single
+            with listening(CompileReport(display, loop.clock)):
+                with loop.clock.phase("waiting_for_data"):
+                    feed = open_feed(
+                        source,
+                        built.placement,
+                        self._execution,
+                        steps=steps,
+                        single=single,
+                        stopped=lambda: interrupt.requested,
+                    )
+                plan = FitPlan(
+                    epochs=span,
+                    train=built.programs.train,
+                    running=built.empty(),
+                    feed=feed,
+                    steps_per_call=self._execution.per_call(single=single),
+                    order=built.task.order,
+                    learning_rate=built.task.optimizer.learning_rate,
+                    validate=self._validate_on(validation, validation_steps, interrupt),
+                    validates_at=validates_at,
+                    callbacks=hooks,
+                    display=display,
+                    interrupt=interrupt,
+                )
+                return self._run(loop, plan)
 
-    def _run(
-        self,
-        loop: LoopState,
-        plan: FitPlan,
-        source: Source,
-        hooks: CallbackList,
-        display: Display,
-        interrupt: Interrupt,
-    ) -> History:
-        built = self._builder.built
+    def _run(self, loop: LoopState, plan: FitPlan) -> History:
         try:
-            fit_loop(
-                loop,
-                self._holder,
-                plan=plan,
-                train=built.programs.train,
-                empty=built.empty,
-                source=source,
-                callbacks=hooks,
-                display=display,
-                interrupt=interrupt,
-            )
+            fit_loop(loop, self._holder, plan)
         except KeyboardInterrupt:
-            if interrupt.insisted:
+            if plan.interrupt.insisted:
                 raise
             loop.stop("interrupted")
+        history = loop.history
         if loop.stop_reason is not None:
-            display.say(f"stopped after step {loop.step}: {loop.stop_reason}")
-            loop.history.stop_reason = loop.stop_reason
-        return loop.history
+            plan.display.say(f"stopped after step {loop.step}: {loop.stop_reason}")
+            history.stop_reason = loop.stop_reason
+        if history.timing.remark:
+            plan.display.say(history.timing.remark)
+        return history
 
     def train_on_batch(
         self,
@@ -359,9 +412,10 @@ class Trainer:
         built = self._builder.built
         self._builder.require_total_steps(built.total_steps)
         with Interrupt() as interrupt:
+            running, placed = built.empty(), built.placement.put_segment(batch)
             with interrupt.shield():
-                state, running, _ = built.programs.train(
-                    self._holder.take(), built.empty(), batch
+                state, running = built.programs.train(
+                    self._holder.take(), running, placed, 0, 1
                 )
                 self._holder.put(state)
             logs, _ = read_logs(running, built.task.order)
@@ -404,18 +458,15 @@ class Trainer:
         refuse_list(return_dict)
         steps = as_optional_count("steps", steps)
         display = make_progress(verbose)
-        source = self._source(x, y, sample_weight, batch_size, "evaluate", steps=steps)
-        built = self._build(source)
-        self._init_state(source.example)
-        logs = eval_loop(
-            self._holder.peek(),
-            evaluate=built.programs.evaluate,
-            running=built.empty_eval(),
-            source=source,
-            steps=steps,
-            order=built.task.order,
-            display=display,
+        source = self._source(
+            x, y, sample_weight, batch_size, "evaluate", steps=steps, divided=True
         )
+        self._build(source)
+        self._init_state(source.example)
+        with listening(CompileReport(display)):
+            logs = self._evaluate_on(source, steps, keep=False)(
+                self._holder.peek(), display, _never
+            )
         return logs or {}
 
     def test_on_batch(
@@ -430,8 +481,9 @@ class Trainer:
         refuse_list(return_dict)
         batch = self._one_batch(x, y, sample_weight, None, "test_on_batch")
         built = self._builder.built
-        running, _ = built.programs.evaluate(
-            self._holder.peek(), built.empty_eval(), batch
+        placed = built.placement.put_segment(batch)
+        running = built.programs.evaluate(
+            self._holder.peek(), built.empty_eval(), placed, 0, 1
         )
         logs, _ = read_logs(running, built.task.order)
         return logs
@@ -505,6 +557,7 @@ class Trainer:
             binding=self._binding,
             batch_size=batch_size,
             default_batch_size=self._batch_size,
+            multiple_of=len(self._builder.placement.devices),
             check=self._builder.check_values,
             what=what,
         )
@@ -515,14 +568,26 @@ class Trainer:
         sown = what == "predict_intermediates"
         batched = self._builder.find_batched(source.example.inputs, sown=sown)
         self._init_state(source.example)
-        parts = predict_loop(
-            self._holder.peek(),
-            predict=built.programs.intermediates if sown else built.programs.predict,
-            source=source,
+        programs, single = built.programs, built.programs.single
+        feed = open_pass(
+            source,
+            built.placement,
+            self._execution,
             steps=steps,
-            display=display,
+            single=single,
+            bytes_per_output=_size_of(built.outputs),
         )
-        return join_batches(parts, batched)
+        with listening(CompileReport(display)):
+            parts = predict_loop(
+                self._holder.peek(),
+                predict=programs.intermediates if sown else programs.predict,
+                single=single,
+                feed=feed,
+                total=source.num_batches if steps is None else steps,
+                steps_per_call=self._execution.per_call(single=single),
+                display=display,
+            )
+            return join_batches(parts, batched)
 
     # ------------------------------------------------------- a loop of one's own
 
@@ -584,7 +649,8 @@ class Trainer:
 
     @state.setter
     def state(self, state: TrainState) -> None:
-        self._holder.put(own_state(state, self._builder.built.template))
+        built = self._builder.built
+        self._holder.put(built.placement.put(own_state(state, built.template)))
         self._saved = None
 
     @property
@@ -694,8 +760,9 @@ class Trainer:
             state that does not fit the model, every path that differs named.
         """
         meta, raw_state = checkpoint.load(path)
+        execution = {n: changes.pop(n) for n in _EXECUTION if n in changes}
         config, example, batch_size = from_meta(meta, changes, os.fspath(path))
-        trainer = cls(model, **config)
+        trainer = cls(model, **config, **execution)
         trainer._batch_size = batch_size
         trainer._saved = (raw_state, "learning_rate" in changes)
         if example is None:
@@ -724,7 +791,9 @@ class Trainer:
         what: str,
         *,
         steps: int | None = None,
+        divided: bool = False,
     ) -> Source:
+        devices = len(self._builder.placement.devices)
         return as_source(
             x,
             y,
@@ -732,6 +801,7 @@ class Trainer:
             binding=self._binding,
             batch_size=batch_size,
             default_batch_size=self._batch_size,
+            multiple_of=devices if divided else 1,
             steps=steps,
             check=self._builder.check_values,
             what=what,
@@ -756,7 +826,13 @@ class Trainer:
             return None
         try:
             source = self._source(
-                data, None, None, batch_size, "validation_data", steps=steps
+                data,
+                None,
+                None,
+                batch_size,
+                "validation_data",
+                steps=steps,
+                divided=True,
             )
             _refuse_one_shot(source, "validation_data", range(epochs), steps)
             self._build(source, afresh=False)
@@ -770,20 +846,49 @@ class Trainer:
     ) -> Callable[[TrainState], dict[str, Any] | None] | None:
         if source is None:
             return None
-        built = self._builder.built
+        evaluate = self._evaluate_on(source, steps, keep=True)
+        return lambda state: evaluate(state, Silent(), lambda: interrupt.requested)
 
-        def validate(state: TrainState) -> dict[str, Any] | None:
+    def _evaluate_on(
+        self, source: Source, steps: int | None, *, keep: bool
+    ) -> Callable[[TrainState, Display, Callable[[], bool]], dict[str, Any] | None]:
+        """Returns `(state, display, interrupted) -> values` for this data.
+
+        Args:
+          source: the data.
+          steps: at most so many batches.
+          keep: whether it will be evaluated again and again.
+        """
+        built = self._builder.built
+        running, single = built.empty_eval(), built.programs.single
+        is_interrupted: list[Callable[[], bool]] = [_never]
+        feed = open_pass(
+            source,
+            built.placement,
+            self._execution,
+            steps=steps,
+            single=single,
+            keep=keep,
+            stopped=lambda: is_interrupted[0](),
+        )
+
+        def evaluate(
+            state: TrainState, display: Display, interrupted: Callable[[], bool]
+        ) -> dict[str, Any] | None:
+            is_interrupted[0] = interrupted
             return eval_loop(
                 state,
                 evaluate=built.programs.evaluate,
-                running=built.empty_eval(),
-                source=source,
-                steps=steps,
+                running=running,
+                feed=feed,
+                total=source.num_batches if steps is None else steps,
+                steps_per_call=self._execution.per_call(single=single),
                 order=built.task.order,
-                interrupted=lambda: interrupt.requested,
+                display=display,
+                interrupted=interrupted,
             )
 
-        return validate
+        return evaluate
 
     def _one_batch(
         self, x: Any, y: Any, sample_weight: Any, class_weight: Any, what: str
@@ -832,6 +937,12 @@ class Trainer:
         """Sees to it that there is a state, and that it fits what was built."""
         if self._saved is not None:
             self._restore(*self._saved)
+        placement = self._builder.placement
+        if not self._holder.empty:
+            state = self._holder.peek()
+            if state.step.devices() != set(placement.devices):
+                fresh = not self._holder.settled
+                self._holder.put(placement.put(state), fresh=fresh)
         if self._holder.settled:
             return
         # As long as nothing was learnt, data of other shapes replaces the state.
@@ -841,7 +952,7 @@ class Trainer:
 
     def _restore(self, raw_state: Mapping[str, Any], new_rate: bool) -> None:
         built = self._builder.built
-        state = checkpoint.restore(raw_state, built.template)
+        state = built.placement.put(checkpoint.restore(raw_state, built.template))
         # A constant rate lies in the state, and would win over the new one.
         renew = new_rate and not self._builder.plans_ahead
         self._holder.put(self._with_new_rate(state) if renew else state)
@@ -867,3 +978,12 @@ def _refuse_one_shot(
             f"list of batches, or the function that makes it: make_batches and not "
             f"make_batches(); or say how many batches an epoch takes: {name}=100."
         )
+
+
+def _size_of(shapes: PyTree) -> int:
+    """Returns the bytes of arrays of these shapes."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+
+
+def _never() -> bool:
+    return False

@@ -9,5 +9,17 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# On one device where nothing else is said: most tests are not about several, which
+# compile longer. Those that are take the fixture `eight_devices`.
+jax.config.update("jax_default_device", jax.local_devices()[0])
+
+
+@pytest.fixture
+def eight_devices():
+    """Trainers made inside train on all of the host's eight devices."""
+    with jax.default_device(None):
+        yield jax.local_devices()

@@ -1,4 +1,5 @@
 import io
+import re
 import sys
 import time
 
@@ -33,8 +34,10 @@ def test_not_a_terminal_gets_one_line_per_epoch(capsys):
         "loss: softmax_cross_entropy_with_integer_labels (int32 targets, 3 outputs)"
     )
     assert lines[1].endswith("adam 0.001 · 1 \N{MULTIPLICATION SIGN} cpu")
-    assert [line.split(" · ")[0] for line in lines[2:]] == ["Epoch 1/2", "Epoch 2/2"]
-    assert "5 steps" in lines[2] and "val_loss: " in lines[2]
+    assert re.fullmatch(r"compiling train step… \d+\.\d s", lines[2])
+    assert re.fullmatch(r"compiling eval step… \d+\.\d s", lines[3])
+    assert [line.split(" · ")[0] for line in lines[4:]] == ["Epoch 1/2", "Epoch 2/2"]
+    assert "5 steps" in lines[4] and "val_loss: " in lines[4]
 
 
 def test_silence(capsys):

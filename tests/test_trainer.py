@@ -135,7 +135,8 @@ def test_one_compile_per_phase_and_none_for_a_second_fit(fitted):
     trainer, _ = fitted
     trainer.evaluate(X[:33], LABELS[:33])
     trainer.predict(X[:21])
-    trainer.fit(X[:41], LABELS[:41], batch_size=16, validation_split=0.3, verbose=0)
+    # Rows are rounded up to 52, so that data of nearly the same size compiles nothing.
+    trainer.fit(X[:64], LABELS[:64], batch_size=16, validation_split=0.2, verbose=0)
     assert trainer.compiles == {"train": 1, "eval": 1, "predict": 1}
 
 
@@ -151,7 +152,7 @@ def test_compiles_counts_what_jax_compiled(fitted):
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        trainer.fit(X[:37], LABELS[:37], batch_size=16, verbose=0)
+        trainer.fit(X[:49], LABELS[:49], batch_size=16, verbose=0)
         trainer.evaluate(X[:37], LABELS[:37])
         quiet = list(names)
         trainer.evaluate(X[:37], LABELS[:37], batch_size=9)

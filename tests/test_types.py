@@ -38,7 +38,7 @@ def test_average_still_adds_up_after_millions_of_small_batches():
 
     merged = jax.jit(lambda: jax.lax.fori_loop(1, 20_000_000, body, one))()
     # 2**24 + 1 is no float32: a plain sum would have stopped counting there.
-    count = float(np.float64(merged.count) + np.float64(merged.residual[1]))
+    count = float(np.float64(merged.count) + np.float64(merged.count_residual))
     assert count == 20_000_000
     np.testing.assert_allclose(merged.compute(), 0.1, rtol=1e-6)
 

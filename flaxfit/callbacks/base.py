@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from flaxfit._forms import differences
+from flaxfit._timing import Clock
 from flaxfit._types import StateHolder, TrainState
 from flaxfit.history import History
 
@@ -28,6 +29,7 @@ class LoopState:
       log_names: the names `logs` will have at an epoch's end, known before step 1.
       stop_reason: what `stop` was called with, or None.
       broken_off: whether an error or Ctrl-C ended the fit; known in `on_train_end`.
+      clock: tells for `history.timing` what the time is spent on.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class LoopState:
         self.log_names = tuple(log_names)
         self.stop_reason: str | None = None
         self.broken_off = False
+        self.clock = Clock()
 
     @property
     def state(self) -> TrainState:
@@ -98,7 +101,7 @@ class Callback:
 
         on_train_begin
           on_epoch_begin
-            on_train_batch_begin, on_train_batch_end   every step
+            on_train_batch_begin, on_train_batch_end   every `every_steps` steps
             on_test_begin, on_test_end                 around a validation
           on_epoch_end                                 logs hold loss … val_… rates
         on_train_end                                   always, after an error too
@@ -109,12 +112,17 @@ class Callback:
     Attributes:
       log_names: the names that this callback adds to `loop.logs` in `on_epoch_end`,
         so that others may monitor them.
-      every_steps: how often the batch hooks have to run, in steps. None leaves it
-        to the loop, which may run several steps at once.
+      every_steps: how often the batch hooks run: at every step whose number,
+        `loop.step`, is a multiple of it. 1, the default, is every step, which ends
+        the running of several steps at once. None leaves it to the loop: after each
+        call, which takes as many steps as fit into a tenth of a second.
+      timed_as: what `history.timing` counts its time as: `"callbacks"`, or
+        `"saving"` for one that writes checkpoints.
     """
 
     log_names: tuple[str, ...] = ()
-    every_steps: int | None = None
+    every_steps: int | None = 1
+    timed_as: Literal["callbacks", "saving"] = "callbacks"
 
     def on_train_begin(self, loop: LoopState) -> None:
         """Called once, before the first step is compiled; check arguments here."""
@@ -123,10 +131,10 @@ class Callback:
         """Called before the first step of every epoch."""
 
     def on_train_batch_begin(self, loop: LoopState) -> None:
-        """Called before a step."""
+        """Called before a step; see `every_steps`."""
 
     def on_train_batch_end(self, loop: LoopState) -> None:
-        """Called after a step."""
+        """Called after a step; see `every_steps`."""
 
     def on_test_begin(self, loop: LoopState) -> None:
         """Called before a validation."""
@@ -141,8 +149,15 @@ class Callback:
         """Called once at the end, however it came about."""
 
 
+_BATCH_HOOKS = ("on_train_batch_begin", "on_train_batch_end")
+
+
 class CallbackList:
-    """Calls the hooks of several callbacks, only those that override them."""
+    """Calls the hooks of several callbacks, only those that override them.
+
+    Raises:
+      ValueError: an `every_steps` that is no count.
+    """
 
     def __init__(self, callbacks: Sequence[Callback]) -> None:
         self._callbacks = tuple(callbacks)
@@ -151,6 +166,8 @@ class CallbackList:
             for name in vars(Callback)
             if name.startswith("on_")
         }
+        per_step = [c for name in _BATCH_HOOKS for c in self._hooks[name]]
+        self._intervals = tuple({_interval(callback) for callback in per_step} - {0})
 
     @property
     def log_names(self) -> tuple[str, ...]:
@@ -161,10 +178,19 @@ class CallbackList:
         """Whether any callback overrides `hook`."""
         return bool(self._hooks[hook])
 
+    def steps_to_hook(self, step: int) -> int | None:
+        """Returns the steps from `step` to the next that a batch hook has to see."""
+        return min((n - step % n for n in self._intervals), default=None)
+
     def call(self, hook: str, loop: LoopState) -> None:
-        """Calls `hook` of all; the first error ends it, with the callback named."""
+        """Calls `hook` of all; the first error ends it, with the callback named.
+
+        Of the batch hooks, only those whose turn it is.
+        """
         for callback in self._hooks[hook]:
-            with _named(callback, hook):
+            if hook in _BATCH_HOOKS and loop.step % (_interval(callback) or 1):
+                continue
+            with loop.clock.phase(callback.timed_as), _named(callback, hook):
                 getattr(callback, hook)(loop)
 
     def end(self, loop: LoopState) -> None:
@@ -172,12 +198,26 @@ class CallbackList:
         errors: list[Exception] = []
         for callback in self._hooks["on_train_end"]:
             try:
-                with _named(callback, "on_train_end"):
+                timed_as = loop.clock.phase(callback.timed_as)
+                with timed_as, _named(callback, "on_train_end"):
                     callback.on_train_end(loop)
             except Exception as error:
                 errors.append(error)
         if errors:
             raise errors[0]
+
+
+def _interval(callback: Callback) -> int:
+    """Returns `every_steps`, 0 for None."""
+    every = callback.every_steps
+    if every is None:
+        return 0
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        raise ValueError(
+            f"{type(callback).__name__}.every_steps = {every!r}: write a whole number "
+            "of steps, or None to leave it to the loop."
+        )
+    return every
 
 
 def overrides(callback: Callback, hook: str) -> bool:
@@ -224,4 +264,5 @@ def own_state(new: TrainState, like: TrainState) -> TrainState:
 def _owned(leaf: Any, like: Any) -> jax.Array:
     if not jnp.issubdtype(like.dtype, jax.dtypes.extended):
         leaf = jnp.asarray(leaf).astype(like.dtype)  # not weakly typed
-    return jax.device_put(leaf, may_alias=False)
+    placed = isinstance(like, jax.Array) and like.committed
+    return jax.device_put(leaf, like.sharding if placed else None, may_alias=False)

@@ -10,6 +10,7 @@ class LambdaCallback(Callback):
     """Calls the given functions, each with the `LoopState`, at their hooks.
 
     Args:
+      every_steps: how often the batch hooks run; see `Callback`.
       **hooks: a hook's name -> the function to call there; see `Callback`.
 
     Raises:
@@ -20,7 +21,13 @@ class LambdaCallback(Callback):
       >>> callback = LambdaCallback(on_epoch_end=lambda loop: print(loop.logs["loss"]))
     """
 
-    def __init__(self, **hooks: Callable[[LoopState], object]) -> None:
+    def __init__(
+        self,
+        *,
+        every_steps: int | None = 1,
+        **hooks: Callable[[LoopState], object],
+    ) -> None:
+        self.every_steps = every_steps
         known = [name for name in vars(Callback) if name.startswith("on_")]
         for name, function in hooks.items():
             if name not in known:

@@ -48,6 +48,7 @@ def as_source(
     binding: Binding,
     batch_size: int | None = None,
     default_batch_size: int | None = None,
+    multiple_of: int = 1,
     shuffle: bool = False,
     seed: Sequence[int] = (0,),
     class_weight: Mapping[Any, float] | None = None,
@@ -70,6 +71,7 @@ def as_source(
       default_batch_size: what programs are compiled for already: rows of a batch of
         arrays if `batch_size` is None, even if there are fewer. None for 32, but
         never more than there are.
+      multiple_of: rounds the rows of a batch of arrays up, for the devices.
       shuffle: whether arrays come in a new order each pass; a dataset shuffles
         itself.
       seed: decides the order, together with the index of the pass.
@@ -93,7 +95,7 @@ def as_source(
             check_weights(data.weights)
         source: Source = ArraySource(
             data,
-            _checked_size(batch_size, default_batch_size, data),
+            _checked_size(batch_size, default_batch_size, data, multiple_of),
             shuffle=shuffle,
             seed=seed,
             check=check,
@@ -121,6 +123,7 @@ def as_inputs_source(
     binding: Binding,
     batch_size: int | None = None,
     default_batch_size: int | None = None,
+    multiple_of: int = 1,
     check: Callable[[Batch], None] | None = None,
     what: str = "predict",
 ) -> Source:
@@ -135,6 +138,7 @@ def as_inputs_source(
       default_batch_size: what programs are compiled for already: rows of a batch of
         arrays if `batch_size` is None, even if there are fewer. None for 32, but
         never more than there are.
+      multiple_of: rounds the rows of a batch of arrays up, for the devices.
       check: called by `Source.check`, and with every batch of a dataset.
       what: the method the data was given to, for messages.
 
@@ -146,7 +150,7 @@ def as_inputs_source(
     if _is_arrays(x, None, None, what):
         inputs = _whole_inputs(as_host(x), binding)
         check_lengths(inputs)
-        size = _checked_size(batch_size, default_batch_size, inputs)
+        size = _checked_size(batch_size, default_batch_size, inputs, multiple_of)
         return ArraySource(narrow(inputs, keep_mapped=True), size, check=check)
     _refuse_batch_size(batch_size, what)
     return IterableSource(
@@ -292,10 +296,12 @@ def _stream_inputs(raw: Any, binding: Binding) -> Batch:
     return Batch(inputs, None, None)
 
 
-def _checked_size(batch_size: Any, default: int | None, data: Batch) -> int:
+def _checked_size(
+    batch_size: Any, default: int | None, data: Batch, multiple_of: int
+) -> int:
     """Returns the rows of a batch of `data`, all examples."""
     if batch_size is None and default is not None:
-        return default
+        return -(-default // multiple_of) * multiple_of
     try:
         size = operator.index(DEFAULT_BATCH_SIZE if batch_size is None else batch_size)
     except TypeError:
@@ -306,7 +312,8 @@ def _checked_size(batch_size: Any, default: int | None, data: Batch) -> int:
             f"batch_size={DEFAULT_BATCH_SIZE}."
         )
     # More would fill every batch up, and BatchNorm would count rows twice.
-    return min(size, len(jax.tree.leaves(data)[0]))
+    size = min(size, len(jax.tree.leaves(data)[0]))
+    return -(-size // multiple_of) * multiple_of
 
 
 def _refuse_batch_size(batch_size: Any, what: str) -> None:

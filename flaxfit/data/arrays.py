@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
-from flaxfit._types import Batch
-from flaxfit.data.source import HostArray, named_leaves, narrow
+from flaxfit._segments import rows_of
+from flaxfit._types import Batch, HostArray
+from flaxfit.data.source import named_leaves, narrow
 from flaxfit.data.weights import with_weights
 
 
@@ -58,7 +59,9 @@ class ArraySource:
     @property
     def example(self) -> Batch:
         """The first rows in their given order."""
-        return self._cut(0, None)
+        first = np.arange(self.batch_size)
+        rows = first % self.num_examples
+        return self._cut(np.where(first < self.num_examples, rows, ~rows))
 
     def check(self) -> None:
         """Checks all examples."""
@@ -67,34 +70,54 @@ class ArraySource:
 
     def batches(self, pass_index: int) -> Iterator[Batch]:
         """Yields the batches of one pass, the same for the same `pass_index`."""
-        order = None
+        for coded in self.order(pass_index):
+            yield self._cut(coded)
+
+    def order(self, pass_index: int) -> HostArray:
+        """Returns the rows of the batches of one pass.
+
+        Returns:
+          `int64[batches, batch]`; where a batch is only filled up, at weight 0, the
+          row `r` is written as `~r`.
+        """
+        order = np.arange(self.num_batches * self.batch_size) % self.num_examples
         if self._shuffle:
             seed = np.random.SeedSequence([*self._seed, pass_index])
-            order = np.random.default_rng(seed).permutation(self.num_examples)
-        for start in range(0, self.num_examples, self.batch_size):
-            yield self._cut(start, order)
+            order = np.random.default_rng(seed).permutation(self.num_examples)[order]
+        order[self.num_examples :] = ~order[self.num_examples :]
+        return order.reshape(-1, self.batch_size)
 
-    def _cut(self, start: int, order: HostArray | None) -> Batch:
-        """Returns the batch that starts at `start` of `order`, None: as given."""
-        stop = min(start + self.batch_size, self.num_examples)
-        rows = stop - start
-        size = self.batch_size if self.pad else rows
-        if order is not None:
-            chosen: HostArray | slice = order[start:stop]
-        elif rows == size:
-            chosen = slice(start, stop)
-        else:
-            chosen = np.arange(start, stop)
-        if rows < size:
-            wrapped = np.arange(size - rows) % self.num_examples
-            first = wrapped if order is None else order[wrapped]
-            chosen = np.concatenate([chosen, first])
-        leaves = [_rows(leaf, chosen) for leaf in self._leaves]
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all examples; those mapped from a file may be narrowed."""
+        return sum(leaf.nbytes for leaf in self._leaves)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether no array is mapped from a file."""
+        return not self._mapped
+
+    def padded(self, rows: int) -> Batch:
+        """Returns a copy of all examples in arrays `[rows, ...]`; the rest is void."""
+
+        def copy(leaf: HostArray) -> HostArray:
+            wide = np.empty((rows, *leaf.shape[1:]), leaf.dtype)
+            wide[: len(leaf)] = leaf
+            return wide
+
+        data: Batch = jax.tree.unflatten(self._structure, map(copy, self._leaves))
+        return data
+
+    def _cut(self, coded: HostArray) -> Batch:
+        """Returns the batch of these rows."""
+        rows, real = rows_of(coded)
+        if not self.pad:
+            rows = rows[:real]
+        leaves = [_rows(leaf, rows, self._shuffle) for leaf in self._leaves]
         cut: Batch = jax.tree.unflatten(self._structure, leaves)
         if self._mapped:
             cut = narrow(cut)
-        if rows < size:
-            cut.weights[rows:] = 0.0
+        cut.weights[real:] = 0.0
         return cut
 
 
@@ -159,13 +182,14 @@ def _warn_if_sorted(data: Batch) -> None:
             return
 
 
-def _rows(leaf: HostArray, chosen: HostArray | slice) -> HostArray:
-    """Returns a copy of the rows `chosen`."""
+def _rows(leaf: HostArray, rows: HostArray, shuffled: bool) -> HostArray:
+    """Returns a copy of these rows."""
     leaf = np.asarray(leaf)
-    if isinstance(chosen, slice):
-        return leaf[chosen].copy()
+    first, last = int(rows[0]), int(rows[-1])
+    if not shuffled and last - first == len(rows) - 1:
+        return leaf[first : last + 1].copy()
     # take() copies row by row, twice as fast as an index where rows are long, but
     # would first copy all of an array that is not contiguous.
     if leaf.ndim == 1 or not leaf.flags.c_contiguous:
-        return leaf[chosen]
-    return leaf.take(chosen, axis=0)
+        return leaf[rows]
+    return leaf.take(rows, axis=0)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxfit._errors import DataError
-from flaxfit._types import Batch, PyTree
-from flaxfit.data.source import HostArray, named_leaves
+from flaxfit._types import Batch, HostArray, PyTree
+from flaxfit.data.source import named_leaves
 
 LONG_DOUBLES = frozenset("gG")
 

@@ -88,8 +88,10 @@ class IterableSource:
         self._signature = _signature(first)
         self.batch_size = len(first.weights)
         self.example = first
-        # The batch and the pass it belongs to, until a pass takes them over.
-        self._ahead: tuple[Iterator[Any], Batch] | None = (iterator, first)
+        # The batch and the pass it belongs to, until a pass takes them over. What lies
+        # on a device goes on from there, as all later batches do.
+        ahead = self._converted(raw, 0, 0)
+        self._ahead: tuple[Iterator[Any], Batch] | None = (iterator, ahead)
 
     def check(self) -> None:
         """Checks the first batch; the others are checked as they come."""

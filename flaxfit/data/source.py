@@ -8,12 +8,9 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-import numpy.typing as npt
 
 from flaxfit._errors import DataError
-from flaxfit._types import Batch, PyTree
-
-HostArray = npt.NDArray[Any]
+from flaxfit._types import Batch, HostArray, PyTree
 
 
 class Source(Protocol):
@@ -45,7 +42,7 @@ class Source(Protocol):
         """Examples in one pass without fill, None where only reading tells."""
 
     @property
-    def batch_size(self) -> int | None:
+    def batch_size(self) -> int:
         """Rows of a batch, fill included."""
 
     @property

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxfit._errors import DataError
-from flaxfit._types import Batch
-from flaxfit.data.source import HostArray, named_leaves
+from flaxfit._types import Batch, HostArray
+from flaxfit.data.source import named_leaves
 
 
 def with_weights(batch: Batch) -> Batch:

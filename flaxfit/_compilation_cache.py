@@ -1,0 +1,49 @@
+"""Turns on JAX's persistent compilation cache: the only setting of a process we make.
+
+jax has no other way than `jax.config` to say where compiled programs are kept.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+_VARIABLE = "FLAXFIT_COMPILATION_CACHE"
+_ON = ("1", "true", "yes", "on")
+_OFF = ("", "0", "false", "no", "off")
+
+
+def use_compilation_cache(where: Any) -> None:
+    """Has compiled programs kept in a folder, for this and all later processes.
+
+    Programs that compile in less than a second are kept as well, which jax by itself
+    does not do.
+
+    Args:
+      where: a folder; True for the default one; False for none; None for what the
+        environment variable says, in the same words.
+
+    Raises:
+      TypeError: something else.
+    """
+    if where is None:
+        given = os.environ.get(_VARIABLE, "").strip()
+        known = {**dict.fromkeys(_ON, True), **dict.fromkeys(_OFF, False)}
+        where = known.get(given.lower(), given)
+    if where is True:
+        where = Path.home() / ".cache" / "flaxfit"
+    if where is False:
+        return
+    if not isinstance(where, str | os.PathLike):
+        raise TypeError(
+            f"compilation_cache={where!r}: write a folder, or True for the default, "
+            "~/.cache/flaxfit."
+        )
+    folder = os.fspath(Path(where).expanduser().absolute())
+    if jax.config.jax_compilation_cache_dir == folder:  # type: ignore[attr-defined]
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,0 +1,71 @@
+"""What a person is told of compiles: how long they took, and why there was another."""
+
+from typing import Any
+
+import jax
+
+from flaxfit._compile import Program
+from flaxfit._display import Display
+from flaxfit._forms import describe_array
+from flaxfit._segments import Resident, Stack, batch_at
+from flaxfit._timing import Clock
+from flaxfit._types import Batch
+from flaxfit.data.source import named_leaves
+
+
+class CompileReport:
+    """Shows every compile on a display, and counts its time.
+
+    Args:
+      display: where it is shown.
+      clock: what it is counted on.
+    """
+
+    def __init__(self, display: Display, clock: Clock | None = None) -> None:
+        self._display = display
+        self._clock = clock
+
+    def compiling(self, program: Program) -> None:
+        """Says that it has begun."""
+        self._display.note(f"compiling {program.name}…")
+
+    def compiled(self, program: Program, seconds: float) -> None:
+        """Says how long it took, and for what, if it was not the first time."""
+        if self._clock is not None:
+            self._clock.move(seconds, "compiling")
+        again = why_again(program)
+        if program.name != "init":
+            text = f"compiling {program.name}{' again' * bool(again)}… {seconds:.1f} s"
+            self._display.say(f"{text}: {again}" if again else text)
+
+
+def why_again(program: Program) -> str | None:
+    """Returns what is different from the compile before, None for the first."""
+    if len(program.signatures) < 2:
+        return None
+    before, now = map(_parts, program.signatures)
+    changed = [
+        f"{name} is {text}, was {before.get(name, 'missing')}"
+        for name, text in now.items()
+        if before.get(name) != text
+    ]
+    return "; ".join(changed) or "the devices or the state are others"
+
+
+def _parts(signature: tuple[Any, ...]) -> dict[str, str]:
+    """Returns what a call was compiled for, by name."""
+    for argument in signature:
+        if isinstance(argument, Batch | Stack | Resident):
+            batch = jax.eval_shape(lambda segment: batch_at(segment, 0), argument)
+            parts = {name: describe_array(leaf) for name, leaf in named_leaves(batch)}
+            return parts | {"the data": _describe(argument)}
+    return {}
+
+
+def _describe(segment: Batch | Stack | Resident) -> str:
+    if isinstance(segment, Batch):
+        return "one batch"
+    rows = jax.tree.leaves(segment)[0].shape[0]
+    if isinstance(segment, Stack):
+        return f"{rows} batches"
+    return f"{rows:,} rows on the device"

@@ -1,0 +1,369 @@
+"""Sources of batches -> segments on the device, made ahead of the steps."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import count, islice
+from typing import NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from flaxfit._segments import (
+    Resident,
+    Segment,
+    Stack,
+    order_capacity,
+    stack_capacity,
+)
+from flaxfit._sharding import Placement
+from flaxfit._types import Batch, HostArray, PyTree
+from flaxfit.data.arrays import ArraySource
+from flaxfit.data.prefetch import Prefetch
+from flaxfit.data.source import Source
+
+# Rows are rounded up to an eighth of a power of two: data of nearly the same size then
+# shares one compiled program.
+_ROUNDING_BITS = 4
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a trainer runs its steps; none of it changes a result.
+
+    Attributes:
+      steps_per_call: steps of one call of the train program, None to go by the clock.
+      device_data: the share of the free device memory that data may take.
+      prefetch: how many segments a background thread prepares ahead; 0 for none.
+    """
+
+    steps_per_call: int | None = None
+    device_data: float = 0.25
+    prefetch: int = 2
+
+    def per_call(self, *, single: bool) -> int | None:
+        """Returns the steps of a call of a program that may only run single ones."""
+        return 1 if single else self.steps_per_call
+
+
+class Ready(NamedTuple):
+    """A segment on the device.
+
+    Attributes:
+      segment: the batches.
+      batches: how many of them have a meaning.
+      examples: rows of them that are no fill, per batch.
+    """
+
+    segment: Segment
+    batches: int
+    examples: tuple[int, ...]
+
+
+class Segments(Protocol):
+    """The segments of one epoch, in order."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next one can be had without waiting."""
+
+    def __iter__(self) -> Iterator[Ready]: ...
+
+    def __next__(self) -> Ready: ...
+
+
+class Feed(Protocol):
+    """Where a loop gets its segments from."""
+
+    def epoch(self) -> AbstractContextManager[Segments]:
+        """Returns the segments of the next epoch; leaving it ends its thread."""
+
+
+def open_feed(
+    source: Source,
+    placement: Placement,
+    execution: Execution,
+    *,
+    steps: int | None,
+    single: bool,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Feed:
+    """Returns the feed of a fit.
+
+    Args:
+      source: the data.
+      placement: the devices.
+      execution: how to run.
+      steps: batches of an epoch, from endless passes; None for one pass.
+      single: whether every call takes one step.
+      stopped: whether to wait no longer.
+    """
+    if isinstance(source, ArraySource) and source.pad and source.in_memory:
+        rows = placement.rounded(_rounded(source.num_examples))
+        size = source.nbytes * rows // source.num_examples
+        if how := placement.room_for(size, execution.device_data):
+            data = placement.put_data(source.padded(rows), how)
+            capacity = order_capacity(source.batch_size, execution.steps_per_call)
+            return _ResidentFeed(source, data, placement, capacity, steps)
+    epochs = _epochs_of(source, steps)
+    return _StreamFeed(epochs, placement, execution, single or not source.pad, stopped)
+
+
+def open_pass(
+    source: Source,
+    placement: Placement,
+    execution: Execution,
+    *,
+    steps: int | None,
+    single: bool,
+    keep: bool = False,
+    bytes_per_output: int = 0,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Feed:
+    """Returns the feed of an evaluation or prediction: batches in their order.
+
+    Args:
+      source: the data; each epoch of the feed starts at its beginning.
+      placement: the devices.
+      execution: how to run.
+      steps: at most so many batches.
+      single: whether every call takes one batch.
+      keep: whether it will be read again and again, so that it may stay on the
+        device.
+      bytes_per_output: what a batch leaves on the device.
+      stopped: whether to wait no longer.
+    """
+    passes = (islice(source.batches(0), steps) for _ in count())
+    single = single or not source.pad
+    feed = _StreamFeed(passes, placement, execution, single, stopped, bytes_per_output)
+    if not (keep and isinstance(source, ArraySource) and source.in_memory):
+        return feed
+    fits = placement.room_for(source.nbytes, execution.device_data) == "whole"
+    return _KeptFeed(feed) if fits else feed
+
+
+class _ResidentFeed:
+    """All examples lie on the device; an epoch sends the order of their rows."""
+
+    def __init__(
+        self,
+        source: ArraySource,
+        data: Batch,
+        placement: Placement,
+        capacity: int,
+        steps: int | None,
+    ) -> None:
+        self._source = source
+        self._data = data
+        self._placement = placement
+        self._capacity = capacity
+        self._steps = steps
+        self._passes = 0
+        self._order = np.empty((0, source.batch_size), np.int64)
+
+    def epoch(self) -> AbstractContextManager[Segments]:
+        return nullcontext(_AtHand(self._segments()))
+
+    def _segments(self) -> Iterator[Ready]:
+        left = self._source.num_batches if self._steps is None else self._steps
+        while left > 0:
+            if not len(self._order):
+                self._order = self._source.order(self._passes)
+                self._passes += 1
+            chosen = self._order[: min(left, self._capacity)]
+            self._order = self._order[len(chosen) :]
+            left -= len(chosen)
+            order = np.zeros((self._capacity, chosen.shape[1]), np.int32)
+            order[: len(chosen)] = chosen
+            segment = self._placement.put_segment(Resident(self._data, order))
+            examples = np.count_nonzero(chosen >= 0, axis=1)
+            yield Ready(segment, len(chosen), tuple(examples.tolist()))
+
+
+class _StreamFeed:
+    """Batches are gathered, stacked and transferred as they come."""
+
+    def __init__(
+        self,
+        epochs: Iterator[Iterator[Batch]],
+        placement: Placement,
+        execution: Execution,
+        single: bool,
+        stopped: Callable[[], bool],
+        bytes_per_output: int = 0,
+    ) -> None:
+        self._epochs = epochs
+        self._placement = placement
+        self._execution = execution
+        self._stopped = stopped
+        self._bytes_per_output = bytes_per_output
+        # Without reading ahead there is nothing to stack.
+        self._single = single or execution.prefetch == 0
+
+    def epoch(self) -> AbstractContextManager[Segments]:
+        batches = next(self._epochs)
+        if self._execution.prefetch == 0:
+            return nullcontext(_AtHand(self._segments(batches, lambda: True)))
+        return Prefetch(
+            lambda hungry: self._segments(batches, hungry),
+            self._execution.prefetch,
+            self._stopped,
+        )
+
+    def _segments(
+        self, batches: Iterator[Batch], hungry: Callable[[], bool]
+    ) -> Iterator[Ready]:
+        stack: _HostStack | None = None
+        error: BaseException | None = None
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                break
+            except BaseException as caught:
+                error = caught  # what came before it is still trained on
+                break
+            examples = _count_examples(batch.weights)
+            capacity = 1 if _on_device(batch) else self._capacity(batch)
+            if stack is not None and not (capacity > 1 and stack.takes(batch)):
+                yield self._placed(stack)
+                stack = None
+            if capacity == 1:
+                segment = self._placement.put_segment(batch)
+                yield Ready(segment, 1, (examples,))
+                continue
+            stack = stack or _HostStack(batch, capacity)
+            stack.add(batch, examples)
+            if stack.full or hungry():
+                yield self._placed(stack)
+                stack = None
+        if stack is not None:
+            yield self._placed(stack)
+        if error is not None:
+            raise error
+
+    def _capacity(self, batch: Batch) -> int:
+        if self._single:
+            return 1
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(batch))
+        size = max(size, self._bytes_per_output)
+        return stack_capacity(size, self._execution.steps_per_call)
+
+    def _placed(self, stack: "_HostStack") -> Ready:
+        segment = self._placement.put_segment(Stack(stack.batches))
+        return Ready(segment, len(stack.examples), tuple(stack.examples))
+
+
+class _KeptFeed:
+    """What the first epoch read stays on the device for the next ones."""
+
+    def __init__(self, feed: Feed) -> None:
+        self._feed = feed
+        self._kept: list[Ready] | None = None
+
+    @contextmanager
+    def epoch(self) -> Iterator[Segments]:
+        if self._kept is not None:
+            yield _AtHand(iter(self._kept))
+            return
+        with self._feed.epoch() as segments:
+            recording = _Recording(segments)
+            yield recording
+        if recording.complete:
+            self._kept = recording.kept
+
+
+class _AtHand:
+    """Segments that are made in the calling thread."""
+
+    ready = True
+
+    def __init__(self, segments: Iterator[Ready]) -> None:
+        self._segments = segments
+
+    def __iter__(self) -> Iterator[Ready]:
+        return self
+
+    def __next__(self) -> Ready:
+        return next(self._segments)
+
+
+class _Recording:
+    """Segments, each of them noted as it goes by."""
+
+    def __init__(self, segments: Segments) -> None:
+        self._segments = segments
+        self.kept: list[Ready] = []
+        self.complete = False
+
+    @property
+    def ready(self) -> bool:
+        return self._segments.ready
+
+    def __iter__(self) -> Iterator[Ready]:
+        return self
+
+    def __next__(self) -> Ready:
+        try:
+            segment = next(self._segments)
+        except StopIteration:
+            self.complete = True
+            raise
+        self.kept.append(segment)
+        return segment
+
+
+class _HostStack:
+    """Batches copied side by side into arrays of their own."""
+
+    def __init__(self, like: Batch, capacity: int) -> None:
+        self.batches: Batch = jax.tree.map(
+            lambda leaf: np.empty((capacity, *leaf.shape), leaf.dtype), like
+        )
+        self.examples: list[int] = []
+        self._capacity = capacity
+
+    @property
+    def full(self) -> bool:
+        return len(self.examples) == self._capacity
+
+    def takes(self, batch: Batch) -> bool:
+        return all(
+            stacked.shape[1:] == leaf.shape
+            for stacked, leaf in zip(
+                jax.tree.leaves(self.batches), jax.tree.leaves(batch), strict=True
+            )
+        )
+
+    def add(self, batch: Batch, examples: int) -> None:
+        for stacked, leaf in zip(
+            jax.tree.leaves(self.batches), jax.tree.leaves(batch), strict=True
+        ):
+            stacked[len(self.examples)] = leaf
+        self.examples.append(examples)
+
+
+def _epochs_of(source: Source, steps: int | None) -> Iterator[Iterator[Batch]]:
+    """Yields the batches of each epoch: a pass each, or `steps` of endless passes."""
+    if steps is None:
+        for index in count():
+            yield source.batches(index)
+    endless = (batch for index in count() for batch in source.batches(index))
+    while True:
+        yield islice(endless, steps)
+
+
+def _rounded(rows: int) -> int:
+    unit = 2 ** max(0, rows.bit_length() - _ROUNDING_BITS)
+    return -(-rows // unit) * unit
+
+
+def _count_examples(weights: HostArray | jax.Array) -> int:
+    """Returns how many rows have any weight; on a device, where reading waits, all."""
+    if isinstance(weights, jax.Array):
+        return len(weights)
+    return int(np.count_nonzero((weights != 0).reshape(len(weights), -1).any(axis=1)))
+
+
+def _on_device(tree: PyTree) -> bool:
+    return any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree))
