@@ -15,6 +15,7 @@ from flaxfit._compile import (
     compile_programs,
     empty_running,
     preflight,
+    traced_once,
 )
 from flaxfit._errors import DataError, DetectionError
 from flaxfit._forms import differences, forms_of, listed, shapes_of
@@ -179,7 +180,7 @@ def build(
         rngs=adapted.detected.rngs,
         eval_rngs=adapted.detected.eval_rngs,
     )
-    init, train_step = make_init(task), settings.make_train_step(task)
+    init = traced_once(make_init(task))
     template = jax.eval_shape(init, key, example.inputs, {})
     variables = {
         name: tree
@@ -189,8 +190,8 @@ def build(
     _check_variables(variables, template)
     steps = Steps(
         init=init,
-        train=train_step,
-        evaluate=make_eval_step(task),
+        train=traced_once(settings.make_train_step(task)),
+        evaluate=traced_once(make_eval_step(task)),
         predict=make_predict_step(task),
         intermediates=make_predict_step(task, sown="intermediates"),
         gradient=make_gradient(task),

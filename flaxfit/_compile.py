@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import flax.struct
 import jax
@@ -21,6 +21,7 @@ _HOST_CALLBACKS = frozenset(
     {"pure_callback", "io_callback", "debug_callback", "debug_print"}
 )
 _CONVOLUTION = "conv_general_dilated"
+Step = TypeVar("Step", bound=Callable[..., Any])
 
 
 class Running(flax.struct.PyTreeNode):
@@ -75,6 +76,7 @@ class Program:
         donate_argnums: tuple[int, ...] = (),
         out_shardings: Any = None,
         wait: bool = False,
+        compiler_options: dict[str, Any] | None = None,
     ) -> None:
         self.name = name
         self.traces = 0
@@ -89,7 +91,12 @@ class Program:
             return function(*args)
 
         shardings = {} if out_shardings is None else {"out_shardings": out_shardings}
-        self._jitted = jax.jit(traced, donate_argnums=donate_argnums, **shardings)
+        self._jitted = jax.jit(
+            traced,
+            donate_argnums=donate_argnums,
+            compiler_options=compiler_options,
+            **shardings,
+        )
 
     def __call__(self, *args: Any) -> Any:
         """Runs the program; dispatch is asynchronous unless it must be waited for."""
@@ -98,6 +105,15 @@ class Program:
         if self.traces != traces and (listener := _LISTENER.get()):
             listener.compiled(self, time.perf_counter() - started)
         return jax.block_until_ready(result) if self._wait else result
+
+    def compile(self, *args: Any) -> float:
+        """Compiles for such arguments without running; returns the seconds it took."""
+        traces, started = self.traces, time.perf_counter()
+        self._jitted.lower(*args).compile()
+        seconds = time.perf_counter() - started
+        if self.traces != traces and (listener := _LISTENER.get()):
+            listener.compiled(self, seconds)
+        return seconds
 
     def analyze(self, *args: Any) -> dict[str, float]:
         """Compiles ahead of time and returns FLOPs and bytes of one call.
@@ -201,7 +217,10 @@ def compile_programs(
       convolves: whether there are convolutions. For a CPU, XLA brings them into the
         form that is fast only outside of loops; inside they take many times as long.
     """
-    single = calls_host or (convolves and placement.devices[0].platform == "cpu")
+    on_cpu = placement.devices[0].platform == "cpu"
+    single = calls_host or (convolves and on_cpu)
+    # It runs once: the time is better spent otherwise, and the bits are the same.
+    run_once = {"xla_backend_optimization_level": 1} if on_cpu else None
 
     def train(
         state: TrainState, running: Running, segment: Segment, start: Any, count: Any
@@ -230,7 +249,9 @@ def compile_programs(
 
     whole = placement.replicated
     return Programs(
-        init=Program("init", steps.init, out_shardings=whole),
+        init=Program(
+            "init", steps.init, out_shardings=whole, compiler_options=run_once
+        ),
         train=Program(
             "train step",
             train,
@@ -319,6 +340,12 @@ class Preflight(NamedTuple):
     logs: PyTree
     calls_host: bool
     convolves: bool
+
+
+def traced_once(step: Step) -> Step:
+    """Returns the step, to be traced once for all programs of one form of batches."""
+    cached: Any = jax.jit(step, inline=True)
+    return cached
 
 
 def preflight(step: Callable[..., Any], *args: Any) -> Preflight:

@@ -84,6 +84,7 @@ def open_feed(
     placement: Placement,
     execution: Execution,
     *,
+    epochs: int,
     steps: int | None,
     single: bool,
     stopped: Callable[[], bool] = lambda: False,
@@ -94,6 +95,7 @@ def open_feed(
       source: the data.
       placement: the devices.
       execution: how to run.
+      epochs: how many epochs there will be.
       steps: batches of an epoch, from endless passes; None for one pass.
       single: whether every call takes one step.
       stopped: whether to wait no longer.
@@ -104,9 +106,11 @@ def open_feed(
         if how := placement.room_for(size, execution.device_data):
             data = placement.put_data(source.padded(rows), how)
             capacity = order_capacity(source.batch_size, execution.steps_per_call)
-            return _ResidentFeed(source, data, placement, capacity, steps)
-    epochs = _epochs_of(source, steps)
-    return _StreamFeed(epochs, placement, execution, single or not source.pad, stopped)
+            return _ResidentFeed(
+                source, data, placement, capacity, epochs, steps, single
+            )
+    batches = _epochs_of(source, steps)
+    return _StreamFeed(batches, placement, execution, single or not source.pad, stopped)
 
 
 def open_pass(
@@ -142,6 +146,12 @@ def open_pass(
     return _KeptFeed(feed) if fits else feed
 
 
+def first_segment(feed: Feed) -> Segment:
+    """Returns the first segment of an epoch."""
+    with feed.epoch() as segments:
+        return next(iter(segments)).segment
+
+
 class _ResidentFeed:
     """All examples lie on the device; an epoch sends the order of their rows."""
 
@@ -151,33 +161,48 @@ class _ResidentFeed:
         data: Batch,
         placement: Placement,
         capacity: int,
+        epochs: int,
         steps: int | None,
+        single: bool,
     ) -> None:
         self._source = source
         self._data = data
         self._placement = placement
         self._capacity = capacity
-        self._steps = steps
+        self._epochs = epochs
+        self._steps = source.num_batches if steps is None else steps
+        # One call takes an order from the host as fast as from the device; many calls
+        # would each bring it there.
+        self._put_order = single or placement.mesh is not None
         self._passes = 0
-        self._order = np.empty((0, source.batch_size), np.int64)
+        self._order = self._next_order()
 
     def epoch(self) -> AbstractContextManager[Segments]:
         return nullcontext(_AtHand(self._segments()))
 
     def _segments(self) -> Iterator[Ready]:
-        left = self._source.num_batches if self._steps is None else self._steps
+        left = self._steps
         while left > 0:
             if not len(self._order):
-                self._order = self._source.order(self._passes)
-                self._passes += 1
+                self._order = self._next_order()
             chosen = self._order[: min(left, self._capacity)]
             self._order = self._order[len(chosen) :]
             left -= len(chosen)
             order = np.zeros((self._capacity, chosen.shape[1]), np.int32)
             order[: len(chosen)] = chosen
-            segment = self._placement.put_segment(Resident(self._data, order))
+            segment: Segment = Resident(self._data, order)
+            if self._put_order:
+                segment = self._placement.put_segment(segment)
             examples = np.count_nonzero(chosen >= 0, axis=1)
             yield Ready(segment, len(chosen), tuple(examples.tolist()))
+        self._epochs -= 1
+        if self._epochs > 0 and not len(self._order):
+            # While the device still computes.
+            self._order = self._next_order()
+
+    def _next_order(self) -> HostArray:
+        self._passes += 1
+        return self._source.order(self._passes - 1)
 
 
 class _StreamFeed:

@@ -351,7 +351,7 @@ def read_logs(
     logs, rate = read((running.logs, rate))
     with np.errstate(divide="ignore", invalid="ignore"):
         values = {name: as_number(log.compute()) for name, log in order(logs).items()}
-    return values, None if rate is None else float(rate)
+    return values, None if rate is None else float(np.real(rate))
 
 
 def _read_values(running: Running, order: Callable[[Logs], Logs]) -> dict[str, Any]:

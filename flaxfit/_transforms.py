@@ -211,11 +211,11 @@ def with_rates_of(opt_state: PyTree, other: PyTree) -> PyTree:
 
 
 def read_learning_rate(opt_state: PyTree) -> Array | None:
-    """Returns the first injected learning rate as `float32[]`, if there is one."""
+    """Returns the first injected learning rate, a scalar as it lies there, if any."""
     for node in jax.tree.leaves(opt_state, is_leaf=_holds_rate):
         if _holds_rate(node):
-            rate = jnp.asarray(node.hyperparams[_RATE])
-            return jnp.real(rate).astype(jnp.float32)
+            rate: Array = node.hyperparams[_RATE]
+            return rate
     return None
 
 

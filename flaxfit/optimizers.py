@@ -40,7 +40,7 @@ class Optimizer(NamedTuple):
       tx: takes `update(grads, opt_state, params, value=..., grad=..., value_fn=...,
         grad_fn=...)` whether or not the optimizer needs them. The state that comes
         back has the dtypes and weak types of the state that went in.
-      learning_rate: `opt_state -> float32[]`, the rate last used, or None where the
+      learning_rate: `opt_state -> scalar`, the rate last used, or None where the
         state holds none. Of several, the first in the state's order.
       evaluation_params: `(opt_state, params) -> params` to evaluate with; other
         ones than `params` only for `optax.contrib.schedule_free`.

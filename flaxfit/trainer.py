@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Self
 
 import jax
@@ -28,7 +29,7 @@ from flaxfit._compile import listening
 from flaxfit._compile_report import CompileReport
 from flaxfit._display import Display, Silent, make_display, make_progress
 from flaxfit._errors import CheckpointError, DataError
-from flaxfit._feed import Execution, open_feed, open_pass
+from flaxfit._feed import Execution, first_segment, open_feed, open_pass
 from flaxfit._forms import shapes_of
 from flaxfit._interrupt import Interrupt
 from flaxfit._loop import (
@@ -56,6 +57,7 @@ from flaxfit.callbacks.base import (
 )
 from flaxfit.data import (
     DEFAULT_BATCH_SIZE,
+    ArraySource,
     Binding,
     Source,
     as_batch,
@@ -349,6 +351,7 @@ class Trainer:
                         source,
                         built.placement,
                         self._execution,
+                        epochs=len(span),
                         steps=steps,
                         single=single,
                         stopped=lambda: interrupt.requested,
@@ -383,6 +386,101 @@ class Trainer:
         if history.timing.remark:
             plan.display.say(history.timing.remark)
         return history
+
+    def compile(
+        self,
+        x: Any = None,
+        y: Any = None,
+        *,
+        batch_size: int | None = None,
+        epochs: int = 1,
+        steps_per_epoch: int | None = None,
+        verbose: int | str = "auto",
+        **keras: Any,
+    ) -> dict[str, float]:
+        """Compiles what `fit`, `evaluate` and `predict` need for this data, ahead.
+
+        There is no need to: they compile at their first step. Nothing is trained.
+
+        Args:
+          x: the data, as for `fit`, but no iterator: it would lose a batch.
+          y: targets, for arrays.
+          batch_size: as for `fit`.
+          epochs: as for `fit`; only a learning rate that depends on the length of the
+            training needs it.
+          steps_per_epoch: as for `fit`.
+          verbose: 0 to show nothing.
+          **keras: refused, with a hint, for those who know Keras's `compile`.
+
+        Returns:
+          `{"train": …, "eval": …, "predict": …}`, seconds; near 0 for what was
+          compiled already.
+
+        Raises:
+          TypeError: no data, or arguments of Keras's `compile`.
+          ValueError: as `fit`.
+        """
+        if keras or x is None:
+            raise TypeError(
+                f"compile({', '.join(f'{name}=...' for name in keras)}): there is "
+                "nothing to configure here. Write Trainer(model, loss=..., "
+                "optimizer=..., metrics=...), then fit. trainer.compile(x, y) compiles "
+                "ahead for that data."
+            )
+        epochs = as_count("epochs", epochs)
+        steps = as_optional_count("steps_per_epoch", steps_per_epoch)
+        display = make_display(verbose)
+        source = as_source(
+            x,
+            y,
+            binding=self._binding,
+            batch_size=batch_size,
+            steps=steps,
+            check=self._builder.check_values,
+            what="compile",
+        )
+        _refuse_to_use_up(source, "compile")
+        epoch_steps = steps or source.num_batches
+        total_steps = epoch_steps and self.step + epochs * epoch_steps
+        self._builder.require_total_steps(total_steps)
+        self._builder.place_for(source.batch_size)
+        built = self._build(source, total_steps)
+        self._init_state(source.example)
+        programs, placement = built.programs, built.placement
+        rows = placement.rounded(source.batch_size)
+        inputs = Batch(source.example.inputs, None, None)
+        open_one = partial(
+            open_pass,
+            placement=placement,
+            execution=self._execution,
+            steps=None,
+            single=programs.single,
+        )
+        with listening(CompileReport(display)):
+            state = self._holder.peek()
+            batches = open_feed(
+                source,
+                placement,
+                self._execution,
+                epochs=epochs,
+                steps=steps,
+                single=programs.single,
+            )
+            examples = open_one(ArraySource(source.example, rows))
+            unlabelled = open_one(
+                ArraySource(inputs, rows), bytes_per_output=_size_of(built.outputs)
+            )
+            return {
+                "train": programs.train.compile(
+                    state, built.empty(), first_segment(batches), 0, 0
+                ),
+                "eval": programs.evaluate.compile(
+                    state, built.empty_eval(), first_segment(examples), 0, 0
+                ),
+                "predict": programs.predict.compile(
+                    state, first_segment(unlabelled), 0, 0, 0
+                ),
+            }
 
     def train_on_batch(
         self,
@@ -706,12 +804,7 @@ class Trainer:
           batch_size: rows of a batch, for arrays; that of the last `fit`, or 32.
         """
         source = self._source(x, y, None, batch_size, "check")
-        if source.one_shot:
-            raise DataError(
-                "check got an iterator, and would use up its first batch. Write "
-                "trainer.check(x, y) with that batch, or give the function that "
-                "makes the iterator."
-            )
+        _refuse_to_use_up(source, "check")
         built = self._build(source)
         if self._saved is not None:
             self._restore(*self._saved)
@@ -977,6 +1070,15 @@ def _refuse_one_shot(
             f"{len(epochs)} epochs. Give something that can be iterated again, e.g. a "
             f"list of batches, or the function that makes it: make_batches and not "
             f"make_batches(); or say how many batches an epoch takes: {name}=100."
+        )
+
+
+def _refuse_to_use_up(source: Source, what: str) -> None:
+    if source.one_shot:
+        raise DataError(
+            f"{what} got an iterator, and would use up its first batch. Write "
+            f"trainer.{what}(x, y) with that batch, or give the function that "
+            "makes the iterator."
         )
 
 

@@ -28,6 +28,7 @@ from flaxfit.data.source import (
 from flaxfit.data.weights import ClassWeighting, with_weights
 
 __all__ = [
+    "ArraySource",
     "Binding",
     "Source",
     "as_batch",
