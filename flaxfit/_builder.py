@@ -1,9 +1,10 @@
 """When parts are made, kept or made anew, and which batches fit them."""
 
+import math
 from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,18 @@ _WITHOUT_TARGETS = ("predict", "intermediates")
 _WITHOUT_OPTIMIZER = (*_WITHOUT_TARGETS, "evaluate", "gradient")
 
 
+class Outputs(NamedTuple):
+    """What is predicted for a batch.
+
+    Attributes:
+      batched: for each leaf whether its first axis is the batch.
+      nbytes: the bytes of all leaves.
+    """
+
+    batched: list[bool]
+    nbytes: int
+
+
 class Builder:
     """Owns the parts of one trainer, and makes them when the first data comes."""
 
@@ -57,7 +70,7 @@ class Builder:
         self._built: Built | None = None
         # The forms of batches that were found to fit: looking again takes traces.
         self._fitting: set[Hashable] = set()
-        self._batched: dict[Hashable, list[bool]] = {}
+        self._outputs: dict[Hashable, Outputs] = {}
         # Compiles of programs that were replaced since.
         self._past: Counter[str] = Counter()
 
@@ -189,15 +202,15 @@ class Builder:
                     self._past[phase] += getattr(old.programs, name).traces
         if not keep:
             self._fitting.clear()
-            self._batched.clear()
+            self._outputs.clear()
         self._built = built
 
-    def find_batched(self, inputs: Inputs, *, sown: bool) -> list[bool]:
-        """Returns `find_batched` of the inputs, remembered by their form."""
+    def find_outputs(self, inputs: Inputs, *, sown: bool) -> Outputs:
+        """Returns `find_outputs` of the inputs, remembered by their form."""
         form = (sown, *_form_of(inputs))
-        if form not in self._batched:
-            self._batched[form] = find_batched(self.built, inputs, sown=sown)
-        return self._batched[form]
+        if form not in self._outputs:
+            self._outputs[form] = find_outputs(self.built, inputs, sown=sown)
+        return self._outputs[form]
 
     def _fits(self, batch: Batch, afresh: bool, inputs_only: bool) -> bool:
         """Returns whether a batch fits what was built; raises unless `afresh`."""
@@ -275,8 +288,8 @@ def check_batch(
             )
 
 
-def find_batched(built: Built, inputs: Inputs, *, sown: bool) -> list[bool]:
-    """Returns for each leaf of what is predicted whether its first axis is the batch.
+def find_outputs(built: Built, inputs: Inputs, *, sown: bool) -> Outputs:
+    """Returns what would be predicted for such inputs.
 
     A first axis as long as the batch may be something else, time or layers: only
     that it grows with the batch tells.
@@ -314,7 +327,8 @@ def find_batched(built: Built, inputs: Inputs, *, sown: bool) -> list[bool]:
             f"x[None]; else let the model return [batch, ...] arrays, or call it "
             f"yourself: module.apply(trainer.variables, x)."
         )
-    return batched
+    sizes = (math.prod(one.shape) * one.dtype.itemsize for one in outputs)
+    return Outputs(batched, sum(sizes))
 
 
 def _form_of(tree: PyTree) -> tuple[Hashable, ...]:

@@ -235,11 +235,9 @@ def _targets_text(built: Built) -> str:
 def _optimizer_text(built: Built, state: TrainState) -> str:
     optimizer = built.task.optimizer
     rate = optimizer.learning_rate(state.opt_state)
-    return (
-        optimizer.name
-        if rate is None
-        else f"{optimizer.name} {float(np.real(read(rate))):g}"
-    )
+    if rate is None:
+        return optimizer.name
+    return f"{optimizer.name} {float(np.real(read(rate))):g}"
 
 
 def _device_text(state: TrainState) -> str:

@@ -110,7 +110,7 @@ def open_feed(
                 source, data, placement, capacity, epochs, steps, single
             )
     batches = _epochs_of(source, steps)
-    return _StreamFeed(batches, placement, execution, single or not source.pad, stopped)
+    return _StreamFeed(batches, placement, execution, source.pad, stopped)
 
 
 def open_pass(
@@ -119,7 +119,6 @@ def open_pass(
     execution: Execution,
     *,
     steps: int | None,
-    single: bool,
     keep: bool = False,
     bytes_per_output: int = 0,
     stopped: Callable[[], bool] = lambda: False,
@@ -131,19 +130,21 @@ def open_pass(
       placement: the devices.
       execution: how to run.
       steps: at most so many batches.
-      single: whether every call takes one batch.
       keep: whether it will be read again and again, so that it may stay on the
         device.
       bytes_per_output: what a batch leaves on the device.
       stopped: whether to wait no longer.
     """
-    passes = (islice(source.batches(0), steps) for _ in count())
-    single = single or not source.pad
-    feed = _StreamFeed(passes, placement, execution, single, stopped, bytes_per_output)
-    if not (keep and isinstance(source, ArraySource) and source.in_memory):
-        return feed
+    if not (isinstance(source, ArraySource) and source.in_memory and source.pad):
+        passes = (islice(source.batches(0), steps) for _ in count())
+        return _StreamFeed(
+            passes, placement, execution, source.pad, stopped, bytes_per_output
+        )
+    size = source.nbytes // source.num_examples * source.batch_size
+    capacity = stack_capacity(max(size, bytes_per_output), execution.steps_per_call)
+    feed = _PassFeed(source, placement, capacity, steps)
     fits = placement.room_for(source.nbytes, execution.device_data) == "whole"
-    return _KeptFeed(feed) if fits else feed
+    return _KeptFeed(feed) if keep and fits else feed
 
 
 def first_segment(feed: Feed) -> Segment:
@@ -205,6 +206,33 @@ class _ResidentFeed:
         return self._source.order(self._passes - 1)
 
 
+class _PassFeed:
+    """Arrays in their order, copied stack by stack while the device computes."""
+
+    def __init__(
+        self,
+        source: ArraySource,
+        placement: Placement,
+        capacity: int,
+        steps: int | None,
+    ) -> None:
+        self._source = source
+        self._placement = placement
+        self._capacity = capacity
+        self._batches = source.num_batches
+        if steps is not None:
+            self._batches = min(steps, self._batches)
+
+    def epoch(self) -> AbstractContextManager[Segments]:
+        return nullcontext(_AtHand(self._segments()))
+
+    def _segments(self) -> Iterator[Ready]:
+        for first in range(0, self._batches, self._capacity):
+            number = min(self._capacity, self._batches - first)
+            batches, examples = self._source.stack(first, number, self._capacity)
+            yield Ready(self._placement.put_segment(Stack(batches)), number, examples)
+
+
 class _StreamFeed:
     """Batches are gathered, stacked and transferred as they come."""
 
@@ -213,7 +241,7 @@ class _StreamFeed:
         epochs: Iterator[Iterator[Batch]],
         placement: Placement,
         execution: Execution,
-        single: bool,
+        pad: bool,
         stopped: Callable[[], bool],
         bytes_per_output: int = 0,
     ) -> None:
@@ -222,8 +250,8 @@ class _StreamFeed:
         self._execution = execution
         self._stopped = stopped
         self._bytes_per_output = bytes_per_output
-        # Without reading ahead there is nothing to stack.
-        self._single = single or execution.prefetch == 0
+        # Batches of other lengths are no stack, nor is there one without reading ahead.
+        self._stacks = pad and execution.prefetch > 0
 
     def epoch(self) -> AbstractContextManager[Segments]:
         batches = next(self._epochs)
@@ -268,7 +296,7 @@ class _StreamFeed:
             raise error
 
     def _capacity(self, batch: Batch) -> int:
-        if self._single:
+        if not self._stacks:
             return 1
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(batch))
         size = max(size, self._bytes_per_output)

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 
 from flaxfit._compile import Program, Running
-from flaxfit._display import Display, Silent, epoch_display
+from flaxfit._display import Display, epoch_display
 from flaxfit._feed import Feed, Ready, Segments
 from flaxfit._interrupt import Interrupt
 from flaxfit._pace import Pace
@@ -17,6 +17,8 @@ from flaxfit._segments import Stack
 from flaxfit._timing import Clock
 from flaxfit._types import Logs, PyTree, StateHolder, TrainState
 from flaxfit.callbacks.base import CallbackList, LoopState
+
+Evaluate: TypeAlias = Callable[[TrainState], dict[str, Any] | None]
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class FitPlan:
     steps_per_call: int | None
     order: Callable[[Logs], Logs]
     learning_rate: Callable[[PyTree], Any]
-    validate: Callable[[TrainState], dict[str, Any] | None] | None
+    validate: Evaluate | None
     validates_at: Callable[[int], bool]
     callbacks: CallbackList
     display: Display
@@ -211,8 +213,8 @@ def eval_loop(
     total: int | None,
     steps_per_call: int | None,
     order: Callable[[Logs], Logs],
-    display: Display | None = None,
-    interrupted: Callable[[], bool] = lambda: False,
+    display: Display,
+    interrupted: Callable[[], bool],
 ) -> dict[str, Any] | None:
     """Returns the values over the data, or None if `interrupted`.
 
@@ -227,8 +229,7 @@ def eval_loop(
       display: shows the progress.
       interrupted: asked before every call.
     """
-    display, pace = display or Silent(), Pace(steps_per_call)
-    done = 0
+    done, pace = 0, Pace(steps_per_call)
     with (
         epoch_display(display, "Evaluating", total) as shown,
         feed.epoch() as segments,

@@ -1,9 +1,7 @@
 """The facade: checks arguments, wires the parts, and owns the state."""
 
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any, Self
 
 import jax
@@ -27,23 +25,16 @@ from flaxfit._check import CheckReport, Text, first_lines, make_report
 from flaxfit._compilation_cache import use_compilation_cache
 from flaxfit._compile import listening
 from flaxfit._compile_report import CompileReport
-from flaxfit._display import Display, Silent, make_display, make_progress
+from flaxfit._display import make_display, make_progress
 from flaxfit._errors import CheckpointError, DataError
-from flaxfit._feed import Execution, first_segment, open_feed, open_pass
+from flaxfit._feed import Execution
 from flaxfit._forms import shapes_of
 from flaxfit._interrupt import Interrupt
-from flaxfit._loop import (
-    FitPlan,
-    eval_loop,
-    fit_loop,
-    join_batches,
-    predict_loop,
-    read,
-    read_logs,
-)
+from flaxfit._loop import FitPlan, fit_loop, read, read_logs
 from flaxfit._meta import from_meta, to_meta
 from flaxfit._models import model_family
 from flaxfit._models.base import Overrides
+from flaxfit._runs import compile_ahead, make_evaluate, open_training, predict_all
 from flaxfit._sharding import find_placement
 from flaxfit._steps import Task, TrainStep
 from flaxfit._timing import Timing
@@ -57,7 +48,6 @@ from flaxfit.callbacks.base import (
 )
 from flaxfit.data import (
     DEFAULT_BATCH_SIZE,
-    ArraySource,
     Binding,
     Source,
     as_batch,
@@ -344,27 +334,36 @@ class Trainer:
                     *hooks.log_names,
                 ],
             )
-            single = built.programs.single
             with listening(CompileReport(display, loop.clock)):
                 with loop.clock.phase("waiting_for_data"):
-                    feed = open_feed(
-                        source,
-                        built.placement,
+                    feed = open_training(
+                        built,
                         self._execution,
+                        source,
                         epochs=len(span),
                         steps=steps,
-                        single=single,
-                        stopped=lambda: interrupt.requested,
+                        stopped=interrupt.asked,
                     )
                 plan = FitPlan(
                     epochs=span,
                     train=built.programs.train,
                     running=built.empty(),
                     feed=feed,
-                    steps_per_call=self._execution.per_call(single=single),
+                    steps_per_call=self._execution.per_call(
+                        single=built.programs.single
+                    ),
                     order=built.task.order,
                     learning_rate=built.task.optimizer.learning_rate,
-                    validate=self._validate_on(validation, validation_steps, interrupt),
+                    validate=None
+                    if validation is None
+                    else make_evaluate(
+                        built,
+                        self._execution,
+                        validation,
+                        steps=validation_steps,
+                        keep=True,
+                        interrupted=interrupt.asked,
+                    ),
                     validates_at=validates_at,
                     callbacks=hooks,
                     display=display,
@@ -446,41 +445,17 @@ class Trainer:
         self._builder.place_for(source.batch_size)
         built = self._build(source, total_steps)
         self._init_state(source.example)
-        programs, placement = built.programs, built.placement
-        rows = placement.rounded(source.batch_size)
-        inputs = Batch(source.example.inputs, None, None)
-        open_one = partial(
-            open_pass,
-            placement=placement,
-            execution=self._execution,
-            steps=None,
-            single=programs.single,
-        )
+        outputs = self._builder.find_outputs(source.example.inputs, sown=False)
         with listening(CompileReport(display)):
-            state = self._holder.peek()
-            batches = open_feed(
-                source,
-                placement,
+            return compile_ahead(
+                built,
                 self._execution,
+                source,
+                self._holder.peek(),
+                outputs=outputs,
                 epochs=epochs,
                 steps=steps,
-                single=programs.single,
             )
-            examples = open_one(ArraySource(source.example, rows))
-            unlabelled = open_one(
-                ArraySource(inputs, rows), bytes_per_output=_size_of(built.outputs)
-            )
-            return {
-                "train": programs.train.compile(
-                    state, built.empty(), first_segment(batches), 0, 0
-                ),
-                "eval": programs.evaluate.compile(
-                    state, built.empty_eval(), first_segment(examples), 0, 0
-                ),
-                "predict": programs.predict.compile(
-                    state, first_segment(unlabelled), 0, 0, 0
-                ),
-            }
 
     def train_on_batch(
         self,
@@ -559,13 +534,13 @@ class Trainer:
         source = self._source(
             x, y, sample_weight, batch_size, "evaluate", steps=steps, divided=True
         )
-        self._build(source)
+        built = self._build(source)
         self._init_state(source.example)
         with listening(CompileReport(display)):
-            logs = self._evaluate_on(source, steps, keep=False)(
-                self._holder.peek(), display, _never
+            evaluate = make_evaluate(
+                built, self._execution, source, steps=steps, display=display
             )
-        return logs or {}
+            return evaluate(self._holder.peek()) or {}
 
     def test_on_batch(
         self,
@@ -664,28 +639,19 @@ class Trainer:
         )
         source.check()
         sown = what == "predict_intermediates"
-        batched = self._builder.find_batched(source.example.inputs, sown=sown)
+        outputs = self._builder.find_outputs(source.example.inputs, sown=sown)
         self._init_state(source.example)
-        programs, single = built.programs, built.programs.single
-        feed = open_pass(
-            source,
-            built.placement,
-            self._execution,
-            steps=steps,
-            single=single,
-            bytes_per_output=_size_of(built.outputs),
-        )
         with listening(CompileReport(display)):
-            parts = predict_loop(
+            return predict_all(
+                built,
+                self._execution,
+                source,
                 self._holder.peek(),
-                predict=programs.intermediates if sown else programs.predict,
-                single=single,
-                feed=feed,
-                total=source.num_batches if steps is None else steps,
-                steps_per_call=self._execution.per_call(single=single),
+                outputs=outputs,
+                steps=steps,
+                sown=sown,
                 display=display,
             )
-            return join_batches(parts, batched)
 
     # ------------------------------------------------------- a loop of one's own
 
@@ -934,55 +900,6 @@ class Trainer:
             raise
         return source
 
-    def _validate_on(
-        self, source: Source | None, steps: int | None, interrupt: Interrupt
-    ) -> Callable[[TrainState], dict[str, Any] | None] | None:
-        if source is None:
-            return None
-        evaluate = self._evaluate_on(source, steps, keep=True)
-        return lambda state: evaluate(state, Silent(), lambda: interrupt.requested)
-
-    def _evaluate_on(
-        self, source: Source, steps: int | None, *, keep: bool
-    ) -> Callable[[TrainState, Display, Callable[[], bool]], dict[str, Any] | None]:
-        """Returns `(state, display, interrupted) -> values` for this data.
-
-        Args:
-          source: the data.
-          steps: at most so many batches.
-          keep: whether it will be evaluated again and again.
-        """
-        built = self._builder.built
-        running, single = built.empty_eval(), built.programs.single
-        is_interrupted: list[Callable[[], bool]] = [_never]
-        feed = open_pass(
-            source,
-            built.placement,
-            self._execution,
-            steps=steps,
-            single=single,
-            keep=keep,
-            stopped=lambda: is_interrupted[0](),
-        )
-
-        def evaluate(
-            state: TrainState, display: Display, interrupted: Callable[[], bool]
-        ) -> dict[str, Any] | None:
-            is_interrupted[0] = interrupted
-            return eval_loop(
-                state,
-                evaluate=built.programs.evaluate,
-                running=running,
-                feed=feed,
-                total=source.num_batches if steps is None else steps,
-                steps_per_call=self._execution.per_call(single=single),
-                order=built.task.order,
-                display=display,
-                interrupted=interrupted,
-            )
-
-        return evaluate
-
     def _one_batch(
         self, x: Any, y: Any, sample_weight: Any, class_weight: Any, what: str
     ) -> Batch:
@@ -1080,12 +997,3 @@ def _refuse_to_use_up(source: Source, what: str) -> None:
             f"trainer.{what}(x, y) with that batch, or give the function that "
             "makes the iterator."
         )
-
-
-def _size_of(shapes: PyTree) -> int:
-    """Returns the bytes of arrays of these shapes."""
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
-
-
-def _never() -> bool:
-    return False

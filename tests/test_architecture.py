@@ -13,6 +13,7 @@ FLOORS = {
     "trainer": 6,
     "_check": 5.2,
     "_builder": 5.1,
+    "_runs": 5.2,
     "_build": 5,
     "_forms": 1.5,
     "_loop": 5,

@@ -26,6 +26,9 @@ class ArraySource:
       check: called by `check` with all examples.
       unused: see `Source`.
 
+    Attributes:
+      shuffle: whether each pass has an order of its own.
+
     Batches are copies: steps that are still under way read them while a callback may
     already write into the arrays they were cut from. Later batches then hold what it
     wrote.
@@ -50,7 +53,7 @@ class ArraySource:
         self.batch_size = batch_size
         self._leaves, self._structure = jax.tree.flatten(data)
         self._mapped = any(isinstance(leaf, np.memmap) for leaf in self._leaves)
-        self._shuffle = shuffle
+        self.shuffle = shuffle
         self._seed = tuple(seed)
         self.pad = True
         self.unused = unused
@@ -81,7 +84,7 @@ class ArraySource:
           row `r` is written as `~r`.
         """
         order = np.arange(self.num_batches * self.batch_size) % self.num_examples
-        if self._shuffle:
+        if self.shuffle:
             seed = np.random.SeedSequence([*self._seed, pass_index])
             order = np.random.default_rng(seed).permutation(self.num_examples)[order]
         order[self.num_examples :] = ~order[self.num_examples :]
@@ -108,12 +111,44 @@ class ArraySource:
         data: Batch = jax.tree.unflatten(self._structure, map(copy, self._leaves))
         return data
 
+    def stack(
+        self, first: int, count: int, capacity: int
+    ) -> tuple[Batch, tuple[int, ...]]:
+        """Returns batches in the given order of the examples, copied in one go.
+
+        Args:
+          first: the number of the first batch.
+          count: how many batches.
+          capacity: how many there is room for; what is beyond `count` is void.
+
+        Returns:
+          Arrays `[capacity, batch, ...]`, and how many rows of each batch are no fill.
+        """
+        start, stop = first * self.batch_size, (first + count) * self.batch_size
+        real = min(stop, self.num_examples) - start
+        fill = np.arange(stop - start - real) % self.num_examples
+
+        def copy(leaf: HostArray) -> HostArray:
+            shape = (capacity, self.batch_size, *leaf.shape[1:])
+            stacked = np.empty(shape, leaf.dtype)
+            rows = stacked.reshape(-1, *leaf.shape[1:])
+            rows[:real] = leaf[start : start + real]
+            rows[real : real + len(fill)] = leaf[fill]
+            return stacked
+
+        batches: Batch = jax.tree.unflatten(self._structure, map(copy, self._leaves))
+        weights = batches.weights
+        weights.reshape(-1, *weights.shape[2:])[real : real + len(fill)] = 0.0
+        ends = np.minimum((np.arange(count) + 1) * self.batch_size, real)
+        examples = np.diff(ends, prepend=0)
+        return batches, tuple(examples.tolist())
+
     def _cut(self, coded: HostArray) -> Batch:
         """Returns the batch of these rows."""
         rows, real = rows_of(coded)
         if not self.pad:
             rows = rows[:real]
-        leaves = [_rows(leaf, rows, self._shuffle) for leaf in self._leaves]
+        leaves = [_rows(leaf, rows, self.shuffle) for leaf in self._leaves]
         cut: Batch = jax.tree.unflatten(self._structure, leaves)
         if self._mapped:
             cut = narrow(cut)

@@ -1,0 +1,146 @@
+"""A run put together: the programs of a trainer, the feed of its data, and a loop."""
+
+from collections.abc import Callable
+
+from flaxfit._build import Built
+from flaxfit._builder import Outputs
+from flaxfit._display import Display, Silent
+from flaxfit._feed import Execution, Feed, first_segment, open_feed, open_pass
+from flaxfit._loop import Evaluate, eval_loop, join_batches, predict_loop
+from flaxfit._types import Batch, PyTree, TrainState
+from flaxfit.data import ArraySource, Source
+
+
+def open_training(
+    built: Built,
+    execution: Execution,
+    source: Source,
+    *,
+    epochs: int,
+    steps: int | None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Feed:
+    """Returns the feed of a fit; see `open_feed`."""
+    return open_feed(
+        source,
+        built.placement,
+        execution,
+        epochs=epochs,
+        steps=steps,
+        single=built.programs.single,
+        stopped=stopped,
+    )
+
+
+def make_evaluate(
+    built: Built,
+    execution: Execution,
+    source: Source,
+    *,
+    steps: int | None,
+    keep: bool = False,
+    display: Display | None = None,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Evaluate:
+    """Returns `state -> values`, None where it was interrupted.
+
+    Args:
+      built: the trainer's parts.
+      execution: how to run.
+      source: the data.
+      steps: at most so many batches.
+      keep: whether it will be evaluated again and again.
+      display: shows the progress.
+      interrupted: asked before every call.
+    """
+    programs, running = built.programs, built.empty_eval()
+    feed = open_pass(
+        source,
+        built.placement,
+        execution,
+        steps=steps,
+        keep=keep,
+        stopped=interrupted,
+    )
+
+    def evaluate(state: TrainState) -> dict[str, object] | None:
+        return eval_loop(
+            state,
+            evaluate=programs.evaluate,
+            running=running,
+            feed=feed,
+            total=source.num_batches if steps is None else steps,
+            steps_per_call=execution.per_call(single=programs.single),
+            order=built.task.order,
+            display=display or Silent(),
+            interrupted=interrupted,
+        )
+
+    return evaluate
+
+
+def predict_all(
+    built: Built,
+    execution: Execution,
+    source: Source,
+    state: TrainState,
+    *,
+    outputs: Outputs,
+    steps: int | None,
+    sown: bool,
+    display: Display,
+) -> PyTree:
+    """Returns the outputs for all inputs, joined; see `Trainer.predict`."""
+    programs = built.programs
+    parts = predict_loop(
+        state,
+        predict=programs.intermediates if sown else programs.predict,
+        single=programs.single,
+        feed=open_pass(
+            source,
+            built.placement,
+            execution,
+            steps=steps,
+            bytes_per_output=outputs.nbytes,
+        ),
+        total=source.num_batches if steps is None else steps,
+        steps_per_call=execution.per_call(single=programs.single),
+        display=display,
+    )
+    return join_batches(parts, outputs.batched)
+
+
+def compile_ahead(
+    built: Built,
+    execution: Execution,
+    source: Source,
+    state: TrainState,
+    *,
+    outputs: Outputs,
+    epochs: int,
+    steps: int | None,
+) -> dict[str, float]:
+    """Compiles for this data; returns the seconds of every phase."""
+    programs, placement = built.programs, built.placement
+    rows = placement.rounded(source.batch_size)
+    inputs = Batch(source.example.inputs, None, None)
+    training = open_training(built, execution, source, epochs=epochs, steps=steps)
+    examples = open_pass(
+        ArraySource(source.example, rows), placement, execution, steps=None
+    )
+    unlabelled = open_pass(
+        ArraySource(inputs, rows),
+        placement,
+        execution,
+        steps=None,
+        bytes_per_output=outputs.nbytes,
+    )
+    return {
+        "train": programs.train.compile(
+            state, built.empty(), first_segment(training), 0, 0
+        ),
+        "eval": programs.evaluate.compile(
+            state, built.empty_eval(), first_segment(examples), 0, 0
+        ),
+        "predict": programs.predict.compile(state, first_segment(unlabelled), 0, 0, 0),
+    }
