@@ -82,6 +82,8 @@ class Program:
         self.traces = 0
         self.signatures: tuple[Any, ...] = ()
         self._wait = wait
+        self._function = function
+        self._has_options = compiler_options is not None
 
         def traced(*args: Any) -> Any:
             self.traces += 1
@@ -100,6 +102,8 @@ class Program:
 
     def __call__(self, *args: Any) -> Any:
         """Runs the program; dispatch is asynchronous unless it must be waited for."""
+        if self._has_options and any(map(_is_traced, jax.tree.leaves(args))):
+            return self._function(*args)  # inside another program there are no options
         traces, started = self.traces, time.perf_counter()
         result = self._jitted(*args)
         if self.traces != traces and (listener := _LISTENER.get()):
@@ -317,6 +321,10 @@ def empty_running(logs: PyTree, placement: Placement) -> Running:
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), logs)
     index, logs = placement.put((np.int32(0), zeros))
     return Running(index, logs)
+
+
+def _is_traced(leaf: Any) -> bool:
+    return isinstance(leaf, jax.core.Tracer)
 
 
 def _shapes_of(args: Any) -> Any:

@@ -472,12 +472,11 @@ def test_counting_flops_is_no_compile_and_hides_none():
     assert listener.heard == [("compiling", "matmul"), ("compiled", "matmul")]
 
 
-def test_a_check_before_the_fit_hides_no_compile(capsys):
+def test_a_check_before_the_fit_hides_no_compile():
     trainer = Trainer(nn.Dense(3), device_data=0, prefetch=0)
     trainer.check(X, Y, batch_size=16)
-    timing = trainer.fit(X, Y, batch_size=16, verbose=2).timing
+    timing = trainer.fit(X, Y, batch_size=16, verbose=0).timing
     assert trainer.compiles["train"] == 1
-    assert capsys.readouterr().out.count("compiling train step…") == 1
     assert timing.flops_per_second[0] > 0
 
 
