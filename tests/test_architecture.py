@@ -113,6 +113,14 @@ def test_only_compile_jits(name):
 
 
 @pytest.mark.parametrize("name", FILES)
+def test_only_the_compilation_cache_configures_jax(name):
+    used = {
+        ast.unparse(n) for n in ast.walk(TREES[name]) if isinstance(n, ast.Attribute)
+    }
+    assert name == "_compilation_cache" or "jax.config.update" not in used
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_no_global_state(name):
     tree = TREES[name]
     assert not any(isinstance(n, ast.Global | ast.Nonlocal) for n in ast.walk(tree))
@@ -172,6 +180,22 @@ def test_nothing_optional_is_imported():
         "heavy = {'tensorflow', 'tensorflow_datasets', 'torch', 'grain', 'pandas', "
         "'matplotlib', 'clu', 'metrax', 'IPython', 'flax.nnx', 'orbax'}; "
         "print(sorted(heavy & set(sys.modules)))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert out.stdout.strip() == "[]"
+
+
+def test_importing_brings_next_to_nothing_beyond_jax_flax_and_optax():
+    """What `import flaxfit` costs over them is its own files, by count."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, jax, flax, optax; before = set(sys.modules); import flaxfit; "
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}; "
+        "print(sorted(new - {'flaxfit'} - sys.stdlib_module_names))"
     )
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -1,0 +1,116 @@
+"""`trainer.compile`: the compiles of a run, paid ahead and not twice."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+import pytest
+
+from flaxfit import DataError, Trainer
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(40, 5)).astype(np.float32)
+Y = RNG.integers(0, 3, 40).astype(np.int32)
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x))
+        return nn.Dense(3)(x)
+
+
+def compiles_inside(run):
+    """What XLA compiles while `run` runs, by jax's own events."""
+    names = []
+
+    def listen(event, duration, **labels):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(labels.get("fun_name"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        run()
+    finally:
+        jax.monitoring.clear_event_listeners()
+    return names
+
+
+def make_batches():
+    for start in range(0, 40, 8):
+        yield X[start : start + 8], Y[start : start + 8]
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("kind", ["arrays", "stream"])
+def test_a_run_compiles_nothing_more(devices, kind):
+    trainer = Trainer(Net(), metrics=["accuracy"], devices=devices)
+    if kind == "arrays":
+        data, size = (X, Y), {"batch_size": 8}
+    else:
+        data, size = (make_batches,), {}
+    seconds = trainer.compile(*data, **size, verbose=0)
+    assert list(seconds) == ["train", "eval", "predict"]
+    assert all(value > 0 for value in seconds.values())
+    assert trainer.compiles == {"train": 1, "eval": 1, "predict": 1}
+    assert trainer.step == 0
+
+    def run():
+        history = trainer.fit(*data, **size, epochs=2, verbose=0)
+        assert sum(history.timing.seconds["compiling"]) == 0
+        trainer.evaluate(*data, **size, verbose=0)
+        trainer.predict(*data[:1], **size, verbose=0)
+
+    assert compiles_inside(run) == []
+    assert trainer.compiles == {"train": 1, "eval": 1, "predict": 1}
+    assert trainer.step == 10
+
+
+def test_it_trains_nothing_and_changes_no_result():
+    plain, ahead = Trainer(Net()), Trainer(Net())
+    ahead.compile(X, Y, verbose=0)
+    histories = [t.fit(X, Y, epochs=2, verbose=0).history for t in (plain, ahead)]
+    assert histories[0] == histories[1]
+    jax.tree.map(np.testing.assert_array_equal, plain.variables, ahead.variables)
+
+
+def test_the_second_time_is_free(capsys):
+    trainer = Trainer(nn.Dense(3))
+    trainer.compile(X, Y)
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split("…")[0] for line in shown] == [
+        "compiling train step",
+        "compiling eval step",
+        "compiling predict step",
+    ]
+    assert compiles_inside(lambda: trainer.compile(X, Y)) == []
+    assert capsys.readouterr().out == ""
+
+
+def test_a_rate_that_depends_on_the_length_takes_the_length():
+    def rate(total_steps):
+        return optax.linear_schedule(1.0, 0.0, total_steps)
+
+    trainer = Trainer(nn.Dense(3), optimizer="sgd", learning_rate=rate)
+    trainer.compile(X, Y, batch_size=8, epochs=4, verbose=0)
+    history = trainer.fit(X, Y, batch_size=8, epochs=4, verbose=0)
+    assert trainer.compiles["train"] == 1
+    assert history.history["learning_rate"] == pytest.approx([0.8, 0.55, 0.3, 0.05])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named", "error", "text"),
+    [
+        ((), {}, TypeError, r"Write Trainer\(model, loss=\.\.\."),
+        ((), {"optimizer": "adam", "loss": "mse"}, TypeError,
+         r"compile\(optimizer=\.\.\., loss=\.\.\.\): there is nothing to configure"),
+        ((X, Y), {"metrics": ["accuracy"]}, TypeError, "nothing to configure here"),
+        ((make_batches(),), {}, DataError, "compile got an iterator, and would use up"),
+        ((X, Y[:3]), {}, DataError, "different length"),
+    ],
+)  # fmt: skip
+def test_what_it_refuses(arguments, named, error, text):
+    trainer = Trainer(nn.Dense(3))
+    with pytest.raises(error, match=text):
+        trainer.compile(*arguments, **named)
+    assert trainer.compiles == {"train": 0, "eval": 0, "predict": 0}
