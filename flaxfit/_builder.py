@@ -89,17 +89,17 @@ class Builder:
         """How many devices the last batches to train on did not divide among."""
         return len(self._all_devices.devices) - len(self._placement.devices)
 
-    def place_for(self, rows: int) -> bool:
-        """Uses as many devices as divide batches of `rows`; returns if they changed.
+    def placement_for(self, rows: int, most: int | None) -> Placement:
+        """Returns as many devices as divide batches of `rows`; see `build`.
+
+        Args:
+          rows: the batch size.
+          most: the examples there are, None if that is unknown.
 
         Raises:
           ValueError: the devices were chosen, and do not divide them.
         """
-        placement = self._all_devices.for_rows(rows)
-        if placement.devices == self._placement.devices:
-            return False
-        self._placement = placement
-        return True
+        return self._all_devices.for_rows(rows, most)
 
     @property
     def plans_ahead(self) -> bool:
@@ -127,7 +127,12 @@ class Builder:
         return counts
 
     def build(
-        self, example: Batch, total_steps: int | None = None, *, afresh: bool = False
+        self,
+        example: Batch,
+        total_steps: int | None = None,
+        *,
+        afresh: bool = False,
+        placement: Placement | None = None,
     ) -> Built:
         """Returns the parts, made anew only where they have to be.
 
@@ -136,18 +141,20 @@ class Builder:
           total_steps: the step at which training will end, None if unknown.
           afresh: whether a batch of another form may replace what was built before,
             as nothing was learnt yet.
+          placement: the devices to use from here on, None for those used now.
 
         Raises:
           ValueError: see `build` and `check_batch`.
         """
         built = self._built
+        placement = placement or self._placement
         known: Adapted | None = None
         keep: tuple[str, ...] = ()
         if built is not None and self._fits(example, afresh, not built.complete):
             known = built.adapted
             keep = _WITHOUT_OPTIMIZER if built.complete else _WITHOUT_TARGETS
             same = not self.plans_ahead or total_steps in (None, built.total_steps)
-            if built.placement != self._placement:
+            if built.placement.devices != placement.devices:
                 keep = ()
             elif built.complete and same:
                 return built
@@ -156,7 +163,7 @@ class Builder:
                 self._model,
                 self._family,
                 self._settings,
-                self._placement,
+                placement,
                 example,
                 total_steps,
                 known=known,
@@ -194,6 +201,8 @@ class Builder:
     def _install(self, built: Built, *, keep: tuple[str, ...] = ()) -> None:
         """Makes `built` the current parts, with the old programs named in `keep`."""
         old = self._built
+        if old is not None and old.programs.single != built.programs.single:
+            keep = ()  # they would give their outputs in another form
         if old is not None:
             kept = {name: getattr(old.programs, name) for name in keep}
             built = built._replace(programs=built.programs._replace(**kept))
@@ -204,6 +213,7 @@ class Builder:
             self._fitting.clear()
             self._outputs.clear()
         self._built = built
+        self._placement = built.placement
 
     def find_outputs(self, inputs: Inputs, *, sown: bool) -> Outputs:
         """Returns `find_outputs` of the inputs, remembered by their form."""

@@ -17,6 +17,7 @@ from flaxfit._display import (
 from flaxfit._forms import describe_array
 from flaxfit._loop import read
 from flaxfit._loss_pairing import pick, where
+from flaxfit._sharding import even_size
 from flaxfit._types import Batch, PyTree, TrainState
 from flaxfit.data import Source
 
@@ -104,10 +105,11 @@ def first_lines(
     if spare_devices:
         used = len(built.placement.devices)
         everything = used + spare_devices
-        rows = -(-(source.batch_size or 1) // everything) * everything
+        size = even_size(source.batch_size, everything, source.num_examples)
         lines.append(
             f"{used} of {everything} devices are used, as they divide batches of "
-            f"{source.batch_size}; all would with batch_size={rows}"
+            f"{source.batch_size}"
+            + (f"; all would with batch_size={size}" if size else "")
         )
     unused = (*unused, *source.unused)
     if unused:
@@ -174,7 +176,8 @@ def _warning_rows(built: Built, state: TrainState, example: Batch) -> dict[str, 
     terms = [term for term in built.task.objective.terms if term.loss.of_logits]
     if not terms:
         return {}
-    outputs = read(built.programs.predict(state, example, 0, 1, 0))
+    with built.programs.predict.uncounted():
+        outputs = read(built.programs.predict(state, example, 0, 1, 0))
     warnings = []
     for term in terms:
         values = np.asarray(pick(outputs, term.path), np.float32)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 _VARIABLE = "FLAXFIT_COMPILATION_CACHE"
 _ON = ("1", "true", "yes", "on")
@@ -41,9 +42,9 @@ def use_compilation_cache(where: Any) -> None:
             "~/.cache/flaxfit."
         )
     folder = os.fspath(Path(where).expanduser().absolute())
-    if jax.config.jax_compilation_cache_dir == folder:  # type: ignore[attr-defined]
-        return
     Path(folder).mkdir(parents=True, exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", folder)
+    if jax.config.jax_compilation_cache_dir != folder:  # type: ignore[attr-defined]
+        jax.config.update("jax_compilation_cache_dir", folder)
+        compilation_cache.reset_cache()  # or a folder that was in use would stay so
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -86,19 +86,20 @@ class Program:
         self._has_options = compiler_options is not None
 
         def traced(*args: Any) -> Any:
-            self.traces += 1
-            self.signatures = (*self.signatures[-1:], _shapes_of(args))
-            if listener := _LISTENER.get():
-                listener.compiling(self)
+            if any(map(_is_traced, jax.tree.leaves(args))):  # not under disable_jit
+                self.traces += 1
+                self.signatures = (*self.signatures[-1:], shapes_of_call(*args))
+                if listener := _LISTENER.get():
+                    listener.compiling(self)
             return function(*args)
 
-        shardings = {} if out_shardings is None else {"out_shardings": out_shardings}
-        self._jitted = jax.jit(
-            traced,
-            donate_argnums=donate_argnums,
-            compiler_options=compiler_options,
-            **shardings,
-        )
+        self._options: dict[str, Any] = {
+            "donate_argnums": donate_argnums,
+            "compiler_options": compiler_options,
+        }
+        if out_shardings is not None:
+            self._options["out_shardings"] = out_shardings
+        self._jitted = jax.jit(traced, **self._options)
 
     def __call__(self, *args: Any) -> Any:
         """Runs the program; dispatch is asynchronous unless it must be waited for."""
@@ -126,8 +127,8 @@ class Program:
         temporaries, donated ones counted once. What the backend does not tell is
         absent.
         """
-        with self._uncounted():
-            compiled = self._jitted.lower(*args).compile()
+        # Of its own, as what is traced here would later be no trace that counts.
+        compiled = jax.jit(self._function, **self._options).lower(*args).compile()
         cost = compiled.cost_analysis() or {}
         memory = compiled.memory_analysis()
         found = {"flops": cost.get("flops")}
@@ -142,21 +143,24 @@ class Program:
             name: float(value) for name, value in found.items() if value is not None
         }
 
-    def flops(self) -> float | None:
-        """Returns the FLOPs of one step of the program as it was last traced.
+    def flops(self, shapes: Any) -> float | None:
+        """Returns the FLOPs of one step, None if the backend does not tell.
 
-        Nothing is compiled. None if it was never traced, or the backend does not
-        tell.
+        Nothing is compiled.
+
+        Args:
+          shapes: of a call, by `shapes_of_call`.
         """
-        if not self.signatures:
-            return None
-        with self._uncounted():
-            lowered = self._jitted.lower(*self.signatures[-1])
+        lowered = jax.jit(self._function, **self._options).lower(*shapes)
         cost = lowered.cost_analysis() or {}
         return float(cost["flops"]) if "flops" in cost else None
 
+    def __deepcopy__(self, memo: Any) -> "Program":
+        return self  # compiled code may be shared
+
     @contextlib.contextmanager
-    def _uncounted(self) -> Iterator[None]:
+    def uncounted(self) -> Iterator[None]:
+        """Leaves what is compiled inside uncounted, and tells nobody."""
         before = self.traces, self.signatures
         token = _LISTENER.set(None)
         try:
@@ -327,13 +331,17 @@ def _is_traced(leaf: Any) -> bool:
     return isinstance(leaf, jax.core.Tracer)
 
 
-def _shapes_of(args: Any) -> Any:
+def shapes_of_call(*args: Any) -> tuple[Any, ...]:
+    """Returns the arguments of a call with shapes in place of arrays."""
+
     def shape(leaf: Any) -> Any:
         if isinstance(leaf, int):
             return leaf
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=leaf.weak_type)
+        weak = getattr(leaf, "weak_type", False)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=weak)
 
-    return jax.tree.map(shape, args)
+    shapes: tuple[Any, ...] = jax.tree.map(shape, args)
+    return shapes
 
 
 class Preflight(NamedTuple):

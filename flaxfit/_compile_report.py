@@ -1,5 +1,6 @@
 """What a person is told of compiles: how long they took, and why there was another."""
 
+import threading
 from typing import Any
 
 import jax
@@ -24,13 +25,19 @@ class CompileReport:
     def __init__(self, display: Display, clock: Clock | None = None) -> None:
         self._display = display
         self._clock = clock
+        # What another thread compiles, a loader that predicts, is not of this run.
+        self._thread = threading.get_ident()
 
     def compiling(self, program: Program) -> None:
         """Says that it has begun."""
+        if threading.get_ident() != self._thread:
+            return
         self._display.note(f"compiling {program.name}…")
 
     def compiled(self, program: Program, seconds: float) -> None:
         """Says how long it took, and for what, if it was not the first time."""
+        if threading.get_ident() != self._thread:
+            return
         if self._clock is not None:
             self._clock.move(seconds, "compiling")
         again = why_again(program)

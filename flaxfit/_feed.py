@@ -13,7 +13,9 @@ from flaxfit._segments import (
     Resident,
     Segment,
     Stack,
+    empty_array,
     order_capacity,
+    rows_of,
     stack_capacity,
 )
 from flaxfit._sharding import Placement
@@ -29,7 +31,7 @@ _ROUNDING_BITS = 4
 
 @dataclass(frozen=True)
 class Execution:
-    """How a trainer runs its steps; none of it changes a result.
+    """How a trainer runs its steps; none of it changes a result beyond rounding.
 
     Attributes:
       steps_per_call: steps of one call of the train program, None to go by the clock.
@@ -52,7 +54,7 @@ class Ready(NamedTuple):
     Attributes:
       segment: the batches.
       batches: how many of them have a meaning.
-      examples: rows of them that are no fill, per batch.
+      examples: rows of each batch that are no fill, and in training count.
     """
 
     segment: Segment
@@ -174,7 +176,8 @@ class _ResidentFeed:
         self._steps = source.num_batches if steps is None else steps
         # One call takes an order from the host as fast as from the device; many calls
         # would each bring it there.
-        self._put_order = single or placement.mesh is not None
+        self._put_order = single or len(placement.devices) > 1
+        self._counted = source.counted
         self._passes = 0
         self._order = self._next_order()
 
@@ -194,7 +197,10 @@ class _ResidentFeed:
             segment: Segment = Resident(self._data, order)
             if self._put_order:
                 segment = self._placement.put_segment(segment)
-            examples = np.count_nonzero(chosen >= 0, axis=1)
+            real = chosen >= 0
+            if self._counted is not None:
+                real &= self._counted[rows_of(chosen)[0]]
+            examples = np.count_nonzero(real, axis=1)
             yield Ready(segment, len(chosen), tuple(examples.tolist()))
         self._epochs -= 1
         if self._epochs > 0 and not len(self._order):
@@ -255,56 +261,86 @@ class _StreamFeed:
 
     def epoch(self) -> AbstractContextManager[Segments]:
         batches = next(self._epochs)
-        if self._execution.prefetch == 0:
-            return nullcontext(_AtHand(self._segments(batches, lambda: True)))
-        return Prefetch(
-            lambda hungry: self._segments(batches, hungry),
-            self._execution.prefetch,
-            self._stopped,
+        packer = _Packer(
+            self._placement,
+            self._stacks,
+            self._execution.steps_per_call,
+            self._bytes_per_output,
         )
+        if self._execution.prefetch == 0:
+            return nullcontext(_AtHand(_one_by_one(batches, packer)))
+        return Prefetch(batches, packer, self._execution.prefetch, self._stopped)
 
-    def _segments(
-        self, batches: Iterator[Batch], hungry: Callable[[], bool]
-    ) -> Iterator[Ready]:
-        stack: _HostStack | None = None
-        error: BaseException | None = None
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                break
-            except BaseException as caught:
-                error = caught  # what came before it is still trained on
-                break
-            examples = _count_examples(batch.weights)
-            capacity = 1 if _on_device(batch) else self._capacity(batch)
-            if stack is not None and not (capacity > 1 and stack.takes(batch)):
-                yield self._placed(stack)
-                stack = None
-            if capacity == 1:
-                segment = self._placement.put_segment(batch)
-                yield Ready(segment, 1, (examples,))
-                continue
-            stack = stack or _HostStack(batch, capacity)
-            stack.add(batch, examples)
-            if stack.full or hungry():
-                yield self._placed(stack)
-                stack = None
-        if stack is not None:
-            yield self._placed(stack)
-        if error is not None:
-            raise error
+
+def _one_by_one(batches: Iterator[Batch], packer: "_Packer") -> Iterator[Ready]:
+    for batch in batches:
+        packer.add(batch)
+        yield packer.send(packer.close())
+
+
+class _Packer:
+    """Stacks batches for `Prefetch`; those on a device, or too large, stay alone."""
+
+    def __init__(
+        self,
+        placement: Placement,
+        stacks: bool,
+        steps_per_call: int | None,
+        bytes_per_output: int,
+    ) -> None:
+        self._placement = placement
+        self._stacks = stacks
+        self._steps_per_call = steps_per_call
+        self._bytes_per_output = bytes_per_output
+        self._packed: _HostStack | _Alone | None = None
+
+    @property
+    def empty(self) -> bool:
+        return self._packed is None
+
+    @property
+    def full(self) -> bool:
+        return self._packed is not None and self._packed.full
+
+    def takes(self, batch: Batch) -> bool:
+        packed = self._packed
+        stackable = self._capacity(batch) > 1
+        return stackable and isinstance(packed, _HostStack) and packed.takes(batch)
+
+    def add(self, batch: Batch) -> None:
+        examples = _count_examples(batch.weights)
+        capacity = self._capacity(batch)
+        if capacity == 1:
+            self._packed = _Alone(batch, examples)
+            return
+        if not isinstance(self._packed, _HostStack):
+            self._packed = _HostStack(batch, capacity)
+        self._packed.add(batch, examples)
+
+    def close(self) -> "_HostStack | _Alone":
+        packed, self._packed = self._packed, None
+        assert packed is not None
+        return packed
+
+    def send(self, closed: "_HostStack | _Alone") -> Ready:
+        if isinstance(closed, _Alone):
+            segment = self._placement.put_segment(closed.batch)
+            return Ready(segment, 1, (closed.examples,))
+        segment = self._placement.put_segment(Stack(closed.batches))
+        return Ready(segment, len(closed.examples), tuple(closed.examples))
 
     def _capacity(self, batch: Batch) -> int:
-        if not self._stacks:
+        if not self._stacks or _on_device(batch):
             return 1
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(batch))
         size = max(size, self._bytes_per_output)
-        return stack_capacity(size, self._execution.steps_per_call)
+        return stack_capacity(size, self._steps_per_call)
 
-    def _placed(self, stack: "_HostStack") -> Ready:
-        segment = self._placement.put_segment(Stack(stack.batches))
-        return Ready(segment, len(stack.examples), tuple(stack.examples))
+
+class _Alone(NamedTuple):
+    batch: Batch
+    examples: int
+    full: bool = True
 
 
 class _KeptFeed:
@@ -371,7 +407,7 @@ class _HostStack:
 
     def __init__(self, like: Batch, capacity: int) -> None:
         self.batches: Batch = jax.tree.map(
-            lambda leaf: np.empty((capacity, *leaf.shape), leaf.dtype), like
+            lambda leaf: empty_array((capacity, *leaf.shape), leaf.dtype), like
         )
         self.examples: list[int] = []
         self._capacity = capacity

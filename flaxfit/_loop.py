@@ -1,5 +1,6 @@
 """The host loops: fit, eval, predict. They dispatch, and read as seldom as they can."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -8,7 +9,7 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
-from flaxfit._compile import Program, Running
+from flaxfit._compile import Program, Running, shapes_of_call
 from flaxfit._display import Display, epoch_display
 from flaxfit._feed import Feed, Ready, Segments
 from flaxfit._interrupt import Interrupt
@@ -94,8 +95,10 @@ def _fit_epoch(loop: LoopState, holder: StateHolder, plan: FitPlan, pace: Pace) 
         pace.begin()
         with plan.feed.epoch() as segments:
             for ready in timed(segments, pace, loop.clock):
-                running = _fit_segment(loop, holder, plan, pace, ready, running, shown)
-                examples += sum(ready.examples)
+                running, done = _fit_segment(
+                    loop, holder, plan, pace, ready, running, shown
+                )
+                examples += done
                 if loop.stopped or plan.interrupt.requested:
                     break
         # A callback's stop ends the epoch as its last step would; Ctrl-C breaks it off.
@@ -116,20 +119,29 @@ def _fit_segment(
     ready: Ready,
     running: Running,
     shown: dict[str, Any],
-) -> Running:
-    """Trains on the batches of a segment, several in one call."""
+) -> tuple[Running, int]:
+    """Trains on the batches of a segment, several in one call.
+
+    Returns:
+      The accumulators, and the examples that were trained on.
+    """
     callbacks, interrupt, display = plan.callbacks, plan.interrupt, plan.display
+    timing = loop.history.timing
     begins = callbacks.has("on_train_batch_begin")
     ends = callbacks.has("on_train_batch_end")
-    start = 0
+    start, examples = 0, 0
     while start < ready.batches:
         if begins:
             callbacks.call("on_train_batch_begin", loop)
+            pace.distract()
         left = ready.batches - start
         count = min(pace.steps, left, callbacks.steps_to_hook(loop.step) or left)
         traces = plan.train.traces
+        if timing.flops_per_step is None:
+            shapes = shapes_of_call(holder.peek(), running, ready.segment, start, count)
+            timing.flops_per_step = partial(plan.train.flops, shapes)
         # From here to `put` the state is the device's.
-        with interrupt.shield():
+        with interrupt.shield(), holder.lock:
             state, running = plan.train(
                 holder.take(), running, ready.segment, start, count
             )
@@ -139,14 +151,18 @@ def _fit_segment(
         loop.batch += count
         shown["done"] = loop.batch
         pace.follow(running.index, running, count, compiled=plan.train.traces != traces)
+        examples += sum(ready.examples[start - count : start])
         if ends:
+            if callbacks.steps_to_hook(loop.step) is None:
+                pace.drain()  # a hook at every call: its time is not the device's
             loop.defer_logs(partial(_read_values, running, plan.order))
             callbacks.call("on_train_batch_end", loop)
+            pace.distract()
         if display.due():
             _update(display, pace, plan.order)
         if loop.stopped or interrupt.requested:
             break
-    return running
+    return running, examples
 
 
 def _close_epoch(
@@ -186,13 +202,12 @@ def timed(segments: Segments, pace: Pace, clock: Clock | None) -> Iterator[Ready
     while True:
         if not segments.ready:
             pace.drain()
-        idle = pace.idle
-        outer = clock.switch("waiting_for_data") if clock and idle else None
-        try:
-            ready = next(segments, None)
-        finally:
-            if clock and outer:
-                clock.switch(outer)
+        busy, began = pace.seconds_left, time.perf_counter()
+        was_idle = pace.idle
+        ready = next(segments, None)
+        if clock is not None and pace.idle:
+            waited = time.perf_counter() - began - (0.0 if was_idle else busy)
+            clock.move(max(0.0, waited), "waiting_for_data")
         if ready is None:
             return
         yield ready
@@ -269,7 +284,7 @@ def predict_loop(
     """Yields `(outputs, examples)` per call: NumPy arrays `[batches, batch, ...]`, the
     fill still in them, and how many rows of each batch are real.
 
-    Outputs are read while the next call runs: those of two are on the device at a time.
+    Outputs are read while the next calls run.
 
     Args:
       state: the state to predict with; it is only read.

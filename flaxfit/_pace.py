@@ -33,6 +33,7 @@ class Pace:
         self._under_way: deque[tuple[Any, Any, int, float]] = deque()
         self._last_end = 0.0
         self._seconds_per_call = 0.0
+        self._seconds_per_step = 0.0
         self._finished: tuple[Any, int] = (None, 0)
         self._begun = 0
 
@@ -76,6 +77,22 @@ class Pace:
             self._retire()
         self._collect()
 
+    @property
+    def seconds_left(self) -> float:
+        """How long what is under way will take, by what came before."""
+        if not self._under_way or not self._seconds_per_step:
+            return 0.0
+        steps = self._begun - self._finished[1]
+        gone = time.perf_counter() - max(self._under_way[0][3], self._last_end)
+        return max(0.0, steps * self._seconds_per_step - max(gone, 0.0))
+
+    def distract(self) -> None:
+        """Notes that the host did something else: what is under way tells no time."""
+        self._under_way = deque(
+            (token, result, upto, float("inf"))
+            for token, result, upto, _ in self._under_way
+        )
+
     def drain(self) -> None:
         """Waits for all calls."""
         while self._under_way:
@@ -102,6 +119,7 @@ class Pace:
         if seconds < 0:
             return
         self._seconds_per_call = seconds
+        self._seconds_per_step = seconds / steps
         if self._fixed is None:
             wanted = int(_SECONDS_PER_CALL * steps / max(seconds, 1e-9))
             self._steps = max(1, min(wanted, _GROWTH * self._steps))

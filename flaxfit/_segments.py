@@ -1,6 +1,7 @@
 """What a program reads its batches from: one batch, a stack of them, or all data."""
 
-from typing import TypeAlias
+import math
+from typing import Any, TypeAlias
 
 import flax.struct
 import jax
@@ -13,7 +14,7 @@ from flaxfit._types import Array, Batch, HostArray, PyTree
 # call worth its while, small enough to stay in a cache and to be had at once.
 _STACK_BYTES = 4 * 2**20
 _STACK_BATCHES = 256
-_ASKED_STACK_BYTES = 2**28
+_ALIGNMENT = 64  # bytes; XLA copies what lies otherwise
 _ORDER_BYTES = 2**18
 
 
@@ -77,15 +78,25 @@ def stack_capacity(bytes_per_batch: int, asked: int | None = None) -> int:
 
     Args:
       bytes_per_batch: of the larger of what goes in and what comes out.
-      asked: the number that a user wants, as far as memory goes.
+      asked: the number that a user wants, as far as it fits.
     """
     most = _STACK_BATCHES if asked is None else asked
-    room = _STACK_BYTES if asked is None else _ASKED_STACK_BYTES
-    return max(1, min(most, room // max(bytes_per_batch, 1)))
+    return max(1, min(most, _STACK_BYTES // max(bytes_per_batch, 1)))
 
 
 def order_capacity(batch_size: int, asked: int | None = None) -> int:
     """Returns how many batches one `Resident.order` names, as `stack_capacity`."""
     most = 2 * _STACK_BATCHES if asked is None else asked
-    room = _ORDER_BYTES if asked is None else _ASKED_STACK_BYTES
+    room = _ORDER_BYTES if asked is None else _STACK_BYTES
     return max(1, min(most, room // (4 * batch_size)))
+
+
+def empty_array(shape: tuple[int, ...], dtype: Any) -> HostArray:
+    """Returns an array without values that a CPU device takes over without a copy.
+
+    So what is not filled of it costs nothing: its pages are never touched.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)

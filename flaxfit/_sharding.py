@@ -1,7 +1,9 @@
 """Which devices there are to train on, and what of a step lies where on them."""
 
 import os
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -9,7 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flaxfit._segments import Segment, Stack
-from flaxfit._types import Batch, PyTree
+from flaxfit._types import Batch, PyTree, copy_array
 
 _AXIS = "data"
 # Where nothing tells how much memory is free.
@@ -23,28 +25,31 @@ class Placement(NamedTuple):
 
     Attributes:
       devices: those to train on.
-      mesh: they as a mesh, all axes of it for the rows of a batch; None for jax's
-        default device, where nothing has to be placed.
+      mesh: they as a mesh, all axes of it for the rows of a batch.
       chosen: whether a user chose them, so that no other number will do.
     """
 
     devices: tuple[Any, ...]
-    mesh: Mesh | None
+    mesh: Mesh
     chosen: bool = False
 
     def __deepcopy__(self, memo: Any) -> "Placement":
         return self  # devices are what they are
 
     @property
-    def replicated(self) -> NamedSharding | None:
+    def replicated(self) -> NamedSharding:
         """The sharding of what every device has whole."""
         return self._sharding()
 
-    def for_rows(self, rows: int) -> "Placement":
+    def for_rows(self, rows: int, most: int | None = None) -> "Placement":
         """Returns the placement for training on batches of `rows`.
 
         A batch is never filled up for the sake of devices: batch statistics would
         then depend on their number. So it takes as many as divide it.
+
+        Args:
+          rows: the batch size.
+          most: the examples there are, None if that is unknown.
 
         Raises:
           ValueError: the devices were chosen, and do not divide the batch.
@@ -54,16 +59,24 @@ class Placement(NamedTuple):
             return self
         fewer = max(n for n in range(1, count) if rows % n == 0)
         if self.chosen:
+            size = even_size(rows, count, most)
+            line = f"batch_size={size}, or " if size else ""
             raise ValueError(
                 f"batch_size={rows} cannot be split evenly over {count} devices. "
-                f"Write batch_size={-(-rows // count) * count}, or "
-                f"Trainer(model, devices={fewer})."
+                f"Write {line}Trainer(model, devices={fewer})."
             )
         return _on(self.devices[:fewer])
 
     def put(self, tree: PyTree) -> PyTree:
         """Returns the arrays on every device, whole; buffers of their own."""
-        return jax.device_put(tree, self.replicated, may_alias=False)
+
+        def put(leaf: Any) -> Any:
+            # Onto other devices, `may_alias=False` would share what is there already.
+            if isinstance(leaf, jax.Array):
+                leaf = copy_array(leaf)
+            return jax.device_put(leaf, self.replicated, may_alias=False)
+
+        return jax.tree.map(put, tree)
 
     def put_segment(self, segment: Segment) -> Segment:
         """Returns a segment's batches on the devices, their rows divided among them.
@@ -109,12 +122,11 @@ class Placement(NamedTuple):
         return jax.device_put(tree, self._sharding(*spec))
 
     @property
-    def _axes(self) -> Any:
-        return () if self.mesh is None else self.mesh.axis_names
+    def _axes(self) -> tuple[str, ...]:
+        axes: tuple[str, ...] = self.mesh.axis_names
+        return axes
 
-    def _sharding(self, *spec: Any) -> NamedSharding | None:
-        if self.mesh is None:
-            return None
+    def _sharding(self, *spec: Any) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 
 
@@ -132,7 +144,7 @@ def find_placement(devices: Any = None) -> Placement:
     if devices is None:
         default = jax.config.jax_default_device  # type: ignore[attr-defined]
         if default is not None:
-            return Placement((_as_device(default),), None)
+            return _on((_as_device(default),))
         return _on(tuple(jax.local_devices()))
     if isinstance(devices, Mesh):
         # Of explicit axes, Flax's layers would have to say shardings themselves.
@@ -149,6 +161,8 @@ def find_placement(devices: Any = None) -> Placement:
         return _on(tuple(there[:devices]), chosen=True)
     if isinstance(devices, Sequence) and not isinstance(devices, str) and devices:
         if all(isinstance(device, jax.Device) for device in devices):
+            if len(set(devices)) < len(devices):
+                raise ValueError(f"devices={devices!r}: name every device once.")
             return _on(tuple(devices), chosen=True)
     raise TypeError(
         f"devices={devices!r}: write their number, devices=1; a list, "
@@ -169,14 +183,34 @@ def free_memory(devices: Sequence[Any]) -> int:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not on every system
         free = _ASSUMED_FREE_BYTES
-    return free // len(devices)
+    return min(free, *_container_memory()) // len(devices)
+
+
+def _container_memory() -> tuple[int]:
+    """Returns the bytes a container has left, which may be fewer than the machine."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        limit = int((root / "memory.max").read_text())
+        return (max(0, limit - int((root / "memory.current").read_text())),)
+    except (OSError, ValueError):  # no container, or one without a limit: "max"
+        return (sys.maxsize,)
 
 
 def _on(devices: tuple[Any, ...], *, chosen: bool = False) -> Placement:
-    if len(devices) == 1 and devices[0] == jax.local_devices()[0]:
-        return Placement(devices, None, chosen)
     mesh = Mesh(np.array(devices), (_AXIS,), (AxisType.Auto,))
     return Placement(devices, mesh, chosen)
+
+
+def even_size(rows: int, devices: int, most: int | None) -> int:
+    """Returns a batch size near `rows` that `devices` divide, 0 if there is none.
+
+    Args:
+      rows: the batch size.
+      devices: how many devices.
+      most: the examples there are, which no batch exceeds; None if that is unknown.
+    """
+    size = -(-rows // devices) * devices
+    return size if most is None or size <= most else size - devices
 
 
 def _as_device(default: Any) -> Any:

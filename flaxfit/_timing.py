@@ -65,14 +65,15 @@ class Timing:
         `callbacks`, `saving` and `total`. An epoch's saving and callbacks are those
         up to its end; what comes before the first epoch counts to it.
       steps: training steps of each epoch.
-      examples: training examples of each epoch, without fill.
+      examples: training examples of each epoch, without fill and those of weight 0.
+      flops_per_step: counts the FLOPs of a step of the program that was run.
     """
 
-    def __init__(self, flops_per_step: Callable[[], float | None] = lambda: None):
+    def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = {name: [] for name in (*PHASES, "total")}
         self.steps: list[int] = []
         self.examples: list[int] = []
-        self._flops_per_step = flops_per_step
+        self.flops_per_step: Callable[[], float | None] | None = None
 
     def append(self, seconds: Mapping[str, float], steps: int, examples: int) -> None:
         """Adds an epoch."""
@@ -99,7 +100,7 @@ class Timing:
         The FLOPs of a step are counted in its program when this is asked for, which
         takes a moment. What a custom kernel computes is not among them.
         """
-        flops = self._flops_per_step()
+        flops = self.flops_per_step and self.flops_per_step()
         return None if flops is None else [flops * r for r in self.steps_per_second]
 
     @property
@@ -120,7 +121,7 @@ class Timing:
 
     def __getstate__(self) -> dict[str, Any]:
         # Numbers can be pickled; a function of the trainer's program cannot.
-        return {**vars(self), "_flops_per_step": _unknown}
+        return {**vars(self), "flops_per_step": None}
 
     def __repr__(self) -> str:
         total = sum(self.seconds["total"])
@@ -139,7 +140,3 @@ class Timing:
 
 def _rate(amount: float, seconds: float) -> float:
     return amount / seconds if seconds > 0 else 0.0
-
-
-def _unknown() -> None:
-    return None

@@ -205,9 +205,15 @@ def with_rates_of(opt_state: PyTree, other: PyTree) -> PyTree:
     def replace(node: Any, source: Any) -> Any:
         if not _holds_rate(node):
             return node
-        return node._replace(hyperparams=source.hyperparams)
+        return node._replace(
+            hyperparams=jax.tree.map(_where, source.hyperparams, node.hyperparams)
+        )
 
     return jax.tree.map(replace, opt_state, other, is_leaf=_holds_rate)
+
+
+def _where(new: Array, old: Array) -> Array:
+    return jax.device_put(new, old.sharding) if old.committed else new
 
 
 def read_learning_rate(opt_state: PyTree) -> Array | None:

@@ -1,6 +1,8 @@
 """The central types: what a step takes and gives. Knows nothing of linen or files."""
 
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, Self, TypeAlias, runtime_checkable
 
 import flax.struct
@@ -218,13 +220,22 @@ class StateHolder:
     """Owns the current `TrainState`, and sees to it that nothing lent out dies.
 
     A train program consumes ("donates") the state it is given. Whoever reads the
-    state here may keep it: the next `take` then hands out a copy instead.
+    state here may keep it: the next `take` then hands out a copy instead. Threads may
+    share a holder: a loader that predicts with the model it feeds does.
     """
 
     def __init__(self, state: TrainState | None = None) -> None:
         self._state = state
         self._lent = False
+        self._borrowers = 0
         self._fresh = False
+        self.lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, lock=threading.RLock())
 
     @property
     def settled(self) -> bool:
@@ -238,8 +249,21 @@ class StateHolder:
 
     def read(self) -> TrainState:
         """Returns the state for keeps."""
-        self._lent = True
-        return self.peek()
+        with self.lock:
+            self._lent = True
+            return self.peek()
+
+    @contextmanager
+    def borrow(self) -> Iterator[TrainState]:
+        """Lends the state for the time inside, whatever other threads do."""
+        with self.lock:
+            self._borrowers += 1
+            state = self.peek()
+        try:
+            yield state
+        finally:
+            with self.lock:
+                self._borrowers -= 1
 
     def peek(self) -> TrainState:
         """Returns the state to a caller that neither keeps nor donates it."""
@@ -247,8 +271,11 @@ class StateHolder:
         return self._state
 
     def take(self) -> TrainState:
-        """Returns a state that may be donated; it stays until `put`."""
-        if self._lent:
+        """Returns a state that may be donated; it stays until `put`.
+
+        From here to `put` the caller holds `lock`, where other threads may read.
+        """
+        if self._lent or self._borrowers:
             self.put(copy_state(self.peek()), fresh=self._fresh)
         return self.peek()
 
@@ -259,11 +286,20 @@ class StateHolder:
           state: the state.
           fresh: whether it was only just made, so that nothing is lost with it.
         """
-        self._state = state
-        self._lent = False
-        self._fresh = fresh
+        with self.lock:
+            self._state = state
+            self._lent = False
+            self._fresh = fresh
 
 
 def copy_state(state: TrainState) -> TrainState:
-    """Returns the same values in buffers of their own."""
-    return jax.tree.map(lambda x: jax.device_put(x, may_alias=False), state)
+    """Returns the same values in buffers of their own, where they are."""
+    copied: TrainState = jax.tree.map(copy_array, state)
+    return copied
+
+
+def copy_array(array: Array) -> Array:
+    """Returns the same values in a buffer of its own, on the same devices."""
+    # Without a sharding, a key would leave its devices.
+    where = array.sharding if array.committed else None
+    return jax.device_put(array, where, may_alias=False)

@@ -37,7 +37,7 @@ from flaxfit._models.base import Overrides
 from flaxfit._runs import compile_ahead, make_evaluate, open_training, predict_all
 from flaxfit._sharding import find_placement
 from flaxfit._steps import Task, TrainStep
-from flaxfit._timing import Timing
+from flaxfit._timing import Clock
 from flaxfit._transforms import with_rates_of
 from flaxfit._types import Batch, Logs, PyTree, StateHolder, TrainState
 from flaxfit.callbacks.base import (
@@ -109,8 +109,9 @@ class Trainer:
         divide the batch (or `jax_default_device` alone, where it is set); their
         number, a list of them, or a `jax.sharding.Mesh`, whose devices all have to
         divide it.
-      steps_per_call: steps of one call of the compiled program. `"auto"` goes by the
-        clock, and by what callbacks need. Convolutions on a CPU run one by one.
+      steps_per_call: steps of one call of the compiled program, as far as 4 MiB of
+        batches go. `"auto"` goes by the clock, and by what callbacks need.
+        Convolutions on a CPU run one by one.
       device_data: the share of the free device memory that arrays may take; those
         that fit lie there for the whole `fit`. 0 for none.
       prefetch: how many calls ahead of the steps a background thread reads and
@@ -120,8 +121,8 @@ class Trainer:
         process, True for `~/.cache/flaxfit`; `$FLAXFIT_COMPILATION_CACHE` if None.
         It holds for the whole process.
 
-    The last five decide how fast it is, and change no result; a saved trainer does
-    not hold them.
+    The last five decide how fast it is, and change no result beyond rounding; a saved
+    trainer does not hold them.
 
     Example:
       >>> import flax.linen as nn, numpy as np
@@ -199,6 +200,7 @@ class Trainer:
         use_compilation_cache(compilation_cache)
         self._holder = StateHolder()
         self._batch_size = DEFAULT_BATCH_SIZE
+        self._fits_under_way = 0
         # What `load` read, until the model's inputs are known.
         self._saved: tuple[Mapping[str, Any], bool] | None = None
 
@@ -274,9 +276,13 @@ class Trainer:
         validation_steps = as_optional_count("validation_steps", validation_steps)
         if not isinstance(shuffle, bool | np.bool_):
             raise ValueError(f"shuffle={shuffle!r}: write True or False.")
-        done = self.step
+        done, clock = self.step, Clock()
         unused: tuple[str, ...] = ()
-        with Interrupt() as interrupt:
+        with (
+            Interrupt() as interrupt,
+            listening(CompileReport(display, clock)),
+        ):
+            clock.switch("waiting_for_data")
             if validation_split:
                 unused = self._binding.unused(x) if y is None else ()
                 x, validation_data = self._split(
@@ -299,8 +305,8 @@ class Trainer:
             epoch_steps = steps or source.num_batches
             total_steps = epoch_steps and done + len(span) * epoch_steps
             self._builder.require_total_steps(total_steps)
-            self._builder.place_for(source.batch_size)
-            built = self._build(source, total_steps)
+            clock.switch("compiling")  # traces and the compile of `init`
+            built = self._build(source, total_steps, place=True)
             self._batch_size = source.batch_size
             validation = self._validation_source(
                 validation_data, validation_batch_size, len(span), validation_steps
@@ -320,7 +326,6 @@ class Trainer:
             history = History(
                 self,
                 {"epochs": epochs, "steps": epoch_steps, "verbose": verbose},
-                Timing(built.programs.train.flops),
             )
             loop = LoopState(
                 self._holder,
@@ -333,51 +338,53 @@ class Trainer:
                     *built.history_names(validated=validation is not None),
                     *hooks.log_names,
                 ],
+                clock=clock,
             )
-            with listening(CompileReport(display, loop.clock)):
-                with loop.clock.phase("waiting_for_data"):
-                    feed = open_training(
-                        built,
-                        self._execution,
-                        source,
-                        epochs=len(span),
-                        steps=steps,
-                        stopped=interrupt.asked,
-                    )
-                plan = FitPlan(
-                    epochs=span,
-                    train=built.programs.train,
-                    running=built.empty(),
-                    feed=feed,
-                    steps_per_call=self._execution.per_call(
-                        single=built.programs.single
-                    ),
-                    order=built.task.order,
-                    learning_rate=built.task.optimizer.learning_rate,
-                    validate=None
-                    if validation is None
-                    else make_evaluate(
-                        built,
-                        self._execution,
-                        validation,
-                        steps=validation_steps,
-                        keep=True,
-                        interrupted=interrupt.asked,
-                    ),
-                    validates_at=validates_at,
-                    callbacks=hooks,
-                    display=display,
-                    interrupt=interrupt,
-                )
-                return self._run(loop, plan)
+            clock.switch("waiting_for_data")
+            feed = open_training(
+                built,
+                self._execution,
+                source,
+                epochs=len(span),
+                steps=steps,
+                stopped=interrupt.asked,
+            )
+            clock.switch("stepping")
+            plan = FitPlan(
+                epochs=span,
+                train=built.programs.train,
+                running=built.empty(),
+                feed=feed,
+                steps_per_call=self._execution.per_call(single=built.programs.single),
+                order=built.task.order,
+                learning_rate=built.task.optimizer.learning_rate,
+                validate=None
+                if validation is None
+                else make_evaluate(
+                    built,
+                    self._execution,
+                    validation,
+                    steps=validation_steps,
+                    keep=True,
+                    interrupted=interrupt.asked,
+                ),
+                validates_at=validates_at,
+                callbacks=hooks,
+                display=display,
+                interrupt=interrupt,
+            )
+            return self._run(loop, plan)
 
     def _run(self, loop: LoopState, plan: FitPlan) -> History:
+        self._fits_under_way += 1
         try:
             fit_loop(loop, self._holder, plan)
         except KeyboardInterrupt:
             if plan.interrupt.insisted:
                 raise
             loop.stop("interrupted")
+        finally:
+            self._fits_under_way -= 1
         history = loop.history
         if loop.stop_reason is not None:
             plan.display.say(f"stopped after step {loop.step}: {loop.stop_reason}")
@@ -442,16 +449,16 @@ class Trainer:
         epoch_steps = steps or source.num_batches
         total_steps = epoch_steps and self.step + epochs * epoch_steps
         self._builder.require_total_steps(total_steps)
-        self._builder.place_for(source.batch_size)
-        built = self._build(source, total_steps)
+        built = self._build(source, total_steps, place=True)
+        self._batch_size = source.batch_size
         self._init_state(source.example)
         outputs = self._builder.find_outputs(source.example.inputs, sown=False)
-        with listening(CompileReport(display)):
+        with listening(CompileReport(display)), self._holder.borrow() as state:
             return compile_ahead(
                 built,
                 self._execution,
                 source,
-                self._holder.peek(),
+                state,
                 outputs=outputs,
                 epochs=epochs,
                 steps=steps,
@@ -486,7 +493,7 @@ class Trainer:
         self._builder.require_total_steps(built.total_steps)
         with Interrupt() as interrupt:
             running, placed = built.empty(), built.placement.put_segment(batch)
-            with interrupt.shield():
+            with interrupt.shield(), self._holder.lock:
                 state, running = built.programs.train(
                     self._holder.take(), running, placed, 0, 1
                 )
@@ -536,11 +543,11 @@ class Trainer:
         )
         built = self._build(source)
         self._init_state(source.example)
-        with listening(CompileReport(display)):
+        with listening(CompileReport(display)), self._holder.borrow() as state:
             evaluate = make_evaluate(
                 built, self._execution, source, steps=steps, display=display
             )
-            return evaluate(self._holder.peek()) or {}
+            return evaluate(state) or {}
 
     def test_on_batch(
         self,
@@ -555,10 +562,9 @@ class Trainer:
         batch = self._one_batch(x, y, sample_weight, None, "test_on_batch")
         built = self._builder.built
         placed = built.placement.put_segment(batch)
-        running = built.programs.evaluate(
-            self._holder.peek(), built.empty_eval(), placed, 0, 1
-        )
-        logs, _ = read_logs(running, built.task.order)
+        with self._holder.borrow() as state:
+            running = built.programs.evaluate(state, built.empty_eval(), placed, 0, 1)
+            logs, _ = read_logs(running, built.task.order)
         return logs
 
     # ---------------------------------------------------------------- prediction
@@ -573,7 +579,7 @@ class Trainer:
     ) -> PyTree:
         """Returns the model's outputs for all examples, in their order.
 
-        One batch of outputs is on the device at a time.
+        The outputs of a few calls are on the device at a time.
 
         Args:
           x: inputs in any nesting, or any dataset; of its `(x, y)` batches the
@@ -641,12 +647,12 @@ class Trainer:
         sown = what == "predict_intermediates"
         outputs = self._builder.find_outputs(source.example.inputs, sown=sown)
         self._init_state(source.example)
-        with listening(CompileReport(display)):
+        with listening(CompileReport(display)), self._holder.borrow() as state:
             return predict_all(
                 built,
                 self._execution,
                 source,
-                self._holder.peek(),
+                state,
                 outputs=outputs,
                 steps=steps,
                 sown=sown,
@@ -694,6 +700,9 @@ class Trainer:
         batch = self._as_batch(batch)
         built = self._builder.build(batch)
         self._builder.require_total_steps(built.total_steps)
+        leaves = jax.tree.leaves(batch)
+        if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            batch = built.placement.put_segment(batch)
         state, logs = built.programs.step(state, batch)
         return state, built.task.order(logs)
 
@@ -733,7 +742,10 @@ class Trainer:
         """The number of optimizer steps so far."""
         if self._saved is not None:
             return int(self._saved[0]["step"])
-        return 0 if self._holder.empty else int(read(self._holder.peek().step))
+        if self._holder.empty:
+            return 0
+        with self._holder.borrow() as state:
+            return int(read(state.step))
 
     @property
     def compiles(self) -> dict[str, int]:
@@ -774,12 +786,10 @@ class Trainer:
         built = self._build(source)
         if self._saved is not None:
             self._restore(*self._saved)
-        state = (
-            self._builder.fresh_state(source.example)
-            if self._holder.empty
-            else self._holder.peek()
-        )
-        return make_report(built, state, source)
+        if self._holder.empty:
+            return make_report(built, self._builder.fresh_state(source.example), source)
+        with self._holder.borrow() as state:
+            return make_report(built, state, source)
 
     def __repr__(self) -> str:
         progress = "untrained" if self._holder.empty else f"step {self.step}"
@@ -802,7 +812,8 @@ class Trainer:
         self._require_state()
         built = self._builder.built
         meta = to_meta(self._config, built.example, batch_size=self._batch_size)
-        checkpoint.save(path, self._holder.peek(), meta)
+        with self._holder.borrow() as state:
+            checkpoint.save(path, state, meta)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Any, **changes: Any) -> Self:
@@ -935,9 +946,24 @@ class Trainer:
         total_steps: int | None = None,
         *,
         afresh: bool | None = None,
+        place: bool = False,
     ) -> Built:
         afresh = not self._holder.settled if afresh is None else afresh
-        built = self._builder.build(source.example, total_steps, afresh=afresh)
+        placement = None
+        if place:
+            placement = self._builder.placement_for(
+                source.batch_size, source.num_examples
+            )
+            now = self._builder.placement
+            if self._fits_under_way and placement.devices != now.devices:
+                raise ValueError(
+                    f"A fit of this trainer is under way on {len(now.devices)} devices,"
+                    f" which do not divide batch_size={source.batch_size}. Write "
+                    f"batch_size={now.rounded(source.batch_size)} inside of it."
+                )
+        built = self._builder.build(
+            source.example, total_steps, afresh=afresh, placement=placement
+        )
         if built.task.objective.scalar_loss:
             source.pad = False
         source.check()
@@ -947,18 +973,18 @@ class Trainer:
         """Sees to it that there is a state, and that it fits what was built."""
         if self._saved is not None:
             self._restore(*self._saved)
-        placement = self._builder.placement
-        if not self._holder.empty:
-            state = self._holder.peek()
-            if state.step.devices() != set(placement.devices):
-                fresh = not self._holder.settled
-                self._holder.put(placement.put(state), fresh=fresh)
-        if self._holder.settled:
-            return
-        # As long as nothing was learnt, data of other shapes replaces the state.
-        template = self._builder.built.template
-        if self._holder.empty or shapes_of(self._holder.peek()) != template:
-            self._holder.put(self._builder.fresh_state(example), fresh=True)
+        placement, template = self._builder.placement, self._builder.built.template
+        with self._holder.lock:
+            if not self._holder.empty:
+                state = self._holder.peek()
+                if state.step.devices() != set(placement.devices):
+                    fresh = not self._holder.settled
+                    self._holder.put(placement.put(state), fresh=fresh)
+            if self._holder.settled:
+                return
+            # As long as nothing was learnt, data of other shapes replaces the state.
+            if self._holder.empty or shapes_of(self._holder.peek()) != template:
+                self._holder.put(self._builder.fresh_state(example), fresh=True)
 
     def _restore(self, raw_state: Mapping[str, Any], new_rate: bool) -> None:
         built = self._builder.built

@@ -107,7 +107,6 @@ def test_what_is_no_folder_is_refused(wrong):
 class Net(nn.Module):
     @nn.compact
     def __call__(self, x, train: bool):
-        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x))
         return nn.Dense(3)(nn.Dropout(0.2, deterministic=not train)(x))
 
 

@@ -5,6 +5,7 @@ import threading
 import time
 import traceback
 
+import jax
 import numpy as np
 import pytest
 
@@ -23,165 +24,223 @@ def wait_until(condition, seconds=5.0):
         time.sleep(0.002)
 
 
+class Tuples:
+    """Packs items into tuples of at most `size`, those of one sign together."""
+
+    def __init__(self, size=1):
+        self.size, self.packed = size, []
+
+    @property
+    def empty(self):
+        return not self.packed
+
+    @property
+    def full(self):
+        return len(self.packed) == self.size
+
+    def takes(self, item):
+        return (item < 0) == (self.packed[0] < 0)
+
+    def add(self, item):
+        self.packed.append(item)
+
+    def close(self):
+        closed, self.packed = self.packed, []
+        return closed
+
+    def send(self, closed):
+        return tuple(closed)
+
+
 def counting(made, upto=None):
-    """A maker that notes every item it makes."""
+    """Items, each of them noted as it is read."""
+    number = 0
+    while upto is None or number < upto:
+        made.append(number)
+        yield number
+        number += 1
 
-    def make(hungry):
-        number = 0
-        while upto is None or number < upto:
-            made.append(number)
-            yield number
-            number += 1
 
-    return make
+def flat(parcels):
+    return [item for parcel in parcels for item in parcel]
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])
-def test_everything_comes_in_order_and_the_end_stays_the_end(depth):
-    with Prefetch(counting([], 20), depth) as items:
-        assert list(items) == list(range(20))
-        assert list(items) == []
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_everything_comes_in_order_and_the_end_stays_the_end(depth, size):
+    with Prefetch(counting([], 200), Tuples(size), depth) as parcels:
+        found = list(parcels)
+        assert flat(found) == list(range(200))
+        assert max(map(len, found)) <= size
+        assert list(parcels) == []
         with pytest.raises(StopIteration):
-            next(items)
+            next(parcels)
     assert threads() == []
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.001])
+def test_nothing_is_lost_or_turned_round_between_the_two_threads(pause):
+    """The consumer takes half parcels while the thread packs the next ones."""
+    rng = np.random.default_rng(0)
+
+    def items():
+        for number in range(400):
+            if rng.uniform() < 0.2:
+                time.sleep(0.0005)
+            yield number if number % 50 < 25 else -number
+
+    with Prefetch(items(), Tuples(7), 2) as parcels:
+        found = []
+        for parcel in parcels:
+            found.append(parcel)
+            time.sleep(pause)
+    assert [abs(item) for item in flat(found)] == list(range(400))
+    for parcel in found:  # what did not fit together came apart
+        assert len({item < 0 for item in parcel}) == 1
+        assert 1 <= len(parcel) <= 7
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])
-def test_the_queue_is_bounded(depth):
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_parcels_that_wait_are_bounded(depth, size):
     made = []
-    with Prefetch(counting(made), depth) as items:
-        for taken in range(6):
-            # As many as the queue holds, and one in the hand of the thread.
-            wait_until(lambda taken=taken: len(made) == taken + depth + 1)
+    with Prefetch(counting(made), Tuples(size), depth) as parcels:
+        for taken in range(5):
+            # As many as may wait, and one in the hand of the thread.
+            most = (taken + depth + 1) * size
+            wait_until(lambda most=most: len(made) == most)
             time.sleep(0.02)
-            assert len(made) == taken + depth + 1
-            assert next(items) == taken
+            assert len(made) == most
+            assert next(parcels) == tuple(range(taken * size, (taken + 1) * size))
     assert threads() == []
-    assert len(made) <= 6 + depth + 2
+    assert len(made) <= (5 + depth + 2) * size
+
+
+def test_whoever_waits_is_given_half_a_parcel():
+    gate = threading.Event()
+
+    def items():
+        yield from (1, 2)
+        gate.wait(5)
+        yield 3
+
+    with Prefetch(items(), Tuples(100), 1) as parcels:
+        wait_until(lambda: len(parcels._packer.packed) == 2)
+        assert not parcels.ready
+        assert next(parcels) == (1, 2)
+        gate.set()
+        assert next(parcels) == (3,)
+        assert list(parcels) == []
 
 
 def test_ready_tells_whether_there_is_something():
     gate = threading.Event()
 
-    def make(hungry):
+    def items():
         gate.wait(5)
         yield 1
 
-    with Prefetch(make, 1) as items:
-        assert not items.ready
+    with Prefetch(items(), Tuples(), 1) as parcels:
+        assert not parcels.ready
         gate.set()
-        wait_until(lambda: items.ready)
-        assert next(items) == 1
-        wait_until(lambda: items.ready)  # the end can be had at once, too
-        assert list(items) == []
+        wait_until(lambda: parcels.ready)
+        assert next(parcels) == (1,)
 
 
 def test_an_error_comes_after_what_was_made_before_it_with_its_traceback():
-    def broken_loader(hungry):
-        yield from (1, 2)
+    def broken_loader():
+        yield from (1, 2, 3)
         raise OSError("disk gone")
 
     taken = []
-    with Prefetch(broken_loader, 5) as items:
+    with Prefetch(broken_loader(), Tuples(2), 5) as parcels:
         with pytest.raises(OSError, match="disk gone") as caught:
-            for item in items:
-                taken.append(item)
-        assert taken == [1, 2]
+            for parcel in parcels:
+                taken.append(parcel)
+        assert flat(taken) == [1, 2, 3]
         frames = [f.name for f in traceback.extract_tb(caught.value.__traceback__)]
         assert "broken_loader" in frames
-        assert [n for n in caught.value.__notes__ if "prefetch=0" in n] == [
-            flaxfit.data.prefetch._NOTE
-        ]
+        assert caught.value.__notes__ == [flaxfit.data.prefetch._NOTE]
         with pytest.raises(OSError, match="disk gone"):  # and again, noted once
-            next(items)
+            next(parcels)
         assert len(caught.value.__notes__) == 1
     assert threads() == []
 
 
+def test_an_error_in_packing_is_raised_as_well():
+    class Broken(Tuples):
+        def send(self, closed):
+            raise MemoryError("no room")
+
+    with Prefetch(counting([], 5), Broken(), 2) as parcels:
+        with pytest.raises(MemoryError, match="no room"):
+            list(parcels)
+    assert threads() == []
+
+
 def test_an_interrupt_in_the_thread_is_raised_without_a_note():
-    def make(hungry):
+    def items():
         yield 1
         raise KeyboardInterrupt
 
-    with Prefetch(make, 2) as items:
-        assert next(items) == 1
+    with Prefetch(items(), Tuples(), 2) as parcels:
+        assert next(parcels) == (1,)
         with pytest.raises(KeyboardInterrupt) as caught:
-            next(items)
+            next(parcels)
     assert not getattr(caught.value, "__notes__", [])
-
-
-def test_hungry_tells_that_the_consumer_waits():
-    answers, gate = [], threading.Event()
-
-    def make(hungry):
-        answers.append(hungry())
-        yield "first"
-        while not hungry():
-            time.sleep(0.001)
-        answers.append(True)
-        yield "second"
-        gate.wait(5)
-        answers.append(hungry())
-
-    with Prefetch(make, 1) as items:
-        wait_until(lambda: items.ready)
-        assert next(items) == "first"
-        assert next(items) == "second"
-        gate.set()
-        wait_until(lambda: len(answers) == 3)
-    assert answers == [False, True, False]
 
 
 def test_a_consumer_that_was_told_to_stop_waits_no_longer(monkeypatch):
     monkeypatch.setattr(flaxfit.data.prefetch, "_SECONDS_BETWEEN_LOOKS", 0.01)
     gate, stopped = threading.Event(), threading.Event()
 
-    def make(hungry):
+    def items():
         yield 1
         gate.wait(5)
         yield 2
 
-    with Prefetch(make, 1, stopped.is_set) as items:
-        assert next(items) == 1
+    with Prefetch(items(), Tuples(), 1, stopped.is_set) as parcels:
+        assert next(parcels) == (1,)
         threading.Timer(0.05, stopped.set).start()
         began = time.perf_counter()
-        assert list(items) == []
+        assert list(parcels) == []
         assert time.perf_counter() - began < 2
         gate.set()
     assert threads() == []
 
 
 def test_what_is_ready_comes_even_after_a_stop():
-    with Prefetch(counting([], 3), 3, lambda: True) as items:
-        wait_until(lambda: items._queue.full())
-        assert [next(items), next(items)] == [0, 1]
+    with Prefetch(counting([], 3), Tuples(), 2, lambda: True) as parcels:
+        wait_until(lambda: len(parcels._parcels) == 2)
+        assert [next(parcels), next(parcels)] == [(0,), (1,)]
 
 
 @pytest.mark.parametrize("taken", [0, 3])
-def test_close_ends_an_endless_maker_and_its_generator(taken):
+def test_close_ends_an_endless_loader_and_its_generator(taken):
     ended = []
 
-    def make(hungry):
+    def items():
         try:
             while True:
                 yield 0
         finally:
-            ended.append(threading.current_thread().name)
+            ended.append(True)
 
-    with Prefetch(make, 2) as items:
+    parcels = Prefetch(items(), Tuples(), 2)
+    with parcels:
         for _ in range(taken):
-            next(items)
-        wait_until(lambda: items._queue.full())
+            next(parcels)
+        wait_until(lambda: len(parcels._parcels) == 2)
     assert threads() == []
-    assert ended == ["flaxfit"]
-    items.close()  # twice is fine
+    assert ended == [True]  # whoever still holds the parcels holds no open file
+    parcels.close()  # twice is fine
 
 
 def test_close_does_not_wait_forever_for_a_busy_loader(monkeypatch):
     monkeypatch.setattr(flaxfit.data.prefetch, "_SECONDS_TO_END", 0.05)
     gate, made = threading.Event(), []
 
-    def make(hungry):
+    def items():
         gate.wait(10)
         made.append(1)
         yield 1
@@ -189,7 +248,7 @@ def test_close_does_not_wait_forever_for_a_busy_loader(monkeypatch):
         yield 2
 
     began = time.perf_counter()
-    with Prefetch(make, 2):
+    with Prefetch(items(), Tuples(), 2):
         pass
     assert time.perf_counter() - began < 2
     assert len(threads()) == 1  # it cannot be ended while it is busy,
@@ -199,13 +258,17 @@ def test_close_does_not_wait_forever_for_a_busy_loader(monkeypatch):
 
 
 def test_settings_of_the_calling_thread_come_along():
-    setting = contextvars.ContextVar("setting", default="default")
-    setting.set("mine")
+    setting = contextvars.ContextVar("setting", default=0)
+    setting.set(5)
+    seen = []
 
-    def make(hungry):
+    def items():
+        seen.append(np.geterr()["divide"])
+        seen.append(jax.config.jax_default_device)
         yield setting.get()
-        yield np.geterr()["divide"]
-        yield threading.current_thread().daemon
 
-    with np.errstate(divide="raise"), Prefetch(make, 3) as items:
-        assert list(items) == ["mine", "raise", True]
+    device = jax.local_devices()[3]
+    with np.errstate(divide="raise"), jax.default_device(device):
+        with Prefetch(items(), Tuples(), 3) as parcels:
+            assert list(parcels) == [(5,)]
+    assert seen == ["raise", device]

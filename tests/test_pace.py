@@ -1,5 +1,6 @@
 """Steps per call and calls under way, on a device and a clock that are made up."""
 
+import itertools
 import types
 
 import numpy as np
@@ -79,7 +80,7 @@ def test_by_the_clock_a_call_comes_to_some_hundredths_of_a_second(make_device):
     steps, _ = drive(pace, make_device(1e-3), 40)
     assert steps[0] == 1
     assert steps[-1] == pytest.approx(75, abs=2)
-    for before, after in zip(steps, steps[1:], strict=False):
+    for before, after in itertools.pairwise(steps):
         assert after <= 4 * before
 
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flaxfit._forms import differences
 from flaxfit._timing import Clock
@@ -42,6 +43,7 @@ class LoopState:
         epochs: int,
         steps_per_epoch: int | None,
         log_names: Sequence[str],
+        clock: Clock | None = None,
     ) -> None:
         self._holder = holder
         self._read_logs: Callable[[], dict[str, Any]] = dict
@@ -55,7 +57,7 @@ class LoopState:
         self.log_names = tuple(log_names)
         self.stop_reason: str | None = None
         self.broken_off = False
-        self.clock = Clock()
+        self.clock = clock or Clock()
 
     @property
     def state(self) -> TrainState:
@@ -156,7 +158,7 @@ class CallbackList:
     """Calls the hooks of several callbacks, only those that override them.
 
     Raises:
-      ValueError: an `every_steps` that is no count.
+      ValueError: an `every_steps` that is no count, or another `timed_as`.
     """
 
     def __init__(self, callbacks: Sequence[Callback]) -> None:
@@ -166,6 +168,12 @@ class CallbackList:
             for name in vars(Callback)
             if name.startswith("on_")
         }
+        for callback in callbacks:
+            if callback.timed_as not in ("callbacks", "saving"):
+                raise ValueError(
+                    f"{type(callback).__name__}.timed_as = {callback.timed_as!r}: "
+                    'write "callbacks" or "saving".'
+                )
         per_step = [c for name in _BATCH_HOOKS for c in self._hooks[name]]
         self._intervals = tuple({_interval(callback) for callback in per_step} - {0})
 
@@ -212,12 +220,13 @@ def _interval(callback: Callback) -> int:
     every = callback.every_steps
     if every is None:
         return 0
-    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+    whole = isinstance(every, int | np.integer) and not isinstance(every, bool)
+    if not whole or every < 1:
         raise ValueError(
             f"{type(callback).__name__}.every_steps = {every!r}: write a whole number "
             "of steps, or None to leave it to the loop."
         )
-    return every
+    return int(every)
 
 
 def overrides(callback: Callback, hook: str) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
-from flaxfit._segments import rows_of
+from flaxfit._segments import empty_array, rows_of
 from flaxfit._types import Batch, HostArray
 from flaxfit.data.source import named_leaves, narrow
 from flaxfit.data.weights import with_weights
@@ -51,6 +51,7 @@ class ArraySource:
         self.num_examples: int = len(data.weights)
         self.num_batches: int = math.ceil(self.num_examples / batch_size)
         self.batch_size = batch_size
+        self._weights: HostArray = data.weights
         self._leaves, self._structure = jax.tree.flatten(data)
         self._mapped = any(isinstance(leaf, np.memmap) for leaf in self._leaves)
         self.shuffle = shuffle
@@ -100,11 +101,18 @@ class ArraySource:
         """Whether no array is mapped from a file."""
         return not self._mapped
 
+    @property
+    def counted(self) -> HostArray | None:
+        """Which examples have any weight, `bool[examples]`; None if all have."""
+        weights = self._weights
+        counted = (weights != 0).reshape(len(weights), -1).any(axis=1)
+        return None if counted.all() else counted
+
     def padded(self, rows: int) -> Batch:
         """Returns a copy of all examples in arrays `[rows, ...]`; the rest is void."""
 
         def copy(leaf: HostArray) -> HostArray:
-            wide = np.empty((rows, *leaf.shape[1:]), leaf.dtype)
+            wide = empty_array((rows, *leaf.shape[1:]), leaf.dtype)
             wide[: len(leaf)] = leaf
             return wide
 
@@ -123,6 +131,7 @@ class ArraySource:
 
         Returns:
           Arrays `[capacity, batch, ...]`, and how many rows of each batch are no fill.
+          The arrays are new, and nobody else's.
         """
         start, stop = first * self.batch_size, (first + count) * self.batch_size
         real = min(stop, self.num_examples) - start
@@ -130,7 +139,7 @@ class ArraySource:
 
         def copy(leaf: HostArray) -> HostArray:
             shape = (capacity, self.batch_size, *leaf.shape[1:])
-            stacked = np.empty(shape, leaf.dtype)
+            stacked = empty_array(shape, leaf.dtype)
             rows = stacked.reshape(-1, *leaf.shape[1:])
             rows[:real] = leaf[start : start + real]
             rows[real : real + len(fill)] = leaf[fill]

@@ -155,6 +155,11 @@ class IterableSource:
             raise
         except Exception as error:
             error.add_note(f"while reading batch {number} of pass {pass_index}")
+            if "already executing" in str(error):
+                error.add_note(
+                    "A fit before this one still reads from it in the background. "
+                    "Wait for it, or write Trainer(model, prefetch=0)."
+                )
             raise
 
     def _converted(

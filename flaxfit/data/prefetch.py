@@ -2,14 +2,17 @@
 
 import contextlib
 import contextvars
-import queue
 import threading
-from collections.abc import Callable, Iterator
-from typing import Generic, Self, TypeVar
+from collections import deque
+from collections.abc import Generator, Iterator
+from typing import Any, Generic, Protocol, Self, TypeVar
 
-Item = TypeVar("Item")
+import jax
 
-# How long `close` waits for a loader that is busy. It ends as soon as it comes back.
+Item = TypeVar("Item", contravariant=True)
+Packed = TypeVar("Packed", covariant=True)
+
+# How long `close` waits for a loader that is busy. Its thread ends as it comes back.
 _SECONDS_TO_END = 1.0
 _SECONDS_BETWEEN_LOOKS = 0.1
 _NOTE = (
@@ -18,80 +21,148 @@ _NOTE = (
 )
 
 
-class Prefetch(Generic[Item]):
-    """Iterates in a background thread, a bounded number of items ahead.
+class Packer(Protocol[Item, Packed]):
+    """Packs items that follow each other into one parcel."""
 
-    What was made before an error is handed out before it is raised.
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is packed."""
+
+    @property
+    def full(self) -> bool:
+        """Whether no more goes in."""
+
+    def takes(self, item: Item) -> bool:
+        """Whether the item may join what is packed."""
+
+    def add(self, item: Item) -> None:
+        """Packs an item."""
+
+    def close(self) -> Any:
+        """Returns what is packed, and begins anew."""
+
+    def send(self, closed: Any) -> Packed:
+        """Makes a parcel of what `close` returned; it may take its time."""
+
+
+class Prefetch(Generic[Item, Packed]):
+    """Packs and sends in a background thread, a bounded number of parcels ahead.
+
+    Whoever waits is given what there is, be it half a parcel. What was read before an
+    error is handed out before it is raised.
 
     Args:
-      make: `(hungry) -> iterator`; it runs in the thread. `hungry()` tells whether
-        the consumer waits, so that half of something is better than nothing.
-      depth: how many finished items may wait.
+      items: what is packed; read in the thread.
+      packer: how.
+      depth: how many parcels may wait.
       stopped: asked while the consumer waits; True ends its iteration.
     """
 
     def __init__(
         self,
-        make: Callable[[Callable[[], bool]], Iterator[Item]],
+        items: Iterator[Item],
+        packer: Packer[Item, Packed],
         depth: int,
-        stopped: Callable[[], bool] = lambda: False,
+        stopped: Any = lambda: False,
     ) -> None:
+        self._items = items
+        self._packer = packer
+        self._depth = depth
         self._stopped = stopped
-        self._queue: queue.Queue[Item | _End] = queue.Queue(depth)
-        self._closed = threading.Event()
-        self._waiting = False
-        self._end: _End | None = None
-        # Settings that belong to a thread, such as numpy.errstate, come along.
+        self._parcels: deque[Packed] = deque()
+        self._changed = threading.Condition()
+        self._ended = False
+        self._closed = False
+        self._error: BaseException | None = None
+        # Settings that belong to a thread come along.
         context = contextvars.copy_context()
+        x64 = jax.config.jax_enable_x64  # type: ignore[attr-defined]
+        device = jax.config.jax_default_device  # type: ignore[attr-defined]
+
+        def work() -> None:
+            with jax.enable_x64(x64), jax.default_device(device):
+                self._work()
+
         self._thread = threading.Thread(
-            target=context.run, args=(self._work, make), name="flaxfit", daemon=True
+            target=context.run, args=(work,), name="flaxfit", daemon=True
         )
         self._thread.start()
 
-    def _work(self, make: Callable[[Callable[[], bool]], Iterator[Item]]) -> None:
-        end = _End(None)
+    def _work(self) -> None:
+        error: BaseException | None = None
         try:
-            for item in make(lambda: self._waiting):
-                self._queue.put(item)
-                if self._closed.is_set():
-                    break
-        except BaseException as error:
-            end = _End(error)
-        if not self._closed.is_set():
-            self._queue.put(end)
+            for item in self._items:
+                if not self._pack(item):
+                    return
+        except BaseException as caught:
+            error = caught
+        finally:
+            self._let_go()
+        with self._changed:
+            self._error, self._ended = error, True
+            self._changed.notify_all()
+
+    def _let_go(self) -> None:
+        """Ends the loader in its own thread, where it may have something to close."""
+        items, self._items = self._items, iter(())
+        if isinstance(items, Generator):
+            items.close()
+
+    def _pack(self, item: Item) -> bool:
+        """Packs an item, and sends what is full; False once nobody wants any more."""
+        with self._changed:
+            apart = not self._packer.empty and not self._packer.takes(item)
+            closed = self._packer.close() if apart else None
+        if apart and not self._send(closed):
+            return False
+        with self._changed:
+            self._packer.add(item)
+            full = self._packer.full
+            closed = self._packer.close() if full else None
+            self._changed.notify_all()
+        return self._send(closed) if full else not self._closed
+
+    def _send(self, closed: Any) -> bool:
+        parcel = self._packer.send(closed)
+        with self._changed:
+            while len(self._parcels) >= self._depth and not self._closed:
+                self._changed.wait()
+            self._parcels.append(parcel)
+            self._changed.notify_all()
+        return not self._closed
 
     @property
     def ready(self) -> bool:
-        """Whether the next item can be had without waiting."""
-        return not self._queue.empty()
+        """Whether the next parcel can be had without waiting."""
+        return bool(self._parcels)
 
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Item:
-        item = self._end or self._get()
-        if not isinstance(item, _End):
-            return item
-        self._end = item
-        if item.error is None:
-            raise StopIteration
-        if isinstance(item.error, Exception) and _NOTE not in getattr(
-            item.error, "__notes__", ()
-        ):
-            item.error.add_note(_NOTE)
-        raise item.error
+    def __next__(self) -> Packed:
+        with self._changed:
+            while not self._parcels:
+                if not self._packer.empty:
+                    closed = self._packer.close()
+                    break
+                if self._ended or self._stopped():
+                    self._finish()
+                self._changed.wait(_SECONDS_BETWEEN_LOOKS)
+            else:
+                parcel = self._parcels.popleft()
+                self._changed.notify_all()
+                return parcel
+        return self._packer.send(closed)
 
-    def _get(self) -> "Item | _End":
-        with contextlib.suppress(queue.Empty):
-            return self._queue.get_nowait()
-        self._waiting = True
-        try:
-            while not self._stopped():
-                with contextlib.suppress(queue.Empty):
-                    return self._queue.get(timeout=_SECONDS_BETWEEN_LOOKS)
-            return _End(None)
-        finally:
-            self._waiting = False
+    def _finish(self) -> None:
+        error = self._error if self._ended else None
+        if error is None:
+            raise StopIteration
+        if isinstance(error, Exception) and _NOTE not in getattr(
+            error, "__notes__", ()
+        ):
+            error.add_note(_NOTE)
+        raise error
 
     def __enter__(self) -> Self:
         return self
@@ -101,15 +172,9 @@ class Prefetch(Generic[Item]):
 
     def close(self) -> None:
         """Ends the thread, and lets go of what it has made."""
-        self._closed.set()
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._queue.get_nowait()
-        self._thread.join(_SECONDS_TO_END)
-
-
-class _End:
-    """Stands behind the last item."""
-
-    def __init__(self, error: BaseException | None) -> None:
-        self.error = error
+        with self._changed:
+            self._closed = True
+            self._parcels.clear()
+            self._changed.notify_all()
+        with contextlib.suppress(RuntimeError):  # closed by its own thread
+            self._thread.join(_SECONDS_TO_END)
