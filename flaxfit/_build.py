@@ -99,9 +99,7 @@ class Built(NamedTuple):
         """Returns the names the History of a fit will have, in its order."""
         names = list(self.task.order(self.logs))
         evaluated = list(self.task.order(self.eval_logs)) if validated else []
-        rate = jax.eval_shape(
-            self.task.optimizer.learning_rate, self.template.opt_state
-        )
+        rate = self.task.optimizer.learning_rate(self.template.opt_state)
         return [
             *names,
             *(f"val_{name}" for name in evaluated),

@@ -323,7 +323,7 @@ def _accumulate(running: Running, logs: Logs) -> Running:
 def empty_running(logs: PyTree, placement: Placement) -> Running:
     """Returns the start of an epoch for `logs` of these shapes."""
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), logs)
-    index, logs = placement.put((np.int32(0), zeros))
+    index, logs = jax.device_put((np.int32(0), zeros), placement.replicated)
     return Running(index, logs)
 
 

@@ -125,44 +125,52 @@ def _fit_segment(
     Returns:
       The accumulators, and the examples that were trained on.
     """
-    callbacks, interrupt, display = plan.callbacks, plan.interrupt, plan.display
-    timing = loop.history.timing
-    begins = callbacks.has("on_train_batch_begin")
-    ends = callbacks.has("on_train_batch_end")
-    start, examples = 0, 0
+    callbacks, start = plan.callbacks, 0
     while start < ready.batches:
-        if begins:
+        if callbacks.has("on_train_batch_begin"):
             callbacks.call("on_train_batch_begin", loop)
             pace.distract()
         left = ready.batches - start
         count = min(pace.steps, left, callbacks.steps_to_hook(loop.step) or left)
         traces = plan.train.traces
-        if timing.flops_per_step is None:
-            shapes = shapes_of_call(holder.peek(), running, ready.segment, start, count)
-            timing.flops_per_step = partial(plan.train.flops, shapes)
-        # From here to `put` the state is the device's.
-        with interrupt.shield(), holder.lock:
-            state, running = plan.train(
-                holder.take(), running, ready.segment, start, count
-            )
-            holder.put(state)
-        start += count
-        loop.step += count
-        loop.batch += count
-        shown["done"] = loop.batch
+        running = _call(loop, holder, plan, ready, running, start, count)
         pace.follow(running.index, running, count, compiled=plan.train.traces != traces)
-        examples += sum(ready.examples[start - count : start])
-        if ends:
+        start += count
+        shown["done"] = loop.batch
+        if callbacks.has("on_train_batch_end"):
             if callbacks.steps_to_hook(loop.step) is None:
                 pace.drain()  # a hook at every call: its time is not the device's
             loop.defer_logs(partial(_read_values, running, plan.order))
             callbacks.call("on_train_batch_end", loop)
             pace.distract()
-        if display.due():
-            _update(display, pace, plan.order)
-        if loop.stopped or interrupt.requested:
+        if plan.display.due():
+            _update(plan.display, pace, plan.order)
+        if loop.stopped or plan.interrupt.requested:
             break
-    return running, examples
+    return running, sum(ready.examples[:start])
+
+
+def _call(
+    loop: LoopState,
+    holder: StateHolder,
+    plan: FitPlan,
+    ready: Ready,
+    running: Running,
+    start: int,
+    count: int,
+) -> Running:
+    """Dispatches `count` steps from batch `start` on."""
+    timing = loop.history.timing
+    if timing.flops_per_step is None:
+        shapes = shapes_of_call(holder.peek(), running, ready.segment, start, count)
+        timing.flops_per_step = partial(plan.train.flops, shapes)
+    # Between `take` and `put` the state is the device's.
+    with plan.interrupt.shield(), holder.lock:
+        state, running = plan.train(holder.take(), running, ready.segment, start, count)
+        holder.put(state)
+    loop.step += count
+    loop.batch += count
+    return running
 
 
 def _close_epoch(

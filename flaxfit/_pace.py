@@ -8,9 +8,10 @@ import jax
 
 from flaxfit._types import PyTree
 
-# Long enough that what a call costs is nothing beside it, short enough for Ctrl-C and
-# a progress bar.
-_SECONDS_PER_CALL = 0.075
+# Long enough for a call to cost nothing, and short enough for Ctrl-C and a progress
+# bar. Not shorter: XLA has to get its memory anew for every call, which for a small
+# Transformer on a CPU is a quarter of the time if a call is a single step of 60 ms.
+_SECONDS_PER_CALL = 0.25
 # What may be under way beyond the call that runs: enough to keep the device busy, and
 # not so much that batches pile up in its memory.
 _SECONDS_AHEAD = 0.15

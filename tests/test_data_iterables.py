@@ -179,8 +179,8 @@ def test_arrays_on_a_device_go_on_as_they_are():
 
     source = source_of(batches)
     first, second, third = source.batches(0)
-    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(first))
-    for batch in (second, third):
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(source.example))
+    for batch in (first, second, third):
         assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batch))
         assert not any(leaf.weak_type for leaf in jax.tree.leaves(batch))
     assert third.targets.tolist() == [8, 9, 8, 9]

@@ -117,7 +117,7 @@ class Callback:
       every_steps: how often the batch hooks run: at every step whose number,
         `loop.step`, is a multiple of it. 1, the default, is every step, which ends
         the running of several steps at once. None leaves it to the loop: after each
-        call, which takes as many steps as fit into a tenth of a second.
+        call, which takes as many steps as fit into a quarter of a second.
       timed_as: what `history.timing` counts its time as: `"callbacks"`, or
         `"saving"` for one that writes checkpoints.
     """

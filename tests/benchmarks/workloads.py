@@ -78,7 +78,7 @@ def _tiny(quick: bool) -> Workload:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(64 * (16 if quick else 512), 4)).astype("float32")
     y = np.sin(x.sum(axis=1, keepdims=True)) + 0.1 * x[:, :1]
-    epochs = 1 if quick else 20
+    epochs = 1 if quick else 100
     title = "4-8-1 MLP, batch 64"
     return Workload("tiny", title, models.TinyMLP(), x, y, 64, epochs, "mae")
 
@@ -90,7 +90,7 @@ def _mlp(quick: bool) -> Workload:
     centres = rng.normal(size=(10, 784))
     x = (0.2 * centres[y] + rng.normal(size=(rows, 784))).astype("float32")
     title = "784-128-10 MLP with BatchNorm, batch 128"
-    epochs = 1 if quick else 10
+    epochs = 1 if quick else 20
     module = models.BatchNormMLP()
     return Workload("mlp", title, module, x, y, 128, epochs, "accuracy")
 
@@ -103,7 +103,7 @@ def _digits(quick: bool) -> Workload:
     x = images[:rows].reshape(-1, 8, 8, 1).astype("float32") / 16
     y = labels[:rows].astype("int32")
     title = "digits CNN (conv, BatchNorm, Dropout), batch 64"
-    epochs = 1 if quick else 4
+    epochs = 1 if quick else 10
     module = models.DigitsCNN()
     return Workload("digits", title, module, x, y, 64, epochs, "accuracy", 0.2)
 
