@@ -144,7 +144,7 @@ def open_pass(
         )
     size = source.nbytes // source.num_examples * source.batch_size
     capacity = stack_capacity(max(size, bytes_per_output), execution.steps_per_call)
-    feed = _PassFeed(source, placement, capacity, steps)
+    feed = _PassFeed(source, placement, capacity, steps, own=keep)
     fits = placement.room_for(source.nbytes, execution.device_data) == "whole"
     return _KeptFeed(feed) if keep and fits else feed
 
@@ -213,7 +213,11 @@ class _ResidentFeed:
 
 
 class _PassFeed:
-    """Arrays in their order, copied stack by stack while the device computes."""
+    """Arrays in their order, stack by stack while the device computes.
+
+    Those that are not kept may be the user's own memory: the pass is over before its
+    caller goes on.
+    """
 
     def __init__(
         self,
@@ -221,10 +225,13 @@ class _PassFeed:
         placement: Placement,
         capacity: int,
         steps: int | None,
+        *,
+        own: bool,
     ) -> None:
         self._source = source
         self._placement = placement
         self._capacity = capacity
+        self._own = own
         self._batches = source.num_batches
         if steps is not None:
             self._batches = min(steps, self._batches)
@@ -235,7 +242,9 @@ class _PassFeed:
     def _segments(self) -> Iterator[Ready]:
         for first in range(0, self._batches, self._capacity):
             number = min(self._capacity, self._batches - first)
-            batches, examples = self._source.stack(first, number, self._capacity)
+            batches, examples = self._source.stack(
+                first, number, self._capacity, own=self._own
+            )
             yield Ready(self._placement.put_segment(Stack(batches)), number, examples)
 
 

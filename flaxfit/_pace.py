@@ -74,8 +74,10 @@ class Pace:
         self._begun += steps
         began = float("inf") if compiled else time.perf_counter()
         self._under_way.append((token, result, self._begun, began))
-        while len(self._under_way) > self._calls_ahead():
-            self._retire()
+        ahead = self._calls_ahead()
+        if len(self._under_way) > ahead:
+            # To wake up for every call would take the device's time, on a CPU.
+            self._retire(len(self._under_way) - max(1, ahead // 2))
         self._collect()
 
     @property
@@ -96,13 +98,13 @@ class Pace:
 
     def drain(self) -> None:
         """Waits for all calls."""
-        while self._under_way:
-            self._retire()
+        if self._under_way:
+            self._retire(len(self._under_way))
 
     def _collect(self) -> None:
         """Retires what is done, without waiting."""
         while self._under_way and _is_ready(self._under_way[0][0]):
-            self._retire()
+            self._retire(1)
 
     def _calls_ahead(self) -> int:
         if not self._seconds_per_call:
@@ -110,16 +112,19 @@ class Pace:
         calls = round(_SECONDS_AHEAD / self._seconds_per_call)
         return max(_FEWEST_CALLS_AHEAD, min(_MOST_CALLS_AHEAD, calls))
 
-    def _retire(self) -> None:
-        token, result, upto, began = self._under_way.popleft()
+    def _retire(self, calls: int) -> None:
+        """Waits for the oldest calls, and takes their time."""
+        done = [self._under_way.popleft() for _ in range(calls)]
+        token, result, upto, _ = done[-1]
         jax.block_until_ready(token)
         end = time.perf_counter()
-        seconds = end - max(began, self._last_end)
+        seconds = end - max(self._last_end, done[0][3])
+        measured = all(began < float("inf") for *_, began in done)
         steps = upto - self._finished[1]
         self._finished, self._last_end = (result, upto), end
-        if seconds < 0:
+        if not measured:
             return
-        self._seconds_per_call = seconds
+        self._seconds_per_call = seconds / calls
         self._seconds_per_step = seconds / steps
         if self._fixed is None:
             wanted = int(_SECONDS_PER_CALL * steps / max(seconds, 1e-9))

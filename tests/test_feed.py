@@ -322,9 +322,9 @@ class Counted(ArraySource):
 
     copied = 0
 
-    def stack(self, first, count, capacity):
+    def stack(self, first, count, capacity, **how):
         self.copied += count
-        return super().stack(first, count, capacity)
+        return super().stack(first, count, capacity, **how)
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_steps_that_become_slow_shorten_the_calls_at_once(make_device):
     assert fast[-1] > 500
     device.seconds = 1e-2
     slow, _ = drive(pace, device, 20, compile_first=False)
-    assert slow[-1] == pytest.approx(7, abs=1)
+    assert slow[-1] == pytest.approx(25, abs=3)
 
 
 def test_a_call_that_was_compiled_says_nothing_about_time(make_device):

@@ -120,25 +120,28 @@ class ArraySource:
         return data
 
     def stack(
-        self, first: int, count: int, capacity: int
+        self, first: int, count: int, capacity: int, *, own: bool
     ) -> tuple[Batch, tuple[int, ...]]:
-        """Returns batches in the given order of the examples, copied in one go.
+        """Returns batches in the given order of the examples, in one go.
 
         Args:
           first: the number of the first batch.
           count: how many batches.
           capacity: how many there is room for; what is beyond `count` is void.
+          own: whether they must be copies, to be kept.
 
         Returns:
           Arrays `[capacity, batch, ...]`, and how many rows of each batch are no fill.
-          The arrays are new, and nobody else's.
         """
         start, stop = first * self.batch_size, (first + count) * self.batch_size
         real = min(stop, self.num_examples) - start
         fill = np.arange(stop - start - real) % self.num_examples
+        whole = not own and count == capacity and not len(fill)
 
         def copy(leaf: HostArray) -> HostArray:
             shape = (capacity, self.batch_size, *leaf.shape[1:])
+            if whole and leaf.flags.c_contiguous:
+                return leaf[start:stop].reshape(shape)
             stacked = empty_array(shape, leaf.dtype)
             rows = stacked.reshape(-1, *leaf.shape[1:])
             rows[:real] = leaf[start : start + real]
@@ -147,7 +150,8 @@ class ArraySource:
 
         batches: Batch = jax.tree.unflatten(self._structure, map(copy, self._leaves))
         weights = batches.weights
-        weights.reshape(-1, *weights.shape[2:])[real : real + len(fill)] = 0.0
+        if len(fill):
+            weights.reshape(-1, *weights.shape[2:])[real : real + len(fill)] = 0.0
         ends = np.minimum((np.arange(count) + 1) * self.batch_size, real)
         examples = np.diff(ends, prepend=0)
         return batches, tuple(examples.tolist())

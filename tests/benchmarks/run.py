@@ -3,7 +3,7 @@
     python tests/benchmarks/run.py
     python tests/benchmarks/run.py --quick --only mlp,tiny --section speed,startup
 
-Everything is measured interleaved (A B C, A B C, …) in one run; a number is the median
+Everything is measured interleaved (A B C, B C A, …) in one run; a number is the median
 over the rounds, a ratio the median of each round's ratio. A rival's time / flaxfit's:
 above 1 flaxfit is the faster. Needs scikit-learn; Keras where it is installed.
 """
