@@ -450,3 +450,20 @@ def test_a_state_a_callback_keeps_stays_alive():
         ),
     )
     assert [int(state.step) for state in kept] == [*range(1, 9), 8, *range(9, 17), 16]
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_loader_may_use_the_model_it_feeds(devices):
+    """It runs in another thread, while steps consume the state."""
+    trainer = Trainer(Net(), devices=devices)
+    seen = []
+
+    def make():
+        for step in range(8):
+            seen.append(trainer.predict(X[:8], verbose=0).sum())
+            yield X[8 * step : 8 * step + 8], Y[8 * step : 8 * step + 8]
+
+    trainer.fit(X, Y, batch_size=8, shuffle=False, verbose=0)
+    trainer.fit(make, epochs=2, verbose=0)
+    assert trainer.step == 24
+    assert np.isfinite(seen).all()
