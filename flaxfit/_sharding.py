@@ -71,9 +71,9 @@ class Placement(NamedTuple):
         """Returns the arrays on every device, whole; buffers of their own."""
 
         def put(leaf: Any) -> Any:
-            # Onto other devices, `may_alias=False` would share what is there already.
             if isinstance(leaf, jax.Array):
-                leaf = copy_array(leaf)
+                # Onto other devices, `may_alias=False` shares what is there already.
+                return jax.device_put(copy_array(leaf), self.replicated)
             return jax.device_put(leaf, self.replicated, may_alias=False)
 
         return jax.tree.map(put, tree)
@@ -183,17 +183,23 @@ def free_memory(devices: Sequence[Any]) -> int:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not on every system
         free = _ASSUMED_FREE_BYTES
-    return min(free, *_container_memory()) // len(devices)
+    return min(free, _container_memory()) // len(devices)
 
 
-def _container_memory() -> tuple[int]:
-    """Returns the bytes a container has left, which may be fewer than the machine."""
+def _container_memory() -> int:
+    """Returns the bytes a container has left, which may be fewer than the machine.
+
+    What the kernel only keeps of files it gives back when asked; see
+    https://docs.kernel.org/admin-guide/cgroup-v2.html#memory.
+    """
     root = Path("/sys/fs/cgroup")
     try:
         limit = int((root / "memory.max").read_text())
-        return (max(0, limit - int((root / "memory.current").read_text())),)
-    except (OSError, ValueError):  # no container, or one without a limit: "max"
-        return (sys.maxsize,)
+        used = int((root / "memory.current").read_text())
+        stat = dict(map(str.split, (root / "memory.stat").read_text().splitlines()))
+        return max(0, limit - used + int(stat["inactive_file"]))
+    except (OSError, ValueError, KeyError):  # no container, or without a limit: "max"
+        return sys.maxsize
 
 
 def _on(devices: tuple[Any, ...], *, chosen: bool = False) -> Placement:

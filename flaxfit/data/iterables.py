@@ -90,7 +90,7 @@ class IterableSource:
         self.example = first
         # The batch and the pass it belongs to, until a pass takes them over. What lies
         # on a device goes on from there, as all later batches do.
-        ahead = self._converted(raw, 0, 0)
+        ahead = self._converted(raw, 0, 0) if _on_device(raw) else first
         self._ahead: tuple[Iterator[Any], Batch] | None = (iterator, ahead)
 
     def check(self) -> None:
