@@ -11,9 +11,10 @@ import numpy as np
 
 from flaxfit._compile import Program, Running, shapes_of_call
 from flaxfit._display import Display, epoch_display
-from flaxfit._feed import Feed, Ready, Segments
+from flaxfit._feed import Feed, Segments
 from flaxfit._interrupt import Interrupt
 from flaxfit._pace import Pace
+from flaxfit._packing import Ready
 from flaxfit._segments import Stack
 from flaxfit._timing import Clock
 from flaxfit._types import Logs, PyTree, StateHolder, TrainState

@@ -20,6 +20,7 @@ FLOORS = {
     "_compile_report": 5,
     "_compilation_cache": 4,
     "_feed": 4,
+    "_packing": 3,
     "_pace": 2,
     "_timing": 2.1,
     "_sharding": 2,
