@@ -1,5 +1,6 @@
 """Where the time of a fit went. Knows nothing of devices."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,16 +22,23 @@ _LONG_ENOUGH = 0.5  # seconds of a fit, below which nothing is worth a remark
 
 
 class Clock:
-    """Splits the time that goes by among phases, each moment to the innermost one."""
+    """Splits the time that goes by among phases, each moment to the innermost one.
+
+    It is that of one thread; what others do in the meantime is not counted.
+    """
 
     def __init__(self) -> None:
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._phase = "stepping"
+        self._thread = threading.get_ident()
         self._since = time.perf_counter()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Counts the time inside as `name`."""
+        if threading.get_ident() != self._thread:
+            yield
+            return
         outer = self.switch(name)
         try:
             yield

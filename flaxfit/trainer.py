@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Self
 
 import jax
@@ -200,7 +201,8 @@ class Trainer:
         use_compilation_cache(compilation_cache)
         self._holder = StateHolder()
         self._batch_size = DEFAULT_BATCH_SIZE
-        self._fits_under_way = 0
+        # Of the fits under way.
+        self._clocks: list[Clock] = []
         # What `load` read, until the model's inputs are known.
         self._saved: tuple[Mapping[str, Any], bool] | None = None
 
@@ -376,7 +378,7 @@ class Trainer:
             return self._run(loop, plan)
 
     def _run(self, loop: LoopState, plan: FitPlan) -> History:
-        self._fits_under_way += 1
+        self._clocks.append(loop.clock)
         try:
             fit_loop(loop, self._holder, plan)
         except KeyboardInterrupt:
@@ -384,7 +386,7 @@ class Trainer:
                 raise
             loop.stop("interrupted")
         finally:
-            self._fits_under_way -= 1
+            self._clocks.pop()
         history = loop.history
         if loop.stop_reason is not None:
             plan.display.say(f"stopped after step {loop.step}: {loop.stop_reason}")
@@ -812,7 +814,8 @@ class Trainer:
         self._require_state()
         built = self._builder.built
         meta = to_meta(self._config, built.example, batch_size=self._batch_size)
-        with self._holder.borrow() as state:
+        timed = self._clocks[-1].phase("saving") if self._clocks else nullcontext()
+        with timed, self._holder.borrow() as state:
             checkpoint.save(path, state, meta)
 
     @classmethod
@@ -955,7 +958,7 @@ class Trainer:
                 source.batch_size, source.num_examples
             )
             now = self._builder.placement
-            if self._fits_under_way and placement.devices != now.devices:
+            if self._clocks and placement.devices != now.devices:
                 raise ValueError(
                     f"A fit of this trainer is under way on {len(now.devices)} devices,"
                     f" which do not divide batch_size={source.batch_size}. Write "

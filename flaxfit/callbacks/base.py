@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,8 @@ class LoopState:
       log_names: the names `logs` will have at an epoch's end, known before step 1.
       stop_reason: what `stop` was called with, or None.
       broken_off: whether an error or Ctrl-C ended the fit; known in `on_train_end`.
-      clock: tells for `history.timing` what the time is spent on.
+      clock: tells for `history.timing` what the time is spent on; whoever writes a
+        file writes it `with loop.clock.phase("saving")`, as `trainer.save` does.
     """
 
     def __init__(
@@ -118,13 +119,10 @@ class Callback:
         `loop.step`, is a multiple of it. 1, the default, is every step, which ends
         the running of several steps at once. None leaves it to the loop: after each
         call, which takes as many steps as fit into a quarter of a second.
-      timed_as: what `history.timing` counts its time as: `"callbacks"`, or
-        `"saving"` for one that writes checkpoints.
     """
 
     log_names: tuple[str, ...] = ()
     every_steps: int | None = 1
-    timed_as: Literal["callbacks", "saving"] = "callbacks"
 
     def on_train_begin(self, loop: LoopState) -> None:
         """Called once, before the first step is compiled; check arguments here."""
@@ -158,7 +156,7 @@ class CallbackList:
     """Calls the hooks of several callbacks, only those that override them.
 
     Raises:
-      ValueError: an `every_steps` that is no count, or another `timed_as`.
+      ValueError: an `every_steps` that is no count.
     """
 
     def __init__(self, callbacks: Sequence[Callback]) -> None:
@@ -168,12 +166,6 @@ class CallbackList:
             for name in vars(Callback)
             if name.startswith("on_")
         }
-        for callback in callbacks:
-            if callback.timed_as not in ("callbacks", "saving"):
-                raise ValueError(
-                    f"{type(callback).__name__}.timed_as = {callback.timed_as!r}: "
-                    'write "callbacks" or "saving".'
-                )
         per_step = [c for name in _BATCH_HOOKS for c in self._hooks[name]]
         self._intervals = tuple({_interval(callback) for callback in per_step} - {0})
 
@@ -198,7 +190,7 @@ class CallbackList:
         for callback in self._hooks[hook]:
             if hook in _BATCH_HOOKS and loop.step % (_interval(callback) or 1):
                 continue
-            with loop.clock.phase(callback.timed_as), _named(callback, hook):
+            with loop.clock.phase("callbacks"), _named(callback, hook):
                 getattr(callback, hook)(loop)
 
     def end(self, loop: LoopState) -> None:
@@ -206,8 +198,8 @@ class CallbackList:
         errors: list[Exception] = []
         for callback in self._hooks["on_train_end"]:
             try:
-                timed_as = loop.clock.phase(callback.timed_as)
-                with timed_as, _named(callback, "on_train_end"):
+                timed = loop.clock.phase("callbacks")
+                with timed, _named(callback, "on_train_end"):
                     callback.on_train_end(loop)
             except Exception as error:
                 errors.append(error)
