@@ -26,10 +26,6 @@ class Interrupt:
         """Whether Ctrl-C was pressed."""
         return self._count > 0
 
-    def asked(self) -> bool:
-        """As `requested`, to be handed to others."""
-        return self.requested
-
     @property
     def insisted(self) -> bool:
         """Whether it was pressed again."""

@@ -349,7 +349,7 @@ class Trainer:
                 source,
                 epochs=len(span),
                 steps=steps,
-                stopped=interrupt.asked,
+                stopped=lambda: interrupt.requested,
             )
             clock.switch("stepping")
             plan = FitPlan(
@@ -368,7 +368,7 @@ class Trainer:
                     validation,
                     steps=validation_steps,
                     keep=True,
-                    interrupted=interrupt.asked,
+                    interrupted=lambda: interrupt.requested,
                 ),
                 validates_at=validates_at,
                 callbacks=hooks,

@@ -23,3 +23,17 @@ def eight_devices():
     """Trainers made inside train on all of the host's eight devices."""
     with jax.default_device(None):
         yield jax.local_devices()
+
+
+@pytest.fixture
+def compiled():
+    """What XLA compiles from here on, by jax's own events; `clear` begins anew."""
+    names = []
+
+    def listen(event, duration, **labels):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(labels.get("fun_name"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.clear_event_listeners()
