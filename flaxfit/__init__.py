@@ -1,9 +1,21 @@
 """The trainer Flax never had: `Trainer(model).fit(ds)`."""
 
-from flaxfit._errors import CheckpointError, DataError, DetectionError
+from flaxfit._errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    DataError,
+    DetectionError,
+)
 from flaxfit._steps import Task, make_train_step
 from flaxfit._types import Average, Batch, Model, TrainState
-from flaxfit.callbacks import Callback, EarlyStopping, LambdaCallback, LoopState
+from flaxfit.callbacks import (
+    Callback,
+    EarlyStopping,
+    LambdaCallback,
+    LoopState,
+    ModelCheckpoint,
+)
+from flaxfit.checkpoint import RestoreReport, load_params
 from flaxfit.history import History
 from flaxfit.losses import Loss
 from flaxfit.trainer import Trainer
@@ -14,6 +26,7 @@ __all__ = [
     "Average",
     "Batch",
     "Callback",
+    "CheckpointCorruptError",
     "CheckpointError",
     "DataError",
     "DetectionError",
@@ -23,8 +36,11 @@ __all__ = [
     "LoopState",
     "Loss",
     "Model",
+    "ModelCheckpoint",
+    "RestoreReport",
     "Task",
     "TrainState",
     "Trainer",
+    "load_params",
     "make_train_step",
 ]

@@ -1,7 +1,7 @@
 """Checks of plain arguments: counts, names, lists of callbacks."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.core
@@ -103,6 +103,19 @@ def as_variables(variables: Any) -> dict[str, PyTree]:
         )
     # FrozenDicts inside would compile everything anew once a state is restored.
     return dict(flax.core.unfreeze(dict(variables)))
+
+
+def as_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """Returns one of `choices`.
+
+    Raises:
+      ValueError: it is none of them.
+    """
+    if not isinstance(value, str) or value not in choices:
+        known = ", ".join(repr(choice) for choice in choices)
+        hint = did_you_mean(str(value), choices)
+        raise ValueError(f"{name}={value!r}: write one of {known}.{hint}")
+    return value
 
 
 def as_epoch_filter(frequency: int | Iterable[int]) -> Callable[[int], bool]:

@@ -54,6 +54,7 @@ class Settings:
     variables: Mapping[str, PyTree]
     seed: int
     make_train_step: Callable[[Task], TrainStep]
+    nonfinite: str
 
 
 class Built(NamedTuple):
@@ -202,7 +203,11 @@ def build(
         predicted = preflight(steps.predict, template, example.inputs, index)
         traced = evaluated = predicted._replace(logs={})
     programs = compile_programs(
-        steps, placement, calls_host=traced.calls_host, convolves=traced.convolves
+        steps,
+        placement,
+        calls_host=traced.calls_host,
+        convolves=traced.convolves,
+        nonfinite=settings.nonfinite,
     )
     return Built(
         adapted=adapted,

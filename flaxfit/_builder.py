@@ -80,6 +80,16 @@ class Builder:
         return self._settings.seed
 
     @property
+    def nonfinite(self) -> str:
+        """What a loss does that is not finite; see `Trainer`."""
+        return self._settings.nonfinite
+
+    @property
+    def is_built(self) -> bool:
+        """Whether there are parts already."""
+        return self._built is not None
+
+    @property
     def placement(self) -> Placement:
         """The devices that are used now."""
         return self._placement

@@ -30,10 +30,15 @@ class Running(flax.struct.PyTreeNode):
     Attributes:
       index: `int32[]`, batches so far.
       logs: the accumulators over them; meaningless while `index` is 0.
+      bad: `int32[]`, the number in the epoch of the first batch whose loss was not
+        finite, -1 while there was none.
+      skipped: `int32[]`, batches of the epoch that are not in `logs`.
     """
 
     index: Array
     logs: Logs
+    bad: Array
+    skipped: Array
 
 
 class CompileListener(Protocol):
@@ -212,7 +217,12 @@ class Programs(NamedTuple):
 
 
 def compile_programs(
-    steps: Steps, placement: Placement, *, calls_host: bool, convolves: bool
+    steps: Steps,
+    placement: Placement,
+    *,
+    calls_host: bool,
+    convolves: bool,
+    nonfinite: str = "ignore",
 ) -> Programs:
     """Returns the programs; nothing is compiled before its first call.
 
@@ -224,6 +234,9 @@ def compile_programs(
         nothing, are waited for, and run one by one.
       convolves: whether there are convolutions. For a CPU, XLA brings them into the
         form that is fast only outside of loops; inside they take many times as long.
+      nonfinite: what a batch does whose loss is NaN or infinite: `"ignore"` nothing;
+        `"stop"` and `"rollback"` end the call with it; `"skip"` leaves it out, as well
+        as one that makes a parameter so.
     """
     on_cpu = placement.devices[0].platform == "cpu"
     single = calls_host or (convolves and on_cpu)
@@ -236,13 +249,25 @@ def compile_programs(
         def step(
             index: Any, carry: tuple[TrainState, Running]
         ) -> tuple[TrainState, Running]:
-            state, running = carry
-            state, logs = steps.train(state, batch_at(segment, index))
-            return state, _accumulate(running, logs)
+            state, logs = steps.train(carry[0], batch_at(segment, index))
+            after = state, _accumulate(carry[1], logs)
+            return _guarded(nonfinite, carry, after, logs)
 
         if single or isinstance(segment, Batch):
             return step(start, (state, running))
-        return jax.lax.fori_loop(start, start + count, step, (state, running))
+        if nonfinite not in ("stop", "rollback"):
+            return jax.lax.fori_loop(start, start + count, step, (state, running))
+
+        def goes_on(carry: tuple[Any, tuple[TrainState, Running]]) -> Any:
+            return (carry[0] < start + count) & (carry[1][1].bad < 0)
+
+        def one_more(
+            carry: tuple[Any, tuple[TrainState, Running]],
+        ) -> tuple[Any, tuple[TrainState, Running]]:
+            return carry[0] + 1, step(*carry)
+
+        first = jnp.asarray(start, jnp.int32), (state, running)
+        return jax.lax.while_loop(goes_on, one_more, first)[1]
 
     def evaluate(
         state: TrainState, running: Running, segment: Segment, start: Any, count: Any
@@ -314,17 +339,62 @@ def _accumulate(running: Running, logs: Logs) -> Running:
         # Chosen by index: not every metric has one.
         return jax.tree.map(lambda new, old: jnp.where(first, new, old), log, after)
 
-    return Running(
-        running.index + 1,
-        {name: merged(log, running.logs[name]) for name, log in logs.items()},
+    return running.replace(
+        index=running.index + 1,
+        logs={name: merged(log, running.logs[name]) for name, log in logs.items()},
     )
+
+
+def _guarded(
+    nonfinite: str,
+    before: tuple[TrainState, Running],
+    after: tuple[TrainState, Running],
+    logs: Logs,
+) -> tuple[TrainState, Running]:
+    """Returns `after` with a note of a loss that is not finite; see `nonfinite`.
+
+    Only `"skip"` chooses between the two: that takes a pass over the state, and XLA
+    then rounds an update otherwise than without, in the last bit.
+    """
+    if nonfinite == "ignore":
+        return after
+    (old, running), (new, _) = before, after
+    good = _all_finite(logs.get("loss"))
+    number = running.index + running.skipped
+    if nonfinite == "skip":
+        good &= _all_finite(new.params)
+        # The next batch gets random numbers of its own.
+        before = old.replace(step=new.step), running
+        after = jax.tree.map(
+            lambda new, old: (
+                jax.lax.select(jnp.broadcast_to(good, new.shape), new, old)
+                if new.ndim
+                else jax.lax.select(good, new, old)
+            ),
+            after,
+            before,
+        )
+    state, chosen = after
+    return state, chosen.replace(
+        bad=jnp.where(good | (running.bad >= 0), running.bad, number),
+        skipped=running.index + running.skipped + 1 - chosen.index,
+    )
+
+
+def _all_finite(tree: PyTree) -> Array:
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    numbers = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in numbers]
+    return jnp.all(jnp.array([True, *finite]))
 
 
 def empty_running(logs: PyTree, placement: Placement) -> Running:
     """Returns the start of an epoch for `logs` of these shapes."""
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), logs)
-    index, logs = jax.device_put((np.int32(0), zeros), placement.replicated)
-    return Running(index, logs)
+    numbers: Any = np.array([0, -1, 0], np.int32)
+    empty = Running(numbers[0], zeros, numbers[1], numbers[2])
+    running: Running = jax.device_put(empty, placement.replicated)
+    return running
 
 
 def _is_traced(leaf: Any) -> bool:

@@ -12,6 +12,21 @@ class CheckpointError(ValueError):
     """A file that cannot be read back, or that does not fit the model."""
 
 
+class CheckpointCorruptError(CheckpointError):
+    """A checkpoint that was damaged since it was written.
+
+    Attributes:
+      path: the file.
+      leaf: the path of the first damaged leaf, e.g. `"params/Dense_0/kernel"`; None
+        where the damage lies elsewhere or cannot be told.
+    """
+
+    def __init__(self, message: str, *, path: str, leaf: str | None = None) -> None:
+        super().__init__(message)
+        self.path = path
+        self.leaf = leaf
+
+
 class DetectionError(ValueError):
     """Something about the model that cannot be found out and must be said."""
 

@@ -1,10 +1,11 @@
 """Sources of batches -> segments on the device, made ahead of the steps."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import count, islice
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -47,6 +48,29 @@ class Execution:
         return 1 if single else self.steps_per_call
 
 
+class Position(NamedTuple):
+    """Where a fit stands in its data.
+
+    Attributes:
+      epoch: the epochs of the fit that are over.
+      batch: the batches of the epoch under way that were trained on.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+
+    def in_passes(self, steps: int | None, length: int | None) -> tuple[int, int]:
+        """Returns the pass over the data, and the batch of it to go on with.
+
+        Args:
+          steps: batches of an epoch that does not go by passes, else None.
+          length: batches of a pass, None if that is unknown.
+        """
+        if steps is None:
+            return self.epoch, self.batch
+        return divmod(self.epoch * steps + self.batch, length or sys.maxsize)
+
+
 class Segments(Protocol):
     """The segments of one epoch, in order."""
 
@@ -74,6 +98,7 @@ def open_feed(
     epochs: int,
     steps: int | None,
     single: bool,
+    position: Position = Position(),  # noqa: B008
     stopped: Callable[[], bool] = lambda: False,
 ) -> Feed:
     """Returns the feed of a fit.
@@ -82,9 +107,10 @@ def open_feed(
       source: the data.
       placement: the devices.
       execution: how to run.
-      epochs: how many epochs there will be.
+      epochs: how many epochs there will be from `position` on.
       steps: batches of an epoch, from endless passes; None for one pass.
       single: whether every call takes one step.
+      position: where to begin.
       stopped: whether to wait no longer.
     """
     if isinstance(source, ArraySource) and source.pad and source.in_memory:
@@ -94,9 +120,9 @@ def open_feed(
             data = placement.put_data(source.padded(rows), how)
             capacity = order_capacity(source.batch_size, execution.steps_per_call)
             return _ResidentFeed(
-                source, data, placement, capacity, epochs, steps, single
+                source, data, placement, capacity, epochs, steps, single, position
             )
-    batches = _epochs_of(source, steps)
+    batches = _epochs_of(source, steps, position)
     return _StreamFeed(batches, placement, execution, source.pad, stopped)
 
 
@@ -152,6 +178,7 @@ class _ResidentFeed:
         epochs: int,
         steps: int | None,
         single: bool,
+        position: Position,
     ) -> None:
         self._source = source
         self._data = data
@@ -163,14 +190,15 @@ class _ResidentFeed:
         # would each bring it there.
         self._put_order = single or len(placement.devices) > 1
         self._counted = source.counted
-        self._passes = 0
-        self._order = self._next_order()
+        self._passes, start = position.in_passes(steps, source.num_batches)
+        self._order = self._next_order()[start:]
+        self._done = position.batch
 
     def epoch(self) -> AbstractContextManager[Segments]:
         return nullcontext(_AtHand(self._segments()))
 
     def _segments(self) -> Iterator[Ready]:
-        left = self._steps
+        left, self._done = self._steps - self._done, 0
         while left > 0:
             if not len(self._order):
                 self._order = self._next_order()
@@ -331,12 +359,25 @@ class _Recording:
         return segment
 
 
-def _epochs_of(source: Source, steps: int | None) -> Iterator[Iterator[Batch]]:
+def _epochs_of(
+    source: Source, steps: int | None, position: Position
+) -> Iterator[Iterator[Batch]]:
     """Yields the batches of each epoch: a pass each, or `steps` of endless passes."""
+    # Only reading tells where a pass of unknown length ends; an iterator has but one.
+    unknown = source.num_batches is None and not source.one_shot
+    first, start = position.in_passes(steps, source.num_batches)
     if steps is None:
-        for index in count():
+        yield source.batches(first, start)
+        for index in count(first + 1):
             yield source.batches(index)
-    endless = (batch for index in count() for batch in source.batches(index))
+        return
+    skipped, start = (start, 0) if unknown else (0, start)
+    endless = (
+        batch
+        for index in count(first)
+        for batch in source.batches(index, start if index == first else 0)
+    )
+    yield islice(endless, skipped, skipped + steps - position.batch)
     while True:
         yield islice(endless, steps)
 

@@ -1,6 +1,7 @@
 """The host loops: fit, eval, predict. They dispatch, and read as seldom as they can."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,16 +12,20 @@ import numpy as np
 
 from flaxfit._compile import Program, Running, shapes_of_call
 from flaxfit._display import Display, epoch_display
-from flaxfit._feed import Feed, Segments
+from flaxfit._feed import Feed, Position, Segments
 from flaxfit._interrupt import Interrupt
 from flaxfit._pace import Pace
 from flaxfit._packing import Ready
+from flaxfit._saving import Saver
 from flaxfit._segments import Stack
 from flaxfit._timing import Clock
 from flaxfit._types import Logs, PyTree, StateHolder, TrainState
 from flaxfit.callbacks.base import CallbackList, LoopState
 
 Evaluate: TypeAlias = Callable[[TrainState], dict[str, Any] | None]
+
+_SECONDS_BETWEEN_LOOKS = 0.25
+_MOST_ROLLBACKS = 3  # to one checkpoint
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class FitPlan:
       epochs: `range(initial_epoch, epochs)`.
       train: the train program.
       running: an empty accumulator.
-      feed: where the batches come from.
+      open_feed: position -> where the batches come from.
       steps_per_call: steps of one call of the program, None to go by the clock.
       order: sorts logs into History's order.
       learning_rate: reads the current rate from an optimizer state, or None.
@@ -39,13 +44,20 @@ class FitPlan:
       validates_at: whether to validate after an epoch.
       callbacks: whom to call.
       display: where the progress goes.
-      interrupt: tells of Ctrl-C.
+      interrupt: tells of Ctrl-C and SIGTERM.
+      saver: writes the checkpoints that callbacks ask for.
+      nonfinite: what happens at a loss that is not finite; see `Trainer`.
+      first_epoch: the epoch at which the data began.
+      batch: the batches of the first epoch that were trained on in an earlier process.
+      resume: called when all callbacks have begun.
+      roll_back: returns state, epoch and accumulators of the last good checkpoint;
+        None where there are none.
     """
 
     epochs: range
     train: Program
     running: Running
-    feed: Feed
+    open_feed: Callable[[Position], Feed]
     steps_per_call: int | None
     order: Callable[[Logs], Logs]
     learning_rate: Callable[[PyTree], Any]
@@ -54,6 +66,12 @@ class FitPlan:
     callbacks: CallbackList
     display: Display
     interrupt: Interrupt
+    saver: Saver
+    nonfinite: str
+    first_epoch: int
+    batch: int = 0
+    resume: Callable[[LoopState], None] = lambda loop: None
+    roll_back: Callable[[], tuple[TrainState, int, Running | None]] | None = None
 
 
 def fit_loop(loop: LoopState, holder: StateHolder, plan: FitPlan) -> None:
@@ -62,71 +80,234 @@ def fit_loop(loop: LoopState, holder: StateHolder, plan: FitPlan) -> None:
     `loop.history` holds the finished epochs; `holder` the state after the last
     finished step, whatever happens.
     """
-    pace = Pace(plan.steps_per_call)
+    watch = _Watch(plan, Pace(plan.steps_per_call))
     try:
         plan.callbacks.call("on_train_begin", loop)
-        for loop.epoch in plan.epochs:
+        plan.resume(loop)
+        _save(loop, holder, watch)
+        feed = plan.open_feed(
+            Position(plan.epochs.start - plan.first_epoch, plan.batch)
+        )
+        for epoch in plan.epochs:
+            if loop.stopped or plan.interrupt.requested:
+                break
+            loop.epoch = epoch
+            loop.batch = plan.batch if epoch == plan.epochs.start else 0
             plan.callbacks.call("on_epoch_begin", loop)
-            finished = _fit_epoch(loop, holder, plan, pace)
-            if not finished or loop.stopped or plan.interrupt.requested:
+            finished, feed = _fit_epoch(loop, holder, feed, watch)
+            if not finished:
                 break
     except BaseException as error:
         # The first error is the one to report; what follows from it is noted.
         loop.broken_off = True
         try:
-            plan.callbacks.end(loop)
+            _end(loop, holder, watch)
         except Exception as later:
             error.add_note(f"then on_train_end failed: {later!r}")
         raise
     if plan.interrupt.requested and not loop.stopped:
         loop.broken_off = True
-        loop.stop("interrupted by Ctrl-C")
-    plan.callbacks.end(loop)
+        loop.stop(plan.interrupt.reason)
+    _end(loop, holder, watch)
 
 
-def _fit_epoch(loop: LoopState, holder: StateHolder, plan: FitPlan, pace: Pace) -> bool:
-    """Trains one epoch; False if it was broken off."""
+def _end(loop: LoopState, holder: StateHolder, watch: "_Watch") -> None:
+    try:
+        watch.plan.callbacks.end(loop)
+    finally:
+        _save(loop, holder, watch)
+
+
+def _fit_epoch(
+    loop: LoopState, holder: StateHolder, feed: Feed, watch: "_Watch"
+) -> tuple[bool, Feed]:
+    """Trains one epoch.
+
+    Returns:
+      Whether it was finished, and the feed of the next one.
+    """
+    plan, pace, start = watch.plan, watch.pace, loop.batch
+    if loop.running is None:
+        loop.running = plan.running
     if loop.stopped or plan.interrupt.requested:
-        return False
+        return False, feed
     title = f"Epoch {loop.epoch + 1}/{loop.epochs}"
-    loop.batch = 0
     loop.set_logs({})
     with epoch_display(plan.display, title, loop.steps_per_epoch) as shown:
-        running, examples = plan.running, 0
-        pace.begin()
-        with plan.feed.epoch() as segments:
-            for ready in timed(segments, pace, loop.clock):
-                running, done = _fit_segment(
-                    loop, holder, plan, pace, ready, running, shown
-                )
-                examples += done
-                if loop.stopped or plan.interrupt.requested:
-                    break
-        # A callback's stop ends the epoch as its last step would; Ctrl-C breaks it off.
-        if plan.interrupt.requested:
-            return False
-        pace.drain()
-        closed = _close_epoch(loop, holder, plan, running, shown)
+        examples, whole = 0, False
+        while not whole:
+            pace.begin(loop.batch)
+            with feed.epoch() as segments:
+                for ready in timed(segments, pace, loop.clock):
+                    examples += _fit_segment(loop, holder, ready, shown, watch)
+                    if watch.breaks_off(loop):
+                        break
+            # A callback's stop ends the epoch as its last step would; Ctrl-C breaks it
+            # off.
+            if plan.interrupt.requested:
+                watch.look(loop, holder)
+                return False, feed
+            pace.drain()
+            values = _read_epoch(loop, holder, watch)
+            if loop.broken_off:
+                return False, feed
+            whole = not watch.rolled_back
+            if not whole:
+                feed = watch.reopen(loop)
+        closed = _close_epoch(loop, holder, *values, shown, watch)
         if closed:
-            loop.history.timing.append(loop.clock.lap(), loop.batch, examples)
-        return closed
+            lap = loop.clock.lap()
+            loop.history.timing.append(lap, loop.batch - start, examples)
+            loop.running = None
+            _save(loop, holder, watch)
+        return closed, feed
+
+
+class _Watch:
+    """Looks out for a loss that is not finite, without waiting for any step.
+
+    The program itself leaves the state as it was, so that there is time.
+    """
+
+    def __init__(self, plan: FitPlan, pace: Pace) -> None:
+        self.plan = plan
+        self.pace = pace
+        self.rolled_back = False
+        self._looked = time.perf_counter()
+        self._rollbacks: list[int] = []
+        self._told: tuple[int, int] | None = None
+
+    def breaks_off(self, loop: LoopState) -> bool:
+        """Whether to train on no further batch for now."""
+        return loop.stopped or self.plan.interrupt.requested or self.rolled_back
+
+    def glance(self, loop: LoopState, holder: StateHolder) -> None:
+        """Looks at the last finished call, if it is some time since the last look."""
+        now = time.perf_counter()
+        if self.plan.nonfinite == "ignore" or now - self._looked < (
+            _SECONDS_BETWEEN_LOOKS
+        ):
+            return
+        self._looked = now
+        finished, _ = self.pace.finished
+        if finished is not None and int(finished.bad) >= 0:
+            self.look(loop, holder)
+
+    def look(self, loop: LoopState, holder: StateHolder) -> None:
+        """Waits for all steps, and deals with a loss that was not finite."""
+        if self.plan.nonfinite != "ignore" and loop.running is not None:
+            self.settle(loop, holder, *read(_counts(loop.running)))
+
+    def settle(self, loop: LoopState, holder: StateHolder, bad: Any, out: Any) -> None:
+        """Deals with what the accumulators say.
+
+        Args:
+          loop: where the training stands.
+          holder: the state.
+          bad: the number of the first batch whose loss was not finite, or -1.
+          out: how many batches were left out.
+        """
+        if bad < 0 or self.rolled_back or loop.nonfinite:
+            return
+        step = loop.step - loop.batch + int(bad) + 1
+        where = f"step {step} (epoch {loop.epoch + 1}, batch {bad + 1})"
+        if self.plan.nonfinite == "skip":
+            if self._told != (loop.epoch, int(out)):
+                self._told = (loop.epoch, int(out))
+                _warn(
+                    f"{out} batch{'es' if out > 1 else ''} of epoch {loop.epoch + 1} "
+                    "left out: the loss or a parameter was not finite, first at "
+                    f"{where}."
+                )
+            return
+        self.pace.drain()
+        loop.batch = int(bad) + 1
+        text = f"the loss is not finite at {where}"
+        back = self._go_back(loop, holder)
+        if self.plan.nonfinite == "rollback" and back:
+            _warn(
+                f"{text[0].upper()}{text[1:]}. Back to the checkpoint of step "
+                f"{loop.step}; the training goes on with the next batch."
+            )
+            self.rolled_back = True
+            return
+        loop.nonfinite = not back
+        loop.broken_off = True
+        loop.stop(text)
+        _warn(
+            f"{text[0].upper()}{text[1:]}. Training stopped; the trainer holds "
+            + (
+                f"the checkpoint of step {loop.step}."
+                if back
+                else "what came of that step. With fit(run_dir=...) it would go back "
+                'to the last checkpoint; Trainer(nonfinite="skip") leaves such batches '
+                "out."
+            )
+        )
+
+    def _go_back(self, loop: LoopState, holder: StateHolder) -> bool:
+        """Puts the last good checkpoint back; False if there is none, or too often."""
+        if self.plan.roll_back is None:
+            loop.step = int(read(holder.peek().step))
+            return False
+        state, epoch, running = self.plan.roll_back()
+        loop.step = int(read(state.step))
+        with holder.lock:
+            holder.put(state)
+        merged = self.plan.running
+        if epoch == loop.epoch and running is not None:
+            merged = running
+        out = np.int32(loop.batch - int(read(merged.index)))
+        loop.running = merged.replace(
+            bad=self.plan.running.bad,
+            skipped=jax.device_put(out, merged.skipped.sharding),
+        )
+        self._rollbacks.append(loop.step)
+        return self._rollbacks.count(loop.step) <= _MOST_ROLLBACKS
+
+    def reopen(self, loop: LoopState) -> Feed:
+        """Returns the data from the batch on after the one that was left out."""
+        self.rolled_back = False
+        epoch = loop.epoch - self.plan.first_epoch
+        return self.plan.open_feed(Position(epoch, loop.batch))
+
+
+def _counts(running: Running) -> tuple[Any, Any]:
+    return running.bad, running.skipped
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, UserWarning, stacklevel=2)
+
+
+def _save(loop: LoopState, holder: StateHolder, watch: _Watch) -> None:
+    """Takes the checkpoints that callbacks have asked for."""
+    if not loop.has_saves:
+        return
+    with loop.clock.phase("saving"):
+        watch.pace.drain()
+        watch.look(loop, holder)
+        if watch.rolled_back or loop.nonfinite:
+            loop.take_saves()  # of a state that is no more, or not worth it
+        elif loop.has_saves:
+            plan = watch.plan
+            plan.saver.serve(loop, holder.peek(), loop.running, plan.callbacks)
 
 
 def _fit_segment(
     loop: LoopState,
     holder: StateHolder,
-    plan: FitPlan,
-    pace: Pace,
     ready: Ready,
-    running: Running,
     shown: dict[str, Any],
-) -> tuple[Running, int]:
+    watch: _Watch,
+) -> int:
     """Trains on the batches of a segment, several in one call.
 
     Returns:
-      The accumulators, and the examples that were trained on.
+      The examples that were trained on.
     """
-    callbacks, start = plan.callbacks, 0
+    plan, pace, start = watch.plan, watch.pace, 0
+    callbacks = plan.callbacks
     while start < ready.batches:
         if callbacks.has("on_train_batch_begin"):
             callbacks.call("on_train_batch_begin", loop)
@@ -134,21 +315,25 @@ def _fit_segment(
         left = ready.batches - start
         count = min(pace.steps, left, callbacks.steps_to_hook(loop.step) or left)
         traces = plan.train.traces
-        running = _call(loop, holder, plan, ready, running, start, count)
+        running = _call(loop, holder, plan, ready, start, count)
         pace.follow(running.index, running, count, compiled=plan.train.traces != traces)
         start += count
         shown["done"] = loop.batch
-        if callbacks.has("on_train_batch_end"):
+        watch.glance(loop, holder)
+        if callbacks.has_turn("on_train_batch_end", loop.step):
             if callbacks.steps_to_hook(loop.step) is None:
                 pace.drain()  # a hook at every call: its time is not the device's
             loop.defer_logs(partial(_read_values, running, plan.order))
             callbacks.call("on_train_batch_end", loop)
             pace.distract()
+        if loop.has_saves:
+            _save(loop, holder, watch)
+            pace.distract()
         if plan.display.due():
             _update(plan.display, pace, plan.order)
-        if loop.stopped or plan.interrupt.requested:
+        if watch.breaks_off(loop):
             break
-    return running, sum(ready.examples[:start])
+    return sum(ready.examples[:start])
 
 
 def _call(
@@ -156,12 +341,11 @@ def _call(
     holder: StateHolder,
     plan: FitPlan,
     ready: Ready,
-    running: Running,
     start: int,
     count: int,
 ) -> Running:
     """Dispatches `count` steps from batch `start` on."""
-    timing = loop.history.timing
+    timing, running = loop.history.timing, loop.running
     if timing.flops_per_step is None:
         shapes = shapes_of_call(holder.peek(), running, ready.segment, start, count)
         timing.flops_per_step = partial(plan.train.flops, shapes)
@@ -169,21 +353,34 @@ def _call(
     with plan.interrupt.shield(), holder.lock:
         state, running = plan.train(holder.take(), running, ready.segment, start, count)
         holder.put(state)
-    loop.step += count
-    loop.batch += count
+        loop.running = running
+        loop.step += count
+        loop.batch += count
     return running
+
+
+def _read_epoch(
+    loop: LoopState, holder: StateHolder, watch: _Watch
+) -> tuple[dict[str, Any], float | None]:
+    """Returns the epoch's values and the learning rate, in one read."""
+    plan, running = watch.plan, loop.running
+    rate = plan.learning_rate(holder.peek().opt_state)
+    (bad, out), logs, rate = read((_counts(running), running.logs, rate))
+    if plan.nonfinite != "ignore":
+        watch.settle(loop, holder, bad, out)
+    return as_values(logs, rate, plan.order)
 
 
 def _close_epoch(
     loop: LoopState,
     holder: StateHolder,
-    plan: FitPlan,
-    running: Running,
+    logs: dict[str, Any],
+    rate: float | None,
     shown: dict[str, Any],
+    watch: _Watch,
 ) -> bool:
-    """Reads the epoch's values, validates, records; False if it was broken off."""
-    rate = plan.learning_rate(holder.peek().opt_state)
-    logs, rate = read_logs(running, plan.order, rate)
+    """Validates and records; False if it was broken off."""
+    plan = watch.plan
     shown["logs"] = logs
     loop.steps_per_epoch = loop.batch
     if plan.validate is not None and plan.validates_at(loop.epoch):
@@ -199,9 +396,11 @@ def _close_epoch(
     if rate is not None:
         logs["learning_rate"] = rate
     loop.set_logs(logs)
+    loop.epoch_is_closing = True
     loop.history.append(loop.epoch, logs)
     plan.callbacks.call("on_epoch_end", loop)
     loop.history.amend(loop.logs)
+    loop.epoch_is_closing = False
     shown.update(logs=loop.logs, finished=True)
     return True
 
@@ -374,6 +573,13 @@ def read_logs(
 ) -> tuple[dict[str, Any], float | None]:
     """Returns the values of the accumulators as floats, and the rate, in one read."""
     logs, rate = read((running.logs, rate))
+    return as_values(logs, rate, order)
+
+
+def as_values(
+    logs: Logs, rate: Any, order: Callable[[Logs], Logs]
+) -> tuple[dict[str, Any], float | None]:
+    """Returns the values of accumulators on the host as floats, and the rate."""
     with np.errstate(divide="ignore", invalid="ignore"):
         values = {name: as_number(log.compute()) for name, log in order(logs).items()}
     return values, None if rate is None else float(np.real(rate))

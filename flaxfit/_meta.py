@@ -19,7 +19,7 @@ _PACKAGES = ("flaxfit", "jax", "flax", "optax")
 
 
 def to_meta(
-    config: Mapping[str, Any], example: Batch, *, batch_size: int
+    config: Mapping[str, Any], example: Batch, *, batch_size: int, opt_state: PyTree
 ) -> dict[str, Any]:
     """Returns the description of a trainer, in plain msgpack types.
 
@@ -27,6 +27,7 @@ def to_meta(
       config: the trainer's arguments.
       example: the shapes of the batch it was built from.
       batch_size: that of its last fit.
+      opt_state: the shapes of the optimizer's state.
     """
     # Structures of other kinds have no name in a file: the first data tells them.
     plain = all(_is_plain(tree) for tree in (example.inputs, example.targets))
@@ -37,7 +38,17 @@ def to_meta(
         "config": {name: _pack(value) for name, value in config.items()},
         "batch_size": batch_size,
         "example": shapes or None,
+        "optimizer": _outline(opt_state),
+        "contents": "state",
     }
+
+
+def example_of(meta: Mapping[str, Any]) -> Batch | None:
+    """Returns the shapes of the batch a trainer was built from, None if untold."""
+    shapes = meta.get("example")
+    if not shapes:
+        return None
+    return Batch(**{name: _unpack_shapes(packed) for name, packed in shapes.items()})
 
 
 def from_meta(
@@ -58,7 +69,7 @@ def from_meta(
       TypeError: an argument in `changes` that `Trainer` does not have.
     """
     try:
-        saved, shapes = dict(meta["config"]), meta["example"]
+        saved, example = dict(meta["config"]), example_of(meta)
         batch_size = int(meta["batch_size"])
     except KeyError as error:
         raise CheckpointError(
@@ -82,10 +93,24 @@ def from_meta(
             + ", ".join(f"{name}=..." for name in missing)
             + ")."
         )
-    example = shapes and Batch(
-        **{name: _unpack_shapes(packed) for name, packed in shapes.items()}
-    )
     return config, example, batch_size
+
+
+def _outline(node: Any) -> str:
+    """Returns the names of an optimizer's parts: `"(ScaleByAdamState, EmptyState)"`."""
+    if isinstance(node, Mapping):
+        children, name = list(node.values()), ""
+    elif isinstance(node, tuple | list):
+        children, name = (
+            list(node),
+            type(node).__name__ if hasattr(node, "_fields") else "",
+        )
+    else:
+        return ""
+    inner = ", ".join(filter(None, map(_outline, children)))
+    return (
+        f"{name}({inner})" if inner and (name or len(children) > 1) else name or inner
+    )
 
 
 class _Missing:

@@ -57,10 +57,10 @@ class Pace:
         """
         return self._finished
 
-    def begin(self) -> None:
-        """Begins an epoch: steps are counted anew."""
+    def begin(self, done: int = 0) -> None:
+        """Begins an epoch: steps are counted anew, from those that are done."""
         self._under_way.clear()
-        self._finished, self._begun = (None, 0), 0
+        self._finished, self._begun = (None, done), done
 
     def follow(self, token: PyTree, result: Any, steps: int, *, compiled: bool) -> None:
         """Notes a call, and waits while too many are under way.

@@ -5,7 +5,14 @@ from collections.abc import Callable
 from flaxfit._build import Built
 from flaxfit._builder import Outputs
 from flaxfit._display import Display, Silent
-from flaxfit._feed import Execution, Feed, first_segment, open_feed, open_pass
+from flaxfit._feed import (
+    Execution,
+    Feed,
+    Position,
+    first_segment,
+    open_feed,
+    open_pass,
+)
 from flaxfit._loop import Evaluate, eval_loop, join_batches, predict_loop
 from flaxfit._types import Batch, PyTree, TrainState
 from flaxfit.data import ArraySource, Source
@@ -18,6 +25,7 @@ def open_training(
     *,
     epochs: int,
     steps: int | None,
+    position: Position = Position(),  # noqa: B008
     stopped: Callable[[], bool] = lambda: False,
 ) -> Feed:
     """Returns the feed of a fit; see `open_feed`."""
@@ -28,6 +36,7 @@ def open_training(
         epochs=epochs,
         steps=steps,
         single=built.programs.single,
+        position=position,
         stopped=stopped,
     )
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flaxfit._segments import Segment, Stack
-from flaxfit._types import Batch, PyTree, copy_array
+from flaxfit._types import Batch, HostArray, PyTree, copy_array
 
 _AXIS = "data"
 # Where nothing tells how much memory is free.
@@ -75,6 +75,21 @@ class Placement(NamedTuple):
                 # Onto other devices, `may_alias=False` shares what is there already.
                 return jax.device_put(copy_array(leaf), self.replicated)
             return jax.device_put(leaf, self.replicated, may_alias=False)
+
+        return jax.tree.map(put, tree)
+
+    def put_host(self, host: HostArray, like: Any = None) -> jax.Array:
+        """Returns an array of the host on every device, whole."""
+        del like
+        array: jax.Array = jax.device_put(host, self.replicated)
+        return array
+
+    def put_keys(self, tree: PyTree) -> PyTree:
+        """Returns the tree with its random keys on every device, whole."""
+
+        def put(leaf: Any) -> Any:
+            is_key = jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            return jax.device_put(leaf, self.replicated) if is_key else leaf
 
         return jax.tree.map(put, tree)
 

@@ -229,6 +229,7 @@ class StateHolder:
         self._lent = False
         self._borrowers = 0
         self._fresh = False
+        self._version = 0
         self.lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -241,6 +242,11 @@ class StateHolder:
     def settled(self) -> bool:
         """Whether there is a state that holds more than a fresh one would."""
         return self._state is not None and not self._fresh
+
+    @property
+    def version(self) -> int:
+        """How often the state was replaced."""
+        return self._version
 
     @property
     def empty(self) -> bool:
@@ -290,6 +296,7 @@ class StateHolder:
             self._state = state
             self._lent = False
             self._fresh = fresh
+            self._version += 1
 
 
 def copy_state(state: TrainState) -> TrainState:

@@ -1,198 +1,345 @@
-"""TrainState ↔ bytes ↔ one file, atomic and strict. Knows nothing of models.
+"""TrainState ↔ one file, atomic and strict. Knows nothing of models.
 
-The file is a msgpack map `{"meta": ..., "state": ...}` whose `state` is what
-`flax.serialization` writes, so Flax alone can read it too.
+The file is a msgpack map `{"meta": ..., "state": ..., "crc32": ...}` whose `state` is
+what `flax.serialization` writes, so Flax alone can read it too.
 """
 
-import contextlib
+import math
 import os
-import uuid
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-from flax import serialization
+import jax.numpy as jnp
+import numpy as np
 
-from flaxfit import _codec
+from flaxfit import _codec, _damage, _disk, _format
+from flaxfit._codec import DTYPES, joined
 from flaxfit._errors import CheckpointError
-from flaxfit._types import TrainState
+from flaxfit._msgpack import SLACK
+from flaxfit._restore import FIELDS, Put, RestoreReport, restore
+from flaxfit._types import PyTree, TrainState
 
-_MOST_LINES = 20
-_FOREIGN = MappingProxyType(
-    {
-        b"\x80\x02": "a Python pickle",
-        b"\x80\x03": "a Python pickle",
-        b"\x80\x04": "a Python pickle",
-        b"\x80\x05": "a Python pickle",
-        b"PK\x03\x04": "a zip file (as .keras, .npz and PyTorch's files are)",
-        b"\x89HDF": "an HDF5 file",
-        b"\x93NUMPY": "a .npy file",
-        b"version https://git-lfs": "a Git LFS pointer: run `git lfs pull`",
-        b"<": "an HTML or XML page: a download that failed",
-        b"{": "a JSON file",
-    }
-)
+__all__ = [
+    "Checkpoint",
+    "Put",
+    "RestoreReport",
+    "Snapshot",
+    "check_writable",
+    "load",
+    "load_params",
+    "nonfinite_leaf",
+    "read_meta",
+    "restore",
+    "save",
+    "snapshot",
+    "verify",
+    "write",
+]
+
+_FRONT = 2**16
+_PIECE = 2**23
+# The reader may build so much for each leaf, see `_msgpack`.
+_PER_LEAF = 1024
 
 
-def save(
-    path: str | os.PathLike[str], state: TrainState, meta: Mapping[str, Any]
+class Snapshot(NamedTuple):
+    """A state on the host, ready to be written by any thread.
+
+    Attributes:
+      state: nested dicts with NumPy arrays, scalars and None in them; a typed key is
+        `{"key_data": ..., "key_impl": ...}`.
+      extra: the same, of whatever else is saved in arrays.
+      leaves: a line for each leaf in the order of the file, such as
+        `"float32[784,128] params/Dense_0/kernel"`, with a `~` before weak types.
+      nbytes: the size of all arrays together.
+    """
+
+    state: dict[str, Any]
+    extra: dict[str, Any]
+    leaves: tuple[str, ...]
+    nbytes: int
+
+
+class Checkpoint(NamedTuple):
+    """What lies in a file: plain nested dicts with NumPy arrays."""
+
+    path: str
+    meta: dict[str, Any]
+    state: dict[str, Any]
+    extra: dict[str, Any]
+
+
+def snapshot(
+    state: TrainState | Mapping[str, PyTree],
+    extra: Mapping[str, PyTree] | None = None,
+    *,
+    copy: bool,
+) -> Snapshot:
+    """Brings a state to the host.
+
+    Args:
+      state: a `TrainState`, or some of its fields by name. Its leaves must be numeric
+        arrays, scalars or typed PRNG keys.
+      extra: more arrays, by name.
+      copy: whether the snapshot has memory of its own, so that it stays what it is
+        when the state is donated to a step. Without, it has to be written first.
+
+    Raises:
+      CheckpointError: something cannot be written, named by its path.
+    """
+    fields = _fields(state)
+    others = dict(extra or {})
+    _codec.start_copies((fields, others))
+    encoder = _codec.Encoder(copy=copy)
+    encoded = encoder.encode(fields, ())
+    more = encoder.encode(others, ("extra",)) if others else {}
+    _check_count(encoder)
+    return Snapshot(encoded, more, tuple(encoder.leaves), encoder.nbytes)
+
+
+def check_writable(state_template: TrainState | Mapping[str, PyTree]) -> None:
+    """Tries to write a state without its values, and to find its leaves again.
+
+    Args:
+      state_template: a state of arrays or `jax.ShapeDtypeStruct`s.
+
+    Raises:
+      CheckpointError: something could not be written or could not come back, named
+        by its path.
+    """
+    fields = _fields(state_template)
+    encoder = _codec.Encoder(abstract=True)
+    encoded = encoder.encode(fields, ())
+    written = {path for path, _ in _codec.leaves_of(encoded, ())}
+    leaves, _ = jax.tree_util.tree_flatten_with_path(fields)
+    wanted = {_codec.path_of(path) for path, _ in leaves}
+    for path in sorted(written ^ wanted):
+        where = "Flax writes" if path in written else "jax has"
+        raise CheckpointError(
+            f"Cannot write {joined(path)}: {where} a leaf of this name and the other "
+            "does not, so it could not come back. Keep it outside of the state."
+        )
+
+
+def _fields(state: TrainState | Mapping[str, PyTree]) -> dict[str, Any]:
+    if isinstance(state, TrainState):
+        return {name: getattr(state, name) for name in FIELDS}
+    return dict(state)
+
+
+def _check_count(encoder: _codec.Encoder) -> None:
+    """Refuses what the reader would take for a bomb."""
+    if len(encoder.leaves) * _PER_LEAF > encoder.nbytes + SLACK:
+        raise CheckpointError(
+            f"Cannot write {len(encoder.leaves):,} leaves of {encoder.nbytes:,} bytes "
+            "together: these are too many small ones. Stack them into larger arrays."
+        )
+
+
+def nonfinite_leaf(snapshot: Snapshot) -> str | None:
+    """Returns the path of the first leaf that training has broken, None if none is.
+
+    That is a NaN among parameters, collections and the optimizer's state, or an
+    infinity among parameters; optimizers may hold infinities that mean something.
+    """
+    for field in ("params", "collections", "opt_state"):
+        for path, leaf in _codec.leaves_of(snapshot.state.get(field), (field,)):
+            if _is_broken(leaf, infinite=field == "params"):
+                return joined(path)
+    return None
+
+
+def _is_broken(leaf: Any, *, infinite: bool) -> bool:
+    if isinstance(leaf, (float, complex)):
+        leaf = np.asarray(leaf)
+    if not isinstance(leaf, np.ndarray) or leaf.dtype.kind in "biu":
+        return False
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return False
+    with np.errstate(all="ignore"):
+        for piece in _format.pieces(leaf):
+            small = leaf.dtype.kind == "V" or leaf.dtype.itemsize < 4
+            values = piece.astype(np.float32) if small else piece
+            # A finite sum has finite terms; the converse needs a closer look.
+            total = values.sum()
+            if math.isfinite(total.real) and math.isfinite(total.imag):
+                continue
+            bad = ~np.isfinite(values) if infinite else np.isnan(values)
+            if bad.any():
+                return True
+    return False
+
+
+def write(
+    path: str | os.PathLike[str], snapshot: Snapshot, meta: Mapping[str, Any]
 ) -> None:
-    """Writes `state` and `meta` into one file, all of it or nothing.
+    """Writes a snapshot into one file, all of it or nothing.
 
     Args:
       path: the file; missing folders above it are made, an old file is replaced
         only once the new one is safe on the disk.
-      state: its leaves must be numeric arrays, scalars or typed PRNG keys.
+      snapshot: what `snapshot` returned.
       meta: `dict`, `list`, `str`, `bytes`, numbers, `bool` and `None`, in any
-        nesting. A tuple comes back as a list.
+        nesting. A tuple comes back as a list. The writer adds "format" and "leaves".
 
     Raises:
       CheckpointError: something cannot be written, named by its path, or `path`
         is a folder.
+      OSError: the disk is full or the like.
     """
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
+    name = os.fspath(path)
+    if os.path.isdir(name):
         raise CheckpointError(
-            f"{os.fspath(path)!r} is a folder; give the file to write, for example "
-            f"{os.path.join(os.fspath(path), 'run.msgpack')!r}."
+            f"{name!r} is a folder; give the file to write, for example "
+            f"{os.path.join(name, 'run.msgpack')!r}."
         )
-    content = {
-        "meta": _codec.encode_meta(meta, ("meta",)),
-        "state": _codec.encode_state(state, ()),
-    }
+    described = _codec.encode_meta(meta, ("meta",))
+    described |= {"format": _format.FORMAT, "leaves": list(snapshot.leaves)}
     try:
-        data = serialization.msgpack_serialize(content, in_place=True)
-    except OverflowError as err:
+        _disk.replace_file(
+            Path(name),
+            lambda file: _format.write(file, described, snapshot.state, snapshot.extra),
+        )
+    except UnicodeEncodeError as err:
         raise CheckpointError(
-            "Cannot write an integer of more than 64 bits; write it as a string."
+            f"Cannot write the text {err.object!r}: it is no Unicode."
         ) from err
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _write(target, data)
 
 
-def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads a file `save` has written; `restore` makes a state of the second part.
+def save(
+    path: str | os.PathLike[str],
+    state: TrainState | Mapping[str, PyTree],
+    meta: Mapping[str, Any],
+    *,
+    extra: Mapping[str, PyTree] | None = None,
+) -> None:
+    """Writes `state`, `meta` and `extra` into one file; see `snapshot` and `write`."""
+    write(path, snapshot(state, extra, copy=False), meta)
 
-    Returns:
-      `(meta, raw_state)`, plain nested dicts with NumPy arrays.
+
+def load(path: str | os.PathLike[str]) -> Checkpoint:
+    """Reads a file `save` has written; `restore` makes a state of its `state`.
+
+    The arrays are views into the file's bytes. Beyond these, the reader builds at
+    most as much as the file is long and 40 MiB more, whatever is in the file.
 
     Raises:
-      CheckpointError: there is no such file, it is cut off, or it is something
-        else; the message says what it looks like.
+      CheckpointCorruptError: the file is damaged or cut off; it says where.
+      CheckpointError: there is no such file, or it is something else; the message
+        says what it looks like.
     """
-    name = repr(os.fspath(path))
-    file = Path(path)
-    if file.is_dir():
-        raise CheckpointError(f"{name} is a folder; give the file that was saved.")
-    if not file.exists():
-        raise CheckpointError(f"There is no file {name}.")
-    data = file.read_bytes()
-    for start, kind in _FOREIGN.items():
-        if data.startswith(start):
-            raise CheckpointError(
-                f"{name} is no checkpoint; it looks like {kind}. Expected a file "
-                "written by trainer.save(path)."
-            )
+    name = os.fspath(path)
+    return Checkpoint(name, *_format.read(_read(name), name))
+
+
+def read_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads the description at the front of a file, however long that is.
+
+    Its checksum is not looked at, see `verify`.
+
+    Raises:
+      CheckpointCorruptError: the description is damaged or cut off.
+      CheckpointError: there is no such file, or it is something else.
+    """
+    name = os.fspath(path)
+    length = _FRONT
+    while True:
+        data, size = _read_some(name, length)
+        if not data.startswith(_damage.START):
+            return _format.read(_read(name), name).meta  # It raises, and says why.
+        meta = _format.read_front(data, size, name)
+        if meta is not None:
+            return meta
+        if length >= size:
+            raise _damage.damage(data, name)
+        length *= 8
+
+
+def verify(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads all of a file and looks at its checksums, in little memory.
+
+    Returns:
+      Its meta.
+
+    Raises:
+      CheckpointCorruptError: the file is damaged or cut off; it says where.
+      CheckpointError: there is no such file, or it is something else.
+    """
+    name = os.fspath(path)
+    meta = read_meta(name)
+    crc, last = 0, b""
     try:
-        content = serialization.msgpack_restore(data)
-    except Exception as err:  # The codec raises whatever damaged bytes lead it to.
-        raise CheckpointError(
-            f"{name} cannot be read: {len(data)} bytes that are no whole msgpack "
-            f"file ({err or type(err).__name__}). It is cut off, damaged, or was not "
-            "written by trainer.save(path)."
-        ) from err
-    return _split(content, name)
+        with open(name, "rb") as file:
+            while piece := file.read(_PIECE):
+                # The last four bytes are no part of what they are the checksum of.
+                piece = last + piece
+                crc = zlib.crc32(memoryview(piece)[:-4], crc)
+                last = piece[-4:]
+    except OSError as err:
+        raise _unreadable(name, err) from err
+    if crc.to_bytes(4, "big") != last:
+        raise _damage.damage(_read(name), name)
+    return meta
 
 
-def restore(raw_state: Mapping[str, Any], template: TrainState) -> TrainState:
-    """Puts what `load` returned into the structure of `template`.
+def load_params(path: str | os.PathLike[str]) -> PyTree:
+    """Reads the parameters of a checkpoint or of a file of plain Flax.
 
     Args:
-      raw_state: the second part of what `load` returned.
-      template: a `TrainState` of arrays or `jax.ShapeDtypeStruct`s.
+      path: a file of flaxfit, or `flax.serialization.to_bytes` of a tree of
+        parameters, of `{"params": ..., "batch_stats": ...}` or of a `TrainState`.
 
     Returns:
-      A state of jax arrays with the template's dtypes and weak types, so a step
-      compiled for the template takes it without being compiled again.
+      Nested dicts with NumPy arrays of their own.
 
     Raises:
-      CheckpointError: paths, shapes or dtypes differ; all of them are listed.
+      CheckpointCorruptError: a file of flaxfit that is damaged.
+      CheckpointError: it is something else.
     """
-    found = dict(_codec.leaves_of(raw_state, ()))
-    wanted, treedef = jax.tree_util.tree_flatten_with_path(template)
-    paths = [_codec.path_of(path) for path, _ in wanted]
-    expected = {p: leaf for p, (_, leaf) in zip(paths, wanted, strict=True)}
-    _compare(found, expected)
-    leaves = [_codec.as_jax(found[p], leaf) for p, leaf in expected.items()]
-    restored: TrainState = jax.tree_util.tree_unflatten(treedef, leaves)
-    return restored
-
-
-def _write(target: Path, data: bytes) -> None:
-    """Writes beside `target`, makes it safe on the disk, then renames."""
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    if os.name == "posix":
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def _split(content: object, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns `meta` and `state` of a file's content, or says what it is."""
-    if not isinstance(content, dict):
+    name = os.fspath(path)
+    data = _read(name)
+    if _damage.is_ours(data):
+        content: Any = _format.read(data, name).state
+    else:
+        content = _format.read_plain(data, name)
+    # Some keep all variables in the params of their TrainState.
+    while isinstance(content, dict) and isinstance(content.get("params"), dict):
+        content = content["params"]
+    leaves = dict(_codec.leaves_of(content, ()))
+    others = [path for path, leaf in leaves.items() if not _is_array(leaf)]
+    if others or not leaves or not isinstance(content, dict):
+        what = joined(others[0]) if others else "a file without any"
         raise CheckpointError(
-            f"{name} is no checkpoint: it holds a {type(content).__name__}, not a map "
-            "with 'meta' and 'state'."
+            f"{name!r} holds no parameters: {what} is no array. Expected nested dicts "
+            "of arrays, alone or under 'params'."
         )
-    meta, state = content.get("meta"), content.get("state")
-    if isinstance(meta, dict) and isinstance(state, dict):
-        return meta, state
-    raise CheckpointError(
-        f"{name} was not written by trainer.save(path): it holds "
-        f"{sorted(map(str, content))}, as a file of plain flax.serialization.to_bytes "
-        "does. Read it with flax.serialization.from_bytes(target, data) and assign "
-        "trainer.state."
-    )
+    return jax.tree.map(np.array, content)
 
 
-def _compare(
-    found: Mapping[_codec.Path, Any], expected: Mapping[_codec.Path, Any]
-) -> None:
-    """Raises one error that lists everything in which the two differ."""
-    lines, differing = [], set()
-    for path in sorted(found.keys() | expected.keys()):
-        saved = _codec.spec_of(found[path]) if path in found else None
-        wanted = _codec.spec_of(expected[path]) if path in expected else None
-        if saved != wanted:
-            lines.append(
-                f"  {_codec.joined(path)}: {saved or 'nothing'} in the file, "
-                f"{wanted or 'nothing'} here"
-            )
-            differing.add(path[0] if path else "")
-    if not lines:
-        return
-    if len(lines) > _MOST_LINES:
-        lines[_MOST_LINES:] = [f"  ... and {len(lines) - _MOST_LINES} more"]
-    advice = "Build the model as it was when the file was saved."
-    if differing == {"opt_state"}:
-        advice = (
-            "Only the optimizer's state differs: give the Trainer the optimizer and "
-            "the options (clip_norm, freeze, ...) it had when the file was saved."
-        )
-    raise CheckpointError(
-        "\n".join(["The file does not fit this trainer:", *lines, advice])
-    )
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype.name in DTYPES
+
+
+def _read(name: str) -> bytes:
+    return _read_some(name, None)[0]
+
+
+def _read_some(name: str, length: int | None) -> tuple[bytes, int]:
+    """Returns the first bytes of a file, None for all, and its size."""
+    if os.path.isdir(name):
+        raise CheckpointError(f"{name!r} is a folder; give the file that was saved.")
+    try:
+        with open(name, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            return file.read(-1 if length is None else length), size
+    except FileNotFoundError as err:
+        raise CheckpointError(f"There is no file {name!r}.") from err
+    except (OSError, MemoryError, ValueError) as err:
+        raise _unreadable(name, err) from err
+
+
+def _unreadable(name: str, err: BaseException) -> CheckpointError:
+    return CheckpointError(f"{name!r} cannot be read: {err or type(err).__name__}.")

@@ -46,6 +46,21 @@ class History:
         # The record can be pickled; the trainer, functions and all, cannot.
         return {**vars(self), "trainer": None}
 
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the record in plain values; `load_state_dict` takes it back."""
+        return {
+            "epoch": list(self.epoch),
+            "values": {name: list(values) for name, values in self.history.items()},
+            "epochs": {name: list(epochs) for name, epochs in self._epochs.items()},
+            "val_epoch": list(self.val_epoch),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues the record that `state_dict` returned."""
+        self.epoch, self.val_epoch = list(state["epoch"]), list(state["val_epoch"])
+        self.history = {name: list(v) for name, v in state["values"].items()}
+        self._epochs = {name: list(v) for name, v in state["epochs"].items()}
+
     def append(self, epoch: int, logs: Mapping[str, Any]) -> None:
         """Adds an epoch's values."""
         self.epoch.append(epoch)

@@ -3,7 +3,9 @@
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Self
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -11,6 +13,7 @@ import numpy as np
 from flaxfit import _steps, checkpoint
 from flaxfit._arguments import (
     as_callbacks,
+    as_choice,
     as_count,
     as_epoch_filter,
     as_names,
@@ -27,14 +30,16 @@ from flaxfit._compilation_cache import use_compilation_cache
 from flaxfit._compile import listening
 from flaxfit._compile_report import CompileReport
 from flaxfit._display import make_display, make_progress
-from flaxfit._errors import CheckpointError, DataError
+from flaxfit._errors import CheckpointCorruptError, CheckpointError, DataError
 from flaxfit._feed import Execution
 from flaxfit._forms import shapes_of
 from flaxfit._interrupt import Interrupt
 from flaxfit._loop import FitPlan, fit_loop, read, read_logs
-from flaxfit._meta import from_meta, to_meta
+from flaxfit._meta import example_of, from_meta, to_meta
 from flaxfit._models import model_family
 from flaxfit._models.base import Overrides
+from flaxfit._run import Run, describe_data
+from flaxfit._run_folder import newest
 from flaxfit._runs import compile_ahead, make_evaluate, open_training, predict_all
 from flaxfit._sharding import find_placement
 from flaxfit._steps import Task, TrainStep
@@ -47,6 +52,7 @@ from flaxfit.callbacks.base import (
     LoopState,
     own_state,
 )
+from flaxfit.checkpoint import RestoreReport
 from flaxfit.data import (
     DEFAULT_BATCH_SIZE,
     Binding,
@@ -106,6 +112,11 @@ class Trainer:
       targets: the key or keys of a dict batch that hold the targets.
       make_train_step: `(task) -> train_step` in place of
         `flaxfit.make_train_step`, for a training step of one's own.
+      nonfinite: what `fit` does when the loss of a batch is NaN or infinite: `"stop"`,
+        with the last checkpoint of the `run_dir` where there is one; `"rollback"` goes
+        back to that checkpoint, and on with the next batch; `"skip"` leaves the batch
+        out, as well as one that makes a parameter so, which takes a pass over the
+        state in every step; `"ignore"` goes on.
       devices: what to train on, data-parallel: None for all local devices, as many as
         divide the batch (or `jax_default_device` alone, where it is set); their
         number, a list of them, or a `jax.sharding.Mesh`, whose devices all have to
@@ -156,6 +167,7 @@ class Trainer:
         inputs: Any = None,
         targets: Any = None,
         make_train_step: Callable[[Task], TrainStep] | None = None,
+        nonfinite: Literal["stop", "skip", "rollback", "ignore"] = "stop",
         devices: Any = None,
         steps_per_call: int | str = "auto",
         device_data: float = 0.25,
@@ -186,6 +198,9 @@ class Trainer:
             variables=as_variables(variables),
             seed=as_count("seed", seed, least=0),
             make_train_step=make_train_step or _steps.make_train_step,
+            nonfinite=as_choice(
+                "nonfinite", nonfinite, ("stop", "skip", "rollback", "ignore")
+            ),
         )
         family = model_family(model)
         self._name = type(model).__name__
@@ -204,7 +219,9 @@ class Trainer:
         # Of the fits under way.
         self._clocks: list[Clock] = []
         # What `load` read, until the model's inputs are known.
-        self._saved: tuple[Mapping[str, Any], bool] | None = None
+        self._pending: _Pending | None = None
+        # The run this trainer took part in last, and its state's version since then.
+        self._run: tuple[str, int] | None = None
 
     # ------------------------------------------------------------------ training
 
@@ -227,6 +244,10 @@ class Trainer:
         validation_steps: int | None = None,
         validation_batch_size: int | None = None,
         validation_freq: int | Iterable[int] = 1,
+        run_dir: str | os.PathLike[str] | None = None,
+        save_every: int | str | None = None,
+        resume: str | os.PathLike[str] = "auto",
+        monitor: str | None = None,
     ) -> History:
         """Trains the model; a second call goes on from where the first ended.
 
@@ -258,32 +279,51 @@ class Trainer:
           validation_batch_size: rows of a validation batch; `batch_size`.
           validation_freq: validate every so many epochs, or after these epochs,
             counted from 1.
+          run_dir: a folder for the last two checkpoints, the best one
+            (`best.msgpack`), the history and a log. The same line, run again, goes on
+            exactly where it stopped, or does nothing more when it was finished.
+          save_every: a checkpoint within an epoch every so many steps, or every
+            `"30s"`, `"5m"`, `"1h"`; those after every epoch do not need it.
+          resume: `"auto"` goes on with what is in `run_dir`, or begins; `"must"` has to
+            find something; `"never"` begins anew, and moves what was there into
+            `run_dir/old-1`; a path goes on from that checkpoint.
+          monitor: the log that decides which epoch is the best; `val_loss`, or `loss`
+            without a validation.
 
         Returns:
-          The `History`. After Ctrl-C too, of the epochs that were finished; the
-          trainer then holds the last finished step. A second Ctrl-C raises.
+          The `History`, of a resumed run from its first epoch on. After Ctrl-C too, of
+          the epochs that were finished; the trainer then holds the last finished step.
+          A second Ctrl-C raises.
 
         Raises:
           ValueError: arguments or data that cannot work (`DataError`), before the
             first step; the message holds the line to write instead.
+          CheckpointError: `run_dir` cannot be used, or what is in it does not fit.
           TypeError: data of a kind that is not understood.
+          SystemExit: SIGTERM came: the training was saved in `run_dir`, and the
+            process ends with status 143.
         """
         epochs = as_count("epochs", epochs)
         initial_epoch = as_count("initial_epoch", initial_epoch, least=0)
-        span = range(initial_epoch, epochs)
-        hooks = CallbackList(as_callbacks(callbacks))
+        hooks = as_callbacks(callbacks)
         display = make_display(verbose)
         validates_at = as_epoch_filter(validation_freq)
         steps = as_optional_count("steps_per_epoch", steps_per_epoch)
         validation_steps = as_optional_count("validation_steps", validation_steps)
         if not isinstance(shuffle, bool | np.bool_):
             raise ValueError(f"shuffle={shuffle!r}: write True or False.")
-        done, clock = self.step, Clock()
+        run = Run(run_dir, save_every, resume, monitor, display)
+        run.check_policy(self._builder.nonfinite)
+        own_step, clock = self.step, Clock()
         unused: tuple[str, ...] = ()
         with (
             Interrupt() as interrupt,
             listening(CompileReport(display, clock)),
+            run.opened(own_step, initial_epoch) as origin,
         ):
+            if self._run != (run.name, self._holder.version):
+                run.refuse_to_overwrite(own_step)
+            span = range(origin.first_epoch, max(epochs, origin.first_epoch))
             clock.switch("waiting_for_data")
             if validation_split:
                 unused = self._binding.unused(x) if y is None else ()
@@ -298,14 +338,16 @@ class Trainer:
                 binding=self._binding,
                 batch_size=batch_size,
                 shuffle=bool(shuffle),
-                seed=(self._builder.seed, done),
+                seed=(self._builder.seed, origin.first_step),
                 class_weight=class_weight,
                 steps=steps,
                 check=self._builder.check_values,
             )
             _refuse_one_shot(source, "fit", span, steps)
+            if self._builder.nonfinite == "rollback":
+                _refuse_to_use_up(source, "fit")
             epoch_steps = steps or source.num_batches
-            total_steps = epoch_steps and done + len(span) * epoch_steps
+            total_steps = epoch_steps and origin.first_step + len(span) * epoch_steps
             self._builder.require_total_steps(total_steps)
             clock.switch("compiling")  # traces and the compile of `init`
             built = self._build(source, total_steps, place=True)
@@ -313,12 +355,14 @@ class Trainer:
             validation = self._validation_source(
                 validation_data, validation_batch_size, len(span), validation_steps
             )
-            self._init_state(source.example)
-            if self._builder.plans_ahead:
-                # A constant rate lies in the state, made for another length.
-                fresh = not self._holder.settled
-                state = self._with_new_rate(self._holder.take())
-                self._holder.put(state, fresh=fresh)
+            run.compare(
+                self._meta(),
+                describe_data(source, validation, shuffle=shuffle, steps=steps),
+                hooks,
+                epochs,
+                total_steps,
+            )
+            self._begin_state(source.example, run, total_steps)
             if verbose != 0:
                 state = self._holder.peek()
                 for line in first_lines(
@@ -332,31 +376,31 @@ class Trainer:
             loop = LoopState(
                 self._holder,
                 history=history,
-                step=done,
-                epoch=initial_epoch,
+                step=origin.step,
+                epoch=origin.epoch,
                 epochs=epochs,
                 steps_per_epoch=epoch_steps,
                 log_names=[
                     *built.history_names(validated=validation is not None),
-                    *hooks.log_names,
+                    *CallbackList(hooks).log_names,
                 ],
                 clock=clock,
             )
-            clock.switch("waiting_for_data")
-            feed = open_training(
-                built,
-                self._execution,
-                source,
-                epochs=len(span),
-                steps=steps,
-                stopped=lambda: interrupt.requested,
-            )
+            listed = CallbackList(run.with_recorder(hooks))
             clock.switch("stepping")
             plan = FitPlan(
-                epochs=span,
+                epochs=range(origin.epoch, epochs),
                 train=built.programs.train,
                 running=built.empty(),
-                feed=feed,
+                open_feed=lambda position: open_training(
+                    built,
+                    self._execution,
+                    source,
+                    epochs=len(span) - position.epoch,
+                    steps=steps,
+                    position=position,
+                    stopped=lambda: interrupt.requested,
+                ),
                 steps_per_call=self._execution.per_call(single=built.programs.single),
                 order=built.task.order,
                 learning_rate=built.task.optimizer.learning_rate,
@@ -371,13 +415,24 @@ class Trainer:
                     interrupted=lambda: interrupt.requested,
                 ),
                 validates_at=validates_at,
-                callbacks=hooks,
+                callbacks=listed,
                 display=display,
                 interrupt=interrupt,
+                saver=run.saver,
+                nonfinite=self._builder.nonfinite,
+                first_epoch=origin.first_epoch,
+                batch=origin.batch,
+                resume=partial(
+                    run.resume,
+                    callbacks=listed,
+                    running=built.empty(),
+                    as_state=self._as_state,
+                ),
+                roll_back=run.roll_back(built.empty(), self._as_state),
             )
-            return self._run(loop, plan)
+            return self._fit(loop, plan, run)
 
-    def _run(self, loop: LoopState, plan: FitPlan) -> History:
+    def _fit(self, loop: LoopState, plan: FitPlan, run: Run) -> History:
         self._clocks.append(loop.clock)
         try:
             fit_loop(loop, self._holder, plan)
@@ -387,6 +442,8 @@ class Trainer:
             loop.stop("interrupted")
         finally:
             self._clocks.pop()
+            run.close()
+            self._run = run.name, self._holder.version
         history = loop.history
         if loop.stop_reason is not None:
             plan.display.say(f"stopped after step {loop.step}: {loop.stop_reason}")
@@ -394,6 +451,25 @@ class Trainer:
         if history.timing.remark:
             plan.display.say(history.timing.remark)
         return history
+
+    def _begin_state(self, example: Batch, run: Run, total_steps: int | None) -> None:
+        """Sees to it that the state is the one to begin with."""
+        if run.origin.saved is not None:
+            saved = run.origin.saved
+            state = self._as_state(saved.state, where=saved.path)
+            old = saved.meta.get("config", {}).get("learning_rate")
+            now = run.config.get("learning_rate")
+            if old != now and not self._builder.plans_ahead:
+                state = self._with_new_rate(state)
+            self._pending = None
+            self._holder.put(state)
+        else:
+            self._init_state(example)
+        if self._builder.plans_ahead and run.makes_other_schedule(total_steps):
+            # A constant rate lies in the state, made for another length.
+            fresh = not self._holder.settled
+            state = self._with_new_rate(self._holder.take())
+            self._holder.put(state, fresh=fresh)
 
     def compile(
         self,
@@ -676,8 +752,8 @@ class Trainer:
         self._builder.build(batch, afresh=not self._holder.settled)
         if all(isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(batch)):
             self._builder.check_values(batch)
-        if self._saved is not None:
-            self._restore(*self._saved)
+        if self._pending is not None:
+            self._restore(self._pending)
         return self._builder.fresh_state(batch)
 
     def train_step(self, state: TrainState, batch: Any) -> tuple[TrainState, Logs]:
@@ -726,7 +802,7 @@ class Trainer:
     def state(self, state: TrainState) -> None:
         built = self._builder.built
         self._holder.put(built.placement.put(own_state(state, built.template)))
-        self._saved = None
+        self._pending = None
 
     @property
     def variables(self) -> dict[str, PyTree]:
@@ -742,8 +818,8 @@ class Trainer:
     @property
     def step(self) -> int:
         """The number of optimizer steps so far."""
-        if self._saved is not None:
-            return int(self._saved[0]["step"])
+        if self._pending is not None:
+            return self._pending.step
         if self._holder.empty:
             return 0
         with self._holder.borrow() as state:
@@ -786,8 +862,8 @@ class Trainer:
         source = self._source(x, y, None, batch_size, "check")
         _refuse_to_use_up(source, "check")
         built = self._build(source)
-        if self._saved is not None:
-            self._restore(*self._saved)
+        if self._pending is not None:
+            self._restore(self._pending)
         if self._holder.empty:
             return make_report(built, self._builder.fresh_state(source.example), source)
         with self._holder.borrow() as state:
@@ -812,19 +888,31 @@ class Trainer:
           CheckpointError: something in the state cannot be written.
         """
         self._require_state()
-        built = self._builder.built
-        meta = to_meta(self._config, built.example, batch_size=self._batch_size)
+        meta = self._meta()
         timed = self._clocks[-1].phase("saving") if self._clocks else nullcontext()
         with timed, self._holder.borrow() as state:
             checkpoint.save(path, state, meta)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: Any, **changes: Any) -> Self:
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: Any,
+        *,
+        strict: bool = True,
+        params_only: bool = False,
+        rename: Mapping[str, str | None] | None = None,
+        **changes: Any,
+    ) -> Self:
         """Returns the trainer that was saved, ready to go on.
 
         Args:
-          path: a file written by `save`.
+          path: a file written by `save`, by `fit(run_dir=...)` or by
+            `ModelCheckpoint`; or the folder of a run, for its newest checkpoint.
           model: the same module.
+          strict: as for `restore`.
+          params_only: as for `restore`.
+          rename: as for `restore`.
           **changes: arguments of `Trainer` to set; needed for those that were
             functions or objects, which a file does not hold.
 
@@ -832,26 +920,66 @@ class Trainer:
           CheckpointError: not such a file, an argument that has to be given, or a
             state that does not fit the model, every path that differs named.
         """
-        meta, raw_state = checkpoint.load(path)
+        saved = _open_checkpoint(path)
         execution = {n: changes.pop(n) for n in _EXECUTION if n in changes}
-        config, example, batch_size = from_meta(meta, changes, os.fspath(path))
+        config, example, batch_size = from_meta(saved.meta, changes, saved.path)
         trainer = cls(model, **config, **execution)
         trainer._batch_size = batch_size
-        trainer._saved = (raw_state, "learning_rate" in changes)
-        if example is None:
-            return trainer
-        try:
-            if example.targets is None and config["loss"] is not None:
-                trainer._builder.build_for_inputs(example)
-            else:
-                trainer._builder.build(example)
-        except Exception as error:
-            raise CheckpointError(
-                f"{os.fspath(path)!r} was saved for inputs that {type(model).__name__} "
-                f"cannot take: {error}"
-            ) from error
-        trainer._restore(*trainer._saved)
+        trainer._pending = _Pending(
+            saved, "learning_rate" in changes, strict, params_only, rename
+        )
+        if example is not None:
+            trainer._build_for(example, saved.path)
+            trainer._restore(trainer._pending)
         return trainer
+
+    def restore(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        strict: bool = True,
+        params_only: bool = False,
+        rename: Mapping[str, str | None] | None = None,
+    ) -> RestoreReport:
+        """Takes the state, or a part of it, from a file.
+
+        Args:
+          path: as for `load`; with `params_only` also a file of plain
+            `flax.serialization.to_bytes`, of parameters, of variables or of a
+            `TrainState`.
+          strict: whether everything has to fit. Otherwise what does not is left as it
+            is, and the report says so.
+          params_only: take parameters and collections, what `module.apply` needs. The
+            optimizer and the step count begin anew. For another optimizer, or for
+            transfer learning.
+          rename: prefix of a path in the file -> the one in the model:
+            `{"encoder": "backbone"}`. None for the latter leaves that part of the
+            model as it is: `{"head": None}`.
+
+        Returns:
+          What became of every leaf; `print` it.
+
+        Raises:
+          CheckpointError: a file that cannot be read, or that does not fit; every path
+            that differs is named, and nothing is changed.
+          ValueError: the model has seen no data, and the file does not tell of any.
+
+        Example:
+          `trainer.restore("pretrained.msgpack", params_only=True, rename={"head":
+          None})` takes all but the head.
+        """
+        saved = self._read(path, params_only)
+        pending = _Pending(saved, False, strict, params_only, rename)
+        if not self._builder.is_built:
+            example = example_of(saved.meta)
+            if example is None:
+                raise ValueError(
+                    f"{saved.path!r} does not tell what the model's inputs look like, "
+                    "and this trainer has seen none. Write trainer.init((x, y)) with a "
+                    "batch, then trainer.restore(...)."
+                )
+            self._build_for(example, saved.path)
+        return self._restore(pending)
 
     # ------------------------------------------------------------------ plumbing
 
@@ -974,8 +1102,8 @@ class Trainer:
 
     def _init_state(self, example: Batch) -> None:
         """Sees to it that there is a state, and that it fits what was built."""
-        if self._saved is not None:
-            self._restore(*self._saved)
+        if self._pending is not None:
+            self._restore(self._pending)
         placement, template = self._builder.placement, self._builder.built.template
         with self._holder.lock:
             if not self._holder.empty:
@@ -989,13 +1117,92 @@ class Trainer:
             if self._holder.empty or shapes_of(self._holder.peek()) != template:
                 self._holder.put(self._builder.fresh_state(example), fresh=True)
 
-    def _restore(self, raw_state: Mapping[str, Any], new_rate: bool) -> None:
-        built = self._builder.built
-        state = built.placement.put(checkpoint.restore(raw_state, built.template))
+    def _restore(self, pending: "_Pending") -> RestoreReport:
+        """Makes the file's state the current one, or changes nothing."""
+        built, saved = self._builder.built, pending.saved
+        weights = pending.weights_only
+        current = self._holder.peek() if not self._holder.empty else None
+        if weights or not pending.strict or pending.rename:
+            zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), built.example)
+            fresh = self._builder.fresh_state(zeros)
+            current = current or fresh
+            if weights:
+                current = fresh.replace(
+                    params=current.params, collections=current.collections
+                )
+        state, report = self._read_state(
+            saved.state,
+            where=saved.path,
+            strict=pending.strict,
+            rename=pending.rename,
+            parts=("params", "collections") if weights else None,
+            current=current,
+        )
+        if weights:
+            opt_state = built.task.optimizer.tx.init(state.params)
+            state = built.placement.put(state.replace(opt_state=opt_state))
         # A constant rate lies in the state, and would win over the new one.
-        renew = new_rate and not self._builder.plans_ahead
-        self._holder.put(self._with_new_rate(state) if renew else state)
-        self._saved = None
+        elif pending.new_rate and not self._builder.plans_ahead:
+            state = self._with_new_rate(state)
+        elif current is not None:
+            state = built.placement.put(state)  # buffers of its own
+        self._holder.put(state)
+        self._pending = None
+        return report
+
+    def _read_state(
+        self, raw_state: Mapping[str, Any], where: str = "", **options: Any
+    ) -> tuple[TrainState, RestoreReport]:
+        built = self._builder.built
+        try:
+            state, report = checkpoint.restore(
+                raw_state, built.template, put=built.placement.put_host, **options
+            )
+        except CheckpointError as error:
+            if where:
+                error.add_note(f"while reading {where!r}")
+            raise
+        return built.placement.put_keys(state), report
+
+    def _as_state(self, raw_state: Mapping[str, Any], where: str = "") -> TrainState:
+        return self._read_state(raw_state, where)[0]
+
+    def _meta(self) -> dict[str, Any]:
+        built = self._builder.built
+        return to_meta(
+            self._config,
+            built.example,
+            batch_size=self._batch_size,
+            opt_state=built.template.opt_state,
+        )
+
+    def _build_for(self, example: Batch, where: str) -> None:
+        try:
+            if example.targets is None and self._config["loss"] is not None:
+                self._builder.build_for_inputs(example)
+            else:
+                self._builder.build(example)
+        except Exception as error:
+            raise CheckpointError(
+                f"{where!r} was saved for inputs that {self._name} cannot take: {error}"
+            ) from error
+
+    def _read(
+        self, path: str | os.PathLike[str], params_only: bool
+    ) -> checkpoint.Checkpoint:
+        """Reads a checkpoint, or the variables of a file of plain Flax."""
+        try:
+            return _open_checkpoint(path)
+        except CheckpointCorruptError:
+            raise
+        except CheckpointError as error:
+            if not params_only or not os.path.isfile(path):
+                raise
+            try:
+                state = checkpoint.load_variables(path)
+            except CheckpointError:
+                raise error from None
+            return checkpoint.Checkpoint(os.fspath(path), {}, state, {})
 
     def _with_new_rate(self, state: TrainState) -> TrainState:
         fresh = self._builder.built.task.optimizer.tx.init(state.params)
@@ -1004,6 +1211,37 @@ class Trainer:
     def _require_state(self) -> None:
         if self._holder.empty:
             raise ValueError(NO_DATA_YET)
+
+
+class _Pending(NamedTuple):
+    """A file's state that is to become the trainer's; see `Trainer.restore`."""
+
+    saved: checkpoint.Checkpoint
+    new_rate: bool
+    strict: bool
+    params_only: bool
+    rename: Mapping[str, str | None] | None
+
+    @property
+    def weights_only(self) -> bool:
+        """Whether the optimizer begins anew."""
+        return self.params_only or "opt_state" not in self.saved.state
+
+    @property
+    def step(self) -> int:
+        """The step the trainer will have."""
+        return 0 if self.weights_only else int(self.saved.state["step"])
+
+
+def _open_checkpoint(path: str | os.PathLike[str]) -> checkpoint.Checkpoint:
+    if not os.path.isdir(path):
+        return checkpoint.load(path)
+    if (found := newest(Path(path))) is None:
+        raise CheckpointError(
+            f"{os.fspath(path)!r} is a folder without a checkpoint; give the file that "
+            "was saved, or the folder of a run."
+        )
+    return found
 
 
 def _refuse_one_shot(

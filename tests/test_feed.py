@@ -226,7 +226,7 @@ class Batches:
     def check(self):
         pass
 
-    def batches(self, pass_index):
+    def batches(self, pass_index, start=0):
         self.passes += 1
         yield from self.given
         if self.error is not None:
@@ -277,7 +277,7 @@ def test_a_waiting_consumer_gets_what_there_is():
     gate = threading.Event()
 
     class Slow(Batches):
-        def batches(self, pass_index):
+        def batches(self, pass_index, start=0):
             yield from self.given[:2]
             gate.wait(10)
             yield self.given[2]

@@ -3,5 +3,12 @@
 from flaxfit.callbacks.base import Callback, LoopState
 from flaxfit.callbacks.early_stopping import EarlyStopping
 from flaxfit.callbacks.lambda_callback import LambdaCallback
+from flaxfit.callbacks.model_checkpoint import ModelCheckpoint
 
-__all__ = ["Callback", "EarlyStopping", "LambdaCallback", "LoopState"]
+__all__ = [
+    "Callback",
+    "EarlyStopping",
+    "LambdaCallback",
+    "LoopState",
+    "ModelCheckpoint",
+]

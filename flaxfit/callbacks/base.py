@@ -1,8 +1,10 @@
 """The contract of callbacks: the hooks, and the `LoopState` each of them is given."""
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,16 @@ from flaxfit._forms import differences
 from flaxfit._timing import Clock
 from flaxfit._types import StateHolder, TrainState
 from flaxfit.history import History
+
+
+class SaveRequest(NamedTuple):
+    """A checkpoint that is to be written; see `LoopState.save`."""
+
+    path: str
+    weights_only: bool
+    background: bool
+    saved: Callable[[], object]
+    failed: Callable[[Exception], object]
 
 
 class LoopState:
@@ -30,6 +42,10 @@ class LoopState:
       log_names: the names `logs` will have at an epoch's end, known before step 1.
       stop_reason: what `stop` was called with, or None.
       broken_off: whether an error or Ctrl-C ended the fit; known in `on_train_end`.
+      nonfinite: whether a loss was not finite, and the state is that after it.
+      running: the accumulators of the epoch under way, None between epochs.
+      epoch_is_closing: whether the history holds the epoch, but not all callbacks
+        have seen its end.
       clock: tells for `history.timing` what the time is spent on; whoever writes a
         file writes it `with loop.clock.phase("saving")`, as `trainer.save` does.
     """
@@ -59,6 +75,10 @@ class LoopState:
         self.stop_reason: str | None = None
         self.broken_off = False
         self.clock = clock or Clock()
+        self.epoch_is_closing = False
+        self.running: Any = None
+        self.nonfinite = False
+        self._saves: list[SaveRequest] = []
 
     @property
     def state(self) -> TrainState:
@@ -86,6 +106,43 @@ class LoopState:
     def defer_logs(self, read: Callable[[], dict[str, Any]]) -> None:
         """Sets the logs to what `read` returns, should anyone ask."""
         self._logs, self._read_logs = None, read
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        weights_only: bool = False,
+        background: bool = True,
+        saved: Callable[[], object] = lambda: None,
+        failed: Callable[[Exception], object] = lambda error: None,
+    ) -> None:
+        """Has a checkpoint written once all callbacks have had their turn.
+
+        It holds the whole training: state, position in the data, history, and what
+        every callback remembers. `fit(resume=path)` goes on from it. A state that is
+        not finite is not written. One that cannot be written is a warning, and the
+        training goes on.
+
+        Args:
+          path: the file; an old one stays until the new one is safe on the disk.
+          weights_only: whether only parameters and collections are written.
+          background: whether training goes on once the state is copied to the host;
+            files are written one after the other.
+          saved: called when the file is safe, in the thread that wrote it.
+          failed: called with the reason if it could not be written.
+        """
+        request = SaveRequest(os.fspath(path), weights_only, background, saved, failed)
+        self._saves.append(request)
+
+    def take_saves(self) -> list[SaveRequest]:
+        """Returns what is to be written, and forgets it."""
+        saves, self._saves = self._saves, []
+        return saves
+
+    @property
+    def has_saves(self) -> bool:
+        """Whether anything is to be written."""
+        return bool(self._saves)
 
     def stop(self, reason: str = "a callback asked for it") -> None:
         """Ends the fit after the current step; `reason` is shown and recorded."""
@@ -119,10 +176,30 @@ class Callback:
         `loop.step`, is a multiple of it. 1, the default, is every step, which ends
         the running of several steps at once. None leaves it to the loop: after each
         call, which takes as many steps as fit into a quarter of a second.
+      every_seconds: in place of `every_steps`: the batch hooks run when so many
+        seconds have passed since the last time.
+
+    A callback that remembers something returns it from `state_dict`: it is part of
+    every checkpoint, and given back when the training is resumed.
     """
 
     log_names: tuple[str, ...] = ()
     every_steps: int | None = 1
+    every_seconds: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what this callback remembers, to be part of a checkpoint.
+
+        Values may be numbers, strings, bools, None, bytes, arrays, `TrainState`s, and
+        dicts and lists of them.
+        """
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state_dict` returned; called after `on_train_begin`.
+
+        Arrays come back as NumPy arrays, tuples as lists.
+        """
 
     def on_train_begin(self, loop: LoopState) -> None:
         """Called once, before the first step is compiled; check arguments here."""
@@ -168,6 +245,9 @@ class CallbackList:
         }
         per_step = [c for name in _BATCH_HOOKS for c in self._hooks[name]]
         self._intervals = tuple({_interval(callback) for callback in per_step} - {0})
+        self._timed = {
+            id(c): _Timer(c.every_seconds) for c in per_step if c.every_seconds
+        }
 
     @property
     def log_names(self) -> tuple[str, ...]:
@@ -188,10 +268,64 @@ class CallbackList:
         Of the batch hooks, only those whose turn it is.
         """
         for callback in self._hooks[hook]:
-            if hook in _BATCH_HOOKS and loop.step % (_interval(callback) or 1):
-                continue
+            if hook in _BATCH_HOOKS:
+                if not self._has_turn(callback, loop.step):
+                    continue
+                if hook == "on_train_batch_end" and id(callback) in self._timed:
+                    self._timed[id(callback)].begin()
             with loop.clock.phase("callbacks"), _named(callback, hook):
                 getattr(callback, hook)(loop)
+
+    def has_turn(self, hook: str, step: int) -> bool:
+        """Whether a batch hook of any callback is to be called after `step`."""
+        return any(self._has_turn(callback, step) for callback in self._hooks[hook])
+
+    def _has_turn(self, callback: Callback, step: int) -> bool:
+        timer = self._timed.get(id(callback))
+        if timer is not None:
+            return timer.is_over
+        return step % (_interval(callback) or 1) == 0
+
+    def settings(self) -> list[dict[str, Any]]:
+        """Returns the kind of every callback, and the numbers and names it was given.
+
+        Raises:
+          TypeError: a `state_dict` that is no dict.
+        """
+        return [
+            {"kind": type(c).__name__, "settings": _settings(c)}
+            for c in self._callbacks
+        ]
+
+    def states(self) -> list[dict[str, Any]]:
+        """Returns the kind of every callback, and what it remembers."""
+        return [
+            {"kind": type(c).__name__, "state": _state_of(c)} for c in self._callbacks
+        ]
+
+    def load_states(self, saved: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Gives back what `states` returned, to callbacks of the same kinds.
+
+        Returns:
+          A line for each callback that was not there before, and for each state that
+          is nobody's now.
+        """
+        left, notes = list(saved), []
+        for callback in self._callbacks:
+            kind = type(callback).__name__
+            found = next((entry for entry in left if entry["kind"] == kind), None)
+            if found is not None:
+                left.remove(found)
+                if found["state"]:
+                    with _named(callback, "load_state_dict"):
+                        callback.load_state_dict(found["state"])
+            elif _state_of(callback):
+                notes.append(f"{kind} was not there before: it begins anew")
+        return notes + [
+            f"{entry['kind']} is not there any more: what it remembered is lost"
+            for entry in left
+            if entry["state"]
+        ]
 
     def end(self, loop: LoopState) -> None:
         """Calls `on_train_end` of all, whatever the others raise; then the first."""
@@ -207,10 +341,45 @@ class CallbackList:
             raise errors[0]
 
 
+class _Timer:
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.begin()
+
+    def begin(self) -> None:
+        self._began = time.monotonic()
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() - self._began >= self._seconds
+
+
+def _state_of(callback: Callback) -> dict[str, Any]:
+    state: Any = callback.state_dict()
+    if not isinstance(state, dict):
+        raise TypeError(
+            f"{type(callback).__name__}.state_dict returned a {type(state).__name__}; "
+            'return a dict, for example {"best": self.best}.'
+        )
+    return state
+
+
+def _settings(callback: Callback) -> dict[str, Any]:
+    """Returns the public attributes that are plain values and no memory."""
+    remembered = _state_of(callback)
+    return {
+        name: value
+        for name, value in vars(callback).items()
+        if not name.startswith("_")
+        and name not in remembered
+        and (value is None or isinstance(value, bool | int | float | str))
+    }
+
+
 def _interval(callback: Callback) -> int:
-    """Returns `every_steps`, 0 for None."""
+    """Returns `every_steps`, 0 for None and for those that go by the clock."""
     every = callback.every_steps
-    if every is None:
+    if every is None or callback.every_seconds is not None:
         return 0
     whole = isinstance(every, int | np.integer) and not isinstance(every, bool)
     if not whole or every < 1:

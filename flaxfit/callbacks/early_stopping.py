@@ -1,12 +1,11 @@
 """Stopping when a logged value no longer improves."""
 
-import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from flaxfit._errors import did_you_mean
 from flaxfit._types import TrainState
 from flaxfit.callbacks.base import Callback, LoopState
-from flaxfit.metrics import metric_direction
+from flaxfit.callbacks.monitor import Monitor, check_mode
 
 
 class EarlyStopping(Callback):
@@ -14,7 +13,8 @@ class EarlyStopping(Callback):
 
     A NaN counts as no improvement. The state of the best epoch comes back at the
     end, also when training ends by itself: optimizer, statistics and parameters.
-    After an error or Ctrl-C the trainer keeps the last finished step.
+    After an error or Ctrl-C the trainer keeps the last finished step; after a loss that
+    is not finite the best state comes back.
 
     Args:
       monitor: the log to watch, e.g. `"val_loss"`; must be one `fit` will have.
@@ -48,8 +48,7 @@ class EarlyStopping(Callback):
         restore_best_weights: bool = True,
         start_from_epoch: int = 0,
     ) -> None:
-        if mode not in ("auto", "min", "max"):
-            raise ValueError(f"mode={mode!r}: write 'min', 'max' or 'auto'.")
+        check_mode(mode)
         if patience < 0:
             raise ValueError(f"patience={patience}: write a number of epochs >= 0.")
         self.monitor = monitor
@@ -67,7 +66,7 @@ class EarlyStopping(Callback):
         self.stopped_epoch: int | None = None
         self._best_state: TrainState | None = None
         self._waited = 0
-        self._sign = 1.0
+        self._watched: Monitor | None = None
 
     def on_train_begin(self, loop: LoopState) -> None:
         """Checks `monitor` and `mode` against what this fit will log.
@@ -76,35 +75,38 @@ class EarlyStopping(Callback):
           ValueError: there is no such log, or its direction is unknown.
         """
         self._reset()
-        if self.monitor not in loop.log_names:
-            hint = (
-                " Give fit validation_data= or validation_split=."
-                if self.monitor.startswith("val_")
-                and not any(n.startswith("val_") for n in loop.log_names)
-                else did_you_mean(self.monitor, loop.log_names)
-            )
-            raise ValueError(
-                f"EarlyStopping(monitor={self.monitor!r}): this fit will log "
-                f"{', '.join(loop.log_names)}.{hint}"
-            )
-        mode = metric_direction(self.monitor) if self.mode == "auto" else self.mode
-        if mode is None:
-            raise ValueError(
-                f"EarlyStopping(monitor={self.monitor!r}): whether it is better low or "
-                f'high is not known. Write mode="min" or mode="max".'
-            )
-        self._sign = 1.0 if mode == "min" else -1.0
+        self._watched = Monitor(
+            "EarlyStopping", self.monitor, self.mode, loop.log_names
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the best value, its epoch and state, and how long it is ago."""
+        return {
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "stopped_epoch": self.stopped_epoch,
+            "waited": self._waited,
+            "best_state": self._best_state,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on with what `state_dict` returned."""
+        self.best, self.best_epoch = state["best"], state["best_epoch"]
+        self.stopped_epoch, self._waited = state["stopped_epoch"], state["waited"]
+        if self.restore_best_weights:
+            self._best_state = state["best_state"]
 
     def on_epoch_end(self, loop: LoopState) -> None:
         """Compares the epoch's value; an epoch without a validation is passed over."""
         if loop.epoch < self.start_from_epoch or self.monitor not in loop.logs:
             return
         value = float(loop.logs[self.monitor])
-        if self._is_better(value, self.best):
+        assert self._watched is not None
+        if self._watched.is_better(value, self.best, min_delta=self.min_delta):
             self.best, self.best_epoch = value, loop.epoch
             if self.restore_best_weights:
                 self._best_state = loop.state
-            if self._is_better(value, self.baseline):
+            if self._watched.is_better(value, self.baseline, min_delta=self.min_delta):
                 self._waited = 0
                 return
         self._waited += 1
@@ -119,11 +121,8 @@ class EarlyStopping(Callback):
     def on_train_end(self, loop: LoopState) -> None:
         """Puts the best epoch's state back."""
         best = self._best_state
-        if best is not None and self.best_epoch != loop.epoch and not loop.broken_off:
+        kept = loop.broken_off and not loop.nonfinite
+        if best is not None and self.best_epoch != loop.epoch and not kept:
             loop.state = best
-        self._best_state = None
-
-    def _is_better(self, value: float, than: float | None) -> bool:
-        if math.isnan(value):
-            return False
-        return than is None or self._sign * (than - value) > self.min_delta
+        if not loop.broken_off:  # else it belongs to what is saved, to go on from
+            self._best_state = None

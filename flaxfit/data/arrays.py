@@ -72,9 +72,9 @@ class ArraySource:
         if self._check is not None:
             self._check(jax.tree.unflatten(self._structure, self._leaves))
 
-    def batches(self, pass_index: int) -> Iterator[Batch]:
+    def batches(self, pass_index: int, start: int = 0) -> Iterator[Batch]:
         """Yields the batches of one pass, the same for the same `pass_index`."""
-        for coded in self.order(pass_index):
+        for coded in self.order(pass_index)[start:]:
             yield self._cut(coded)
 
     def order(self, pass_index: int) -> HostArray:

@@ -98,8 +98,11 @@ class IterableSource:
         if self._check is not None:
             self._check(self.example)
 
-    def batches(self, pass_index: int) -> Iterator[Batch]:
+    def batches(self, pass_index: int, start: int = 0) -> Iterator[Batch]:
         """Yields the batches of one pass; the data decides the order.
+
+        What comes before number `start` is read and left out: there is no other way
+        to get past it.
 
         Raises:
           DataError: nothing is left, an iterator ends before the steps asked for, or
@@ -110,10 +113,21 @@ class IterableSource:
         self._passes += 1
         if self._ahead is not None:
             (iterator, first), self._ahead = self._ahead, None
-            yield self._finished(first, number, pass_index)
             number = 1
+            if start == 0:
+                yield self._finished(first, 0, pass_index)
         else:
             iterator = self._open(pass_index)
+        while number < start:
+            try:
+                self._next(iterator, number, pass_index)
+            except StopIteration:
+                raise DataError(
+                    f"the {self.kind} given to {self._what} ends after {number} "
+                    f"batches, but {start} of them were trained on before this run "
+                    f"was interrupted. {self._again()}"
+                ) from None
+            number += 1
         while True:
             try:
                 raw = self._next(iterator, number, pass_index)

@@ -52,8 +52,10 @@ class Source(Protocol):
     def check(self) -> None:
         """Checks what is there to be checked before the first pass."""
 
-    def batches(self, pass_index: int) -> Iterator[Batch]:
-        """Yields the batches of one pass; `pass_index` decides the order.
+    def batches(self, pass_index: int, start: int = 0) -> Iterator[Batch]:
+        """Yields the batches of one pass from number `start` on.
+
+        `pass_index` decides the order.
 
         Their memory is theirs alone: a step may read it long after the next batch
         was asked for, so it is neither the loader's nor the user's.

@@ -1,0 +1,51 @@
+"""`python -m flaxfit inspect|verify|diff FILE...`: looks at checkpoints."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from flaxfit import _inspect
+from flaxfit._errors import CheckpointError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Returns:
+      0 if all is well; 1 if `verify` found damage or `diff` a difference; 2 if a file
+      could not be read.
+    """
+    given = _parser().parse_args(arguments)
+    try:
+        if given.command == "inspect":
+            print("\n\n".join(map(_inspect.inspect_text, given.files)))
+            return 0
+        if given.command == "verify":
+            text, good = _inspect.verify_text(given.files)
+        else:
+            text, good = _inspect.diff_text(given.one, given.other)
+    except CheckpointError as err:
+        print(err, file=sys.stderr)
+        return 2
+    if text:
+        print(text)
+    return 0 if good else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m flaxfit", description="Looks at the files of trainer.save."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    inspect = commands.add_parser("inspect", help="what is in a file")
+    inspect.add_argument("files", nargs="+", metavar="FILE")
+    verify = commands.add_parser("verify", help="whether files are whole")
+    verify.add_argument("files", nargs="+", metavar="FILE", help="a file or a folder")
+    diff = commands.add_parser("diff", help="in what two files differ")
+    diff.add_argument("one", metavar="A")
+    diff.add_argument("other", metavar="B")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""A folder of checkpoints without an index: scan, verify, take the newest good one."""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flaxfit import _disk, checkpoint
+from flaxfit._errors import CheckpointCorruptError, CheckpointError
+
+BEST = "best.msgpack"
+HISTORY = "history.json"
+LOG = "log.jsonl"
+_STEPS = "step-*.msgpack"
+# With one alone, damage to it would be the end.
+KEEP = 2
+
+
+def step_file(folder: Path, step: int) -> Path:
+    """Returns the path of the checkpoint of a step."""
+    return folder / f"step-{step:010d}.msgpack"
+
+
+def newest(folder: Path) -> checkpoint.Checkpoint | None:
+    """Returns the checkpoint of the highest step that is whole, None without any.
+
+    Those that are damaged are passed over with a warning. What a file is called does
+    not matter, only what it says.
+
+    Raises:
+      CheckpointError: there are checkpoints, and none of them can be read.
+    """
+    found = []
+    damaged: list[str] = []
+    for file in sorted(folder.glob("*.msgpack")):
+        try:
+            meta = checkpoint.read_meta(file)
+        except CheckpointError as error:
+            _pass_over(file, error, damaged)
+            continue
+        if (step := resumable_step(meta)) is not None:
+            found.append((step, file.match(_STEPS), file))
+    for *_, file in sorted(found, reverse=True):
+        try:
+            return checkpoint.load(file)
+        except CheckpointError as error:
+            _pass_over(file, error, damaged)
+    if damaged:
+        raise CheckpointError(
+            f"Of the {len(damaged)} checkpoints in {os.fspath(folder)!r} none can be "
+            'read. fit(..., resume="never") begins anew, and keeps them in a folder '
+            f"below; the last error was: {damaged[-1]}"
+        )
+    return None
+
+
+def resumable_step(meta: dict[str, Any]) -> int | None:
+    """Returns the step of a checkpoint that a training can go on from, else None."""
+    loop = meta.get("loop")
+    if not isinstance(loop, dict) or meta.get("contents") == "weights":
+        return None
+    step = loop.get("step")
+    return step if isinstance(step, int) else None
+
+
+def _pass_over(file: Path, error: CheckpointError, damaged: list[str]) -> None:
+    if not file.exists():
+        return  # removed by its writer just now, who has a newer one
+    damaged.append(str(error))
+    kind = "damaged" if isinstance(error, CheckpointCorruptError) else "unreadable"
+    warnings.warn(
+        f"{os.fspath(file)!r} is {kind} and passed over: {error}",
+        UserWarning,
+        stacklevel=3,
+    )
+
+
+def prune(folder: Path, keep: int = KEEP) -> None:
+    """Removes all but the checkpoints of the `keep` highest steps.
+
+    Called when the newest is safe on the disk, so that there is never none.
+    """
+    for file in sorted(folder.glob(_STEPS))[:-keep]:
+        _disk.remove(file)
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Moves what an earlier run left into a folder of its own, `old-1`, `old-2`, …"""
+    names = (HISTORY, LOG)
+    files = [f for f in folder.glob("*.msgpack")] + [
+        folder / name for name in names if (folder / name).exists()
+    ]
+    if not files:
+        return None
+    number = 1
+    while (folder / f"old-{number}").exists():
+        number += 1
+    aside = folder / f"old-{number}"
+    aside.mkdir()
+    for file in files:
+        os.replace(file, aside / file.name)
+    return aside
+
+
+@contextlib.contextmanager
+def opened(folder: Path) -> Iterator[None]:
+    """Keeps a run's folder to this process, and clears what a killed one left.
+
+    Raises:
+      CheckpointError: another process writes there, or nobody can.
+    """
+    _disk.probe(folder)
+    with _disk.lock_folder(folder):
+        _disk.remove_stale(folder)
+        yield
