@@ -315,7 +315,8 @@ def _as_jax(saved: Any, like: Any, put: Put | None) -> jax.Array:
     if not is_weak(like):
         return array
     # Setting values keeps the weak type of what they are set into.
-    return jax.lax.full(array.shape, array.dtype.type(0).item()).at[...].set(array)
+    weak = jax.lax.full(array.shape, array.dtype.type(0).item()).at[...].set(array)
+    return weak if put is None else jax.device_put(weak, array.sharding)
 
 
 def _put(host: Any) -> jax.Array:

@@ -259,7 +259,7 @@ def deleted_array():
         ("text", "params/a/0, a str: it is no array"),
         (
             {1: jnp.ones(1), "1": jnp.ones(1)},
-            "params/a/0, a dict: Dict keys do not have a unique string representation. A",
+            "params/a/0, a dict: Dict keys do not have a unique string representation",
         ),
         ({"__msgpack_chunked_array__": jnp.ones(1)}, "params/a/0, a dict: the name"),
         (2**70, "an integer of more than 64 bits"),

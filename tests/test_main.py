@@ -32,15 +32,15 @@ def test_inspect(tmp_path, capsys):
         "  written by flaxfit 0.1.0, jax 0.10",
         "  step 7, epoch 2",
         "",
-        "  step                   int32[]            4 B",
-        "  params/Dense_0/kernel  float32[4,8]     128 B",
-        "  params/Dense_0/bias    float32[8]        32 B",
-        "  rng                    key<fry>[]         8 B",
+        "  step                   int32[]             4 B",
+        "  params/Dense_0/kernel  float32[4,8]      128 B",
+        "  params/Dense_0/bias    float32[8]         32 B",
+        "  rng                    key<fry>[]          8 B",
         "",
-        "  step                   1 leaf             4 B",
-        "  params                 2 leaves         160 B",
-        "  rng                    1 leaf             8 B",
-        "  total                  4 leaves         172 B",
+        "  step                   1 leaf              4 B",
+        "  params                 2 leaves          160 B",
+        "  rng                    1 leaf              8 B",
+        "  total                  4 leaves          172 B",
     ]
 
 
@@ -58,7 +58,7 @@ def test_verify(tmp_path, capsys):
     assert main(["verify", good]) == 0
     assert capsys.readouterr().out == f"{good}: ok\n"
     data = bytearray((tmp_path / "b.msgpack").read_bytes())
-    data[data.find(b"kernel", 400) + 60] ^= 1
+    data[data.rfind(b"kernel") + 30] ^= 1
     (tmp_path / "b.msgpack").write_bytes(data)
     (tmp_path / "c.msgpack").write_bytes(b"<html>")
     (tmp_path / "other").write_bytes(b"")

@@ -14,6 +14,7 @@ from flaxfit._types import TrainState
 
 # Their defaults are for a single array.
 NOT_FOR_TREES = ("scale_by_muon",)
+HESSIAN = ("hutchinson_estimator_diag_hessian", "sophia")
 PARAMS = {"w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "b": jnp.ones(3)}
 
 
@@ -48,15 +49,16 @@ def test_all_of_optax_is_tried():
     assert len(CASES) > 85
 
 
-def updates(tx, grads, state, params):
+def updates(tx, grads, state, params, *, hessian):
     """One update as every kind of transformation takes it."""
 
     def loss(params):
         return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
 
-    extra = optax.with_extra_args_support(tx)
-    return extra.update(
-        grads, state, params, value=loss(params), grad=grads, value_fn=loss, obj_fn=loss
+    # The line searches pass on to the loss what they do not know.
+    objective = {"obj_fn": loss} if hessian else {"value_fn": loss}
+    return optax.with_extra_args_support(tx).update(
+        grads, state, params, value=loss(params), grad=grads, **objective
     )
 
 
@@ -70,7 +72,7 @@ def test_the_next_update_is_equal_to_the_last_bit(module, name, tmp_path):
     @jax.jit
     def step(state):
         with jax.numpy_rank_promotion("allow"):  # optax's own code relies on it.
-            return updates(tx, grads, state, PARAMS)
+            return updates(tx, grads, state, PARAMS, hessian=name in HESSIAN)
 
     opt_state = tx.init(PARAMS)
     for _ in range(2):

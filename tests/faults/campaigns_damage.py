@@ -20,7 +20,6 @@ from harness import Outcome, Tally, fresh
 
 import flaxfit
 from flaxfit import checkpoint
-from flaxfit._errors import CheckpointCorruptError
 
 _PAGE = 4096
 _SIZE = 2**17
@@ -109,7 +108,7 @@ def _assert_noticed(
     for read in (checkpoint.load, checkpoint.verify):
         try:
             read(path)
-        except CheckpointCorruptError as err:
+        except flaxfit.CheckpointCorruptError as err:
             assert str(err.path) == str(path), err.path
             assert path.name in str(err)
             _assert_leaf(err.leaf, damage, spans)

@@ -98,12 +98,14 @@ def _out_of_room(
         Child(save_steps, store, run, range(1, 3), size).result()
         neighbour = take_room(disk)
         child = Child(_try_to_save, store, run, 3, size)
-        refused = child.result()
+        try:
+            refused = child.result()
+        finally:
+            if neighbour is not None:
+                neighbour.kill()
         acknowledged = max(child.acknowledged, default=2)
         fresh(prove, store, run, acknowledged)
         assert store not in _STORES or not leftovers(run), (refused, leftovers(run))
-        if neighbour is not None:
-            neighbour.kill()
         (disk / "neighbour").unlink(missing_ok=True)
         child = Child(_try_to_save, store, run, 4, size)
         assert child.result() == "", "no save once there was room again"

@@ -24,6 +24,7 @@ Knows nothing of flaxfit.
 """
 
 import contextlib
+import ctypes
 import importlib
 import json
 import os
@@ -43,6 +44,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 _ACKNOWLEDGEMENT = struct.Struct("<q")
+_DIE_WITH_PARENT = 1
 _PRELOADED = ("flaxfit", "flaxfit.checkpoint", "optax", "content")
 
 
@@ -234,6 +236,10 @@ def _run_child(
     prepare: Callable[[], None] | None,
 ) -> None:
     """The whole life of a child. Never returns."""
+    with contextlib.suppress(
+        OSError, AttributeError
+    ):  # Linux: it dies with its parent.
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
 
     def acknowledge(number: int) -> None:
         os.write(writer, _ACKNOWLEDGEMENT.pack(number))
