@@ -112,6 +112,9 @@ class Encoder:
         if type(leaf) in (bool, int, float, complex):
             if isinstance(leaf, int) and not -(2**63) <= leaf < 2**64:
                 raise _refused(path, "an int", "an integer of more than 64 bits")
+            if type(leaf) is int and not _fits(leaf):
+                held = jnp.result_type(int)
+                raise _refused(path, "an int", f"{held} cannot hold {leaf}")
             self._describe(spec_of(leaf), path, is_weak(leaf), 16)
             return leaf
         abstract = self._abstract and isinstance(leaf, jax.ShapeDtypeStruct)
@@ -223,6 +226,11 @@ def _may_alias(array: Any) -> bool:
     device: Any = next(iter(sharding.device_set))
     platform = device.platform
     return platform == "cpu" or sharding.memory_kind not in (None, "device")
+
+
+def _fits(number: int) -> bool:
+    limits = jnp.iinfo(jnp.result_type(int))
+    return bool(limits.min <= number <= limits.max)
 
 
 def _refused(path: Path, kind: str, reason: str) -> CheckpointError:

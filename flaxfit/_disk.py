@@ -40,7 +40,8 @@ def replace_file(target: Path, write: Callable[[BinaryIO], None]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException:
-        remove(temporary)
+        with contextlib.suppress(OSError):  # the first error is the one to report
+            remove(temporary)
         raise
     _sync_folder(target.parent)
     remove_stale(target.parent, target.name)

@@ -231,8 +231,7 @@ class _Watch:
             )
             self.rolled_back = True
             return
-        loop.nonfinite = not back
-        loop.broken_off = True
+        loop.nonfinite = loop.broken_off = True
         loop.stop(text)
         _warn(
             f"{text[0].upper()}{text[1:]}. Training stopped; the trainer holds "

@@ -32,28 +32,40 @@ def newest(folder: Path) -> checkpoint.Checkpoint | None:
     Raises:
       CheckpointError: there are checkpoints, and none of them can be read.
     """
-    found = []
+    while True:
+        found, damaged, vanished = _scan(folder)
+        if found is not None:
+            return found
+        if damaged:
+            raise CheckpointError(
+                f"Of the {len(damaged)} checkpoints in {os.fspath(folder)!r} none can "
+                'be read. fit(..., resume="never") begins anew, and keeps them in a '
+                f"folder below; the last error was: {damaged[-1]}"
+            )
+        if not vanished:
+            return None
+        # Its writer has removed them all meanwhile, and has newer ones.
+
+
+def _scan(folder: Path) -> tuple[checkpoint.Checkpoint | None, list[str], bool]:
+    """Returns the newest one that can be read, what is damaged, and if any is gone."""
+    candidates: list[tuple[int, bool, Path]] = []
     damaged: list[str] = []
+    vanished = False
     for file in sorted(folder.glob("*.msgpack")):
         try:
             meta = checkpoint.read_meta(file)
         except CheckpointError as error:
-            _pass_over(file, error, damaged)
+            vanished |= not _passed_over(file, error, damaged)
             continue
         if (step := resumable_step(meta)) is not None:
-            found.append((step, file.match(_STEPS), file))
-    for *_, file in sorted(found, reverse=True):
+            candidates.append((step, file.match(_STEPS), file))
+    for *_, file in sorted(candidates, reverse=True):
         try:
-            return checkpoint.load(file)
+            return checkpoint.load(file), damaged, vanished
         except CheckpointError as error:
-            _pass_over(file, error, damaged)
-    if damaged:
-        raise CheckpointError(
-            f"Of the {len(damaged)} checkpoints in {os.fspath(folder)!r} none can be "
-            'read. fit(..., resume="never") begins anew, and keeps them in a folder '
-            f"below; the last error was: {damaged[-1]}"
-        )
-    return None
+            vanished |= not _passed_over(file, error, damaged)
+    return None, damaged, vanished
 
 
 def resumable_step(meta: dict[str, Any]) -> int | None:
@@ -65,16 +77,18 @@ def resumable_step(meta: dict[str, Any]) -> int | None:
     return step if isinstance(step, int) else None
 
 
-def _pass_over(file: Path, error: CheckpointError, damaged: list[str]) -> None:
+def _passed_over(file: Path, error: CheckpointError, damaged: list[str]) -> bool:
+    """Warns of a file that cannot be read; False if it is not there any more."""
     if not file.exists():
-        return  # removed by its writer just now, who has a newer one
+        return False
     damaged.append(str(error))
     kind = "damaged" if isinstance(error, CheckpointCorruptError) else "unreadable"
     warnings.warn(
         f"{os.fspath(file)!r} is {kind} and passed over: {error}",
         UserWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
+    return True
 
 
 def prune(folder: Path, keep: int = KEEP) -> None:

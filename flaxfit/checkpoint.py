@@ -30,6 +30,7 @@ __all__ = [
     "check_writable",
     "load",
     "load_params",
+    "load_variables",
     "nonfinite_leaf",
     "read_meta",
     "restore",
@@ -299,24 +300,42 @@ def load_params(path: str | os.PathLike[str]) -> PyTree:
       CheckpointCorruptError: a file of flaxfit that is damaged.
       CheckpointError: it is something else.
     """
+    return load_variables(path)["params"]
+
+
+def load_variables(path: str | os.PathLike[str]) -> dict[str, PyTree]:
+    """Reads what `module.apply` takes, as `load_params` does.
+
+    Returns:
+      `{"params": ..., "collections": {"batch_stats": ...}}`; a file of plain parameters
+      has no collections.
+    """
     name = os.fspath(path)
     data = _read(name)
+    collections: dict[str, PyTree] = {}
     if _damage.is_ours(data):
         content: Any = _format.read(data, name).state
+        collections = content.get("collections", {})
+        content = content.get("params")
     else:
         content = _format.read_plain(data, name)
     # Some keep all variables in the params of their TrainState.
     while isinstance(content, dict) and isinstance(content.get("params"), dict):
+        others = content.keys() - {"params", "opt_state", "tx"}
+        collections |= {n: content[n] for n in others if isinstance(content[n], dict)}
         content = content["params"]
     leaves = dict(_codec.leaves_of(content, ()))
-    others = [path for path, leaf in leaves.items() if not _is_array(leaf)]
-    if others or not leaves or not isinstance(content, dict):
-        what = joined(others[0]) if others else "a file without any"
+    foreign = [path for path, leaf in leaves.items() if not _is_array(leaf)]
+    if foreign or not leaves or not isinstance(content, dict):
+        what = joined(foreign[0]) if foreign else "a file without any"
         raise CheckpointError(
             f"{name!r} holds no parameters: {what} is no array. Expected nested dicts "
             "of arrays, alone or under 'params'."
         )
-    return jax.tree.map(np.array, content)
+    variables: dict[str, PyTree] = jax.tree.map(
+        np.array, {"params": content, "collections": collections}
+    )
+    return variables
 
 
 def _is_array(leaf: Any) -> bool:

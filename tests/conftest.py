@@ -10,6 +10,9 @@ os.environ.setdefault("MPLBACKEND", "agg")
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from flaxfit._compilation_cache import use_compilation_cache
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -23,6 +26,22 @@ def eight_devices():
     """Trainers made inside train on all of the host's eight devices."""
     with jax.default_device(None):
         yield jax.local_devices()
+
+
+@pytest.fixture(scope="module")
+def shared_compiles(tmp_path_factory):
+    """Compiled programs are kept, for tests that make one trainer again and again."""
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    use_compilation_cache(tmp_path_factory.mktemp("compiled"))
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture

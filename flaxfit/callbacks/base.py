@@ -42,7 +42,7 @@ class LoopState:
       log_names: the names `logs` will have at an epoch's end, known before step 1.
       stop_reason: what `stop` was called with, or None.
       broken_off: whether an error or Ctrl-C ended the fit; known in `on_train_end`.
-      nonfinite: whether a loss was not finite, and the state is that after it.
+      nonfinite: whether a loss that is not finite ended the fit.
       running: the accumulators of the epoch under way, None between epochs.
       epoch_is_closing: whether the history holds the epoch, but not all callbacks
         have seen its end.

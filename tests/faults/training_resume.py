@@ -41,13 +41,17 @@ from flaxfit import CheckpointError, EarlyStopping, LambdaCallback, Trainer, che
 # F8
 
 _HOOKS = (
-    Press(0, "on_train_begin"),
-    Press(0, "on_epoch_begin"),
-    Press(STEPS_PER_EPOCH, "on_test_begin"),
-    Press(STEPS_PER_EPOCH, "on_test_end"),
-    Press(STEPS_PER_EPOCH, "on_epoch_end"),
-    Press(STEPS_PER_EPOCH, "on_epoch_begin"),
-    Press(STEPS_PER_EPOCH + 1, "on_train_batch_begin"),
+    [
+        Press(0, "on_train_begin"),
+        Press(0, "on_epoch_begin"),
+        Press(STEPS_PER_EPOCH, "on_test_begin"),
+        Press(STEPS_PER_EPOCH, "on_test_end"),
+        Press(STEPS_PER_EPOCH, "on_epoch_begin"),
+    ],
+    [
+        Press(4, "on_train_batch_begin"),
+        Press(STEPS_PER_EPOCH, "on_epoch_end"),
+    ],
 )
 _WITH_VALIDATION = ("batch norm", "early stopping")
 
@@ -68,12 +72,10 @@ def _f8(trials: int, seed: int, folder: Path) -> Outcome:
         _assert_each_row_once_an_epoch(case, wanted)
         steps = len(wanted.epochs) * case.steps
         moments = [Press(k) for k in range(1, steps + 1)]
-        hooks = [*_HOOKS] if case.name in _WITH_VALIDATION else []
-        if trials < steps:
-            drawn = sorted(chance.sample(moments, trials))
-            runs = [drawn, *([hooks] if hooks else [])]
-        else:
-            runs = [[press] for press in (*moments, *hooks)]
+        hooks = _HOOKS if case.name in _WITH_VALIDATION else ()
+        drawn = [sorted(chance.sample(moments, min(trials, steps)))]
+        runs = drawn if trials < steps else [[press] for press in moments]
+        runs += hooks if trials < steps else [[p] for run in hooks for p in run]
         for presses in runs:
             _try(tally, case, wanted, presses, folder / "run")
     return tally.outcome()
@@ -237,7 +239,7 @@ def _a_schedule_for_more_epochs(folder: Path) -> None:
     rates = found.history["learning_rate"]
     whole = fit(case, None, epochs=4).history["learning_rate"]
     assert "epochs was 2, is 4" in said, said
-    assert rates[1] == 0 and rates[2:] == whole[2:], (rates, whole)
+    assert rates[1] < 0.002 and rates[2:] == whole[2:], (rates, whole)
 
 
 def _another_batch_size(folder: Path) -> None:
@@ -286,12 +288,12 @@ def _other_data(folder: Path) -> None:
 
 def _another_learning_rate(folder: Path) -> None:
     _broken_off(folder)
-    trainer = _PLAIN.trainer(learning_rate=0.0)
+    trainer = _PLAIN.trainer(learning_rate=1e-30)
     kept = Trainer.load(folder, _PLAIN.model, devices=1).variables["params"]
     found, said = _said(_PLAIN, folder, trainer=trainer)
-    assert "learning_rate was 0.1, is 0.0" in said, said
+    assert "learning_rate was 0.1, is 1e-30" in said, said
     jax.tree.map(np.testing.assert_array_equal, trainer.variables["params"], kept)
-    assert found.history["learning_rate"] == [np.float32(0.1), 0, 0], found.history
+    assert found.history["learning_rate"][1:] == [np.float32(1e-30)] * 2
 
 
 def _must_and_never(folder: Path) -> None:
