@@ -224,7 +224,8 @@ class _Watch:
         loop.batch = int(bad) + 1
         text = f"the loss is not finite at {where}"
         back = self._go_back(loop, holder)
-        if self.plan.nonfinite == "rollback" and back:
+        often = self._rollbacks.count(loop.step) > _MOST_ROLLBACKS
+        if self.plan.nonfinite == "rollback" and back and not often:
             _warn(
                 f"{text[0].upper()}{text[1:]}. Back to the checkpoint of step "
                 f"{loop.step}; the training goes on with the next batch."
@@ -245,7 +246,7 @@ class _Watch:
         )
 
     def _go_back(self, loop: LoopState, holder: StateHolder) -> bool:
-        """Puts the last good checkpoint back; False if there is none, or too often."""
+        """Puts the last good checkpoint back; False where there is none."""
         if self.plan.roll_back is None:
             loop.step = int(read(holder.peek().step))
             return False
@@ -262,7 +263,7 @@ class _Watch:
             skipped=jax.device_put(out, merged.skipped.sharding),
         )
         self._rollbacks.append(loop.step)
-        return self._rollbacks.count(loop.step) <= _MOST_ROLLBACKS
+        return True
 
     def reopen(self, loop: LoopState) -> Feed:
         """Returns the data from the batch on after the one that was left out."""

@@ -106,7 +106,7 @@ def test_meta_holds_every_nesting_of_a_batch():
         weights=jax.ShapeDtypeStruct((8,), np.float32),
     )
     config = {"seed": np.int64(3), "metrics": ["a", "b"], "loss": {"a": "mse"}}
-    meta = to_meta(config, example, batch_size=8)
+    meta = to_meta(config, example, batch_size=8, opt_state=(optax.EmptyState(),))
     assert from_meta(meta, {}, "file") == (
         {"seed": 3, "metrics": ["a", "b"], "loss": {"a": "mse"}},
         example,
@@ -115,7 +115,8 @@ def test_meta_holds_every_nesting_of_a_batch():
     assert meta["versions"]["jax"] == jax.__version__
     with pytest.raises(CheckpointError, match="'config' is missing"):
         from_meta({}, {}, "file")
-    packed = to_meta({"loss": Loss("mse"), "rngs": {"a": len}}, example, batch_size=8)
+    config = {"loss": Loss("mse"), "rngs": {"a": len}}
+    packed = to_meta(config, example, batch_size=8, opt_state=())
     with pytest.raises(CheckpointError, match=r"loss=<Loss>, rngs=<dict>"):
         from_meta(packed, {}, "file")
 

@@ -202,7 +202,7 @@ def test_wrong_arguments(options, text):
 
 def test_going_back_needs_somewhere_to_go_back_to(tmp_path):
     trainer = Trainer(Net(), nonfinite="rollback")
-    with pytest.raises(ValueError, match='Write fit\\(..., run_dir="runs/a"\\)'):
+    with pytest.raises(ValueError, match=r'Write fit\(\.\.\., run_dir="runs/a"\)'):
         fit(trainer)
     with pytest.raises(ValueError, match="got an iterator"):
         trainer.fit(iter([(X, Y)]), run_dir=tmp_path / "a", verbose=0)

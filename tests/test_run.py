@@ -504,7 +504,7 @@ def test_nothing_but_damaged_checkpoints_is_an_error(tmp_path):
     fit(make(), tmp_path, epochs=1)
     for file in tmp_path.glob("*.msgpack"):
         file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(CheckpointError, match='none can be read.*resume="never"'):
+    with pytest.raises(CheckpointError, match=r'none can be read.*resume="never"'):
         with pytest.warns(UserWarning, match="is damaged and passed over"):
             fit(make(), tmp_path)
     with pytest.warns(UserWarning, match="old-1"):
@@ -517,7 +517,7 @@ def test_a_folder_belongs_to_one_process(tmp_path):
     class Second(Callback):
         def on_train_begin(self, loop):
             with pytest.raises(
-                CheckpointError, match="another process|is being written"
+                CheckpointError, match=r"another process|is being written"
             ):
                 fit(make(), tmp_path)
             inside.append(True)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax
 from harness import Child, Outcome, Tally, fresh
 from training import (
     CASES,
@@ -44,9 +43,9 @@ _CASES = (
 )
 
 
-def _fit(case: Case, run_dir: Path | None, cache: Path, **arguments: Any) -> Result:
+def _fit(case: Case, run_dir: Path | None, cache: Path) -> Result:
     use_cache(cache)
-    return fit(case, run_dir, **arguments)
+    return fit(case, run_dir, save_every=1)
 
 
 # F1
@@ -59,12 +58,12 @@ def f1_kill_a_training(trials: int, seed: int, folder: Path) -> Outcome:
         share = range(number, trials, len(_CASES))
         if not share:
             continue
-        wanted = fresh(_fit, case, folder / f"whole {number}", cache, save_every=1)
+        wanted = fresh(_fit, case, folder / f"whole {number}", cache)
         for trial in share:
             run = folder / f"run {trial}"
             with tally.trial(f"{case.name}, trial {trial}"):
                 kills = _killed(case, run, cache, chance, len(wanted.epochs))
-                found = fresh(_fit, case, run, cache, save_every=1)
+                found = fresh(_fit, case, run, cache)
                 assert_same(found, wanted)
                 assert not list(run.glob("*.tmp*")), f"left over after {kills} kills"
             shutil.rmtree(run, ignore_errors=True)
@@ -106,18 +105,16 @@ def _f6(trials: int, seed: int, folder: Path) -> Outcome:
     use_cache(folder / "cache")
     tally, chance = Tally(), random.Random(seed)
     case = Case("long", Net(dropout=0.3), arguments={"epochs": _EPOCHS})
-    keeper = Keeper()
-    trainer = case.trainer()
-    trainer.init(tuple(a[:4] for a in case.data()))
-    start = trainer.state
-    fit(case, None, keeper, trainer=trainer)
+    keeper, trainer, start = Keeper(), case.trainer(), []
+    begin = LambdaCallback(on_train_begin=lambda loop: start.append(loop.state))
+    fit(case, None, begin, keeper, trainer=trainer)
     handler, returned = signal.getsignal(signal.SIGINT), 0
     for trial in range(trials):
         anew, twice = trial % 4 == 3, trial % 5 == 4
         if anew:
             trainer = case.trainer()
         else:
-            trainer.state = start
+            trainer.state = start[0]
         seconds = chance.random() * (0.4 if anew else 0.03)
         again = chance.random() * 0.004 if twice else None
         with tally.trial(f"after {seconds:.4f} s, again after {again}"):
