@@ -324,7 +324,7 @@ def _foreign(data: bytes, path: str) -> CheckpointError:
     return CheckpointError(
         f"{path!r} was not written by trainer.save(path): it holds "
         f"{_some(content)}, as a file of plain flax.serialization.to_bytes does. Read "
-        "its parameters with flaxfit.checkpoint.load_params(path), or all of it with "
+        "its parameters with flaxfit.load_params(path), or all of it with "
         "flax.serialization.from_bytes(target, data) and assign trainer.state."
     )
 

@@ -26,7 +26,8 @@ from flaxfit._errors import CheckpointError, did_you_mean
 from flaxfit._types import HostArray, TrainState
 
 _MOST_LINES = 20
-_ALIGNMENT = 16  # XLA asks for 64 today; less is on the safe side.
+_SMALL = 2**16
+_ALIGNMENT = 64  # What XLA asks of memory that it takes as it is.
 FIELDS = tuple(TrainState.__dataclass_fields__)
 
 Put: TypeAlias = Callable[[HostArray, Any], jax.Array]
@@ -310,7 +311,10 @@ def _as_jax(saved: Any, like: Any, put: Put | None) -> jax.Array:
         # What brings an array to its place knows no keys, only their sharding does.
         sharding = getattr(like, "sharding", None) if put is not None else None
         return key if sharding is None else jax.device_put(key, sharding)
-    host = np.asarray(saved, dtype=jnp.result_type(saved))
+    host = saved
+    if type(host) is not np.ndarray or host.dtype.itemsize > 4:
+        # Scalars have no dtype yet; 64 bits are 32 unless jax is told otherwise.
+        host = np.asarray(saved, dtype=jnp.result_type(saved))
     array: jax.Array = _put(host) if put is None else put(_own(host), like)
     if not is_weak(like):
         return array
@@ -321,7 +325,9 @@ def _as_jax(saved: Any, like: Any, put: Put | None) -> jax.Array:
 
 def _put(host: Any) -> jax.Array:
     """Returns `host` on the default device, uncommitted, in memory of jax's own."""
-    return jnp.asarray(_own(np.asarray(host)))
+    owned = _own(np.asarray(host))
+    # The one has less to do for each array, the other copies large ones once only.
+    return jnp.asarray(owned) if owned.nbytes <= _SMALL else jax.device_put(owned)
 
 
 def _own(host: HostArray) -> HostArray:
@@ -329,5 +335,7 @@ def _own(host: HostArray) -> HostArray:
 
     A step may be given the buffer for good, the file's bytes it may not.
     """
-    # Whatever is not aligned so is copied by jax, and need not be copied twice.
-    return host if host.ctypes.data % _ALIGNMENT else host.copy()
+    # Whatever is not aligned so is copied by jax, and need not be copied twice; for
+    # a small array it takes longer to ask than to copy.
+    free = host.nbytes > _SMALL and host.ctypes.data % _ALIGNMENT
+    return host if free else host.copy()

@@ -602,7 +602,8 @@ def test_put_brings_leaves_to_their_place(tmp_path, eight_devices):
 
 
 def test_no_leaf_keeps_the_bytes_of_the_file(tmp_path):
-    state = make_state({f"{i}": jnp.ones(16 + i) for i in range(64)})
+    sizes = [*range(16, 80), *range(2**15, 2**15 + 64)]
+    state = make_state({f"{size}": jnp.ones(size) for size in sizes})
     raw = read_state(tmp_path, state)
     restored, _ = checkpoint.restore(raw, abstract(state))
     for name, leaf in restored.params.items():

@@ -502,4 +502,4 @@ def test_empty_running_has_buffers_of_its_own():
         for running in (one, two)
         for leaf in jax.tree.leaves(running)
     }
-    assert len(pointers) == 10
+    assert len(pointers) == 14

@@ -819,7 +819,7 @@ FILES = {
     "json": (b'{"a": 1}', "looks like a JSON file"),
     "empty": (b"", "0 bytes that are no whole msgpack file"),
     "flax": (serialization.to_bytes({"params": {"bias": np.ones(3)}}),
-             r"Read it with flax\.serialization\.from_bytes\(target, data\)"),
+             r"Read its parameters with flaxfit\.load_params\(path\)"),
 }  # fmt: skip
 
 
@@ -861,10 +861,11 @@ def test_load_with_what_does_not_fit(saved, model, changes, error, text):
 def test_load_of_a_file_cut_off_or_missing_and_of_a_folder(saved, tmp_path):
     cut = tmp_path / "cut.msgpack"
     cut.write_bytes(saved.read_bytes()[:-100])
+    (tmp_path / "empty").mkdir()
     for path, text in (
-        (cut, "no whole msgpack file .*cut off"),
+        (cut, "is damaged: it is cut off: .* bytes, of which the last ones are"),
         (tmp_path / "none", "There is no file"),
-        (tmp_path, "is a folder; give the file that was saved"),
+        (tmp_path / "empty", "is a folder without a checkpoint; give the file"),
     ):
         with pytest.raises(CheckpointError, match=text):
             Trainer.load(path, nn.Dense(3))

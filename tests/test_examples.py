@@ -78,7 +78,7 @@ def readme(tmp_path_factory):
 
 def test_readme_prints_what_it_says(readme):
     _, printed = readme
-    assert len(printed) == 11
+    assert len(printed) == 14
     first_lines = re.search(r"```text\n(.*?)```", README, flags=re.DOTALL)[1]
     assert printed[0].startswith(first_lines)
     assert "Epoch 10/10 · 45 steps" in printed[0]
@@ -95,7 +95,9 @@ def test_readme_ends_with_the_numbers_it_says(readme):
     outputs = names["trainer"].predict(x, verbose=0)
     assert (outputs.shape, outputs.dtype) == ((1797, 10), np.float32)
     assert names["logits"] == pytest.approx(outputs[:5], abs=1e-5)
-    assert names["trainer"].step == 16 + 57  # its own loop, then one epoch after load
+    # Four epochs with a part held out, resumed from the best; one of all after load.
+    assert names["trainer"].step == 4 * 45 + 57
+    assert names["restored"].skipped == ("params/Dense_1/bias", "params/Dense_1/kernel")
     assert names["trainer"].evaluate(x, y)["accuracy"] == pytest.approx(
         np.mean(outputs.argmax(-1) == y)
     )

@@ -2,14 +2,15 @@
 
 import pytest
 from harness import Server
-from training import FAULTS
+from training import CACHE, FAULTS
 
 _NAMES = [fault.name for fault in FAULTS]
 
 
 @pytest.fixture(scope="module")
-def server():
-    with Server(("training",)) as server:
+def server(tmp_path_factory):
+    cache = str(tmp_path_factory.mktemp("cache"))
+    with Server(("training",), {CACHE: cache}) as server:
         yield server
 
 

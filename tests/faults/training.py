@@ -22,6 +22,7 @@ from registry import Fault
 
 import flaxfit
 from flaxfit import Callback, EarlyStopping, LoopState, Trainer
+from flaxfit._compilation_cache import use_compilation_cache
 
 FAULTS = (
     Fault("F1b", "kill -9 at any time of a training that saves each step",
@@ -48,6 +49,7 @@ FAULTS = (
           "training_resume:f20_resumed", 0, 0),
 )  # fmt: skip
 
+CACHE = "FLAXFIT_FAULTS_CACHE"
 BATCH, EPOCHS, ROWS = 4, 3, 24
 STEPS_PER_EPOCH = ROWS // BATCH
 STEPS = EPOCHS * STEPS_PER_EPOCH
@@ -305,10 +307,12 @@ def interrupted(case: Case, run_dir: Path, presses: Sequence[Press]) -> Result:
 
 
 def use_cache(folder: Path) -> None:
-    """Keeps compiled programs; for processes that end after a campaign."""
-    from flaxfit._compilation_cache import use_compilation_cache
+    """Keeps compiled programs; for processes that end after a campaign.
 
-    use_compilation_cache(folder)
+    Args:
+      folder: where, unless the environment names one for several campaigns.
+    """
+    use_compilation_cache(os.environ.get(CACHE, folder))
 
 
 def caught(kind: type[Exception], function: Callable[..., Any], *args: Any) -> Any:

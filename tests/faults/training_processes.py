@@ -100,6 +100,7 @@ def _joined(
 ) -> Any:
     # jax and gloo write pages of what is meant to happen here.
     with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
     jax.distributed.initialize(
         f"127.0.0.1:{port}",
