@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -10,6 +11,7 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
+from flaxfit import checkpoint
 from flaxfit._compile import Program, Running, shapes_of_call
 from flaxfit._display import Display, epoch_display
 from flaxfit._feed import Feed, Position, Segments
@@ -46,6 +48,7 @@ class FitPlan:
       display: where the progress goes.
       interrupt: tells of Ctrl-C and SIGTERM.
       saver: writes the checkpoints that callbacks ask for.
+      as_state: makes a state of what a snapshot or a file holds.
       nonfinite: what happens at a loss that is not finite; see `Trainer`.
       first_epoch: the epoch at which the data began.
       batch: the batches of the first epoch that were trained on in an earlier process.
@@ -67,6 +70,7 @@ class FitPlan:
     display: Display
     interrupt: Interrupt
     saver: Saver
+    as_state: Callable[[Any], TrainState]
     nonfinite: str
     first_epoch: int
     batch: int = 0
@@ -345,18 +349,43 @@ def _call(
     count: int,
 ) -> Running:
     """Dispatches `count` steps from batch `start` on."""
-    timing, running = loop.history.timing, loop.running
+    timing, running, is_new = loop.history.timing, loop.running, False
     if timing.flops_per_step is None:
         shapes = shapes_of_call(holder.peek(), running, ready.segment, start, count)
         timing.flops_per_step = partial(plan.train.flops, shapes)
+        is_new = shapes[:3] not in [known[:3] for known in plan.train.signatures]
+    kept = _keeping(holder, plan) if is_new else nullcontext()
     # Between `take` and `put` the state is the device's.
-    with plan.interrupt.shield(), holder.lock:
+    with plan.interrupt.shield(), holder.lock, kept:
         state, running = plan.train(holder.take(), running, ready.segment, start, count)
+        if is_new:
+            jax.block_until_ready(running)
         holder.put(state)
         loop.running = running
         loop.step += count
         loop.batch += count
     return running
+
+
+@contextmanager
+def _keeping(holder: StateHolder, plan: FitPlan) -> Iterator[None]:
+    """Keeps the state of a call of new shapes, which may find the memory too small.
+
+    The program is given the state's memory, and does not give it back when it fails.
+    """
+    kept = checkpoint.snapshot(holder.peek(), copy=True).state
+    try:
+        yield
+    except Exception as error:
+        holder.put(plan.as_state(kept))
+        if "RESOURCE_EXHAUSTED" in str(error):
+            error.add_note(
+                "The memory is too small for this step; the trainer holds the state "
+                "before it. Write a smaller batch_size= in fit, and "
+                "Trainer(accumulate_steps=2) for updates of the same size, or "
+                "Trainer(device_data=0) to leave the data on the host."
+            )
+        raise
 
 
 def _read_epoch(
@@ -365,10 +394,15 @@ def _read_epoch(
     """Returns the epoch's values and the learning rate, in one read."""
     plan, running = watch.plan, loop.running
     rate = plan.learning_rate(holder.peek().opt_state)
-    (bad, out), logs, rate = read((_counts(running), running.logs, rate))
+    merged = running.index
+    (bad, out), merged, logs, rate = read(
+        (_counts(running), merged, running.logs, rate)
+    )
     if plan.nonfinite != "ignore":
         watch.settle(loop, holder, bad, out)
-    return as_values(logs, rate, plan.order)
+    values, rate = as_values(logs, rate, plan.order)
+    # After going back, or leaving out, there may be nothing to take a mean of.
+    return values if merged else {}, rate
 
 
 def _close_epoch(

@@ -419,6 +419,7 @@ class Trainer:
                 display=display,
                 interrupt=interrupt,
                 saver=run.saver,
+                as_state=self._as_state,
                 nonfinite=self._builder.nonfinite,
                 first_epoch=origin.first_epoch,
                 batch=origin.batch,

@@ -18,6 +18,7 @@ sys.path.insert(0, str(HERE))
 import rivals  # noqa: E402
 from harness import ChildError, Outcome, Server  # noqa: E402
 from registry import FAULTS, Fault  # noqa: E402
+from training import FAULTS as TRAINING_FAULTS  # noqa: E402
 
 _MOST_DETAILS = 5
 
@@ -26,7 +27,10 @@ def main() -> int:
     """Prints the table; returns 0 where nothing of flaxfit was lost."""
     arguments = _parse()
     only = set(filter(None, arguments.only.split(",")))
-    faults = [f for f in FAULTS if not only or f.name in only]
+    known = sorted(
+        (*FAULTS, *TRAINING_FAULTS), key=lambda f: int(f.name[1:].rstrip("b"))
+    )
+    faults = [f for f in known if not only or f.name in only]
     names = [] if arguments.no_rivals else list(rivals.installed())
     _print_row(["fault", "what", "trials", "survived", *names])
     trials = survived = 0
