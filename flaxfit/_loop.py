@@ -170,7 +170,8 @@ def _fit_epoch(
 class _Watch:
     """Looks out for a loss that is not finite, without waiting for any step.
 
-    The program itself leaves the state as it was, so that there is time.
+    The program itself ends the call that such a loss is in, and runs no further ones,
+    so that there is time.
     """
 
     def __init__(self, plan: FitPlan, pace: Pace) -> None:

@@ -12,7 +12,7 @@ from race import race
 from tables import Report, number, ratio, spread
 from workloads import Workload
 
-from flaxfit import Callback, LoopState, Trainer
+from flaxfit import Callback, LoopState, ModelCheckpoint
 
 _NONE = "none"
 _HEADER = (
@@ -22,19 +22,6 @@ _HEADER = (
     "its time / none's",
     "range over rounds",
 )
-
-
-class Checkpoint(Callback):
-    """Saves everything after every epoch."""
-
-    trainer: Trainer
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def on_epoch_end(self, loop: LoopState) -> None:
-        """Saves."""
-        self.trainer.save(self._path)
 
 
 class Logger(Callback):
@@ -60,24 +47,25 @@ def hooks_section(
 
 
 def _add_table(report: Report, workload: Workload, folder: Path, rounds: int) -> None:
-    logger, checkpoint = Logger(folder / "log.jsonl"), Checkpoint(folder / "state.fit")
+    file = folder / "last.msgpack"
+    logger, checkpoint = Logger(folder / "log.jsonl"), ModelCheckpoint(file)
+    waiting = ModelCheckpoint(folder / "waited.msgpack", background=False)
     sets: dict[str, list[Callback]] = {
         _NONE: [],
         "logger": [logger],
         "checkpoint": [checkpoint],
+        "checkpoint, waited for": [waiting],
         "both": [logger, checkpoint],
     }
     fits = {
         name: FlaxfitFit(workload, callbacks=callbacks)
         for name, callbacks in sets.items()
     }
-    # Which of the trainers is saved makes no difference to the time it takes.
-    checkpoint.trainer = fits["checkpoint"].trainer
     for fit in fits.values():
         fit.train(1)
     epochs = workload.epochs
     seconds = race({n: partial(f.train, epochs) for n, f in fits.items()}, rounds)
-    size = (folder / "state.fit").stat().st_size
+    size = file.stat().st_size
     report.say(
         f"**{workload.title}**: {workload.steps} steps an epoch, a checkpoint of "
         f"{number(size / 1e6)} MB\n"
