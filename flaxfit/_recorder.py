@@ -1,6 +1,7 @@
 """Keeps a run on the disk: its last checkpoints, the best, the history and a log."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -36,6 +37,8 @@ class RunRecorder(Callback):
         self._writer = writer
         steps, self.every_seconds = as_interval("save_every", save_every)
         self.every_steps = steps
+        if save_every is None:
+            self.every_seconds = math.inf  # never within an epoch
         self._asked = monitor
         self._saves_steps = save_every is not None
         self._monitor: Monitor | None = None

@@ -218,3 +218,17 @@ def test_wrong_arguments_are_errors_before_the_first_step(
     with pytest.raises(error, match=re.escape(text)):
         fit(ModelCheckpoint(**{"filepath": "a.msgpack", **options}), trainer=trainer)
     assert trainer.step == 0
+
+
+@pytest.mark.parametrize("saves", ["callback", "run_dir"])
+def test_saving_every_epoch_leaves_several_steps_in_one_call(saves, tmp_path):
+    callback = ModelCheckpoint(tmp_path / "last.msgpack")
+    trainer, calls = Trainer(nn.Dense(3), steps_per_call=4), []
+    trainer.fit(X, Y, batch_size=4, verbose=0)
+    program = trainer._builder.built.programs.train
+    run, how = program._jitted, {"callbacks": callback}
+    program._jitted = lambda *args: calls.append(args[-1]) or run(*args)
+    if saves == "run_dir":
+        how = {"run_dir": tmp_path / "run"}
+    trainer.fit(X, Y, batch_size=4, epochs=3, verbose=0, **how)
+    assert calls == [4, 4, 4]

@@ -1,5 +1,6 @@
 """Saving while training goes on: every epoch, every so often, or only the best."""
 
+import math
 import os
 import re
 import string
@@ -87,6 +88,7 @@ class ModelCheckpoint(Callback):
         self._by_epoch = save_freq == "epoch"
         self._monitor: Monitor | None = None
         self._written: list[str] = []
+        self.every_seconds = math.inf  # never within an epoch
         if not self._by_epoch:
             self.every_steps, self.every_seconds = as_interval("save_freq", save_freq)
         self._names = _names_in(self.filepath)
