@@ -55,6 +55,8 @@ def _scan(folder: Path) -> tuple[checkpoint.Checkpoint | None, list[str], bool]:
     for file in sorted(folder.glob("*.msgpack")):
         try:
             meta = checkpoint.read_meta(file)
+            if resumable_step(meta) is None:  # or the damage made it look so
+                checkpoint.verify(file)
         except CheckpointError as error:
             vanished |= not _passed_over(file, error, damaged)
             continue
