@@ -55,12 +55,15 @@ def _scan(folder: Path) -> tuple[checkpoint.Checkpoint | None, list[str], bool]:
     for file in sorted(folder.glob("*.msgpack")):
         try:
             meta = checkpoint.read_meta(file)
-            if resumable_step(meta) is None:  # or the damage made it look so
+            step = resumable_step(meta)
+            # Nothing was verified yet: a damaged step would sort the file wrongly.
+            named = step is not None and file == step_file(folder, step)
+            if not named and (step is None or file.match(_STEPS)):
                 checkpoint.verify(file)
         except CheckpointError as error:
             vanished |= not _passed_over(file, error, damaged)
             continue
-        if (step := resumable_step(meta)) is not None:
+        if step is not None:
             candidates.append((step, file.match(_STEPS), file))
     for *_, file in sorted(candidates, reverse=True):
         try:
