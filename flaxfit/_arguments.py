@@ -1,4 +1,4 @@
-"""Checks of plain arguments: counts, names, lists of callbacks."""
+"""Checks of plain arguments: names, shares, lists of callbacks."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -7,30 +7,10 @@ from typing import Any
 import flax.core
 import numpy as np
 
+from flaxfit._counts import as_count
 from flaxfit._errors import did_you_mean
 from flaxfit._types import PyTree
 from flaxfit.callbacks.base import Callback
-
-
-def as_count(argument: str, value: Any, *, least: int = 1) -> int:
-    """Returns `value` as an int.
-
-    Raises:
-      ValueError: not a whole number, or below `least`.
-    """
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or value < least:
-        raise ValueError(f"{argument}={value!r}: write a whole number >= {least}.")
-    return int(value)
-
-
-def as_optional_count(argument: str, value: Any) -> int | None:
-    """Returns `value` as an int of at least 1, or None.
-
-    Raises:
-      ValueError: anything else.
-    """
-    return None if value is None else as_count(argument, value)
 
 
 def as_steps_per_call(value: Any) -> int | None:

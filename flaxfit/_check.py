@@ -19,7 +19,7 @@ from flaxfit._loop import read
 from flaxfit._loss_pairing import pick, where
 from flaxfit._sharding import even_size
 from flaxfit._types import Batch, PyTree, TrainState
-from flaxfit.data import Source
+from flaxfit.data.source import Source
 
 _TIMES = "\N{MULTIPLICATION SIGN}"
 

@@ -19,7 +19,7 @@ from flaxfit._resume import Origin
 from flaxfit._saving import BackgroundWriter, Saver, restore_running, unpack
 from flaxfit._types import TrainState
 from flaxfit.callbacks.base import Callback, CallbackList, LoopState
-from flaxfit.data import Source
+from flaxfit.data.source import Source
 
 
 class Run:

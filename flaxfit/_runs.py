@@ -15,7 +15,8 @@ from flaxfit._feed import (
 )
 from flaxfit._loop import Evaluate, eval_loop, join_batches, predict_loop
 from flaxfit._types import Batch, PyTree, TrainState
-from flaxfit.data import ArraySource, Source
+from flaxfit.data.arrays import ArraySource
+from flaxfit.data.source import Source
 
 
 def open_training(

@@ -14,10 +14,8 @@ from flaxfit import _steps, checkpoint
 from flaxfit._arguments import (
     as_callbacks,
     as_choice,
-    as_count,
     as_epoch_filter,
     as_names,
-    as_optional_count,
     as_share,
     as_steps_per_call,
     as_variables,
@@ -29,6 +27,7 @@ from flaxfit._check import CheckReport, Text, first_lines, make_report
 from flaxfit._compilation_cache import use_compilation_cache
 from flaxfit._compile import listening
 from flaxfit._compile_report import CompileReport
+from flaxfit._counts import as_count, as_optional_count
 from flaxfit._display import make_display, make_progress
 from flaxfit._errors import CheckpointCorruptError, CheckpointError, DataError
 from flaxfit._feed import Execution
@@ -53,16 +52,16 @@ from flaxfit.callbacks.base import (
     own_state,
 )
 from flaxfit.checkpoint import RestoreReport
-from flaxfit.data import (
+from flaxfit.data.arrays import split_validation
+from flaxfit.data.batch import Binding
+from flaxfit.data.checks import check_lengths
+from flaxfit.data.dispatch import (
     DEFAULT_BATCH_SIZE,
-    Binding,
-    Source,
     as_batch,
     as_inputs_source,
     as_source,
-    check_lengths,
-    split_validation,
 )
+from flaxfit.data.source import Source
 from flaxfit.history import History
 
 # Arguments that say how to run: they belong to a machine, and not into a file.

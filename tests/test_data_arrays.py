@@ -9,8 +9,9 @@ import pytest
 
 from flaxfit._errors import DataError
 from flaxfit._types import Batch, CallSpec
-from flaxfit.data import Binding, as_batch, as_inputs_source, as_source
 from flaxfit.data.arrays import split_validation
+from flaxfit.data.batch import Binding
+from flaxfit.data.dispatch import as_batch, as_inputs_source, as_source
 
 ONE = Binding(CallSpec(("x",), (), ("x",)))
 TWO = Binding(CallSpec(("a", "b"), (), ("a", "b")))
@@ -260,7 +261,6 @@ def test_as_source_refuses(arguments, error, message):
         (X[:0], DataError, r"no examples: x has shape \(0, 2\)"),
         ([], DataError, "no examples"),
         (None, TypeError, r"fit\(None\) gives no data"),
-        ("mnist", TypeError, r"fit\('mnist'\).*not understood yet"),
         (3, TypeError, "a int is no data. Understood are arrays"),
         ((X, iter([Y])), TypeError, "a tuple of ndarray, list_iterator: .*a list"),
         ({"x": 3, "y": iter([Y])}, TypeError, "a dict of int, list_iterator"),

@@ -10,7 +10,8 @@ import pytest
 
 from flaxfit._errors import DataError
 from flaxfit._types import CallSpec
-from flaxfit.data import Binding, as_inputs_source, as_source
+from flaxfit.data.batch import Binding
+from flaxfit.data.dispatch import as_inputs_source, as_source
 
 ONE = Binding(CallSpec(("x",), (), ("x",)))
 X = np.arange(20, dtype=np.float32).reshape(10, 2)

@@ -3,13 +3,16 @@
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from flaxfit._segments import empty_array, rows_of
 from flaxfit._types import Batch, HostArray
+from flaxfit.data.order import order_of_pass
 from flaxfit.data.source import named_leaves, narrow
+from flaxfit.data.stream import NO_FACTS
 from flaxfit.data.weights import with_weights
 
 
@@ -36,6 +39,9 @@ class ArraySource:
 
     kind = "arrays"
     one_shot = False
+    seeks = True
+    facts = NO_FACTS
+    bookmark = None
 
     def __init__(
         self,
@@ -72,8 +78,11 @@ class ArraySource:
         if self._check is not None:
             self._check(jax.tree.unflatten(self._structure, self._leaves))
 
-    def batches(self, pass_index: int, start: int = 0) -> Iterator[Batch]:
+    def batches(
+        self, pass_index: int, start: int = 0, bookmark: Any = None
+    ) -> Iterator[Batch]:
         """Yields the batches of one pass, the same for the same `pass_index`."""
+        del bookmark
         for coded in self.order(pass_index)[start:]:
             yield self._cut(coded)
 
@@ -86,8 +95,9 @@ class ArraySource:
         """
         order = np.arange(self.num_batches * self.batch_size) % self.num_examples
         if self.shuffle:
-            seed = np.random.SeedSequence([*self._seed, pass_index])
-            order = np.random.default_rng(seed).permutation(self.num_examples)[order]
+            order = order_of_pass(
+                self.num_examples, pass_index, shuffle=True, seed=self._seed
+            )[order]
         order[self.num_examples :] = ~order[self.num_examples :]
         return order.reshape(-1, self.batch_size)
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from flaxfit._errors import DataError, did_you_mean
 from flaxfit._types import Batch, CallSpec, Inputs, PyTree
+from flaxfit.data.stream import Facts
 
 TARGET_NAMES = ("label", "labels", "target", "targets", "y")
 WEIGHT_NAMES = ("weights", "sample_weight", "sample_weights")
@@ -68,6 +69,20 @@ class Binding:
                     f"{did_you_mean(name, self.call.names)} Write "
                     "Trainer(model, inputs={parameter: key of the batch})."
                 )
+
+    def guided_by(self, facts: Facts) -> "Binding":
+        """Returns the binding with what a dataset says of itself where nothing is said.
+
+        Names of the call that the dataset has go before its word.
+        """
+        inputs, targets = self.inputs, self.targets
+        if inputs is None and facts.inputs is not None:
+            keys = (facts.inputs,) if isinstance(facts.inputs, str) else facts.inputs
+            named = all(name in facts.keys for name in self.call.required)
+            inputs = None if named else keys
+        if targets is None:
+            targets = facts.targets
+        return dataclasses.replace(self, inputs=inputs, targets=targets)
 
     def split(self, raw: Any) -> Batch:
         """Splits a raw batch; `weights` is None where it has none.
@@ -163,6 +178,8 @@ class Binding:
         """Finds the call's inputs among the keys that are not `taken`."""
         call = self.call
         free = [key for key in fields if key not in taken]
+        if not call.names and call.var_positional and len(free) == 1:
+            return (free[0],)  # nn.Sequential, which names none of its inputs
         # A target the call requires too (a decoder's) is both.
         found = {
             name: name

@@ -11,6 +11,7 @@ import numpy as np
 
 from flaxfit._errors import DataError
 from flaxfit._types import Batch, HostArray, PyTree
+from flaxfit.data.stream import Facts
 
 
 class Source(Protocol):
@@ -27,7 +28,19 @@ class Source(Protocol):
 
     @property
     def kind(self) -> str:
-        """`"arrays"`, `"iterable"`, `"generator function"` or `"iterator"`."""
+        """What it is, in words: `"arrays"`, `"torch DataLoader"`."""
+
+    @property
+    def seeks(self) -> bool:
+        """Whether `batches` begins anywhere without reading what is before."""
+
+    @property
+    def facts(self) -> Facts:
+        """What the dataset says of itself."""
+
+    @property
+    def bookmark(self) -> Mapping[str, Any] | None:
+        """Where an iterator that has a state stood lately; see `StreamSource`."""
 
     @property
     def one_shot(self) -> bool:
@@ -52,10 +65,15 @@ class Source(Protocol):
     def check(self) -> None:
         """Checks what is there to be checked before the first pass."""
 
-    def batches(self, pass_index: int, start: int = 0) -> Iterator[Batch]:
+    def batches(
+        self,
+        pass_index: int,
+        start: int = 0,
+        bookmark: Mapping[str, Any] | None = None,
+    ) -> Iterator[Batch]:
         """Yields the batches of one pass from number `start` on.
 
-        `pass_index` decides the order.
+        `pass_index` decides the order; a bookmark of that pass shortens the way.
 
         Their memory is theirs alone: a step may read it long after the next batch
         was asked for, so it is neither the loader's nor the user's.
@@ -101,9 +119,7 @@ def as_host(nest: PyTree, *, but_device: bool = False) -> PyTree:
     if isinstance(nest, Mapping):
         # Not by jax.tree.map, which would sort the keys that messages list.
         return {key: as_host(v, but_device=but_device) for key, v in nest.items()}
-    return jax.tree.map(
-        lambda leaf: _as_array(leaf, but_device), nest, is_leaf=_is_leaf
-    )
+    return jax.tree.map(lambda leaf: as_array(leaf, but_device), nest, is_leaf=_is_leaf)
 
 
 def is_array(value: object) -> bool:
@@ -200,7 +216,8 @@ def _paths(nest: PyTree, prefix: str) -> list[tuple[str, Any]]:
     return named
 
 
-def _as_array(leaf: Any, but_device: bool) -> Any:
+def as_array(leaf: Any, but_device: bool = False) -> Any:
+    """Returns an array-like as a NumPy array; see `as_host`."""
     # A memmap keeps its type, so that `narrow` can tell it is one.
     if type(leaf) is np.ndarray or isinstance(leaf, np.memmap):
         return leaf

@@ -1,0 +1,117 @@
+"""Single examples -> one raw batch of NumPy arrays, nested as they are."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from flaxfit._errors import DataError
+from flaxfit._types import HostArray
+from flaxfit.data.source import as_array, is_scalar
+
+
+def collate(examples: Sequence[Any]) -> Any:
+    """Returns a raw batch of examples that are nested alike.
+
+    Args:
+      examples: at least one; dicts, tuples, named tuples or any other pytrees of
+        arrays, numbers and text.
+
+    Returns:
+      The same nesting of arrays `[len(examples), ...]`; a leaf whose examples differ
+      in shape is an array of objects.
+
+    Raises:
+      DataError: examples of different nesting.
+    """
+    first = examples[0]
+    kind = type(first)
+    if any(type(example) is not kind for example in examples):
+        raise DataError(
+            "examples differ in kind: "
+            f"{', '.join(sorted({type(e).__name__ for e in examples}))}. Every example "
+            "needs the same nesting."
+        )
+    if isinstance(first, Mapping):
+        if any(example.keys() != first.keys() for example in examples):
+            raise DataError(_other_keys(examples))
+        return {key: collate([e[key] for e in examples]) for key in first}
+    if isinstance(first, tuple | list) and not is_list_of_numbers(first):
+        if any(len(example) != len(first) for example in examples):
+            raise DataError(
+                f"examples differ in length: a {kind.__name__} of {len(first)} and one "
+                f"of {next(len(e) for e in examples if len(e) != len(first))} parts."
+            )
+        parts = [collate(part) for part in zip(*examples, strict=True)]
+        return kind(*parts) if hasattr(first, "_fields") else kind(parts)
+    if first is None:
+        return None
+    if kind is np.ndarray or is_scalar(first) or isinstance(first, list):
+        return stack(examples)
+    leaves, structure = jax.tree.flatten(first)
+    others = (jax.tree.flatten(each)[1] for each in examples)
+    if any(bool(other != structure) for other in others):  # type: ignore[operator]
+        raise DataError(f"examples differ in nesting: {structure} is the first one's.")
+    if len(leaves) == 1 and leaves[0] is first:
+        return stack(examples)
+    columns = zip(*(jax.tree.leaves(each) for each in examples), strict=True)
+    return jax.tree.unflatten(structure, [stack(column) for column in columns])
+
+
+def stack(values: Sequence[Any]) -> HostArray:
+    """Returns `[len(values), ...]`, in a dtype that holds all of them."""
+    if isinstance(values[0], bool | int | float | str | bytes | np.generic):
+        return np.array(values)
+    arrays = [as_array(value) for value in values]
+    first = arrays[0]
+    shape, dtype = first.shape, first.dtype
+    if any(array.shape != shape for array in arrays):
+        ragged = np.empty(len(arrays), object)
+        ragged[:] = arrays
+        return ragged
+    if any(array.dtype != dtype for array in arrays):
+        return np.stack(arrays)
+    if not shape:
+        return np.array(arrays)
+    stacked = np.empty((len(arrays), *shape), dtype)
+    for row, array in enumerate(arrays):
+        stacked[row] = array
+    return stacked
+
+
+def looks_single(item: Any) -> bool:
+    """Whether an item is one example, and no batch of them.
+
+    It is where a part of it is a single value, or its parts differ in length: a batch
+    has one row for each example in all of its parts.
+    """
+    if isinstance(item, Mapping):
+        parts = list(item.values())
+    elif isinstance(item, tuple | list) and not is_list_of_numbers(item):
+        parts = list(item)
+    else:
+        parts = jax.tree.leaves(item)
+    lengths = set()
+    for leaf in jax.tree.leaves(parts, is_leaf=is_list_of_numbers):
+        if is_scalar(leaf):
+            return True
+        if hasattr(leaf, "__len__"):
+            lengths.add(len(leaf))
+    return len(lengths) > 1
+
+
+def is_list_of_numbers(value: Any) -> bool:
+    """Whether a list stands for one array."""
+    return isinstance(value, list) and all(
+        is_scalar(each) or is_list_of_numbers(each) for each in value
+    )
+
+
+def _other_keys(examples: Sequence[Mapping[str, Any]]) -> str:
+    first = examples[0].keys()
+    other = next(e.keys() for e in examples if e.keys() != first)
+    return (
+        f"examples differ in their keys: {', '.join(map(str, first))} and "
+        f"{', '.join(map(str, other))}. Every example needs the same ones."
+    )

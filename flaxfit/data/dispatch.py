@@ -1,0 +1,472 @@
+"""Data of any kind -> `Batch`es of fixed shape: the one door.
+
+`KINDS` lists, in the order they are tried, who recognizes a kind of dataset. Whatever
+nobody recognizes is arrays, or iterates over batches.
+"""
+
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+
+from flaxfit._errors import DataError
+from flaxfit._types import Batch
+from flaxfit.data.arrays import ArraySource
+from flaxfit.data.batch import Binding
+from flaxfit.data.checks import (
+    check_finite,
+    check_lengths,
+    check_values,
+    check_weights,
+)
+from flaxfit.data.collate import looks_single
+from flaxfit.data.example_set import (
+    ExampleSet,
+    stream_examples,
+    take_items,
+    take_rows,
+)
+from flaxfit.data.examples import Examples
+from flaxfit.data.iterables import from_iterable, length_of
+from flaxfit.data.source import (
+    Source,
+    as_host,
+    call_text,
+    is_array,
+    is_nest,
+    narrow,
+)
+from flaxfit.data.stream import NO_FACTS, Stream
+from flaxfit.data.stream_source import StreamSource
+from flaxfit.data.weights import ClassWeighting, with_weights
+
+DEFAULT_BATCH_SIZE = 32
+
+
+def as_source(
+    x: Any,
+    y: Any = None,
+    sample_weight: Any = None,
+    *,
+    binding: Binding,
+    batch_size: int | None = None,
+    default_batch_size: int | None = None,
+    multiple_of: int = 1,
+    shuffle: bool = False,
+    seed: Sequence[int] = (0,),
+    class_weight: Mapping[Any, float] | None = None,
+    steps: int | None = None,
+    check: Callable[[Batch], None] | None = None,
+    data_dir: str | None = None,
+    what: str = "fit",
+) -> Source:
+    """Makes a source of batches of whatever holds the data.
+
+    Args:
+      x: arrays in any nesting, `(x, y)`, `(x, y, weights)`, a dict of arrays, a
+        `Batch`, or a dataset: an iterable of batches, a function that yields them,
+        an iterator. A tuple is one dataset, a list of tuples or dicts is a list of
+        batches.
+      y: targets, any nesting of arrays; only with arrays.
+      sample_weight: `float[examples]` or, one for every element of the targets,
+        `float[examples, ...]`; only with arrays.
+      binding: how a raw batch is read.
+      batch_size: rows of a batch, but never more than there are; only for arrays.
+      default_batch_size: what programs are compiled for already: rows of a batch of
+        arrays if `batch_size` is None, even if there are fewer. None for 32, but
+        never more than there are.
+      multiple_of: rounds the rows of a batch of arrays up, for the devices.
+      shuffle: whether arrays come in a new order each pass; a dataset shuffles
+        itself.
+      seed: decides the order, together with the index of the pass.
+      class_weight: class to weight, for one target; a missing class weighs 1.
+      steps: the number of steps asked for; an iterator that ends before it is an
+        error.
+      check: called by `Source.check`, and with every batch of a dataset.
+      data_dir: where datasets by name lie; see `tfds.builder`.
+      what: the method the data was given to, for messages.
+
+    Raises:
+      DataError: data that cannot be trained on; see `data/checks`.
+      TypeError: data of an unknown kind.
+      ValueError: arguments that do not go together.
+    """
+    weighting = None if class_weight is None else ClassWeighting(class_weight)
+    x = adapt(x, what=what, data_dir=data_dir)
+    if _is_arrays(x, y, sample_weight, what):
+        data = _read_arrays(x, y, sample_weight, binding)
+        if weighting is not None:
+            data = weighting(data)
+        if data.weights is not None:
+            check_weights(data.weights)
+        size = _checked_size(
+            batch_size, default_batch_size, len(jax.tree.leaves(data)[0]), multiple_of
+        )
+        source: Source = ArraySource(
+            data,
+            size,
+            shuffle=shuffle,
+            seed=seed,
+            check=check,
+            unused=binding.unused(x) if y is None else (),
+        )
+        check_values(with_weights(data))
+        check_values(source.example)
+        return source
+    stream = _as_stream(
+        x, batch_size, default_batch_size, multiple_of, shuffle, seed, what
+    )
+    binding = binding.guided_by(stream.facts or NO_FACTS)
+
+    def read(raw: Any) -> Batch:
+        batch = binding.split(as_host(raw, but_device=True))
+        return batch if weighting is None else weighting(batch)
+
+    source = StreamSource(
+        stream,
+        read,
+        unused=binding.unused,
+        check=check,
+        what=what,
+        steps=steps,
+        multiple_of=multiple_of,
+    )
+    check_finite(source.example)
+    return source
+
+
+def as_inputs_source(
+    x: Any,
+    *,
+    binding: Binding,
+    batch_size: int | None = None,
+    default_batch_size: int | None = None,
+    multiple_of: int = 1,
+    check: Callable[[Batch], None] | None = None,
+    data_dir: str | None = None,
+    what: str = "predict",
+) -> Source:
+    """Makes a source of inputs: no targets, weights 1 for rows and 0 for fill.
+
+    Args:
+      x: what `as_source` takes; targets and weights are dropped. A tuple of arrays
+        is the inputs of a model that takes several, else `(x, y)` or
+        `(x, y, weights)`.
+      binding: how a raw batch is read.
+      batch_size: rows of a batch, but never more than there are; only for arrays.
+      default_batch_size: what programs are compiled for already: rows of a batch of
+        arrays if `batch_size` is None, even if there are fewer. None for 32, but
+        never more than there are.
+      multiple_of: rounds the rows of a batch of arrays up, for the devices.
+      check: called by `Source.check`, and with every batch of a dataset.
+      data_dir: where datasets by name lie; see `tfds.builder`.
+      what: the method the data was given to, for messages.
+
+    Raises:
+      DataError: data the model cannot be called with.
+      TypeError: data of an unknown kind.
+      ValueError: `batch_size` for a dataset, or a wrong one.
+    """
+    x = adapt(x, what=what, data_dir=data_dir)
+    if _is_arrays(x, None, None, what):
+        inputs = _whole_inputs(as_host(x), binding)
+        rows = check_lengths(inputs)
+        size = _checked_size(batch_size, default_batch_size, rows, multiple_of)
+        return ArraySource(narrow(inputs, keep_mapped=True), size, check=check)
+    stream = _as_stream(x, batch_size, default_batch_size, multiple_of, False, (), what)
+    binding = binding.guided_by(stream.facts or NO_FACTS)
+    return StreamSource(
+        stream,
+        lambda raw: _stream_inputs(as_host(raw, but_device=True), binding),
+        check=check,
+        what=what,
+        multiple_of=multiple_of,
+    )
+
+
+def as_batch(
+    x: Any,
+    y: Any = None,
+    sample_weight: Any = None,
+    *,
+    binding: Binding,
+    class_weight: Mapping[Any, float] | None = None,
+    what: str = "fit",
+) -> Batch:
+    """Returns arrays as one `Batch` on the host, with weights, unfilled.
+
+    Takes what `as_source` takes for arrays; `as_source` takes the result as `x`.
+
+    Raises:
+      DataError: data that cannot be trained on; see `data/checks`.
+      TypeError: data of an unknown kind.
+      ValueError: arguments that do not go together, or a dataset.
+    """
+    if not _is_arrays(x, y, sample_weight, what):
+        advice = (
+            "pass the rest of the data as validation_data=(x_val, y_val)"
+            if what == "validation_split"
+            else "write x, y = next(iter(dataset)) for its first batch"
+        )
+        raise ValueError(
+            f"{what} needs arrays here, not a {type(x).__name__}: {advice}."
+        )
+    data = _read_arrays(x, y, sample_weight, binding)
+    if class_weight is not None:
+        data = ClassWeighting(class_weight)(data)
+    data = with_weights(narrow(data))
+    check_weights(data.weights, all_zero=True)
+    check_values(data)
+    return data
+
+
+def adapt(x: Any, *, what: str, data_dir: str | None = None) -> Any:
+    """Returns a dataset as an `ExampleSet` or a `Stream`; other data as it is.
+
+    Args:
+      x: whatever holds the data.
+      what: the method it was given to, for messages.
+      data_dir: where datasets by name lie.
+
+    Raises:
+      TypeError, ValueError, DataError: a dataset that cannot be read as it is.
+    """
+    for recognizes, as_dataset in KINDS:
+        if recognizes(x):
+            return as_dataset(x, what=what, data_dir=data_dir)
+    return x
+
+
+def _open_examples(
+    examples: Examples, *, what: str, data_dir: str | None
+) -> ExampleSet:
+    """Returns what a user's `Examples` are made of, with what is done to them.
+
+    Raises:
+      TypeError: they come in batches already.
+      ValueError: processes for examples that have no index.
+    """
+    items = adapt(examples.items, what=what, data_dir=data_dir)
+    if isinstance(items, Stream):
+        raise TypeError(
+            f"Examples(...) of a {items.kind}, which yields whole batches. Give what "
+            "the batches are made of, or the batches themselves to "
+            f"{call_text(what, 'batches')}."
+        )
+    if not isinstance(items, ExampleSet):
+        items = _example_set(items, what)
+    if examples.processes and not items.by_index:
+        raise ValueError(
+            f"Examples(..., processes={examples.processes}) of a {items.kind}: "
+            "processes need items by index, with len(items) and items[0]. Write "
+            f"threads={examples.processes}."
+        )
+    return examples.applied_to(items)
+
+
+def _example_set(items: Any, what: str) -> ExampleSet:
+    if is_nest(items) and not isinstance(items, list):
+        arrays = as_host(items)
+        return ExampleSet("arrays", check_lengths(arrays), take_rows(arrays))
+    if hasattr(items, "__getitem__") and length_of(items) is not None:
+        kind = f"{type(items).__name__} of examples"
+        return ExampleSet(kind, length_of(items), take_items(items))
+    stream = from_iterable(items, what)
+    return ExampleSet(
+        f"{stream.kind} of examples",
+        stream.num_batches,
+        iterate=partial(_iterate, stream),
+        one_shot=stream.one_shot,
+    )
+
+
+def _iterate(stream: Stream, pass_index: int) -> Iterator[Any]:
+    return stream.open(pass_index, 0)
+
+
+def _as_stream(
+    x: Any,
+    batch_size: int | None,
+    default_batch_size: int | None,
+    multiple_of: int,
+    shuffle: bool,
+    seed: Sequence[int],
+    what: str,
+) -> Stream:
+    """Returns a dataset as raw batches.
+
+    Raises:
+      ValueError: `batch_size` for what comes in batches.
+    """
+    if not isinstance(x, ExampleSet | Stream):
+        x = _examples_of(x, batch_size, what) or from_iterable(x, what)
+    if isinstance(x, ExampleSet):
+        size = _checked_size(batch_size, default_batch_size, x.length, multiple_of)
+        return stream_examples(x, size, shuffle=shuffle, seed=seed)
+    _refuse_batch_size(batch_size, what)
+    return x
+
+
+def _examples_of(x: Any, batch_size: int | None, what: str) -> ExampleSet | None:
+    """Returns single examples that come by index or, if asked for, in a stream.
+
+    None for batches. Which of both they are the first one tells.
+    """
+    by_index = hasattr(x, "__getitem__") and length_of(x)
+    if by_index and not isinstance(x, Mapping) and looks_single(x[0]):
+        return _example_set(x, what)
+    if batch_size is None or by_index:
+        return None
+    examples = _example_set(x, what)
+
+    def iterate(pass_index: int) -> Iterator[Any]:
+        assert examples.iterate is not None
+        for number, item in enumerate(examples.iterate(pass_index)):
+            if number == 0 and not looks_single(item):
+                _refuse_batch_size(batch_size, what)
+            yield item
+
+    return replace(examples, iterate=iterate)
+
+
+def _is_arrays(x: Any, y: Any, sample_weight: Any, what: str) -> bool:
+    """Whether the data is arrays; False for a dataset, which has its targets inside.
+
+    Raises:
+      TypeError: no data, a name, or a tuple that holds something else than arrays.
+      ValueError: `y` or `sample_weight` beside data that has its own.
+    """
+    if x is None or isinstance(x, bytes):
+        arrays = "x" if what.startswith("predict") else "x, y"
+        raise TypeError(
+            f"{call_text(what, repr(x))} gives no data. Write "
+            f"{call_text(what, arrays)} with arrays, {call_text(what, repr('mnist'))} "
+            "for a dataset by name, or pass an iterable of batches."
+        )
+    name = "y" if y is not None else "sample_weight"
+    given = y is not None or sample_weight is not None
+    if isinstance(x, Batch):
+        if given:
+            raise ValueError(f"a Batch has its {name} inside: write {what}(batch).")
+        return True
+    if is_array(x) or (not _is_batch_list(x, y) and is_nest(x)):
+        return True
+    if given:
+        kind = x.kind if isinstance(x, ExampleSet | Stream) else type(x).__name__
+        raise ValueError(
+            f"{name} is given beside a {kind}, which yields whole batches "
+            f"of its own. Let it yield (x, y, weights) and write "
+            f"{call_text(what, 'dataset')}."
+        )
+    if isinstance(x, ExampleSet | Stream):
+        return False
+    if isinstance(x, Mapping) or (isinstance(x, tuple) and len(x) <= 3):
+        parts = x.values() if isinstance(x, Mapping) else x
+        raise TypeError(
+            f"a {type(x).__name__} of "
+            f"{', '.join(type(part).__name__ for part in parts) or 'nothing'}: a dict "
+            "or tuple is read as one dataset, {name: array}, (x, y) or (x, y, "
+            "weights), arrays in any nesting. For several batches pass a list of them."
+        )
+    return False
+
+
+def _is_batch_list(x: Any, y: Any) -> bool:
+    """Whether `x` lists batches: a list of tuples, dicts or lists of arrays."""
+    if not isinstance(x, list | tuple) or hasattr(x, "_fields"):
+        return False
+    # A tuple of two or three is one dataset, ((a, b), y) as well as ((a, b), (c, d)).
+    if isinstance(x, tuple) and (len(x) <= 3 or y is not None):
+        return False
+    return bool(x) and all(_is_nested(part) for part in x)
+
+
+def _is_nested(value: Any) -> bool:
+    nested = isinstance(value, tuple | list | Mapping | Batch)
+    return nested and not is_array(value)
+
+
+def _read_arrays(x: Any, y: Any, sample_weight: Any, binding: Binding) -> Batch:
+    """Returns all examples as one `Batch`; `weights` is None where none are given."""
+    data = binding.split(as_host(x if y is None else (x, y)))
+    if sample_weight is not None:
+        if data.weights is not None:
+            raise ValueError(
+                "sample_weight is given twice: as an argument and inside the data. "
+                "Leave one of them out."
+            )
+        data = data.replace(weights=as_host(sample_weight))
+    check_lengths(data)
+    data = narrow(data, keep_mapped=True)
+    return data if data.weights is None else with_weights(data)
+
+
+def _whole_inputs(raw: Any, binding: Binding) -> Batch:
+    """Reads arrays given to `predict`."""
+    if not isinstance(raw, tuple | list) or hasattr(raw, "_fields"):
+        return _stream_inputs(raw, binding)
+    if _is_nested(raw[0]) or callable(binding.inputs):
+        return _stream_inputs(raw, binding)
+    if binding.takes_several:
+        return Batch(binding.bind(raw), None, None)
+    if isinstance(raw, list) and len(raw) > 1:
+        raise DataError(
+            f"a list of {len(raw)} arrays for a model with one input. For a list of "
+            "examples write np.stack(x); for (x, y) a tuple; for batches "
+            "iter(batches)."
+        )
+    return _stream_inputs(raw, binding)
+
+
+def _stream_inputs(raw: Any, binding: Binding) -> Batch:
+    """Reads a raw batch for its inputs alone."""
+    if isinstance(raw, Mapping) or hasattr(raw, "_asdict"):
+        try:
+            inputs = binding.split(raw).inputs
+        except DataError:
+            # Not a batch with names for the call: then it is one input as it is.
+            inputs = binding.bind(raw)
+    else:
+        inputs = binding.split(raw).inputs
+    return Batch(inputs, None, None)
+
+
+def _checked_size(
+    batch_size: Any, default: int | None, examples: int | None, multiple_of: int
+) -> int:
+    """Returns the rows of a batch, never more than there are examples, if known."""
+    if batch_size is None and default is not None:
+        return -(-default // multiple_of) * multiple_of
+    try:
+        size = operator.index(DEFAULT_BATCH_SIZE if batch_size is None else batch_size)
+    except TypeError:
+        size = 0
+    if size < 1 or isinstance(batch_size, bool):
+        raise ValueError(
+            f"batch_size={batch_size!r}: expected a whole number of at least 1, e.g. "
+            f"batch_size={DEFAULT_BATCH_SIZE}."
+        )
+    # More would fill every batch up, and BatchNorm would count rows twice.
+    size = size if examples is None else min(size, examples)
+    return -(-size // multiple_of) * multiple_of
+
+
+def _refuse_batch_size(batch_size: Any, what: str) -> None:
+    if batch_size is not None:
+        argument = "batch_size"
+        if what == "validation_data":
+            argument = "validation_batch_size"
+        raise ValueError(
+            f"{argument}={batch_size!r} is given, but your iterable yields batches of "
+            "its own: set their size where they are made, and write "
+            f"{call_text(what, 'dataset')}."
+        )
+
+
+# (whether it is of the kind, what makes a dataset of it), in the order they are tried.
+KINDS: tuple[tuple[Callable[[Any], bool], Callable[..., Any]], ...] = (
+    (lambda x: isinstance(x, Examples), _open_examples),
+)
