@@ -1,15 +1,15 @@
 """Sources of batches -> segments on the device, made ahead of the steps."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import count, islice
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from flaxfit._packing import Ready, SegmentPacker
+from flaxfit._position import Bookmarks, Position, epochs_of
 from flaxfit._segments import (
     Resident,
     Segment,
@@ -48,29 +48,6 @@ class Execution:
         return 1 if single else self.steps_per_call
 
 
-class Position(NamedTuple):
-    """Where a fit stands in its data.
-
-    Attributes:
-      epoch: the epochs of the fit that are over.
-      batch: the batches of the epoch under way that were trained on.
-    """
-
-    epoch: int = 0
-    batch: int = 0
-
-    def in_passes(self, steps: int | None, length: int | None) -> tuple[int, int]:
-        """Returns the pass over the data, and the batch of it to go on with.
-
-        Args:
-          steps: batches of an epoch that does not go by passes, else None.
-          length: batches of a pass, None if that is unknown.
-        """
-        if steps is None:
-            return self.epoch, self.batch
-        return divmod(self.epoch * steps + self.batch, length or sys.maxsize)
-
-
 class Segments(Protocol):
     """The segments of one epoch, in order."""
 
@@ -99,6 +76,7 @@ def open_feed(
     steps: int | None,
     single: bool,
     position: Position = Position(),  # noqa: B008
+    bookmarks: Bookmarks | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Feed:
     """Returns the feed of a fit.
@@ -111,6 +89,7 @@ def open_feed(
       steps: batches of an epoch, from endless passes; None for one pass.
       single: whether every call takes one step.
       position: where to begin.
+      bookmarks: of data whose position is no number.
       stopped: whether to wait no longer.
     """
     if isinstance(source, ArraySource) and source.pad and source.in_memory:
@@ -122,7 +101,7 @@ def open_feed(
             return _ResidentFeed(
                 source, data, placement, capacity, epochs, steps, single, position
             )
-    batches = _epochs_of(source, steps, position)
+    batches = epochs_of(source, steps, position, bookmarks)
     return _StreamFeed(batches, placement, execution, source.pad, stopped)
 
 
@@ -357,29 +336,6 @@ class _Recording:
             raise
         self.kept.append(segment)
         return segment
-
-
-def _epochs_of(
-    source: Source, steps: int | None, position: Position
-) -> Iterator[Iterator[Batch]]:
-    """Yields the batches of each epoch: a pass each, or `steps` of endless passes."""
-    # Only reading tells where a pass of unknown length ends; an iterator has but one.
-    unknown = source.num_batches is None and not source.one_shot
-    first, start = position.in_passes(steps, source.num_batches)
-    if steps is None:
-        yield source.batches(first, start)
-        for index in count(first + 1):
-            yield source.batches(index)
-        return
-    skipped, start = (start, 0) if unknown else (0, start)
-    endless = (
-        batch
-        for index in count(first)
-        for batch in source.batches(index, start if index == first else 0)
-    )
-    yield islice(endless, skipped, skipped + steps - position.batch)
-    while True:
-        yield islice(endless, steps)
 
 
 def _rounded(rows: int) -> int:

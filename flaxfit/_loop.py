@@ -14,10 +14,11 @@ import numpy as np
 from flaxfit import checkpoint
 from flaxfit._compile import Program, Running, shapes_of_call
 from flaxfit._display import Display, epoch_display
-from flaxfit._feed import Feed, Position, Segments
+from flaxfit._feed import Feed, Segments
 from flaxfit._interrupt import Interrupt
 from flaxfit._pace import Pace
 from flaxfit._packing import Ready
+from flaxfit._position import Position
 from flaxfit._saving import Saver
 from flaxfit._segments import Stack
 from flaxfit._timing import Clock

@@ -14,6 +14,7 @@ from flaxfit._compile import Running
 from flaxfit._display import Display
 from flaxfit._errors import CheckpointError
 from flaxfit._intervals import as_interval
+from flaxfit._position import Bookmarks, Position
 from flaxfit._recorder import RunRecorder
 from flaxfit._resume import Origin
 from flaxfit._saving import BackgroundWriter, Saver, restore_running, unpack
@@ -36,6 +37,7 @@ class Run:
       origin: where the fit begins; known once `opened`.
       config: the trainer's arguments, as a file holds them; known after `compare`.
       saver: writes what callbacks ask for.
+      bookmarks: of the data; known after `compare`.
 
     Raises:
       ValueError: arguments that cannot be.
@@ -71,6 +73,7 @@ class Run:
         self._over: str | None = None
         self.origin = Origin.begin(0, 0)
         self.saver = Saver(self._writer, self._describe)
+        self.bookmarks: Bookmarks | None = None
 
     @property
     def name(self) -> str:
@@ -118,6 +121,7 @@ class Run:
     def compare(
         self,
         meta: dict[str, Any],
+        source: Source,
         data: Mapping[str, Any],
         hooks: Sequence[Callback],
         epochs: int,
@@ -127,7 +131,8 @@ class Run:
 
         Args:
           meta: what a file says of the trainer.
-          data: what it says of the data.
+          source: the data.
+          data: what a file says of it.
           hooks: the user's callbacks.
           epochs: the epoch to end at.
           total_steps: the step at which training will end, None if unknown.
@@ -144,6 +149,8 @@ class Run:
                 "settings": settings,
             }
         }
+        bookmark = origin.loop.get("bookmark")
+        self.bookmarks = Bookmarks(source, bookmark)
         if origin.saved is None:
             return
         _resume.differences(origin, meta["config"], data, say=self._display.say)
@@ -153,7 +160,7 @@ class Run:
         if before != epochs:
             self._display.say(f"changed: epochs was {before}, is {epochs}")
         self._over = _resume.is_over(origin, epochs, settings)
-        if data["kind"] != "arrays" and not self._over and origin.batch:
+        if not (source.seeks or bookmark or self._over) and origin.batch:
             self._display.say(
                 f"the {data['kind']} cannot be entered in the middle: what was trained "
                 "on is read once more, and left out"
@@ -243,8 +250,12 @@ class Run:
         """Waits until everything is written."""
         self._writer.close()
 
-    def _describe(self) -> dict[str, Any]:
-        return self._meta | {"loop": dict(self._meta["loop"])}
+    def _describe(self, epoch: int, batch: int) -> dict[str, Any]:
+        loop = dict(self._meta["loop"])
+        if self.bookmarks is not None:
+            position = Position(epoch - self.origin.first_epoch, batch)
+            loop["bookmark"] = self.bookmarks.at(position)
+        return self._meta | {"loop": loop}
 
 
 def origin_text(origin: Origin) -> str:

@@ -8,12 +8,12 @@ from flaxfit._display import Display, Silent
 from flaxfit._feed import (
     Execution,
     Feed,
-    Position,
     first_segment,
     open_feed,
     open_pass,
 )
 from flaxfit._loop import Evaluate, eval_loop, join_batches, predict_loop
+from flaxfit._position import Bookmarks, Position
 from flaxfit._types import Batch, PyTree, TrainState
 from flaxfit.data.arrays import ArraySource
 from flaxfit.data.source import Source
@@ -27,6 +27,7 @@ def open_training(
     epochs: int,
     steps: int | None,
     position: Position = Position(),  # noqa: B008
+    bookmarks: Bookmarks | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Feed:
     """Returns the feed of a fit; see `open_feed`."""
@@ -38,6 +39,7 @@ def open_training(
         steps=steps,
         single=built.programs.single,
         position=position,
+        bookmarks=bookmarks,
         stopped=stopped,
     )
 

@@ -89,11 +89,11 @@ class Saver:
 
     Args:
       writer: who writes them.
-      describe: returns what a file says of the trainer and the fit.
+      describe: (epoch, batch) -> what a file says of the trainer and the fit.
     """
 
     def __init__(
-        self, writer: BackgroundWriter, describe: Callable[[], dict[str, Any]]
+        self, writer: BackgroundWriter, describe: Callable[[int, int], dict[str, Any]]
     ) -> None:
         self._writer = writer
         self._describe = describe
@@ -144,11 +144,13 @@ class Saver:
         if running is not None:
             extra["running"] = dict(enumerate(jax.tree.leaves(running)))
         over = loop.history.epoch[-1:] == [loop.epoch]
-        meta = self._describe()
+        epoch = loop.epoch + 1 if over else loop.epoch
+        batch = 0 if running is None else loop.batch
+        meta = self._describe(epoch, batch)
         meta["loop"] |= {
             "step": loop.step,
-            "epoch": loop.epoch + 1 if over else loop.epoch,
-            "batch": 0 if running is None else loop.batch,
+            "epoch": epoch,
+            "batch": batch,
             "steps_per_epoch": loop.steps_per_epoch,
             "stop_reason": None if loop.broken_off else loop.stop_reason,
             "callbacks": states,

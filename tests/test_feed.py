@@ -217,7 +217,7 @@ class Batches:
     """A source of the batches given, in the same order in every pass."""
 
     pad, unused, kind, one_shot = True, (), "iterable", False
-    num_batches = num_examples = None
+    num_batches = num_examples = bookmark = None
 
     def __init__(self, batches, error=None):
         self.given, self.error, self.passes = batches, error, 0
@@ -226,7 +226,7 @@ class Batches:
     def check(self):
         pass
 
-    def batches(self, pass_index, start=0):
+    def batches(self, pass_index, start=0, bookmark=None):
         self.passes += 1
         yield from self.given
         if self.error is not None:
@@ -277,7 +277,7 @@ def test_a_waiting_consumer_gets_what_there_is():
     gate = threading.Event()
 
     class Slow(Batches):
-        def batches(self, pass_index, start=0):
+        def batches(self, pass_index, start=0, bookmark=None):
             yield from self.given[:2]
             gate.wait(10)
             yield self.given[2]

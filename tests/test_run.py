@@ -206,7 +206,8 @@ def test_batches_of_others_are_read_past(kind, tmp_path, capsys):
     run(tmp_path / "a", InterruptAt(8))
     capsys.readouterr()
     resumed, continued = run(tmp_path / "a")
-    assert "cannot be entered in the middle" in capsys.readouterr().out
+    told = "cannot be entered in the middle" in capsys.readouterr().out
+    assert told is (kind != "list")  # which is entered by index
     assert continued.history == history.history
     same(resumed.state, whole.state)
 
