@@ -98,6 +98,19 @@ def as_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     return value
 
 
+def as_switch(name: str, value: Any) -> bool | str:
+    """Returns True, False or `"auto"`.
+
+    Raises:
+      ValueError: it is none of them.
+    """
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    if value != "auto":
+        raise ValueError(f'{name}={value!r}: write True, False or "auto".')
+    return "auto"
+
+
 def as_epoch_filter(frequency: int | Iterable[int]) -> Callable[[int], bool]:
     """Returns whether to validate after an epoch (from 0).
 

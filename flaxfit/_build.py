@@ -21,6 +21,7 @@ from flaxfit._errors import DataError, DetectionError
 from flaxfit._forms import differences, forms_of, listed, shapes_of
 from flaxfit._models.base import Adapted, ModelFamily, Overrides
 from flaxfit._objective import check_targets, resolve_objective
+from flaxfit._pictures import as_floats, given_floats
 from flaxfit._sharding import Placement
 from flaxfit._steps import (
     Task,
@@ -55,6 +56,7 @@ class Settings:
     seed: int
     make_train_step: Callable[[Task], TrainStep]
     nonfinite: str
+    scale_images: bool | str
 
 
 class Built(NamedTuple):
@@ -73,6 +75,7 @@ class Built(NamedTuple):
       eval_logs: those of an evaluation step; a model may sow other values there.
       total_steps: what the optimizer was resolved for, None if that is not known.
       complete: whether there is a loss; without targets one can only predict.
+      scaled: whether pictures among the inputs are scaled on the device.
     """
 
     adapted: Adapted
@@ -87,6 +90,7 @@ class Built(NamedTuple):
     eval_logs: PyTree
     total_steps: int | None
     complete: bool
+    scaled: bool
 
     def empty(self) -> Running:
         """Returns an empty accumulator for training."""
@@ -157,8 +161,12 @@ def build(
     """
     example = shapes_of(example)
     key = jax.eval_shape(lambda: jax.random.key(settings.seed))
-    with noted(example.inputs):
-        adapted = known or family.adapt(model, example.inputs, settings.overrides)
+    scaled = settings.scale_images is True
+    seen = jax.eval_shape(as_floats, example.inputs) if scaled else example.inputs
+    with noted(seen):
+        adapted = known or family.adapt(model, seen, settings.overrides)
+        if scaled and not known:
+            adapted = given_floats(adapted)
         outputs = trace_outputs(adapted, key, example.inputs)
     rows = example.weights.shape[0]
     objective = resolve_objective(
@@ -217,11 +225,12 @@ def build(
         template=template,
         variables=variables,
         outputs=outputs,
-        example=example,
+        example=example.replace(inputs=seen),
         logs=traced.logs,
         eval_logs=evaluated.logs,
         total_steps=total_steps,
         complete=complete,
+        scaled=scaled,
     )
 
 

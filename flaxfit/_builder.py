@@ -67,6 +67,7 @@ class Builder:
         self._model = model
         self._family = family
         self._settings = settings
+        self._asked_to_scale = settings.scale_images
         self._built: Built | None = None
         # The forms of batches that were found to fit: looking again takes traces.
         self._fitting: set[Hashable] = set()
@@ -83,6 +84,20 @@ class Builder:
     def nonfinite(self) -> str:
         """What a loss does that is not finite; see `Trainer`."""
         return self._settings.nonfinite
+
+    @property
+    def scaled(self) -> bool:
+        """Whether pictures among the inputs are scaled on the device."""
+        return self._settings.scale_images is True
+
+    def learn(self, pictures: bool) -> None:
+        """Takes over from the first dataset whether it holds pictures to be scaled.
+
+        Args:
+          pictures: whether its `uint8` inputs are pictures.
+        """
+        if self._asked_to_scale == "auto":
+            self._settings = replace(self._settings, scale_images=pictures)
 
     @property
     def is_built(self) -> bool:
@@ -234,6 +249,8 @@ class Builder:
 
     def _fits(self, batch: Batch, afresh: bool, inputs_only: bool) -> bool:
         """Returns whether a batch fits what was built; raises unless `afresh`."""
+        if self.built.scaled != self.scaled:
+            return False
         form = (inputs_only, *_form_of((batch.inputs, batch.targets)))
         if form in self._fitting:
             return True

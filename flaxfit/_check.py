@@ -17,10 +17,12 @@ from flaxfit._display import (
 from flaxfit._forms import describe_array
 from flaxfit._loop import read
 from flaxfit._loss_pairing import pick, where
+from flaxfit._pictures import has_pictures
 from flaxfit._sharding import even_size
 from flaxfit._types import Batch, PyTree, TrainState
 from flaxfit.data.source import Source
 
+_MOST_CLASSES = 10
 _TIMES = "\N{MULTIPLICATION SIGN}"
 
 
@@ -68,6 +70,7 @@ def first_lines(
     source: Source,
     unused: Sequence[str] = (),
     spare_devices: int = 0,
+    class_names: Sequence[str] = (),
 ) -> list[str]:
     """Returns the lines a `fit` begins with: two, more if there is more to say.
 
@@ -77,6 +80,7 @@ def first_lines(
       source: the data.
       unused: keys of the data of which nothing is read, besides the source's.
       spare_devices: how many devices have nothing to do.
+      class_names: the names of the classes.
     """
     detected = built.adapted.detected
     parts = [
@@ -100,6 +104,12 @@ def first_lines(
             ]
         ),
     ]
+    if source.kind != "arrays":
+        lines.append(f"data: {_data_text(source)}")
+    if class_names:
+        lines.append(f"classes: {listed_classes(class_names)}")
+    if built.scaled and has_pictures(source.example.inputs):
+        lines.append("pictures: uint8, divided by 255 on the device")
     if isinstance(built.example.inputs, dict) or len(built.example.inputs) > 1:
         lines.append(_inputs_text(built.example))
     if spare_devices:
@@ -122,7 +132,15 @@ def first_lines(
     return lines
 
 
-def make_report(built: Built, state: TrainState, source: Source) -> CheckReport:
+def listed_classes(names: Sequence[str]) -> str:
+    """Returns the names of classes, the first of them if they are many."""
+    shown = ", ".join(names[:_MOST_CLASSES])
+    return shown if len(names) <= _MOST_CLASSES else f"{shown}, … ({len(names)})"
+
+
+def make_report(
+    built: Built, state: TrainState, source: Source, class_names: Sequence[str] = ()
+) -> CheckReport:
     """Computes the report on the first batch; the state is only read."""
     example = source.example
     loss, gradients = read(built.programs.gradient(state, example))
@@ -140,6 +158,7 @@ def make_report(built: Built, state: TrainState, source: Source) -> CheckReport:
     rows = {
         **_model_rows(built, state),
         **_data_rows(built, source, example),
+        **({"classes": listed_classes(class_names)} if class_names else {}),
         "loss": _loss_text(built),
         "loss now" if int(read(state.step)) else "initial loss": format_value(
             float(loss)
@@ -193,10 +212,8 @@ def _warning_rows(built: Built, state: TrainState, example: Batch) -> dict[str, 
 
 
 def _data_rows(built: Built, source: Source, example: Batch) -> dict[str, str]:
-    size = "" if source.num_examples is None else f"{source.num_examples:,} examples, "
-    batches = "unknown number of" if source.num_batches is None else source.num_batches
     rows = {
-        "data": f"{source.kind}: {size}{batches} batches of {source.batch_size}",
+        "data": _data_text(source),
         "inputs": _inputs_text(example).removeprefix("inputs: "),
         "outputs": _shapes(built.outputs),
         "targets": _shapes(example.targets),
@@ -210,6 +227,12 @@ def _data_rows(built: Built, source: Source, example: Batch) -> dict[str, str]:
         low, high = min(map(np.min, labels)), max(map(np.max, labels))
         rows["labels"] = f"{low}..{high} in the first batch"
     return rows
+
+
+def _data_text(source: Source) -> str:
+    size = "" if source.num_examples is None else f"{source.num_examples:,} examples, "
+    batches = "unknown number of" if source.num_batches is None else source.num_batches
+    return f"{source.kind}: {size}{batches} batches of {source.batch_size}"
 
 
 def _chance(built: Built) -> float | None:

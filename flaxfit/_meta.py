@@ -5,7 +5,7 @@ left that it has to be given again.
 """
 
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,12 @@ _PACKAGES = ("flaxfit", "jax", "flax", "optax")
 
 
 def to_meta(
-    config: Mapping[str, Any], example: Batch, *, batch_size: int, opt_state: PyTree
+    config: Mapping[str, Any],
+    example: Batch,
+    *,
+    batch_size: int,
+    opt_state: PyTree,
+    class_names: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Returns the description of a trainer, in plain msgpack types.
 
@@ -28,6 +33,7 @@ def to_meta(
       example: the shapes of the batch it was built from.
       batch_size: that of its last fit.
       opt_state: the shapes of the optimizer's state.
+      class_names: the names of the classes, where the data had names for them.
     """
     # Structures of other kinds have no name in a file: the first data tells them.
     plain = all(_is_plain(tree) for tree in (example.inputs, example.targets))
@@ -40,6 +46,7 @@ def to_meta(
         "example": shapes or None,
         "optimizer": _outline(opt_state),
         "contents": "state",
+        "class_names": list(class_names),
     }
 
 

@@ -18,12 +18,19 @@ from flaxfit._arguments import (
     as_names,
     as_share,
     as_steps_per_call,
+    as_switch,
     as_variables,
     refuse_list,
 )
 from flaxfit._build import Built, Settings
 from flaxfit._builder import NO_DATA_YET, Builder
-from flaxfit._check import CheckReport, Text, first_lines, make_report
+from flaxfit._check import (
+    CheckReport,
+    Text,
+    first_lines,
+    listed_classes,
+    make_report,
+)
 from flaxfit._compilation_cache import use_compilation_cache
 from flaxfit._compile import listening
 from flaxfit._compile_report import CompileReport
@@ -52,7 +59,6 @@ from flaxfit.callbacks.base import (
     own_state,
 )
 from flaxfit.checkpoint import RestoreReport
-from flaxfit.data.arrays import split_validation
 from flaxfit.data.batch import Binding
 from flaxfit.data.checks import check_lengths
 from flaxfit.data.dispatch import (
@@ -60,6 +66,7 @@ from flaxfit.data.dispatch import (
     as_batch,
     as_inputs_source,
     as_source,
+    split_data,
 )
 from flaxfit.data.source import Source
 from flaxfit.history import History
@@ -116,6 +123,10 @@ class Trainer:
         back to that checkpoint, and on with the next batch; `"skip"` leaves the batch
         out, as well as one that makes a parameter so, which takes a pass over the
         state in every step; `"ignore"` goes on.
+      scale_images: whether pictures, inputs of `uint8[batch, height, width, ...]`, are
+        divided by 255 on the device before the model is called. `"auto"` does so where
+        the first data says that they are pictures: TFDS, Hugging Face and image
+        folders do, plain arrays do not.
       devices: what to train on, data-parallel: None for all local devices, as many as
         divide the batch (or `jax_default_device` alone, where it is set); their
         number, a list of them, or a `jax.sharding.Mesh`, whose devices all have to
@@ -167,6 +178,7 @@ class Trainer:
         targets: Any = None,
         make_train_step: Callable[[Task], TrainStep] | None = None,
         nonfinite: Literal["stop", "skip", "rollback", "ignore"] = "stop",
+        scale_images: bool | Literal["auto"] = "auto",
         devices: Any = None,
         steps_per_call: int | str = "auto",
         device_data: float = 0.25,
@@ -200,6 +212,7 @@ class Trainer:
             nonfinite=as_choice(
                 "nonfinite", nonfinite, ("stop", "skip", "rollback", "ignore")
             ),
+            scale_images=as_switch("scale_images", scale_images),
         )
         family = model_family(model)
         self._name = type(model).__name__
@@ -214,6 +227,7 @@ class Trainer:
         )
         use_compilation_cache(compilation_cache)
         self._holder = StateHolder()
+        self._class_names: tuple[str, ...] = ()
         self._batch_size = DEFAULT_BATCH_SIZE
         # Of the fits under way.
         self._clocks: list[Clock] = []
@@ -247,6 +261,7 @@ class Trainer:
         save_every: int | str | None = None,
         resume: str | os.PathLike[str] = "auto",
         monitor: str | None = None,
+        data_dir: str | os.PathLike[str] | None = None,
     ) -> History:
         """Trains the model; a second call goes on from where the first ended.
 
@@ -288,6 +303,8 @@ class Trainer:
             `run_dir/old-1`; a path goes on from that checkpoint.
           monitor: the log that decides which epoch is the best; `val_loss`, or `loss`
             without a validation.
+          data_dir: where datasets of TensorFlow Datasets lie that are given by name;
+            `$TFDS_DATA_DIR`, or `~/tensorflow_datasets`.
 
         Returns:
           The `History`, of a resumed run from its first epoch on. After Ctrl-C too, of
@@ -326,8 +343,18 @@ class Trainer:
             clock.switch("waiting_for_data")
             if validation_split:
                 unused = self._binding.unused(x) if y is None else ()
-                x, validation_data = self._split(
-                    x, y, sample_weight, validation_split, validation_data
+                if validation_data is not None:
+                    raise ValueError(
+                        "fit got both validation_split and validation_data; give one "
+                        "of them."
+                    )
+                x, validation_data = split_data(
+                    x,
+                    y,
+                    sample_weight,
+                    validation_split,
+                    binding=self._binding,
+                    data_dir=data_dir,
                 )
                 y = sample_weight = None
             source = as_source(
@@ -341,6 +368,7 @@ class Trainer:
                 class_weight=class_weight,
                 steps=steps,
                 check=self._builder.check_values,
+                data_dir=data_dir,
             )
             _refuse_one_shot(source, "fit", span, steps)
             if self._builder.nonfinite == "rollback":
@@ -352,10 +380,15 @@ class Trainer:
             built = self._build(source, total_steps, place=True)
             self._batch_size = source.batch_size
             validation = self._validation_source(
-                validation_data, validation_batch_size, len(span), validation_steps
+                validation_data,
+                validation_batch_size,
+                len(span),
+                validation_steps,
+                data_dir,
             )
             run.compare(
                 self._meta(),
+                source,
                 describe_data(source, validation, shuffle=shuffle, steps=steps),
                 hooks,
                 epochs,
@@ -365,7 +398,12 @@ class Trainer:
             if verbose != 0:
                 state = self._holder.peek()
                 for line in first_lines(
-                    built, state, source, unused, self._builder.spare_devices
+                    built,
+                    state,
+                    source,
+                    unused,
+                    self._builder.spare_devices,
+                    self._class_names,
                 ):
                     display.say(line)
             history = History(
@@ -398,6 +436,7 @@ class Trainer:
                     epochs=len(span) - position.epoch,
                     steps=steps,
                     position=position,
+                    bookmarks=run.bookmarks,
                     stopped=lambda: interrupt.requested,
                 ),
                 steps_per_call=self._execution.per_call(single=built.programs.single),
@@ -480,6 +519,7 @@ class Trainer:
         epochs: int = 1,
         steps_per_epoch: int | None = None,
         verbose: int | str = "auto",
+        data_dir: str | os.PathLike[str] | None = None,
         **keras: Any,
     ) -> dict[str, float]:
         """Compiles what `fit`, `evaluate` and `predict` need for this data, ahead.
@@ -494,6 +534,7 @@ class Trainer:
             training needs it.
           steps_per_epoch: as for `fit`.
           verbose: 0 to show nothing.
+          data_dir: as for `fit`.
           **keras: refused, with a hint, for those who know Keras's `compile`.
 
         Returns:
@@ -521,6 +562,7 @@ class Trainer:
             batch_size=batch_size,
             steps=steps,
             check=self._builder.check_values,
+            data_dir=data_dir,
             what="compile",
         )
         _refuse_to_use_up(source, "compile")
@@ -593,6 +635,7 @@ class Trainer:
         sample_weight: Any = None,
         steps: int | None = None,
         return_dict: bool = True,
+        data_dir: str | os.PathLike[str] | None = None,
     ) -> dict[str, Any]:
         """Returns the loss and metrics over all examples; changes nothing.
 
@@ -606,6 +649,7 @@ class Trainer:
           sample_weight: `float[examples]`, or one for every element of the targets.
           steps: use the first so many batches only.
           return_dict: for those who know Keras; there is nothing but a dict.
+          data_dir: as for `fit`.
 
         Returns:
           `{"loss": …, "accuracy": …}`, floats.
@@ -617,7 +661,14 @@ class Trainer:
         steps = as_optional_count("steps", steps)
         display = make_progress(verbose)
         source = self._source(
-            x, y, sample_weight, batch_size, "evaluate", steps=steps, divided=True
+            x,
+            y,
+            sample_weight,
+            batch_size,
+            "evaluate",
+            steps=steps,
+            divided=True,
+            data_dir=data_dir,
         )
         built = self._build(source)
         self._init_state(source.example)
@@ -718,6 +769,7 @@ class Trainer:
             check=self._builder.check_values,
             what=what,
         )
+        self._learn(source)
         built = self._builder.build_for_inputs(
             source.example, afresh=not self._holder.settled
         )
@@ -826,6 +878,11 @@ class Trainer:
             return int(read(state.step))
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes 0, 1, …, where the data had names for them."""
+        return self._class_names
+
+    @property
     def compiles(self) -> dict[str, int]:
         """How often each phase was compiled: `{"train": 1, "eval": 1, …}`."""
         return self._builder.compiles
@@ -848,7 +905,12 @@ class Trainer:
         return Text(built.adapted.summary(built.example.inputs))
 
     def check(
-        self, x: Any, y: Any = None, *, batch_size: int | None = None
+        self,
+        x: Any,
+        y: Any = None,
+        *,
+        batch_size: int | None = None,
+        data_dir: str | os.PathLike[str] | None = None,
     ) -> CheckReport:
         """Tells what was understood, without training: `print(trainer.check(x, y))`.
 
@@ -858,16 +920,18 @@ class Trainer:
           x: the data, as for `fit`, but no iterator: it would lose a batch.
           y: targets, for arrays.
           batch_size: rows of a batch, for arrays; that of the last `fit`, or 32.
+          data_dir: as for `fit`.
         """
-        source = self._source(x, y, None, batch_size, "check")
+        source = self._source(x, y, None, batch_size, "check", data_dir=data_dir)
         _refuse_to_use_up(source, "check")
         built = self._build(source)
         if self._pending is not None:
             self._restore(self._pending)
         if self._holder.empty:
-            return make_report(built, self._builder.fresh_state(source.example), source)
+            state = self._builder.fresh_state(source.example)
+            return make_report(built, state, source, self._class_names)
         with self._holder.borrow() as state:
-            return make_report(built, state, source)
+            return make_report(built, state, source, self._class_names)
 
     def __repr__(self) -> str:
         progress = "untrained" if self._holder.empty else f"step {self.step}"
@@ -925,6 +989,7 @@ class Trainer:
         config, example, batch_size = from_meta(saved.meta, changes, saved.path)
         trainer = cls(model, **config, **execution)
         trainer._batch_size = batch_size
+        trainer._class_names = tuple(saved.meta.get("class_names", ()))
         trainer._pending = _Pending(
             saved, "learning_rate" in changes, strict, params_only, rename
         )
@@ -993,6 +1058,7 @@ class Trainer:
         *,
         steps: int | None = None,
         divided: bool = False,
+        data_dir: Any = None,
     ) -> Source:
         devices = len(self._builder.placement.devices)
         return as_source(
@@ -1005,23 +1071,17 @@ class Trainer:
             multiple_of=devices if divided else 1,
             steps=steps,
             check=self._builder.check_values,
+            data_dir=data_dir,
             what=what,
         )
 
-    def _split(
-        self, x: Any, y: Any, sample_weight: Any, fraction: float, validation_data: Any
-    ) -> tuple[Batch, Batch]:
-        if validation_data is not None:
-            raise ValueError(
-                "fit got both validation_split and validation_data; give one of them."
-            )
-        whole = as_batch(
-            x, y, sample_weight, binding=self._binding, what="validation_split"
-        )
-        return split_validation(whole, fraction)
-
     def _validation_source(
-        self, data: Any, batch_size: int | None, epochs: int, steps: int | None
+        self,
+        data: Any,
+        batch_size: int | None,
+        epochs: int,
+        steps: int | None,
+        data_dir: Any,
     ) -> Source | None:
         if data is None:
             return None
@@ -1034,6 +1094,7 @@ class Trainer:
                 "validation_data",
                 steps=steps,
                 divided=True,
+                data_dir=data_dir,
             )
             _refuse_one_shot(source, "validation_data", range(epochs), steps)
             self._build(source, afresh=False)
@@ -1092,6 +1153,7 @@ class Trainer:
                     f" which do not divide batch_size={source.batch_size}. Write "
                     f"batch_size={now.rounded(source.batch_size)} inside of it."
                 )
+        self._learn(source)
         built = self._builder.build(
             source.example, total_steps, afresh=afresh, placement=placement
         )
@@ -1099,6 +1161,24 @@ class Trainer:
             source.pad = False
         source.check()
         return built
+
+    def _learn(self, source: Source) -> None:
+        """Takes over what the data says of itself, before anything is built of it.
+
+        Raises:
+          DataError: its classes are not those the trainer was trained on.
+        """
+        names, known = source.facts.class_names, self._class_names
+        if not self._holder.settled:
+            self._builder.learn(source.facts.pictures)
+            self._class_names = names or known
+        elif names and known and names != known:
+            raise DataError(
+                f"The data has the classes {listed_classes(names)}, and this trainer "
+                f"was trained on {listed_classes(known)}: a label would be another "
+                "class. Give data with the same classes in the same order, or make a "
+                "new Trainer."
+            )
 
     def _init_state(self, example: Batch) -> None:
         """Sees to it that there is a state, and that it fits what was built."""
@@ -1170,10 +1250,11 @@ class Trainer:
     def _meta(self) -> dict[str, Any]:
         built = self._builder.built
         return to_meta(
-            self._config,
+            {**self._config, "scale_images": self._builder.scaled},
             built.example,
             batch_size=self._batch_size,
             opt_state=built.template.opt_state,
+            class_names=self._class_names,
         )
 
     def _build_for(self, example: Batch, where: str) -> None:

@@ -194,6 +194,20 @@ def split_validation(data: Batch, fraction: float) -> tuple[Batch, Batch]:
     Raises:
       ValueError: `fraction` is out of range or leaves one side empty.
     """
+    train = train_rows(len(jax.tree.leaves(data)[0]), fraction)
+    warn_if_sorted(data)
+    return (
+        jax.tree.map(lambda leaf: leaf[:train], data),
+        jax.tree.map(lambda leaf: leaf[train:], data),
+    )
+
+
+def train_rows(total: int, fraction: float) -> int:
+    """Returns how many of `total` examples are for training: `floor(n * (1 - f))`.
+
+    Raises:
+      ValueError: `fraction` is out of range or leaves one side empty.
+    """
     real = isinstance(fraction, float | int) and not isinstance(fraction, bool)
     if not real or not 0 < fraction < 1:
         raise ValueError(
@@ -201,7 +215,6 @@ def split_validation(data: Batch, fraction: float) -> tuple[Batch, Batch]:
             "e.g. validation_split=0.1. To validate on data of its own write "
             "validation_data=(x_val, y_val)."
         )
-    total = len(jax.tree.leaves(data)[0])
     train = math.floor(total * (1 - fraction))
     if not 0 < train < total:
         raise ValueError(
@@ -209,14 +222,11 @@ def split_validation(data: Batch, fraction: float) -> tuple[Batch, Batch]:
             f"train on and {total - train} to validate on: both need at least one. "
             "Pass more examples, another fraction, or validation_data=(x_val, y_val)."
         )
-    _warn_if_sorted(data)
-    return (
-        jax.tree.map(lambda leaf: leaf[:train], data),
-        jax.tree.map(lambda leaf: leaf[train:], data),
-    )
+    return train
 
 
-def _warn_if_sorted(data: Batch) -> None:
+def warn_if_sorted(data: Batch) -> None:
+    """Warns where the targets are classes in their order."""
     for name, leaf in named_leaves(data.replace(weights=None)):
         labels = leaf.reshape(-1) if leaf.size == len(leaf) else leaf
         if (

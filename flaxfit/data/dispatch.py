@@ -5,16 +5,23 @@ nobody recognizes is arrays, or iterates over batches.
 """
 
 import operator
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 
 from flaxfit._errors import DataError
 from flaxfit._types import Batch
-from flaxfit.data.arrays import ArraySource
+from flaxfit.data.arrays import (
+    ArraySource,
+    split_validation,
+    train_rows,
+    warn_if_sorted,
+)
 from flaxfit.data.batch import Binding
 from flaxfit.data.checks import (
     check_finite,
@@ -25,6 +32,7 @@ from flaxfit.data.checks import (
 from flaxfit.data.collate import looks_single
 from flaxfit.data.example_set import (
     ExampleSet,
+    batch_of_rows,
     stream_examples,
     take_items,
     take_rows,
@@ -44,6 +52,7 @@ from flaxfit.data.stream_source import StreamSource
 from flaxfit.data.weights import ClassWeighting, with_weights
 
 DEFAULT_BATCH_SIZE = 32
+_FEW_LABELS = 32
 
 
 def as_source(
@@ -60,7 +69,7 @@ def as_source(
     class_weight: Mapping[Any, float] | None = None,
     steps: int | None = None,
     check: Callable[[Batch], None] | None = None,
-    data_dir: str | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
     what: str = "fit",
 ) -> Source:
     """Makes a source of batches of whatever holds the data.
@@ -146,7 +155,7 @@ def as_inputs_source(
     default_batch_size: int | None = None,
     multiple_of: int = 1,
     check: Callable[[Batch], None] | None = None,
-    data_dir: str | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
     what: str = "predict",
 ) -> Source:
     """Makes a source of inputs: no targets, weights 1 for rows and 0 for fill.
@@ -223,7 +232,57 @@ def as_batch(
     return data
 
 
-def adapt(x: Any, *, what: str, data_dir: str | None = None) -> Any:
+def split_data(
+    x: Any,
+    y: Any,
+    sample_weight: Any,
+    fraction: float,
+    *,
+    binding: Binding,
+    data_dir: str | os.PathLike[str] | None = None,
+) -> tuple[Any, Any]:
+    """Splits the last `fraction` of the examples off, before any shuffling.
+
+    Args:
+      x: arrays, or examples that are had by index.
+      y: targets, for arrays.
+      sample_weight: for arrays.
+      fraction: between 0 and 1, both excluded.
+      binding: how a raw batch is read.
+      data_dir: where datasets by name lie.
+
+    Returns:
+      `(train, validation)`, each of which `as_source` takes as `x`.
+
+    Raises:
+      ValueError: `fraction` is out of range or leaves one side empty, or the data
+        comes in batches or one after the other.
+    """
+    what = "validation_split"
+    x = adapt(x, what="fit", data_dir=data_dir)
+    if not isinstance(x, Stream | Batch) and not _is_arrays(x, y, sample_weight, "fit"):
+        examples = x if isinstance(x, ExampleSet) else _examples_of(x, None, what)
+        if examples is not None and examples.by_index:
+            return split_examples(examples, fraction, binding)
+    whole = as_batch(x, y, sample_weight, binding=binding, what=what)
+    return split_validation(whole, fraction)
+
+
+def split_examples(
+    examples: ExampleSet, fraction: float, binding: Binding
+) -> tuple[ExampleSet, ExampleSet]:
+    """Returns the first examples and the last `fraction` of them."""
+    total = examples.length
+    assert total is not None
+    train = train_rows(total, fraction)
+    # All labels would have to be read to know; a few, far apart, tell as well.
+    few = np.linspace(0, total - 1, min(total, _FEW_LABELS)).astype(np.int64)
+    binding = binding.guided_by(examples.facts)
+    warn_if_sorted(narrow(binding.split(as_host(batch_of_rows(examples, few)))))
+    return examples.part(0, train), examples.part(train, total)
+
+
+def adapt(x: Any, *, what: str, data_dir: str | os.PathLike[str] | None = None) -> Any:
     """Returns a dataset as an `ExampleSet` or a `Stream`; other data as it is.
 
     Args:
@@ -241,7 +300,7 @@ def adapt(x: Any, *, what: str, data_dir: str | None = None) -> Any:
 
 
 def _open_examples(
-    examples: Examples, *, what: str, data_dir: str | None
+    examples: Examples, *, what: str, data_dir: str | os.PathLike[str] | None
 ) -> ExampleSet:
     """Returns what a user's `Examples` are made of, with what is done to them.
 
@@ -270,7 +329,9 @@ def _open_examples(
 def _example_set(items: Any, what: str) -> ExampleSet:
     if is_nest(items) and not isinstance(items, list):
         arrays = as_host(items)
-        return ExampleSet("arrays", check_lengths(arrays), take_rows(arrays))
+        return ExampleSet(
+            "Examples of arrays", check_lengths(arrays), take_rows(arrays)
+        )
     if hasattr(items, "__getitem__") and length_of(items) is not None:
         kind = f"{type(items).__name__} of examples"
         return ExampleSet(kind, length_of(items), take_items(items))

@@ -138,6 +138,11 @@ def _stream_in_order(
     )
 
 
+def batch_of_rows(examples: ExampleSet, rows: HostArray) -> Any:
+    """Returns the raw batch of some rows, which are had by index."""
+    return _ByIndex(examples, (0,))(rows)
+
+
 @dataclass(frozen=True)
 class _ByIndex:
     """Makes the batch of some rows; a class so that processes can be given it."""
