@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import threading
+import weakref
 from collections import deque
 from collections.abc import Generator, Iterator
 from typing import Any, Generic, Protocol, Self, TypeVar
@@ -45,11 +46,103 @@ class Packer(Protocol[Item, Packed]):
         """Makes a parcel of what `close` returned; it may take its time."""
 
 
+class _Bell:
+    """Wakes one thread that waits; rung before, it does not wait at all.
+
+    A lock alone, which Ctrl-C leaves as it is, unlike `threading.Condition`, whose
+    `wait` may be left without the lock it has to give back.
+    """
+
+    def __init__(self) -> None:
+        self._silent = threading.Lock()
+        self._silent.acquire()
+
+    def ring(self) -> None:
+        with contextlib.suppress(RuntimeError):  # rung already
+            self._silent.release()
+
+    def wait(self, seconds: float = -1) -> None:
+        self._silent.acquire(timeout=seconds)
+
+
+class _Worker(Generic[Item, Packed]):
+    """What the thread does, and what both threads share."""
+
+    def __init__(
+        self, items: Iterator[Item], packer: Packer[Item, Packed], depth: int
+    ) -> None:
+        self._items = items
+        self._depth = depth
+        self.packer = packer
+        self.parcels: deque[Packed] = deque()
+        self.lock = threading.Lock()
+        self.something = _Bell()
+        self.ended = False
+        self.error: BaseException | None = None
+        self._closed = False
+        self._room = _Bell()
+
+    def work(self) -> None:
+        """Reads, packs and sends until all is read, or nobody wants any more."""
+        error: BaseException | None = None
+        try:
+            for item in self._items:
+                if not self._pack(item):
+                    return
+        except BaseException as caught:
+            error = caught
+        finally:
+            self._let_go()
+        self.error, self.ended = error, True
+        self.something.ring()
+
+    def taken(self) -> None:
+        """Tells that there is room for another parcel."""
+        self._room.ring()
+
+    def stop(self) -> None:
+        """Tells the thread that nobody wants any more."""
+        self._closed = True
+        self._room.ring()
+
+    def _let_go(self) -> None:
+        """Ends the loader in its own thread, where it may have something to close."""
+        items, self._items = self._items, iter(())
+        if isinstance(items, Generator):
+            items.close()
+
+    def _pack(self, item: Item) -> bool:
+        """Packs an item, and sends what is full; False once nobody wants any more."""
+        packer = self.packer
+        with self.lock:
+            apart = not packer.empty and not packer.takes(item)
+            closed = packer.close() if apart else None
+        if apart and not self._send(closed):
+            return False
+        with self.lock:
+            packer.add(item)
+            full = packer.full
+            closed = packer.close() if full else None
+        if full:
+            return self._send(closed)
+        self.something.ring()
+        return not self._closed
+
+    def _send(self, closed: Any) -> bool:
+        parcel = self.packer.send(closed)
+        while len(self.parcels) >= self._depth and not self._closed:
+            self._room.wait()
+        self.parcels.append(parcel)
+        self.something.ring()
+        return not self._closed
+
+
 class Prefetch(Generic[Item, Packed]):
     """Packs and sends in a background thread, a bounded number of parcels ahead.
 
     Whoever waits is given what there is, be it half a parcel. What was read before an
-    error is handed out before it is raised.
+    error is handed out before it is raised. The thread ends with `close`, or when this
+    object is garbage: Ctrl-C may come before anyone can close it.
 
     Args:
       items: what is packed; read in the thread.
@@ -65,15 +158,9 @@ class Prefetch(Generic[Item, Packed]):
         depth: int,
         stopped: Any = lambda: False,
     ) -> None:
-        self._items = items
-        self._packer = packer
-        self._depth = depth
+        worker = _Worker(items, packer, depth)
+        self._worker = worker
         self._stopped = stopped
-        self._parcels: deque[Packed] = deque()
-        self._changed = threading.Condition()
-        self._ended = False
-        self._closed = False
-        self._error: BaseException | None = None
         # Settings that belong to a thread come along.
         context = contextvars.copy_context()
         x64 = jax.config.jax_enable_x64  # type: ignore[attr-defined]
@@ -81,81 +168,42 @@ class Prefetch(Generic[Item, Packed]):
 
         def work() -> None:
             with jax.enable_x64(x64), jax.default_device(device):
-                self._work()
+                worker.work()
 
+        weakref.finalize(self, worker.stop).atexit = False
         self._thread = threading.Thread(
             target=context.run, args=(work,), name="flaxfit", daemon=True
         )
         self._thread.start()
 
-    def _work(self) -> None:
-        error: BaseException | None = None
-        try:
-            for item in self._items:
-                if not self._pack(item):
-                    return
-        except BaseException as caught:
-            error = caught
-        finally:
-            self._let_go()
-        with self._changed:
-            self._error, self._ended = error, True
-            self._changed.notify_all()
-
-    def _let_go(self) -> None:
-        """Ends the loader in its own thread, where it may have something to close."""
-        items, self._items = self._items, iter(())
-        if isinstance(items, Generator):
-            items.close()
-
-    def _pack(self, item: Item) -> bool:
-        """Packs an item, and sends what is full; False once nobody wants any more."""
-        with self._changed:
-            apart = not self._packer.empty and not self._packer.takes(item)
-            closed = self._packer.close() if apart else None
-        if apart and not self._send(closed):
-            return False
-        with self._changed:
-            self._packer.add(item)
-            full = self._packer.full
-            closed = self._packer.close() if full else None
-            self._changed.notify_all()
-        return self._send(closed) if full else not self._closed
-
-    def _send(self, closed: Any) -> bool:
-        parcel = self._packer.send(closed)
-        with self._changed:
-            while len(self._parcels) >= self._depth and not self._closed:
-                self._changed.wait()
-            self._parcels.append(parcel)
-            self._changed.notify_all()
-        return not self._closed
-
     @property
     def ready(self) -> bool:
         """Whether the next parcel can be had without waiting."""
-        return bool(self._parcels)
+        return bool(self._worker.parcels)
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Packed:
-        with self._changed:
-            while not self._parcels:
-                if not self._packer.empty:
-                    closed = self._packer.close()
-                    break
-                if self._ended or self._stopped():
-                    self._finish()
-                self._changed.wait(_SECONDS_BETWEEN_LOOKS)
-            else:
-                parcel = self._parcels.popleft()
-                self._changed.notify_all()
+        worker = self._worker
+        while True:
+            ended = worker.ended  # before looking: nothing comes after it
+            with worker.lock:
+                closed = None
+                if not worker.parcels and not worker.packer.empty:
+                    closed = worker.packer.close()
+            if closed is not None:
+                return worker.packer.send(closed)
+            if worker.parcels:
+                parcel = worker.parcels.popleft()
+                worker.taken()
                 return parcel
-        return self._packer.send(closed)
+            if ended or self._stopped():
+                self._finish(ended)
+            worker.something.wait(_SECONDS_BETWEEN_LOOKS)
 
-    def _finish(self) -> None:
-        error = self._error if self._ended else None
+    def _finish(self, ended: bool) -> None:
+        error = self._worker.error if ended else None
         if error is None:
             raise StopIteration
         if isinstance(error, Exception) and _NOTE not in getattr(
@@ -172,9 +220,7 @@ class Prefetch(Generic[Item, Packed]):
 
     def close(self) -> None:
         """Ends the thread, and lets go of what it has made."""
-        with self._changed:
-            self._closed = True
-            self._parcels.clear()
-            self._changed.notify_all()
+        self._worker.stop()
+        self._worker.parcels.clear()
         with contextlib.suppress(RuntimeError):  # closed by its own thread
             self._thread.join(_SECONDS_TO_END)
