@@ -1,9 +1,14 @@
 """The background thread: order, bound, errors, and that it always ends."""
 
 import contextvars
+import gc
+import random
+import signal
 import threading
 import time
 import traceback
+import tracemalloc
+from collections import Counter
 
 import jax
 import numpy as np
@@ -272,3 +277,74 @@ def test_settings_of_the_calling_thread_come_along():
         with Prefetch(items(), Tuples(), 3) as parcels:
             assert list(parcels) == [(5,)]
     assert seen == ["raise", device]
+
+
+# ------------------------------------------------------------------- starts and stops
+
+
+class Alarm:
+    """Ctrl-C at any moment: a KeyboardInterrupt in the main thread, by a real timer."""
+
+    def __init__(self, seconds):
+        self._seconds, self._armed = seconds, False
+
+    def _ring(self, signum, frame):
+        if self._armed:
+            raise KeyboardInterrupt
+
+    def __enter__(self):
+        self._before = signal.signal(signal.SIGALRM, self._ring)
+        self._armed = True
+        signal.setitimer(signal.ITIMER_REAL, self._seconds)
+
+    def __exit__(self, *unused):
+        self._armed = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, self._before)
+
+
+def start_and_stop(rng):
+    """Reads a loader that may be slow or break off, as far as one likes; says why."""
+    fails, slow = rng.choice([None, None, rng.randrange(40)]), rng.random() < 0.2
+
+    def loader():
+        for number in range(rng.randrange(1, 60)):
+            if number == fails:
+                raise OSError("broken")
+            if slow:
+                time.sleep(0.0003)
+            yield np.full(1000, number)
+
+    leaves_at = rng.choice([None, rng.randrange(30)])
+    seconds = rng.uniform(1e-5, 0.003) if rng.random() < 0.4 else 60.0
+    packer = Tuples(rng.choice([1, 3, 16]))
+    packer.takes = lambda item: True
+    try:
+        with Alarm(seconds), Prefetch(loader(), packer, rng.choice([1, 2, 4])) as found:
+            for number, _ in enumerate(found):
+                if number == leaves_at:
+                    return "left"
+        return "read"
+    except OSError:
+        return "error"
+    except KeyboardInterrupt:
+        return "interrupt"
+
+
+# Weak references may be dropped while the interrupt comes.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_thousand_starts_and_stops_leave_no_thread_and_no_memory():
+    rng = random.Random(0)
+    ends = Counter(start_and_stop(rng) for _ in range(200))
+    gc.collect()
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        ends += Counter(start_and_stop(rng) for _ in range(800))
+        wait_until(lambda: not (gc.collect(), threads())[1])
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert ends.keys() == {"left", "read", "error", "interrupt"}
+    assert ends.total() == 1000 and min(ends.values()) >= 20
+    assert grown < 400_000  # CPython keeps threads interrupted as they start

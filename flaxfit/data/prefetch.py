@@ -65,6 +65,22 @@ class _Bell:
         self._silent.acquire(timeout=seconds)
 
 
+class _Room:
+    """Room for parcels, until nobody wants them any more.
+
+    It knows nothing of the rest, so that what waits for the consumer's end to stop the
+    thread does not keep the consumer.
+    """
+
+    def __init__(self) -> None:
+        self.closed = False
+        self.bell = _Bell()
+
+    def close(self) -> None:
+        self.closed = True
+        self.bell.ring()
+
+
 class _Worker(Generic[Item, Packed]):
     """What the thread does, and what both threads share."""
 
@@ -79,8 +95,7 @@ class _Worker(Generic[Item, Packed]):
         self.something = _Bell()
         self.ended = False
         self.error: BaseException | None = None
-        self._closed = False
-        self._room = _Bell()
+        self.room = _Room()
 
     def work(self) -> None:
         """Reads, packs and sends until all is read, or nobody wants any more."""
@@ -95,15 +110,6 @@ class _Worker(Generic[Item, Packed]):
             self._let_go()
         self.error, self.ended = error, True
         self.something.ring()
-
-    def taken(self) -> None:
-        """Tells that there is room for another parcel."""
-        self._room.ring()
-
-    def stop(self) -> None:
-        """Tells the thread that nobody wants any more."""
-        self._closed = True
-        self._room.ring()
 
     def _let_go(self) -> None:
         """Ends the loader in its own thread, where it may have something to close."""
@@ -126,15 +132,15 @@ class _Worker(Generic[Item, Packed]):
         if full:
             return self._send(closed)
         self.something.ring()
-        return not self._closed
+        return not self.room.closed
 
     def _send(self, closed: Any) -> bool:
         parcel = self.packer.send(closed)
-        while len(self.parcels) >= self._depth and not self._closed:
-            self._room.wait()
+        while len(self.parcels) >= self._depth and not self.room.closed:
+            self.room.bell.wait()
         self.parcels.append(parcel)
         self.something.ring()
-        return not self._closed
+        return not self.room.closed
 
 
 class Prefetch(Generic[Item, Packed]):
@@ -170,7 +176,7 @@ class Prefetch(Generic[Item, Packed]):
             with jax.enable_x64(x64), jax.default_device(device):
                 worker.work()
 
-        weakref.finalize(self, worker.stop).atexit = False
+        weakref.finalize(self, worker.room.close).atexit = False
         self._thread = threading.Thread(
             target=context.run, args=(work,), name="flaxfit", daemon=True
         )
@@ -196,7 +202,7 @@ class Prefetch(Generic[Item, Packed]):
                 return worker.packer.send(closed)
             if worker.parcels:
                 parcel = worker.parcels.popleft()
-                worker.taken()
+                worker.room.bell.ring()
                 return parcel
             if ended or self._stopped():
                 self._finish(ended)
@@ -220,7 +226,7 @@ class Prefetch(Generic[Item, Packed]):
 
     def close(self) -> None:
         """Ends the thread, and lets go of what it has made."""
-        self._worker.stop()
+        self._worker.room.close()
         self._worker.parcels.clear()
         with contextlib.suppress(RuntimeError):  # closed by its own thread
             self._thread.join(_SECONDS_TO_END)
