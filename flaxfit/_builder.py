@@ -21,7 +21,7 @@ from flaxfit._forms import (
 )
 from flaxfit._models.base import Adapted, ModelFamily
 from flaxfit._objective import Objective, resolve_objective
-from flaxfit._sharding import Placement
+from flaxfit._sharding import Placement, has_rows
 from flaxfit._steps import make_predict_step
 from flaxfit._types import Batch, Inputs, PyTree, TrainState
 from flaxfit.metrics import resolve_metrics
@@ -48,10 +48,12 @@ class Outputs(NamedTuple):
     """What is predicted for a batch.
 
     Attributes:
+      shapes: them, with shapes and dtypes.
       batched: for each leaf whether its first axis is the batch.
       nbytes: the bytes of all leaves.
     """
 
+    shapes: PyTree
     batched: list[bool]
     nbytes: int
 
@@ -240,11 +242,28 @@ class Builder:
         self._built = built
         self._placement = built.placement
 
-    def find_outputs(self, inputs: Inputs, *, sown: bool) -> Outputs:
-        """Returns `find_outputs` of the inputs, remembered by their form."""
-        form = (sown, *_form_of(inputs))
+    def outputs_of(self, inputs: Inputs) -> PyTree:
+        """Returns the shapes of what the model makes of inputs; nothing is built.
+
+        None where it raises: whoever builds it for these inputs then says why.
+        """
+        inputs, built, settings = shapes_of(inputs), self._built, self._settings
+        try:
+            adapted = (
+                built.adapted
+                if built is not None
+                else self._family.adapt(self._model, inputs, settings.overrides)
+            )
+            key = jax.eval_shape(lambda: jax.random.key(settings.seed))
+            return trace_outputs(adapted, key, inputs)
+        except Exception:
+            return None
+
+    def find_outputs(self, batch: Batch, *, sown: bool) -> Outputs:
+        """Returns `find_outputs` of the batch, remembered by its form."""
+        form = (sown, *_form_of((batch.inputs, batch.weights)))
         if form not in self._outputs:
-            self._outputs[form] = find_outputs(self.built, inputs, sown=sown)
+            self._outputs[form] = find_outputs(self.built, batch, sown=sown)
         return self._outputs[form]
 
     def _fits(self, batch: Batch, afresh: bool, inputs_only: bool) -> bool:
@@ -325,33 +344,34 @@ def check_batch(
             )
 
 
-def find_outputs(built: Built, inputs: Inputs, *, sown: bool) -> Outputs:
-    """Returns what would be predicted for such inputs.
+def find_outputs(built: Built, batch: Batch, *, sown: bool) -> Outputs:
+    """Returns what would be predicted for such a batch.
 
     A first axis as long as the batch may be something else, time or layers: only
     that it grows with the batch tells.
 
     Args:
       built: the trainer's parts.
-      inputs: a batch of inputs.
+      batch: inputs, and weights of their rows.
       sown: whether `intermediates` are predicted, where others may be among them.
 
     Raises:
       ValueError: an output has another first axis.
     """
-    inputs = shapes_of(inputs)
-    rows = jax.tree.leaves(inputs)[0].shape[0]
+    inputs, rows = shapes_of(batch.inputs), batch.weights.shape[0]
     step = make_predict_step(built.task, "intermediates" if sown else None)
 
-    def leaves(inputs: Inputs) -> list[Any]:
+    def shapes(inputs: Inputs) -> PyTree:
         index = jax.ShapeDtypeStruct((), jnp.int32)
-        return jax.tree.leaves(jax.eval_shape(step, built.template, inputs, index))
+        return jax.eval_shape(step, built.template, inputs, index)
 
-    outputs = leaves(inputs)
+    whole = shapes(inputs)
+    outputs = jax.tree.leaves(whole)
     batched = [one.shape[:1] == (rows,) for one in outputs]
     # Not of outputs that are wrong anyhow: a model of one example may not grow.
-    if sown or all(batched):
-        grown = leaves(one_row_more(inputs, rows))
+    # Nor of inputs without rows, of which it is not told how they grow.
+    if (sown or all(batched)) and has_rows(batch.replace(targets=None)):
+        grown = jax.tree.leaves(shapes(one_row_more(inputs, rows)))
         batched = [
             fits and more.shape == (rows + 1, *one.shape[1:])
             for fits, one, more in zip(batched, outputs, grown, strict=True)
@@ -365,7 +385,7 @@ def find_outputs(built: Built, inputs: Inputs, *, sown: bool) -> Outputs:
             f"yourself: module.apply(trainer.variables, x)."
         )
     sizes = (math.prod(one.shape) * one.dtype.itemsize for one in outputs)
-    return Outputs(batched, sum(sizes))
+    return Outputs(whole, batched, sum(sizes))
 
 
 def _form_of(tree: PyTree) -> tuple[Hashable, ...]:

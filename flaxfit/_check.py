@@ -68,7 +68,6 @@ def first_lines(
     built: Built,
     state: TrainState,
     source: Source,
-    unused: Sequence[str] = (),
     spare_devices: int = 0,
     class_names: Sequence[str] = (),
 ) -> list[str]:
@@ -78,7 +77,6 @@ def first_lines(
       built: the trainer's parts.
       state: the state before the first step.
       source: the data.
-      unused: keys of the data of which nothing is read, besides the source's.
       spare_devices: how many devices have nothing to do.
       class_names: the names of the classes.
     """
@@ -106,6 +104,8 @@ def first_lines(
     ]
     if source.kind != "arrays":
         lines.append(f"data: {_data_text(source)}")
+    if source.facts.table:
+        lines.append(f"columns: {source.facts.table}")
     if class_names:
         lines.append(f"classes: {listed_classes(class_names)}")
     if built.scaled and has_pictures(source.example.inputs):
@@ -121,9 +121,8 @@ def first_lines(
             f"{source.batch_size}"
             + (f"; all would with batch_size={size}" if size else "")
         )
-    unused = (*unused, *source.unused)
-    if unused:
-        lines.append(f"unused: {_listed(map(str, unused))}")
+    if source.unused:
+        lines.append(f"unused: {_listed(map(str, source.unused))}")
     if built.task.objective.scalar_loss and _has_tail(source):
         lines.append(
             "the loss returns one number per batch: the last, shorter batch is not "
@@ -154,7 +153,8 @@ def make_report(
     step_bytes = cost.get("bytes")
     chance = _chance(built)
     tail = built.task.objective.scalar_loss and _has_tail(source)
-    compiles = {"train": 2 if tail else 1, "eval": 2 if tail else 1, "predict": 1}
+    steps = (2 if tail else 1) * source.shapes
+    compiles = {"train": steps, "eval": steps, "predict": source.shapes}
     rows = {
         **_model_rows(built, state),
         **_data_rows(built, source, example),
@@ -218,6 +218,8 @@ def _data_rows(built: Built, source: Source, example: Batch) -> dict[str, str]:
         "outputs": _shapes(built.outputs),
         "targets": _shapes(example.targets),
     }
+    if source.facts.table:
+        rows["columns"] = source.facts.table
     if source.unused:
         rows["unused"] = _listed(map(str, source.unused))
     labels = [

@@ -1,6 +1,7 @@
 """What a person is told of compiles: how long they took, and why there was another."""
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -50,23 +51,44 @@ def why_again(program: Program) -> str | None:
     """Returns what is different from the compile before, None for the first."""
     if len(program.signatures) < 2:
         return None
-    before, now = map(_parts, program.signatures)
-    changed = [
-        f"{name} is {text}, was {before.get(name, 'missing')}"
-        for name, text in now.items()
-        if before.get(name) != text
+    (before, data_before), (now, data_now) = map(_parts, program.signatures)
+    changed = {name for name, one in now.items() if before.get(name) != one}
+    if length := _other_length([(before.get(name), now[name]) for name in changed]):
+        return length
+    texts = [
+        f"{name} is {describe_array(one)}, was "
+        + (describe_array(before[name]) if name in before else "missing")
+        for name, one in now.items()
+        if name in changed
     ]
-    return "; ".join(changed) or "the devices or the state are others"
+    if data_now != data_before:
+        texts.append(f"the data is {data_now}, was {data_before}")
+    return "; ".join(texts) or "the devices or the state are others"
 
 
-def _parts(signature: tuple[Any, ...]) -> dict[str, str]:
-    """Returns what a call was compiled for, by name."""
+def _other_length(changed: Sequence[tuple[Any, Any]]) -> str | None:
+    """Returns the length of rows where that is what has changed in several arrays."""
+    lengths = set()
+    for before, now in changed:
+        alike = before is not None and before.dtype == now.dtype
+        if not alike or before.shape[2:] != now.shape[2:]:
+            return None
+        if before.shape[:1] != now.shape[:1]:
+            return None
+        lengths.add((before.shape[1], now.shape[1]))
+    if len(changed) < 2 or len(lengths) > 1:
+        return None
+    old, new = lengths.pop()
+    return f"rows of length {new}, was {old}"
+
+
+def _parts(signature: tuple[Any, ...]) -> tuple[dict[str, Any], str]:
+    """Returns the arrays a call was compiled for by name, and in what they lie."""
     for argument in signature:
         if isinstance(argument, Batch | Stack | Resident):
             batch = jax.eval_shape(lambda segment: batch_at(segment, 0), argument)
-            parts = {name: describe_array(leaf) for name, leaf in named_leaves(batch)}
-            return parts | {"the data": _describe(argument)}
-    return {}
+            return dict(named_leaves(batch)), _describe(argument)
+    return {}, ""
 
 
 def _describe(segment: Batch | Stack | Resident) -> str:

@@ -112,6 +112,7 @@ def open_pass(
     *,
     steps: int | None,
     keep: bool = False,
+    own: bool = False,
     bytes_per_output: int = 0,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Feed:
@@ -124,6 +125,8 @@ def open_pass(
       steps: at most so many batches.
       keep: whether it will be read again and again, so that it may stay on the
         device.
+      own: whether what is read must be copies, as the caller goes on in between and
+        may write into its arrays.
       bytes_per_output: what a batch leaves on the device.
       stopped: whether to wait no longer.
     """
@@ -134,7 +137,7 @@ def open_pass(
         )
     size = source.nbytes // source.num_examples * source.batch_size
     capacity = stack_capacity(max(size, bytes_per_output), execution.steps_per_call)
-    feed = _PassFeed(source, placement, capacity, steps, own=keep)
+    feed = _PassFeed(source, placement, capacity, steps, own=keep or own)
     fits = placement.room_for(source.nbytes, execution.device_data) == "whole"
     return _KeptFeed(feed) if keep and fits else feed
 

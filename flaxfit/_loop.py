@@ -1,8 +1,8 @@
-"""The host loops: fit, eval, predict. They dispatch, and read as seldom as they can."""
+"""The host loops: fit and eval. They dispatch, and read as seldom as they can."""
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,6 @@ from flaxfit._pace import Pace
 from flaxfit._packing import Ready
 from flaxfit._position import Position
 from flaxfit._saving import Saver
-from flaxfit._segments import Stack
 from flaxfit._timing import Clock
 from flaxfit._types import Logs, PyTree, StateHolder, TrainState
 from flaxfit.callbacks.base import CallbackList, LoopState
@@ -513,90 +512,6 @@ def eval_loop(
             return None
         shown.update(logs=read_logs(running, order)[0], finished=True)
     return dict(shown["logs"])
-
-
-def predict_loop(
-    state: TrainState,
-    *,
-    predict: Program,
-    single: bool,
-    feed: Feed,
-    total: int | None,
-    steps_per_call: int | None,
-    display: Display,
-) -> Iterator[tuple[PyTree, tuple[int, ...]]]:
-    """Yields `(outputs, examples)` per call: NumPy arrays `[batches, batch, ...]`, the
-    fill still in them, and how many rows of each batch are real.
-
-    Outputs are read while the next calls run.
-
-    Args:
-      state: the state to predict with; it is only read.
-      predict: the predict program.
-      single: whether a call of it runs one batch.
-      feed: where the batches come from.
-      total: how many there are, None if that is not known.
-      steps_per_call: batches of one call of the program, None to go by the clock.
-      display: shows the progress.
-    """
-    done, pace = 0, Pace(steps_per_call)
-    before: Callable[[], tuple[PyTree, tuple[int, ...]]] | None = None
-    with (
-        epoch_display(display, "Predicting", total) as shown,
-        feed.epoch() as segments,
-    ):
-        for ready in segments:
-            start = 0
-            while start < ready.batches:
-                count = min(pace.steps, ready.batches - start)
-                traces = predict.traces
-                outputs = predict(state, ready.segment, start, count, done)
-                if before is not None:
-                    yield before()
-                pace.follow(outputs, outputs, count, compiled=predict.traces != traces)
-                stacked = not single and isinstance(ready.segment, Stack)
-                part = slice(start, start + count)
-                before = partial(
-                    _read_outputs, outputs, ready.examples[part], part, stacked
-                )
-                start += count
-                done += count
-                shown["done"] = done
-                if display.due():
-                    display.update(done, {})
-        if before is not None:
-            yield before()
-        shown["finished"] = True
-
-
-def _read_outputs(
-    outputs: PyTree, examples: tuple[int, ...], part: slice, stacked: bool
-) -> tuple[PyTree, tuple[int, ...]]:
-    chosen = part if stacked else None  # leaf[None] adds the axis
-    return jax.tree.map(lambda leaf: leaf[chosen], read(outputs)), examples
-
-
-def join_batches(
-    parts: Iterator[tuple[PyTree, tuple[int, ...]]], batched: Sequence[bool]
-) -> PyTree:
-    """Joins the outputs of `predict_loop`, without their fill.
-
-    Args:
-      parts: what `predict_loop` yields.
-      batched: for each leaf whether its first axis is the batch; others are stacked.
-    """
-    columns: list[list[Any]] = [[] for _ in batched]
-    structure = None
-    for outputs, examples in parts:
-        leaves, structure = jax.tree.flatten(outputs)
-        for column, leaf, is_batch in zip(columns, leaves, batched, strict=True):
-            if not is_batch:
-                column.append(leaf)
-            elif sum(examples) == leaf.shape[0] * leaf.shape[1]:
-                column.append(leaf.reshape(-1, *leaf.shape[2:]))
-            else:
-                column += [one[:n] for one, n in zip(leaf, examples, strict=True)]
-    return jax.tree.unflatten(structure, [np.concatenate(c) for c in columns])
 
 
 def read(tree: PyTree) -> PyTree:

@@ -13,6 +13,7 @@ import numpy as np
 
 from flaxfit._errors import CheckpointError, did_you_mean
 from flaxfit._types import Batch, PyTree
+from flaxfit.data.columns import Columns
 
 _OBJECT = "__object__"
 _PACKAGES = ("flaxfit", "jax", "flax", "optax")
@@ -25,6 +26,7 @@ def to_meta(
     batch_size: int,
     opt_state: PyTree,
     class_names: Sequence[str] = (),
+    columns: Columns | None = None,
 ) -> dict[str, Any]:
     """Returns the description of a trainer, in plain msgpack types.
 
@@ -34,6 +36,7 @@ def to_meta(
       batch_size: that of its last fit.
       opt_state: the shapes of the optimizer's state.
       class_names: the names of the classes, where the data had names for them.
+      columns: what the columns of its tables are read as.
     """
     # Structures of other kinds have no name in a file: the first data tells them.
     plain = all(_is_plain(tree) for tree in (example.inputs, example.targets))
@@ -47,6 +50,7 @@ def to_meta(
         "optimizer": _outline(opt_state),
         "contents": "state",
         "class_names": list(class_names),
+        "columns": columns and columns.to_plain(),
     }
 
 

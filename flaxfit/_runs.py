@@ -1,6 +1,8 @@
 """A run put together: the programs of a trainer, the feed of its data, and a loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+
+import numpy as np
 
 from flaxfit._build import Built
 from flaxfit._builder import Outputs
@@ -12,11 +14,15 @@ from flaxfit._feed import (
     open_feed,
     open_pass,
 )
-from flaxfit._loop import Evaluate, eval_loop, join_batches, predict_loop
+from flaxfit._loop import Evaluate, eval_loop
 from flaxfit._position import Bookmarks, Position
-from flaxfit._types import Batch, PyTree, TrainState
+from flaxfit._predict import Part, predict_loop
+from flaxfit._sharding import has_rows
+from flaxfit._types import Batch, TrainState
 from flaxfit.data.arrays import ArraySource
 from flaxfit.data.source import Source
+from flaxfit.data.stream import Stream
+from flaxfit.data.stream_source import StreamSource
 
 
 def open_training(
@@ -91,7 +97,7 @@ def make_evaluate(
     return evaluate
 
 
-def predict_all(
+def open_prediction(
     built: Built,
     execution: Execution,
     source: Source,
@@ -99,12 +105,25 @@ def predict_all(
     *,
     outputs: Outputs,
     steps: int | None,
-    sown: bool,
-    display: Display,
-) -> PyTree:
-    """Returns the outputs for all inputs, joined; see `Trainer.predict`."""
+    sown: bool = False,
+    own: bool = False,
+    display: Display | None = None,
+) -> Generator[Part]:
+    """Returns the outputs for all inputs, call by call.
+
+    Args:
+      built: the trainer's parts.
+      execution: how to run.
+      source: the data.
+      state: what to predict with; it is only read.
+      outputs: what is predicted for a batch.
+      steps: at most so many batches.
+      sown: whether to predict what the model sows.
+      own: see `open_pass`.
+      display: shows the progress.
+    """
     programs = built.programs
-    parts = predict_loop(
+    return predict_loop(
         state,
         predict=programs.intermediates if sown else programs.predict,
         single=programs.single,
@@ -113,13 +132,13 @@ def predict_all(
             built.placement,
             execution,
             steps=steps,
+            own=own,
             bytes_per_output=outputs.nbytes,
         ),
         total=source.num_batches if steps is None else steps,
         steps_per_call=execution.per_call(single=programs.single),
-        display=display,
+        display=display or Silent(),
     )
-    return join_batches(parts, outputs.batched)
 
 
 def compile_ahead(
@@ -135,13 +154,14 @@ def compile_ahead(
     """Compiles for this data; returns the seconds of every phase."""
     programs, placement = built.programs, built.placement
     rows = placement.rounded(source.batch_size)
-    inputs = Batch(source.example.inputs, None, None)
+    weights = np.ones(len(source.example.weights), np.float32)
+    inputs = Batch(source.example.inputs, None, weights)
     training = open_training(built, execution, source, epochs=epochs, steps=steps)
     examples = open_pass(
-        ArraySource(source.example, rows), placement, execution, steps=None
+        _source_of(source.example, rows), placement, execution, steps=None
     )
     unlabelled = open_pass(
-        ArraySource(inputs, rows),
+        _source_of(inputs, rows),
         placement,
         execution,
         steps=None,
@@ -156,3 +176,13 @@ def compile_ahead(
         ),
         "predict": programs.predict.compile(state, first_segment(unlabelled), 0, 0, 0),
     }
+
+
+def _source_of(batch: Batch, rows: int) -> Source:
+    """Returns one batch as a source of batches of `rows`."""
+    if has_rows(batch):
+        return ArraySource(batch, rows)
+    stream = Stream(
+        "batch", lambda *unused: iter([batch]), size=lambda batch: len(batch.weights)
+    )
+    return StreamSource(stream, lambda batch: batch)

@@ -96,8 +96,9 @@ class Placement(NamedTuple):
     def put_segment(self, segment: Segment) -> Segment:
         """Returns a segment's batches on the devices, their rows divided among them.
 
-        Batches whose rows the devices do not divide go to each of them whole. The
-        arrays may be shared with the device: they must not be written to again.
+        Batches whose rows the devices do not divide go to each of them whole, and so
+        do those whose inputs have no rows. The arrays may be shared with the device:
+        they must not be written to again.
         """
         if isinstance(segment, Batch):
             return self._put_rows(segment, len(segment.weights), ())
@@ -132,7 +133,7 @@ class Placement(NamedTuple):
         return -(-rows // len(self.devices)) * len(self.devices)
 
     def _put_rows(self, tree: PyTree, rows: int, leading: tuple[None, ...]) -> PyTree:
-        divided = rows % len(self.devices) == 0
+        divided = rows % len(self.devices) == 0 and _have_rows(tree, rows, len(leading))
         spec = (*leading, self._axes) if divided else ()
         return jax.device_put(tree, self._sharding(*spec))
 
@@ -143,6 +144,15 @@ class Placement(NamedTuple):
 
     def _sharding(self, *spec: Any) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec(*spec))
+
+
+def has_rows(batch: Batch) -> bool:
+    """Whether all arrays of a batch have its rows, as those of a graph do not."""
+    return _have_rows(batch, batch.weights.shape[0], 0)
+
+
+def _have_rows(tree: PyTree, rows: int, axis: int) -> bool:
+    return all(leaf.shape[axis : axis + 1] == (rows,) for leaf in jax.tree.leaves(tree))
 
 
 def find_placement(devices: Any = None) -> Placement:

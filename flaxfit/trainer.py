@@ -1,8 +1,9 @@
 """The facade: checks arguments, wires the parts, and owns the state."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -23,7 +24,7 @@ from flaxfit._arguments import (
     refuse_list,
 )
 from flaxfit._build import Built, Settings
-from flaxfit._builder import NO_DATA_YET, Builder
+from flaxfit._builder import NO_DATA_YET, Builder, Outputs
 from flaxfit._check import (
     CheckReport,
     Text,
@@ -35,7 +36,7 @@ from flaxfit._compilation_cache import use_compilation_cache
 from flaxfit._compile import listening
 from flaxfit._compile_report import CompileReport
 from flaxfit._counts import as_count, as_optional_count
-from flaxfit._display import make_display, make_progress
+from flaxfit._display import Display, make_display, make_progress
 from flaxfit._errors import CheckpointCorruptError, CheckpointError, DataError
 from flaxfit._feed import Execution
 from flaxfit._forms import shapes_of
@@ -44,10 +45,17 @@ from flaxfit._loop import FitPlan, fit_loop, read, read_logs
 from flaxfit._meta import example_of, from_meta, to_meta
 from flaxfit._models import model_family
 from flaxfit._models.base import Overrides
+from flaxfit._outputs import Destination
+from flaxfit._predict import Part, join_batches, split_batches
 from flaxfit._run import Run, describe_data
 from flaxfit._run_folder import newest
-from flaxfit._runs import compile_ahead, make_evaluate, open_training, predict_all
-from flaxfit._sharding import find_placement
+from flaxfit._runs import (
+    compile_ahead,
+    make_evaluate,
+    open_prediction,
+    open_training,
+)
+from flaxfit._sharding import find_placement, has_rows
 from flaxfit._steps import Task, TrainStep
 from flaxfit._timing import Clock
 from flaxfit._transforms import with_rates_of
@@ -59,13 +67,14 @@ from flaxfit.callbacks.base import (
     own_state,
 )
 from flaxfit.checkpoint import RestoreReport
-from flaxfit.data.batch import Binding
-from flaxfit.data.checks import check_lengths
+from flaxfit.data.batch import Binding, Whole
+from flaxfit.data.checks import check_lengths, check_sized
+from flaxfit.data.columns import Columns
 from flaxfit.data.dispatch import (
     DEFAULT_BATCH_SIZE,
-    as_batch,
     as_inputs_source,
     as_source,
+    as_whole,
     split_data,
 )
 from flaxfit.data.source import Source
@@ -113,9 +122,10 @@ class Trainer:
         nothing does, or a function `(module, train) -> module`.
       collections: the names of the mutable collections to carry.
       rngs: the names of the RNG streams to supply.
-      inputs: what of a dict batch the model is called with: a key, a list of keys,
-        a dict argument -> key, or a function of the batch.
-      targets: the key or keys of a dict batch that hold the targets.
+      inputs: what of a dict batch or table the model is called with: a key, a list of
+        keys, a dict argument -> key, or a function of the batch. A list of columns is
+        one matrix, where the model takes one input.
+      targets: the key or keys of a dict batch, or columns, that hold the targets.
       make_train_step: `(task) -> train_step` in place of
         `flaxfit.make_train_step`, for a training step of one's own.
       nonfinite: what `fit` does when the loss of a batch is NaN or infinite: `"stop"`,
@@ -216,10 +226,13 @@ class Trainer:
         )
         family = model_family(model)
         self._name = type(model).__name__
-        self._binding = Binding(
-            family.call_spec(model, overrides), inputs=inputs, targets=targets
-        )
         self._builder = Builder(model, family, settings, find_placement(devices))
+        self._binding = Binding(
+            family.call_spec(model, overrides),
+            inputs=inputs,
+            targets=targets,
+            outputs=self._builder.outputs_of,
+        )
         self._execution = Execution(
             steps_per_call=as_steps_per_call(steps_per_call),
             device_data=as_share("device_data", device_data),
@@ -331,7 +344,6 @@ class Trainer:
         run = Run(run_dir, save_every, resume, monitor, display)
         run.check_policy(self._builder.nonfinite)
         own_step, clock = self.step, Clock()
-        unused: tuple[str, ...] = ()
         with (
             Interrupt() as interrupt,
             listening(CompileReport(display, clock)),
@@ -341,8 +353,10 @@ class Trainer:
                 run.refuse_to_overwrite(own_step)
             span = range(origin.first_epoch, max(epochs, origin.first_epoch))
             clock.switch("waiting_for_data")
+            if origin.saved is not None:
+                self._read_like(origin.saved)
+            binding = self._reading if origin.saved is None else self._binding
             if validation_split:
-                unused = self._binding.unused(x) if y is None else ()
                 if validation_data is not None:
                     raise ValueError(
                         "fit got both validation_split and validation_data; give one "
@@ -353,7 +367,7 @@ class Trainer:
                     y,
                     sample_weight,
                     validation_split,
-                    binding=self._binding,
+                    binding=binding,
                     data_dir=data_dir,
                 )
                 y = sample_weight = None
@@ -361,7 +375,7 @@ class Trainer:
                 x,
                 y,
                 sample_weight,
-                binding=self._binding,
+                binding=binding,
                 batch_size=batch_size,
                 shuffle=bool(shuffle),
                 seed=(self._builder.seed, origin.first_step),
@@ -401,7 +415,6 @@ class Trainer:
                     built,
                     state,
                     source,
-                    unused,
                     self._builder.spare_devices,
                     self._class_names,
                 ):
@@ -558,7 +571,7 @@ class Trainer:
         source = as_source(
             x,
             y,
-            binding=self._binding,
+            binding=self._reading,
             batch_size=batch_size,
             steps=steps,
             check=self._builder.check_values,
@@ -572,7 +585,7 @@ class Trainer:
         built = self._build(source, total_steps, place=True)
         self._batch_size = source.batch_size
         self._init_state(source.example)
-        outputs = self._builder.find_outputs(source.example.inputs, sown=False)
+        outputs = self._builder.find_outputs(source.example, sown=False)
         with listening(CompileReport(display)), self._holder.borrow() as state:
             return compile_ahead(
                 built,
@@ -672,11 +685,23 @@ class Trainer:
         )
         built = self._build(source)
         self._init_state(source.example)
-        with listening(CompileReport(display)), self._holder.borrow() as state:
+        with (
+            Interrupt() as interrupt,
+            listening(CompileReport(display)),
+            self._holder.borrow() as state,
+        ):
             evaluate = make_evaluate(
-                built, self._execution, source, steps=steps, display=display
+                built,
+                self._execution,
+                source,
+                steps=steps,
+                display=display,
+                interrupted=lambda: interrupt.requested,
             )
-            return evaluate(state) or {}
+            values = evaluate(state)
+        if values is None:
+            raise KeyboardInterrupt
+        return values
 
     def test_on_batch(
         self,
@@ -705,25 +730,82 @@ class Trainer:
         batch_size: int | None = None,
         verbose: int | str = "auto",
         steps: int | None = None,
+        out: PyTree = None,
+        data_dir: str | os.PathLike[str] | None = None,
     ) -> PyTree:
         """Returns the model's outputs for all examples, in their order.
 
-        The outputs of a few calls are on the device at a time.
+        The outputs of a few calls are on the device at a time; with `out` there are no
+        more of them in memory either. For data without an end see `predict_batches`.
 
         Args:
           x: inputs in any nesting, or any dataset; of its `(x, y)` batches the
             targets are dropped.
-          batch_size: rows of a batch, for arrays; that of the last `fit`, or 32.
+          batch_size: rows of a batch, for arrays and for examples; that of the last
+            `fit`, or 32.
           verbose: 0 nothing, 1 a bar; `"auto"` a bar where someone watches.
           steps: use the first so many batches only.
+          out: arrays `[examples, ...]` to write into, nested as the outputs are: in
+            memory, memory-mapped (`np.lib.format.open_memmap`), of zarr, HDF5.
+          data_dir: where datasets by name lie.
 
         Returns:
-          NumPy arrays `[examples, ...]` in the nesting of the model's output.
+          NumPy arrays `[examples, ...]` in the nesting of the model's output; `out`
+          where it is given.
 
         Raises:
-          ValueError: as `fit`; or an output without a batch axis.
+          TypeError: an `out` that cannot be written into.
+          ValueError: as `fit`; an output without a batch axis; an `out` of another
+            nesting, shape, length or kind of numbers than the outputs. It is raised
+            before anything is computed, unless only reading tells the length.
         """
-        return self._predict(x, batch_size, verbose, steps, "predict")
+        display = make_progress(verbose)
+        opened = self._open_inputs(x, batch_size, steps, "predict", data_dir)
+        target = None
+        if out is not None:
+            target = Destination(out, opened.outputs.shapes, opened.examples)
+        with listening(CompileReport(display)), self._holder.borrow() as state:
+            parts = self._predict(opened, state, display=display)
+            if target is not None:
+                return target.write(parts)
+            return join_batches(parts, opened.outputs.batched)
+
+    def predict_batches(
+        self,
+        x: Any,
+        *,
+        batch_size: int | None = None,
+        steps: int | None = None,
+        data_dir: str | os.PathLike[str] | None = None,
+    ) -> Generator[PyTree]:
+        """Returns an iterator over the outputs of one batch after the other.
+
+        For data of any length, endless too: no more than a few batches are in memory.
+        All outputs are those of the state at the time of the call, whatever is trained
+        meanwhile. The data is read ahead: of an iterator more than was asked for,
+        unless `steps` says how much. Closing the iterator ends that.
+
+        Args:
+          x: what `predict` takes.
+          batch_size: as of `predict`.
+          steps: use the first so many batches only.
+          data_dir: where datasets by name lie.
+
+        Yields:
+          NumPy arrays `[rows, ...]` in the nesting of the model's output, as many rows
+          as the batch has.
+
+        Raises:
+          ValueError: as `predict`; at once, and not with the first batch.
+
+        Example:
+          `for outputs in trainer.predict_batches(make_batches): file.write(outputs)`
+        """
+        opened = self._open_inputs(x, batch_size, steps, "predict_batches", data_dir)
+        # Not borrowed: a fit would copy the state in every step, for as long as anyone
+        # holds the iterator.
+        parts = self._predict(opened, self._holder.read(), own=True)
+        return split_batches(parts)
 
     def predict_intermediates(
         self,
@@ -732,6 +814,7 @@ class Trainer:
         batch_size: int | None = None,
         verbose: int | str = "auto",
         steps: int | None = None,
+        data_dir: str | os.PathLike[str] | None = None,
     ) -> PyTree:
         """Returns what the model sows as `intermediates`, for all examples.
 
@@ -742,24 +825,40 @@ class Trainer:
           NumPy arrays `[examples, ...]`; a value without a batch axis is stacked
           `[batches, ...]`.
         """
-        return self._predict(x, batch_size, verbose, steps, "predict_intermediates")
+        display = make_progress(verbose)
+        what = "predict_intermediates"
+        opened = self._open_inputs(x, batch_size, steps, what, data_dir, sown=True)
+        with listening(CompileReport(display)), self._holder.borrow() as state:
+            parts = self._predict(opened, state, display=display)
+            return join_batches(parts, opened.outputs.batched)
 
     def predict_on_batch(self, x: Any) -> PyTree:
         """Returns the outputs for one batch of inputs of any size."""
-        source = as_inputs_source(x, binding=self._binding, what="predict_on_batch")
-        rows = source.num_examples
-        return self._predict(x, rows, 0, None, "predict_on_batch")
+        what = "predict_on_batch"
+        source = as_inputs_source(x, binding=self._binding, what=what)
+        if source.kind != "arrays" and source.num_batches != 1:
+            raise ValueError(
+                f"predict_on_batch takes one batch, not a {source.kind}. Write "
+                "predict(dataset), or predict_on_batch(next(iter(dataset)))."
+            )
+        rows = source.num_examples if source.kind == "arrays" else None
+        opened = self._open_inputs(x, rows, None, what)
+        with self._holder.borrow() as state:
+            parts = self._predict(opened, state)
+            return join_batches(parts, opened.outputs.batched)
 
-    def _predict(
+    def _open_inputs(
         self,
         x: Any,
         batch_size: int | None,
-        verbose: int | str,
         steps: int | None,
         what: str,
-    ) -> PyTree:
+        data_dir: str | os.PathLike[str] | None = None,
+        *,
+        sown: bool = False,
+    ) -> "_Inputs":
+        """Sees to it that there are parts and a state for inputs, and checks them."""
         steps = as_optional_count("steps", steps)
-        display = make_progress(verbose)
         source = as_inputs_source(
             x,
             binding=self._binding,
@@ -767,6 +866,7 @@ class Trainer:
             default_batch_size=self._batch_size,
             multiple_of=len(self._builder.placement.devices),
             check=self._builder.check_values,
+            data_dir=data_dir,
             what=what,
         )
         self._learn(source)
@@ -774,20 +874,29 @@ class Trainer:
             source.example, afresh=not self._holder.settled
         )
         source.check()
-        sown = what == "predict_intermediates"
-        outputs = self._builder.find_outputs(source.example.inputs, sown=sown)
+        outputs = self._builder.find_outputs(source.example, sown=sown)
         self._init_state(source.example)
-        with listening(CompileReport(display)), self._holder.borrow() as state:
-            return predict_all(
-                built,
-                self._execution,
-                source,
-                state,
-                outputs=outputs,
-                steps=steps,
-                sown=sown,
-                display=display,
-            )
+        return _Inputs(built, source, outputs, steps, sown)
+
+    def _predict(
+        self,
+        inputs: "_Inputs",
+        state: TrainState,
+        *,
+        own: bool = False,
+        display: Display | None = None,
+    ) -> Generator[Part]:
+        return open_prediction(
+            inputs.built,
+            self._execution,
+            inputs.source,
+            state,
+            outputs=inputs.outputs,
+            steps=inputs.steps,
+            sown=inputs.sown,
+            own=own,
+            display=display,
+        )
 
     # ------------------------------------------------------- a loop of one's own
 
@@ -896,7 +1005,7 @@ class Trainer:
           x: a batch of inputs; not needed once the trainer has seen data.
         """
         if x is not None:
-            source = as_inputs_source(x, binding=self._binding, what="summary")
+            source = as_inputs_source(x, binding=self._reading, what="summary")
             built = self._builder.build_for_inputs(
                 source.example, afresh=not self._holder.settled
             )
@@ -990,6 +1099,7 @@ class Trainer:
         trainer = cls(model, **config, **execution)
         trainer._batch_size = batch_size
         trainer._class_names = tuple(saved.meta.get("class_names", ()))
+        trainer._read_like(saved)
         trainer._pending = _Pending(
             saved, "learning_rate" in changes, strict, params_only, rename
         )
@@ -1044,7 +1154,10 @@ class Trainer:
                     "batch, then trainer.restore(...)."
                 )
             self._build_for(example, saved.path)
-        return self._restore(pending)
+        report = self._restore(pending)
+        if strict and not rename:
+            self._read_like(saved)
+        return report
 
     # ------------------------------------------------------------------ plumbing
 
@@ -1065,7 +1178,8 @@ class Trainer:
             x,
             y,
             sample_weight,
-            binding=self._binding,
+            # What a fit is validated on is read like what it trains on.
+            binding=self._binding if what == "validation_data" else self._reading,
             batch_size=batch_size,
             default_batch_size=self._batch_size,
             multiple_of=devices if divided else 1,
@@ -1106,14 +1220,16 @@ class Trainer:
     def _one_batch(
         self, x: Any, y: Any, sample_weight: Any, class_weight: Any, what: str
     ) -> Batch:
-        batch = as_batch(
+        whole = as_whole(
             x,
             y,
             sample_weight,
-            binding=self._binding,
+            binding=self._reading,
             class_weight=class_weight,
             what=what,
         )
+        batch = whole.batch
+        self._learn(whole)
         self._builder.build(batch, afresh=not self._holder.settled)
         self._builder.check_values(batch)
         self._init_state(batch)
@@ -1127,6 +1243,10 @@ class Trainer:
                     f"The batch holds a {type(leaf).__name__} in place of an array; "
                     f"write trainer.init((x, y)) with NumPy or jax arrays."
                 )
+        if isinstance(raw, Batch) and batch.weights is not None and not has_rows(batch):
+            # A batch of graphs: only what is no input has rows.
+            check_sized(batch, batch.weights.shape[0])
+            return batch
         rows = check_lengths(batch)
         if batch.weights is None:
             batch = batch.replace(weights=np.ones(rows, np.float32))
@@ -1142,7 +1262,7 @@ class Trainer:
     ) -> Built:
         afresh = not self._holder.settled if afresh is None else afresh
         placement = None
-        if place:
+        if place and has_rows(source.example):
             placement = self._builder.placement_for(
                 source.batch_size, source.num_examples
             )
@@ -1162,7 +1282,19 @@ class Trainer:
         source.check()
         return built
 
-    def _learn(self, source: Source) -> None:
+    @property
+    def _reading(self) -> Binding:
+        """How data is read: tables like those that were learnt from, if any were."""
+        if self._holder.settled or self._clocks or self._pending is not None:
+            return self._binding
+        return replace(self._binding, columns=None)
+
+    def _read_like(self, saved: checkpoint.Checkpoint) -> None:
+        """Reads tables from here on as the trainer of a checkpoint did."""
+        columns = Columns.from_plain(saved.meta.get("columns"))
+        self._binding = replace(self._binding, columns=columns)
+
+    def _learn(self, source: Source | Whole) -> None:
         """Takes over what the data says of itself, before anything is built of it.
 
         Raises:
@@ -1172,6 +1304,7 @@ class Trainer:
         if not self._holder.settled:
             self._builder.learn(source.facts.pictures)
             self._class_names = names or known
+            self._binding = replace(self._binding, columns=source.facts.columns)
         elif names and known and names != known:
             raise DataError(
                 f"The data has the classes {listed_classes(names)}, and this trainer "
@@ -1255,6 +1388,7 @@ class Trainer:
             batch_size=self._batch_size,
             opt_state=built.template.opt_state,
             class_names=self._class_names,
+            columns=self._binding.columns,
         )
 
     def _build_for(self, example: Batch, where: str) -> None:
@@ -1292,6 +1426,27 @@ class Trainer:
     def _require_state(self) -> None:
         if self._holder.empty:
             raise ValueError(NO_DATA_YET)
+
+
+class _Inputs(NamedTuple):
+    """What a prediction runs on."""
+
+    built: Built
+    source: Source
+    outputs: Outputs
+    steps: int | None
+    sown: bool
+
+    @property
+    def examples(self) -> int | None:
+        """How many there will be, None if only reading tells."""
+        source, steps = self.source, self.steps
+        if steps is None or source.num_examples is None:
+            return source.num_examples
+        if source.kind == "arrays":
+            return min(source.num_examples, steps * source.batch_size)
+        enough = source.num_batches is not None and steps >= source.num_batches
+        return source.num_examples if enough else None
 
 
 class _Pending(NamedTuple):

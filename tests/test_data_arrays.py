@@ -11,7 +11,7 @@ from flaxfit._errors import DataError
 from flaxfit._types import Batch, CallSpec
 from flaxfit.data.arrays import split_validation
 from flaxfit.data.batch import Binding
-from flaxfit.data.dispatch import as_batch, as_inputs_source, as_source
+from flaxfit.data.dispatch import as_inputs_source, as_source, as_whole
 
 ONE = Binding(CallSpec(("x",), (), ("x",)))
 TWO = Binding(CallSpec(("a", "b"), (), ("a", "b")))
@@ -145,7 +145,7 @@ def test_mapped_files_are_narrowed_batch_by_batch(tmp_path):
     for batch in source.batches(0):
         assert batch.inputs[0].dtype == np.float32
         np.testing.assert_array_equal(batch.inputs[0], X[batch.targets])
-    assert as_batch(mapped, Y, binding=ONE).inputs[0].dtype == np.float32
+    assert as_whole(mapped, Y, binding=ONE).batch.inputs[0].dtype == np.float32
 
 
 def test_arrays_that_are_not_contiguous():
@@ -181,14 +181,14 @@ def test_sample_weights_and_the_mask_of_the_fill():
 )
 def test_class_weight(targets):
     weight = {1: 5.0, 0: 0.5, 7: 3}
-    batch = as_batch(X[:4], targets, binding=ONE, class_weight=weight)
+    batch = as_whole(X[:4], targets, binding=ONE, class_weight=weight).batch
     assert batch.weights.tolist() == [0.5, 5, 1, 5]
     assert batch.weights.dtype == np.float32
 
 
 def test_class_weight_of_pictures_of_two_classes():
     masks = np.array([[[0, 1], [1, 1]]])
-    batch = as_batch(X[:1], masks, binding=ONE, class_weight={1: 5.0})
+    batch = as_whole(X[:1], masks, binding=ONE, class_weight={1: 5.0}).batch
     assert batch.weights.tolist() == [[[1, 5], [5, 5]]]
 
 
@@ -209,7 +209,8 @@ def test_class_weight_refuses_rows_of_several_labels(targets, message):
 
 def test_class_weight_per_token():
     tokens = np.array([[0, 1, 1], [2, -1, 0]])
-    batch = as_batch(X[:2], tokens, binding=ONE, class_weight={1: 5.0, 0: 0.5})
+    weight = {1: 5.0, 0: 0.5}
+    batch = as_whole(X[:2], tokens, binding=ONE, class_weight=weight).batch
     assert batch.weights.tolist() == [[0.5, 5, 5], [1, 1, 0.5]]
 
 
@@ -265,7 +266,7 @@ def test_as_source_refuses(arguments, error, message):
         ((X, iter([Y])), TypeError, "a tuple of ndarray, list_iterator: .*a list"),
         ({"x": 3, "y": iter([Y])}, TypeError, "a dict of int, list_iterator"),
         ((), TypeError, "a tuple of nothing"),
-        (pd.DataFrame({"a": ["p", "q"]}), DataError, "x has dtype"),
+        (pd.DataFrame({"a": ["p", "q"]}), DataError, "the column 'a' is text"),
         ({"image": X, "idx": Y, "label": Y}, DataError, "has the keys image, idx"),
         ([X, Y, Y, Y], DataError, r"a list of 4 items: .*np\.stack"),
     ],
@@ -362,7 +363,7 @@ def test_predict_refuses_a_list_of_examples():
 
 
 def test_as_batch_is_whole_and_has_weights():
-    batch = as_batch(X, Y, binding=ONE)
+    batch = as_whole(X, Y, binding=ONE).batch
     assert (len(batch.targets), batch.weights.tolist()) == (10, [1] * 10)
     with pytest.raises(ValueError, match=r"not a list: .*next\(iter\(dataset\)\)"):
-        as_batch([(X, Y)], binding=ONE)
+        as_whole([(X, Y)], binding=ONE)

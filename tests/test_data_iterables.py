@@ -331,9 +331,10 @@ def test_wider_dtypes_count_as_equal():
 @pytest.mark.parametrize("first", [(X[0], 3), {"x": X[0], "y": 3}])
 def test_single_examples_are_named(first):
     with pytest.raises(
-        DataError, match=r"batch 0 of pass 0: y is a single value.*stack"
+        DataError,
+        match=r"batch 0 of pass 0: y is a single value.*fit\(dataset, batch_size=32\)",
     ):
-        source_of([first, first])
+        source_of(lambda: iter([first, first]))
 
 
 def test_a_larger_batch_warns_once_and_then_sets_the_size():

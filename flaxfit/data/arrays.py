@@ -10,9 +10,9 @@ import numpy as np
 
 from flaxfit._segments import empty_array, rows_of
 from flaxfit._types import Batch, HostArray
-from flaxfit.data.order import order_of_pass
+from flaxfit.data.order import batches_of_pass, order_of_pass
 from flaxfit.data.source import named_leaves, narrow
-from flaxfit.data.stream import NO_FACTS
+from flaxfit.data.stream import NO_FACTS, Facts
 from flaxfit.data.weights import with_weights
 
 
@@ -28,6 +28,7 @@ class ArraySource:
       seed: decides the orders, together with the index of the pass.
       check: called by `check` with all examples.
       unused: see `Source`.
+      facts: what the data says of itself.
 
     Attributes:
       shuffle: whether each pass has an order of its own.
@@ -40,7 +41,7 @@ class ArraySource:
     kind = "arrays"
     one_shot = False
     seeks = True
-    facts = NO_FACTS
+    shapes = 1
     bookmark = None
 
     def __init__(
@@ -52,6 +53,7 @@ class ArraySource:
         seed: Sequence[int] = (0,),
         check: Callable[[Batch], None] | None = None,
         unused: tuple[str, ...] = (),
+        facts: Facts = NO_FACTS,
     ) -> None:
         data = with_weights(data)
         self.num_examples: int = len(data.weights)
@@ -64,6 +66,7 @@ class ArraySource:
         self._seed = tuple(seed)
         self.pad = True
         self.unused = unused
+        self.facts = facts
         self._check = check
 
     @property
@@ -93,13 +96,10 @@ class ArraySource:
           `int64[batches, batch]`; where a batch is only filled up, at weight 0, the
           row `r` is written as `~r`.
         """
-        order = np.arange(self.num_batches * self.batch_size) % self.num_examples
-        if self.shuffle:
-            order = order_of_pass(
-                self.num_examples, pass_index, shuffle=True, seed=self._seed
-            )[order]
-        order[self.num_examples :] = ~order[self.num_examples :]
-        return order.reshape(-1, self.batch_size)
+        order = order_of_pass(
+            self.num_examples, pass_index, shuffle=self.shuffle, seed=self._seed
+        )
+        return batches_of_pass(order, self.batch_size)
 
     @property
     def nbytes(self) -> int:

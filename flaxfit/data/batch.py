@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from flaxfit._errors import DataError, did_you_mean
 from flaxfit._types import Batch, CallSpec, Inputs, PyTree
-from flaxfit.data.stream import Facts
+from flaxfit.data.columns import Columns
+from flaxfit.data.stream import NO_FACTS, Facts
 
 TARGET_NAMES = ("label", "labels", "target", "targets", "y")
 WEIGHT_NAMES = ("weights", "sample_weight", "sample_weights")
@@ -31,6 +32,21 @@ class _Plan(NamedTuple):
     unused: tuple[str, ...]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Whole:
+    """All examples that arrays or a table hold, read.
+
+    Attributes:
+      batch: the examples; `weights` may be None.
+      unused: the keys or columns of which nothing was read.
+      facts: what the data says of itself.
+    """
+
+    batch: Batch
+    unused: tuple[str, ...] = ()
+    facts: Facts = NO_FACTS
+
+
 @dataclasses.dataclass(frozen=True)
 class Binding:
     """How a raw batch is read.
@@ -47,11 +63,15 @@ class Binding:
         dict from the call's parameter to key, or a function of the raw batch that
         returns a tuple (inputs by position), a dict (by name) or one input.
       targets: overrides where a dict has its targets: a key or several keys.
+      columns: what earlier tables were read as; see `data/table_batch`.
+      outputs: inputs -> the shapes of the model's outputs, None if it cannot tell.
     """
 
     call: CallSpec
     inputs: str | Sequence[str] | Mapping[str, str] | Callable[[Any], Any] | None = None
     targets: str | Sequence[str] | None = None
+    columns: Columns | None = None
+    outputs: Callable[[Inputs], PyTree] | None = None
 
     def __post_init__(self) -> None:
         """Checks the parameters that `inputs` names.
@@ -112,6 +132,10 @@ class Binding:
         )
         return Batch(inputs, y, weights)
 
+    def targets_of(self, raw: Any) -> PyTree:
+        """Returns what a raw batch has where the targets are, nested like them."""
+        return dataclasses.replace(self, inputs=lambda raw: ()).split(raw).targets
+
     def bind(self, x: Any) -> Inputs:
         """Returns what the model is called with for `x` alone, without targets.
 
@@ -125,9 +149,9 @@ class Binding:
         if callable(self.inputs):
             return _called(self.inputs(x), self.call)
         if _is_sequence(x):
-            return self._by_position(tuple(x) if self.takes_several else (tuple(x),))
+            return self.by_position(tuple(x) if self.takes_several else (tuple(x),))
         if not isinstance(x, Mapping):
-            return self._by_position((x,))
+            return self.by_position((x,))
         if self.inputs is not None:
             return self._picked(x, self._chosen(self.inputs, x))
         names = list(x) if self.call.var_keyword else self.call.names
@@ -138,7 +162,7 @@ class Binding:
             return named
         if self.takes_several:
             raise self._missing(x, tuple(x))
-        return self._by_position((dict(x),))
+        return self.by_position((dict(x),))
 
     def unused(self, raw: Any) -> tuple[str, ...]:
         """Returns the keys of a raw dict batch of which nothing is read."""
@@ -215,9 +239,9 @@ class Binding:
     ) -> Inputs:
         if isinstance(keys, dict):
             return {name: fields[key] for name, key in keys.items()}
-        return self._by_position(tuple(fields[key] for key in keys))
+        return self.by_position(tuple(fields[key] for key in keys))
 
-    def _by_position(self, values: tuple[Any, ...]) -> Inputs:
+    def by_position(self, values: tuple[Any, ...]) -> Inputs:
         """Returns `values` as positional inputs, checked against the call."""
         call = self.call
         by_name = not call.positional and not call.var_positional

@@ -1,5 +1,6 @@
 """Checks of host arrays before anything is compiled: rows, dtypes, NaN, weights."""
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,15 +39,16 @@ def check_lengths(nest: PyTree) -> int:
         if np.ndim(leaf) == 0:
             raise DataError(
                 f"{name} is a single value (shape ()): every array needs a leading "
-                "batch axis. If these are single examples, stack them into batches: "
-                "np.stack([x for x, _ in examples])."
+                "batch axis. If these are single examples, say how many make a batch: "
+                "fit(dataset, batch_size=32)."
             )
     lengths = {len(leaf) for _, leaf in named}
     if len(lengths) > 1:
         listed = ", ".join(f"{name}: {len(leaf)}" for name, leaf in named)
         raise DataError(
             f"arrays of different length: {listed}. Every array holds one row per "
-            "example, so cut them to the same number of rows."
+            "example, so cut them to the same number of rows; batches of graphs are "
+            "given as flaxfit.data.Batches(batches, size=...)."
         )
     if lengths == {0}:
         raise DataError(
@@ -54,6 +56,40 @@ def check_lengths(nest: PyTree) -> int:
             "at least one row."
         )
     return lengths.pop()
+
+
+def check_sized(batch: Batch, given: Any) -> int:
+    """Returns the rows of a batch whose inputs are arrays of any shapes.
+
+    Args:
+      batch: NumPy or jax arrays; targets and weights `[rows, ...]`.
+      given: the rows, as a user's function returned them.
+
+    Raises:
+      DataError: it returned no whole number of at least 1, or another one than there
+        are targets or weights; text or objects, or no inputs at all.
+    """
+    try:
+        size = operator.index(given if isinstance(given, int) else given.item())
+    except (AttributeError, TypeError, ValueError):
+        size = 0
+    if size < 1:
+        raise DataError(
+            f"the function size returned {given!r}: expected the number of examples in "
+            "a batch, at least 1, such as len(labels) or graph.n_node.shape[0]."
+        )
+    if not jax.tree.leaves(batch.inputs):
+        raise DataError("no inputs: x holds no array. Write (x, y) or a dict.")
+    for name, leaf in named_leaves(batch):
+        _check_dtype(name, leaf)
+        of_rows = name.split("/")[0] in ("y", "weights")
+        if of_rows and np.shape(leaf)[:1] != (size,):
+            raise DataError(
+                f"the function size returned {size}, but {name} has shape "
+                f"{np.shape(leaf)}: targets, weights and outputs hold one row for each "
+                "of them."
+            )
+    return size
 
 
 def check_finite(example: Batch) -> None:

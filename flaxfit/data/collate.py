@@ -1,6 +1,6 @@
 """Single examples -> one raw batch of NumPy arrays, nested as they are."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,12 +11,15 @@ from flaxfit._types import HostArray
 from flaxfit.data.source import as_array, is_scalar
 
 
-def collate(examples: Sequence[Any]) -> Any:
+def collate(
+    examples: Sequence[Any], join: Callable[[Sequence[Any]], HostArray] | None = None
+) -> Any:
     """Returns a raw batch of examples that are nested alike.
 
     Args:
       examples: at least one; dicts, tuples, named tuples or any other pytrees of
         arrays, numbers and text.
+      join: the values of a leaf -> their array, in place of `stack`.
 
     Returns:
       The same nesting of arrays `[len(examples), ...]`; a leaf whose examples differ
@@ -36,27 +39,28 @@ def collate(examples: Sequence[Any]) -> Any:
     if isinstance(first, Mapping):
         if any(example.keys() != first.keys() for example in examples):
             raise DataError(_other_keys(examples))
-        return {key: collate([e[key] for e in examples]) for key in first}
+        return {key: collate([e[key] for e in examples], join) for key in first}
     if isinstance(first, tuple | list) and not is_list_of_numbers(first):
         if any(len(example) != len(first) for example in examples):
             raise DataError(
                 f"examples differ in length: a {kind.__name__} of {len(first)} and one "
                 f"of {next(len(e) for e in examples if len(e) != len(first))} parts."
             )
-        parts = [collate(part) for part in zip(*examples, strict=True)]
+        parts = [collate(part, join) for part in zip(*examples, strict=True)]
         return kind(*parts) if hasattr(first, "_fields") else kind(parts)
     if first is None:
         return None
+    join = join or stack
     if kind is np.ndarray or is_scalar(first) or isinstance(first, list):
-        return stack(examples)
+        return join(examples)
     leaves, structure = jax.tree.flatten(first)
     others = (jax.tree.flatten(each)[1] for each in examples)
     if any(bool(other != structure) for other in others):  # type: ignore[operator]
         raise DataError(f"examples differ in nesting: {structure} is the first one's.")
     if len(leaves) == 1 and leaves[0] is first:
-        return stack(examples)
+        return join(examples)
     columns = zip(*(jax.tree.leaves(each) for each in examples), strict=True)
-    return jax.tree.unflatten(structure, [stack(column) for column in columns])
+    return jax.tree.unflatten(structure, [join(column) for column in columns])
 
 
 def stack(values: Sequence[Any]) -> HostArray:

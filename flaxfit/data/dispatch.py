@@ -16,13 +16,24 @@ import numpy as np
 
 from flaxfit._errors import DataError
 from flaxfit._types import Batch
+from flaxfit.data import (
+    files,
+    grain,
+    hugging_face,
+    sliced,
+    tables,
+    tf_data,
+    tfds,
+    torch,
+)
 from flaxfit.data.arrays import (
     ArraySource,
     split_validation,
     train_rows,
     warn_if_sorted,
 )
-from flaxfit.data.batch import Binding
+from flaxfit.data.batch import Binding, Whole
+from flaxfit.data.batches import Batches, open_batches
 from flaxfit.data.checks import (
     check_finite,
     check_lengths,
@@ -38,7 +49,9 @@ from flaxfit.data.example_set import (
     take_rows,
 )
 from flaxfit.data.examples import Examples
-from flaxfit.data.iterables import from_iterable, length_of
+from flaxfit.data.image_folder import ImageFiles, open_image_files
+from flaxfit.data.iterables import from_iterable, length_of, peek
+from flaxfit.data.padding import Padded, raw_of
 from flaxfit.data.source import (
     Source,
     as_host,
@@ -47,9 +60,18 @@ from flaxfit.data.source import (
     is_nest,
     narrow,
 )
-from flaxfit.data.stream import NO_FACTS, Stream
+from flaxfit.data.stream import NO_FACTS, Facts, Stream
 from flaxfit.data.stream_source import StreamSource
-from flaxfit.data.weights import ClassWeighting, with_weights
+from flaxfit.data.table_batch import (
+    TableReader,
+    holds_column,
+    holds_table,
+    read_column,
+    read_table,
+    refuse_inner_tables,
+    refuse_other_order,
+)
+from flaxfit.data.weights import ClassWeighting, apply_mask, with_weights
 
 DEFAULT_BATCH_SIZE = 32
 _FEW_LABELS = 32
@@ -76,9 +98,9 @@ def as_source(
 
     Args:
       x: arrays in any nesting, `(x, y)`, `(x, y, weights)`, a dict of arrays, a
-        `Batch`, or a dataset: an iterable of batches, a function that yields them,
-        an iterator. A tuple is one dataset, a list of tuples or dicts is a list of
-        batches.
+        table, a `Batch`, or a dataset: an iterable of batches, a function that yields
+        them, an iterator. A tuple is one dataset, a list of tuples, dicts or tables is
+        a list of batches.
       y: targets, any nesting of arrays; only with arrays.
       sample_weight: `float[examples]` or, one for every element of the targets,
         `float[examples, ...]`; only with arrays.
@@ -104,9 +126,10 @@ def as_source(
       ValueError: arguments that do not go together.
     """
     weighting = None if class_weight is None else ClassWeighting(class_weight)
-    x = adapt(x, what=what, data_dir=data_dir)
+    x, y, sample_weight = _adapt_parts(x, y, sample_weight, what, data_dir)
     if _is_arrays(x, y, sample_weight, what):
-        data = _read_arrays(x, y, sample_weight, binding)
+        whole = _read_arrays(x, y, sample_weight, binding)
+        data = whole.batch
         if weighting is not None:
             data = weighting(data)
         if data.weights is not None:
@@ -120,7 +143,8 @@ def as_source(
             shuffle=shuffle,
             seed=seed,
             check=check,
-            unused=binding.unused(x) if y is None else (),
+            unused=whole.unused,
+            facts=whole.facts,
         )
         check_values(with_weights(data))
         check_values(source.example)
@@ -128,21 +152,30 @@ def as_source(
     stream = _as_stream(
         x, batch_size, default_batch_size, multiple_of, shuffle, seed, what
     )
+    if stream.endless and steps is None:
+        raise DataError(_endless_text(stream, what))
     binding = binding.guided_by(stream.facts or NO_FACTS)
+    reader = TableReader(binding)
 
     def read(raw: Any) -> Batch:
-        batch = binding.split(as_host(raw, but_device=True))
+        if holds_table(raw_of(raw)):
+            batch = reader(raw_of(raw))
+        else:
+            batch = binding.split(as_host(raw_of(raw), but_device=True))
+        if isinstance(raw, Padded):
+            return apply_mask(batch, binding.targets_of(raw.real), weighting)
         return batch if weighting is None else weighting(batch)
 
     source = StreamSource(
         stream,
         read,
-        unused=binding.unused,
+        unused=lambda raw: reader.unused or binding.unused(raw_of(raw)),
         check=check,
         what=what,
         steps=steps,
         multiple_of=multiple_of,
     )
+    source.facts = reader.told(source.facts)
     check_finite(source.example)
     return source
 
@@ -179,24 +212,35 @@ def as_inputs_source(
       TypeError: data of an unknown kind.
       ValueError: `batch_size` for a dataset, or a wrong one.
     """
-    x = adapt(x, what=what, data_dir=data_dir)
+    x = files.open_files(x)
+    if sliced.recognizes(x) and _is_several_inputs(x, binding):
+        x = (x,)
+    x, *_ = _adapt_parts(x, None, None, what, data_dir)
     if _is_arrays(x, None, None, what):
-        inputs = _whole_inputs(as_host(x), binding)
-        rows = check_lengths(inputs)
+        whole = _read_inputs(x, binding)
+        rows = check_lengths(whole.batch)
         size = _checked_size(batch_size, default_batch_size, rows, multiple_of)
-        return ArraySource(narrow(inputs, keep_mapped=True), size, check=check)
+        data = narrow(whole.batch, keep_mapped=True)
+        return ArraySource(data, size, check=check, facts=whole.facts)
+    if isinstance(x, ExampleSet):
+        x = replace(x, in_buckets=False)  # outputs come in the order of the inputs
     stream = _as_stream(x, batch_size, default_batch_size, multiple_of, False, (), what)
     binding = binding.guided_by(stream.facts or NO_FACTS)
-    return StreamSource(
-        stream,
-        lambda raw: _stream_inputs(as_host(raw, but_device=True), binding),
-        check=check,
-        what=what,
-        multiple_of=multiple_of,
+    reader = TableReader(binding, targets=False)
+
+    def read(raw: Any) -> Batch:
+        if holds_table(raw_of(raw)):
+            return reader(raw_of(raw))
+        return _stream_inputs(as_host(raw_of(raw), but_device=True), binding)
+
+    source = StreamSource(
+        stream, read, check=check, what=what, multiple_of=multiple_of
     )
+    source.facts = reader.told(source.facts)
+    return source
 
 
-def as_batch(
+def as_whole(
     x: Any,
     y: Any = None,
     sample_weight: Any = None,
@@ -204,16 +248,26 @@ def as_batch(
     binding: Binding,
     class_weight: Mapping[Any, float] | None = None,
     what: str = "fit",
-) -> Batch:
-    """Returns arrays as one `Batch` on the host, with weights, unfilled.
+) -> Whole:
+    """Returns arrays, or a table, as one `Batch` on the host, with weights, unfilled.
 
-    Takes what `as_source` takes for arrays; `as_source` takes the result as `x`.
+    Takes what `as_source` takes for arrays, or `Batches` of a single one; `as_source`
+    takes the result as `x`.
 
     Raises:
       DataError: data that cannot be trained on; see `data/checks`.
       TypeError: data of an unknown kind.
       ValueError: arguments that do not go together, or a dataset.
     """
+    if isinstance(x, Batches):
+        source = as_source(
+            x, y, sample_weight, binding=binding, class_weight=class_weight, what=what
+        )
+        if source.num_batches != 1:
+            raise ValueError(
+                f"{what} takes one batch: write Batches([batch], size=...) with it."
+            )
+        return Whole(source.example, source.unused, source.facts)
     if not _is_arrays(x, y, sample_weight, what):
         advice = (
             "pass the rest of the data as validation_data=(x_val, y_val)"
@@ -223,13 +277,14 @@ def as_batch(
         raise ValueError(
             f"{what} needs arrays here, not a {type(x).__name__}: {advice}."
         )
-    data = _read_arrays(x, y, sample_weight, binding)
+    whole = _read_arrays(x, y, sample_weight, binding)
+    data = whole.batch
     if class_weight is not None:
         data = ClassWeighting(class_weight)(data)
     data = with_weights(narrow(data))
     check_weights(data.weights, all_zero=True)
     check_values(data)
-    return data
+    return replace(whole, batch=data)
 
 
 def split_data(
@@ -259,13 +314,14 @@ def split_data(
         comes in batches or one after the other.
     """
     what = "validation_split"
-    x = adapt(x, what="fit", data_dir=data_dir)
+    x, y, sample_weight = _adapt_parts(x, y, sample_weight, "fit", data_dir)
     if not isinstance(x, Stream | Batch) and not _is_arrays(x, y, sample_weight, "fit"):
         examples = x if isinstance(x, ExampleSet) else _examples_of(x, None, what)
         if examples is not None and examples.by_index:
             return split_examples(examples, fraction, binding)
-    whole = as_batch(x, y, sample_weight, binding=binding, what=what)
-    return split_validation(whole, fraction)
+    whole = as_whole(x, y, sample_weight, binding=binding, what=what)
+    train, validation = split_validation(whole.batch, fraction)
+    return replace(whole, batch=train), replace(whole, batch=validation)
 
 
 def split_examples(
@@ -299,6 +355,24 @@ def adapt(x: Any, *, what: str, data_dir: str | os.PathLike[str] | None = None) 
     return x
 
 
+def _adapt_parts(
+    x: Any,
+    y: Any,
+    sample_weight: Any,
+    what: str,
+    data_dir: str | os.PathLike[str] | None,
+) -> tuple[Any, Any, Any]:
+    """Returns data that was given in parts, with the arrays of files opened.
+
+    If one of its arrays is read by slices, all of it is one `ExampleSet`.
+    """
+    x, y, sample_weight = map(files.open_files, (x, y, sample_weight))
+    parts = (x, y, sample_weight)
+    if any(map(sliced.recognizes, parts)) and not _is_batch_list(x, y):
+        return sliced.gathered(*parts), None, None
+    return adapt(x, what=what, data_dir=data_dir), y, sample_weight
+
+
 def _open_examples(
     examples: Examples, *, what: str, data_dir: str | os.PathLike[str] | None
 ) -> ExampleSet:
@@ -309,6 +383,8 @@ def _open_examples(
       ValueError: processes for examples that have no index.
     """
     items = adapt(examples.items, what=what, data_dir=data_dir)
+    if isinstance(items, Stream) and items.examples is not None:
+        items = items.examples
     if isinstance(items, Stream):
         raise TypeError(
             f"Examples(...) of a {items.kind}, which yields whole batches. Give what "
@@ -326,7 +402,18 @@ def _open_examples(
     return examples.applied_to(items)
 
 
+def _open_batches(
+    batches: Batches, *, what: str, data_dir: str | os.PathLike[str] | None
+) -> Stream:
+    """Returns a user's `Batches`; see `open_batches`."""
+    adapted = adapt(batches.batches, what=what, data_dir=data_dir)
+    return open_batches(batches, adapted, what)
+
+
 def _example_set(items: Any, what: str) -> ExampleSet:
+    if tables.is_table(items):
+        rows = tables.plain_columns(items)
+        return ExampleSet("Examples of a table", len(items), take_rows(rows))
     if is_nest(items) and not isinstance(items, list):
         arrays = as_host(items)
         return ExampleSet(
@@ -335,7 +422,11 @@ def _example_set(items: Any, what: str) -> ExampleSet:
     if hasattr(items, "__getitem__") and length_of(items) is not None:
         kind = f"{type(items).__name__} of examples"
         return ExampleSet(kind, length_of(items), take_items(items))
-    stream = from_iterable(items, what)
+    return _examples_in(from_iterable(items, what))
+
+
+def _examples_in(stream: Stream) -> ExampleSet:
+    """Returns the examples that a stream yields one by one."""
     return ExampleSet(
         f"{stream.kind} of examples",
         stream.num_batches,
@@ -364,11 +455,21 @@ def _as_stream(
     """
     if not isinstance(x, ExampleSet | Stream):
         x = _examples_of(x, batch_size, what) or from_iterable(x, what)
+        if isinstance(x, Stream) and default_batch_size is not None:
+            # After a fit that made batches of examples, others may come as examples.
+            first, x = peek(x)
+            if first is not None and looks_single(first):
+                x = _examples_in(x)
     if isinstance(x, ExampleSet):
+        if x.length == 0:
+            raise DataError(
+                f"no examples: the {x.kind} given to {what} has the length 0. Pass at "
+                "least one."
+            )
         size = _checked_size(batch_size, default_batch_size, x.length, multiple_of)
         return stream_examples(x, size, shuffle=shuffle, seed=seed)
     _refuse_batch_size(batch_size, what)
-    return x
+    return x if x.seeded is None else replace(x, open=x.seeded(seed))
 
 
 def _examples_of(x: Any, batch_size: int | None, what: str) -> ExampleSet | None:
@@ -409,11 +510,13 @@ def _is_arrays(x: Any, y: Any, sample_weight: Any, what: str) -> bool:
         )
     name = "y" if y is not None else "sample_weight"
     given = y is not None or sample_weight is not None
-    if isinstance(x, Batch):
+    if isinstance(x, Batch | Whole):
         if given:
             raise ValueError(f"a Batch has its {name} inside: write {what}(batch).")
         return True
-    if is_array(x) or (not _is_batch_list(x, y) and is_nest(x)):
+    if tables.is_table(x) or is_array(x):
+        return True
+    if not _is_batch_list(x, y) and is_nest(x):
         return True
     if given:
         kind = x.kind if isinstance(x, ExampleSet | Stream) else type(x).__name__
@@ -445,35 +548,67 @@ def _is_batch_list(x: Any, y: Any) -> bool:
     return bool(x) and all(_is_nested(part) for part in x)
 
 
+def _is_several_inputs(x: Any, binding: Binding) -> bool:
+    """Whether a tuple given to `predict` has one input in each of its parts."""
+    plain = isinstance(x, tuple | list) and not hasattr(x, "_fields")
+    if not plain or _is_nested(x[0]) or callable(binding.inputs):
+        return False
+    return binding.takes_several
+
+
 def _is_nested(value: Any) -> bool:
     nested = isinstance(value, tuple | list | Mapping | Batch)
-    return nested and not is_array(value)
+    return (nested and not is_array(value)) or tables.is_table(value)
 
 
-def _read_arrays(x: Any, y: Any, sample_weight: Any, binding: Binding) -> Batch:
-    """Returns all examples as one `Batch`; `weights` is None where none are given."""
-    data = binding.split(as_host(x if y is None else (x, y)))
+def _read_arrays(x: Any, y: Any, sample_weight: Any, binding: Binding) -> Whole:
+    """Returns all examples; `weights` is None where none are given."""
+    whole = x if isinstance(x, Whole) else _read(x, y, binding)
+    data = whole.batch
     if sample_weight is not None:
         if data.weights is not None:
             raise ValueError(
                 "sample_weight is given twice: as an argument and inside the data. "
                 "Leave one of them out."
             )
+        refuse_other_order(x, sample_weight, "sample_weight")
         data = data.replace(weights=as_host(sample_weight))
     check_lengths(data)
     data = narrow(data, keep_mapped=True)
-    return data if data.weights is None else with_weights(data)
+    data = data if data.weights is None else with_weights(data)
+    return replace(whole, batch=data)
+
+
+def _read(x: Any, y: Any, binding: Binding) -> Whole:
+    """Reads arrays or a table, with their targets."""
+    raw = x if y is None else (x, y)
+    if holds_table(raw):
+        return read_table(raw, binding)
+    if holds_column(raw):
+        return read_column(raw, binding)
+    refuse_inner_tables(raw, "x")
+    unused = binding.unused(x) if y is None else ()
+    return Whole(
+        binding.split(as_host(raw)), unused, Facts(columns=binding.columns)
+    )
+
+
+def _read_inputs(x: Any, binding: Binding) -> Whole:
+    """Reads arrays or a table given to `predict`."""
+    if holds_table(x):
+        return read_table(x, binding, targets=False)
+    refuse_inner_tables(x, "x")
+    return Whole(
+        _whole_inputs(as_host(x), binding), facts=Facts(columns=binding.columns)
+    )
 
 
 def _whole_inputs(raw: Any, binding: Binding) -> Batch:
     """Reads arrays given to `predict`."""
-    if not isinstance(raw, tuple | list) or hasattr(raw, "_fields"):
-        return _stream_inputs(raw, binding)
-    if _is_nested(raw[0]) or callable(binding.inputs):
-        return _stream_inputs(raw, binding)
-    if binding.takes_several:
+    if _is_several_inputs(raw, binding):
         return Batch(binding.bind(raw), None, None)
-    if isinstance(raw, list) and len(raw) > 1:
+    apart = isinstance(raw, list) and not callable(binding.inputs)
+    if apart and len(raw) > 1 and not _is_nested(raw[0]):
         raise DataError(
             f"a list of {len(raw)} arrays for a model with one input. For a list of "
             "examples write np.stack(x); for (x, y) a tuple; for batches "
@@ -515,6 +650,18 @@ def _checked_size(
     return -(-size // multiple_of) * multiple_of
 
 
+def _endless_text(stream: Stream, what: str) -> str:
+    argument = {
+        "fit": "steps_per_epoch",
+        "compile": "steps_per_epoch",
+        "validation_data": "validation_steps",
+    }.get(what, "steps")
+    return (
+        f"the {stream.kind} given to {what} has no end: write {argument}=100 for 100 "
+        "batches, or leave the repeat() out where the dataset is made."
+    )
+
+
 def _refuse_batch_size(batch_size: Any, what: str) -> None:
     if batch_size is not None:
         argument = "batch_size"
@@ -530,4 +677,15 @@ def _refuse_batch_size(batch_size: Any, what: str) -> None:
 # (whether it is of the kind, what makes a dataset of it), in the order they are tried.
 KINDS: tuple[tuple[Callable[[Any], bool], Callable[..., Any]], ...] = (
     (lambda x: isinstance(x, Examples), _open_examples),
+    (lambda x: isinstance(x, Batches), _open_batches),
+    (tables.is_lazy, tables.refuse_lazy),
+    (lambda x: isinstance(x, ImageFiles), open_image_files),
+    (grain.recognizes, grain.as_dataset),
+    # Before torch, whose IterableDataset its streams are too.
+    (hugging_face.recognizes, hugging_face.as_dataset),
+    (torch.recognizes, torch.as_dataset),
+    (tf_data.recognizes, tf_data.as_dataset),
+    (files.recognizes, files.as_dataset),
+    (tfds.recognizes, tfds.as_dataset),
+    (lambda x: not isinstance(x, list) and sliced.recognizes(x), sliced.as_dataset),
 )

@@ -2,18 +2,30 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count, islice
+from itertools import chain, islice
 from typing import Any
 
 import jax
+import numpy as np
 
+from flaxfit._segments import rows_of
 from flaxfit._types import HostArray
 from flaxfit.data.collate import collate
-from flaxfit.data.order import order_of_pass, seeded
-from flaxfit.data.stream import NO_FACTS, Facts, Stream
-from flaxfit.data.workers import ordered_map
+from flaxfit.data.order import batches_of_pass, order_of_pass, seeded
+from flaxfit.data.padding import Padding, plan_buckets, raw_of
+from flaxfit.data.stream import (
+    NO_FACTS,
+    Facts,
+    Filled,
+    Open,
+    Stream,
+    get_state,
+    set_state,
+)
+from flaxfit.data.workers import OrderedMap
 
 
 @dataclass(frozen=True)
@@ -30,10 +42,16 @@ class ExampleSet:
         used where nothing is done to single examples.
       iterate: pass -> its items, one after the other.
       one_shot: whether `iterate` goes on with the same iterator each time.
+      endless: see `Stream`.
       load: item -> example, or None.
       threads: see `Examples`.
       processes: see `Examples`.
       collate: examples -> raw batch.
+      padding: how examples of different length are padded, or None.
+      buckets: the bucket of every example, `int64[length]`, where that is known.
+      in_buckets: whether a batch holds examples of one bucket; else they keep their
+        order, and a batch is padded for the longest one.
+      order: the order of a pass, see `order_of_pass`.
       facts: what the dataset says of itself.
     """
 
@@ -43,16 +61,32 @@ class ExampleSet:
     take_batch: Callable[[HostArray], Any] | None = None
     iterate: Callable[[int], Iterator[Any]] | None = None
     one_shot: bool = False
+    endless: bool = False
     load: Callable[..., Any] | None = None
     threads: int = 0
     processes: int = 0
     collate: Callable[[Sequence[Any]], Any] = collate
+    padding: Padding | None = None
+    buckets: HostArray | None = None
+    in_buckets: bool = True
+    order: Callable[..., HostArray] = order_of_pass
     facts: Facts = field(default=NO_FACTS)
 
     @property
     def by_index(self) -> bool:
         """Whether any of them can be had at once."""
         return self.take is not None or self.take_batch is not None
+
+    @property
+    def plan(self) -> HostArray | None:
+        """The bucket of every example if batches are planned by them."""
+        return self.buckets if self.in_buckets else None
+
+    @property
+    def sorts(self) -> bool:
+        """Whether only what was loaded tells which batch it goes into."""
+        several = self.padding is not None and self.padding.buckets > 1
+        return several and self.in_buckets and self.buckets is None
 
     def part(self, start: int, stop: int) -> "ExampleSet":
         """Returns the examples from `start` up to `stop`, which are had by index."""
@@ -61,6 +95,7 @@ class ExampleSet:
             length=stop - start,
             take=self.take and _Part(self.take, start),
             take_batch=self.take_batch and _Part(self.take_batch, start),
+            buckets=None if self.buckets is None else self.buckets[start:stop],
         )
 
 
@@ -89,26 +124,28 @@ def stream_examples(
     total = examples.length
     assert total is not None
 
-    def open_pass(pass_index: int, start: int) -> Iterator[Any]:
-        order = order_of_pass(total, pass_index, shuffle=shuffle, seed=seed)
-        tasks = [
-            order[first : first + batch_size]
-            for first in range(start * batch_size, total, batch_size)
-        ]
-        return ordered_map(
-            _ByIndex(examples, (*seed, pass_index)),
-            tasks,
-            threads=examples.threads,
-            processes=examples.processes,
-        )
+    # One for all passes: processes stay from one to the next.
+    work = OrderedMap(
+        _AnyPass(examples), threads=examples.threads, processes=examples.processes
+    )
 
-    return Stream(
-        examples.kind,
-        open_pass,
-        num_batches=math.ceil(total / batch_size),
+    def open_pass(pass_index: int, start: int) -> Iterator[Any]:
+        order = examples.order(total, pass_index, shuffle=shuffle, seed=seed)
+        if examples.sorts:
+            tasks = np.split(order, range(batch_size, total, batch_size))
+        elif examples.plan is None:
+            tasks = list(batches_of_pass(order, batch_size)[start:])
+        else:
+            tasks = plan_buckets(order, examples.plan, batch_size)[start:]
+        made = work(((*seed, pass_index), rows) for rows in tasks)
+        return _sorted(examples, made, batch_size)
+
+    sizes = np.array([total]) if examples.plan is None else np.bincount(examples.plan)
+    return replace(
+        _stream(examples, open_pass, min(batch_size, int(sizes.max()))),
+        num_batches=None if examples.sorts else int((-(-sizes // batch_size)).sum()),
         num_examples=total,
-        seeks=True,
-        facts=examples.facts,
+        seeks=not examples.sorts,
     )
 
 
@@ -120,39 +157,126 @@ def _stream_in_order(
 
     def open_pass(pass_index: int, start: int) -> Iterator[Any]:
         del start
-        items = iterate(pass_index)
-        chunks = iter(lambda: list(islice(items, batch_size)), [])
-        tasks = zip(count(0, batch_size), chunks, strict=False)
-        return ordered_map(
-            _InOrder(examples, (*seed, pass_index)), tasks, threads=examples.threads
+        work = _InOrder(examples, (*seed, pass_index))
+        made = _Chunks(
+            iterate(pass_index),
+            batch_size,
+            OrderedMap(work, threads=examples.threads),
         )
+        return _sorted(examples, made, batch_size)
 
     length = examples.length
+    untold = length is None or examples.sorts
+    return replace(
+        _stream(examples, open_pass, batch_size),
+        num_batches=None if untold else math.ceil((length or 0) / batch_size),
+        num_examples=length,
+        one_shot=examples.one_shot,
+        endless=examples.endless,
+    )
+
+
+class _Chunks:
+    """What is made of chunks of items; it has a state if the items' iterator has one.
+
+    Args:
+      items: the items.
+      size: how many are a chunk.
+      work: what is done to `(number of the first item, items)`.
+    """
+
+    def __init__(self, items: Iterator[Any], size: int, work: OrderedMap) -> None:
+        self._items = items
+        self._size = size
+        self._work = work
+        self._state: dict[str, Any] | None = None
+        self._begin(0)
+
+    def _begin(self, first: int) -> None:
+        # Threads read ahead: where the items stood after each chunk not handed out yet.
+        self._states: deque[dict[str, Any] | None] = deque()
+        self._made = self._work(self._read(first, self._states))
+
+    def _read(
+        self, first: int, states: deque[dict[str, Any] | None]
+    ) -> Iterator[tuple[int, Sequence[Any]]]:
+        while chunk := list(islice(self._items, self._size)):
+            state = get_state(self._items)
+            after = first + len(chunk)
+            states.append(None if state is None else {"items": state, "first": after})
+            yield first, chunk
+            first = after
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        made = next(self._made)
+        self._state = self._states.popleft()
+        return made
+
+    def get_state(self) -> dict[str, Any] | None:
+        return self._state
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        set_state(self._items, state["items"])
+        self._begin(state["first"])
+
+
+def _stream(examples: ExampleSet, open_pass: Open, batch_size: int) -> Stream:
+    padding = examples.padding
     return Stream(
         examples.kind,
         open_pass,
-        num_batches=None if length is None else math.ceil(length / batch_size),
-        num_examples=length,
-        one_shot=examples.one_shot,
+        shapes=1 if padding is None else padding.buckets,
+        # The first batch may be the short one of a bucket.
+        batch_size=None if padding is None else batch_size,
         facts=examples.facts,
     )
 
 
+def _sorted(
+    examples: ExampleSet, made: Iterator[Any], batch_size: int
+) -> Iterator[Any]:
+    """Returns batches, made of what was loaded where only that tells the bucket."""
+    if not examples.sorts:
+        return made
+    assert examples.padding is not None
+    return examples.padding.in_buckets(chain.from_iterable(made), batch_size)
+
+
 def batch_of_rows(examples: ExampleSet, rows: HostArray) -> Any:
     """Returns the raw batch of some rows, which are had by index."""
-    return _ByIndex(examples, (0,))(rows)
+    return raw_of(_ByIndex(replace(examples, in_buckets=False), (0,))(rows))
+
+
+@dataclass(frozen=True)
+class _AnyPass:
+    """Makes the batch of some rows in a pass; a class, to be given to processes."""
+
+    examples: ExampleSet
+
+    def __call__(self, task: tuple[tuple[int, ...], HostArray]) -> Any:
+        seed, rows = task
+        return _ByIndex(self.examples, seed)(rows)
 
 
 @dataclass(frozen=True)
 class _ByIndex:
-    """Makes the batch of some rows; a class so that processes can be given it."""
+    """Makes the batch of some rows."""
 
     examples: ExampleSet
     seed: tuple[int, ...]
 
-    def __call__(self, rows: HostArray) -> Any:
+    def __call__(self, coded: HostArray) -> Any:
+        rows, real = rows_of(coded)
+        raw = self._batch(rows)
+        return raw if real == len(rows) else Filled(raw, real)
+
+    def _batch(self, rows: HostArray) -> Any:
         examples = self.examples
-        if examples.take_batch is not None and examples.load is None:
+        single = examples.load is not None or examples.padding is not None
+        if examples.take_batch is not None and not single:
             return examples.take_batch(rows)
         assert examples.take is not None
         try:
@@ -160,7 +284,7 @@ class _ByIndex:
         except Exception as error:
             error.add_note(f"while reading the items {', '.join(map(str, rows))}")
             raise
-        return examples.collate(_loaded(examples, items, rows.tolist(), self.seed))
+        return _made(examples, items, rows.tolist(), self.seed)
 
 
 @dataclass(frozen=True)
@@ -173,7 +297,22 @@ class _InOrder:
     def __call__(self, task: tuple[int, Sequence[Any]]) -> Any:
         first, items = task
         rows = range(first, first + len(items))
-        return self.examples.collate(_loaded(self.examples, items, rows, self.seed))
+        return _made(self.examples, items, rows, self.seed)
+
+
+def _made(
+    examples: ExampleSet,
+    items: Sequence[Any],
+    rows: Sequence[int],
+    seed: tuple[int, ...],
+) -> Any:
+    """Returns the batch of some items, or `(row, example)` of each to be sorted."""
+    loaded = _loaded(examples, items, rows, seed)
+    if examples.padding is None:
+        return examples.collate(loaded)
+    if examples.sorts:
+        return list(zip(rows, loaded, strict=True))
+    return examples.padding.collate(loaded, rows)
 
 
 def _loaded(

@@ -1,11 +1,15 @@
 """`Examples`: what a user says about single examples before they become batches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from flaxfit._counts import as_count
 from flaxfit.data.example_set import Chain, ExampleSet
+from flaxfit.data.padding import Padding
+from flaxfit.data.padding_arguments import as_padding
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,10 +29,30 @@ class Examples:
         and `load` are pickled; it needs Grain, `pip install "flaxfit[data]"`.
       collate: list of examples -> batch, in place of stacking their arrays.
       class_names: the names of the classes 0, 1, …
+      pad_to: the length to which examples of different length are padded along their
+        first axis, or ascending lengths, `[32, 64, 128]`: an example is padded to the
+        shortest that holds it, together with others of its kind, and the steps are
+        compiled once for each of them. Every part of an example that has an axis
+        needs the same length; else name those to be padded,
+        `{"tokens": [32, 64], "tags": [32, 64]}` by the keys of a dict or `{0: 64}` by
+        the position in a tuple. Where targets are padded, what is padding weighs 0 in
+        loss and metrics; what the model makes of it is its own affair, see `mask`.
+      pad_value: what is padded with, for all or by part.
+      truncate: whether to cut off what is longer than the longest of `pad_to`, which
+        else is an error.
+      mask: the key under which the model is given `bool[batch, length]`, False for
+        padding, with examples that are dicts; `{key: part}` where parts differ in
+        length.
+      lengths: `int[len(items)]`, at most as long as the examples will be, by part where
+        they differ. Then the batches of a pass are known before anything is loaded:
+        how many, and where to go on in the middle of one. A list without `load` is
+        measured.
 
     Raises:
+      DataError: an example is known to be too long.
       TypeError: `load` or `collate` is no function.
-      ValueError: a number that cannot be, or both threads and processes.
+      ValueError: a number that cannot be, both threads and processes, or arguments that
+        do not go together.
 
     Example:
       >>> import numpy as np
@@ -46,6 +70,11 @@ class Examples:
     processes: int = 0
     collate: Callable[[Sequence[Any]], Any] | None = None
     class_names: Sequence[str] = ()
+    pad_to: Any = None
+    pad_value: Any = 0
+    truncate: bool = False
+    mask: str | Mapping[str, Any] | None = None
+    lengths: Any = None
 
     def __post_init__(self) -> None:
         """Checks the arguments."""
@@ -62,10 +91,25 @@ class Examples:
                 f"threads={self.threads} and processes={self.processes}: give one of "
                 "them."
             )
+        if self.padding is None and self.lengths is not None:
+            raise ValueError(
+                "lengths=... without pad_to: write the lengths to pad to, "
+                "pad_to=[32, 64, 128]."
+            )
+        if self.padding is not None and self.collate is not None:
+            raise ValueError(
+                "pad_to and collate both make batches of examples: leave one of them "
+                "out."
+            )
 
     def __len__(self) -> int:
         """Returns the number of items, if they tell."""
         return len(self.items)
+
+    @property
+    def padding(self) -> Padding | None:
+        """How examples are padded, or None."""
+        return as_padding(self.pad_to, self.pad_value, self.truncate, self.mask)
 
     def applied_to(self, items: ExampleSet) -> ExampleSet:
         """Returns the items with what these arguments ask for."""
@@ -82,4 +126,23 @@ class Examples:
         if self.class_names:
             names = tuple(self.class_names)
             changes["facts"] = replace(items.facts, class_names=names)
-        return replace(items, **changes)
+        changed = replace(items, **changes)
+        return changed if self.padding is None else self._padded(changed, self.padding)
+
+    def _padded(self, items: ExampleSet, padding: Padding) -> ExampleSet:
+        facts, buckets = items.facts, None
+        if self.lengths is not None:
+            if not items.by_index:
+                raise ValueError(
+                    f"lengths=... of a {items.kind}, whose items have no index: leave "
+                    "it out."
+                )
+            buckets = padding.buckets_of(self.lengths, items.length)
+        elif isinstance(self.items, list) and items.load is None:
+            measured = (padding.bucket_of(*pair) for pair in enumerate(self.items))
+            buckets = np.fromiter(measured, np.int64, len(self.items))
+        if padding.masks:
+            # Inputs that are named beforehand would leave the mask out.
+            keys = (*facts.keys, *padding.masks)
+            facts = replace(facts, keys=keys, inputs=None)
+        return replace(items, padding=padding, buckets=buckets, facts=facts)

@@ -2,12 +2,14 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 from flaxfit._types import Batch
 from flaxfit.data.source import call_text, is_array
-from flaxfit.data.stream import Stream
+from flaxfit.data.stream import Stream, has_state
 
 
 def from_iterable(data: Any, what: str) -> Stream:
@@ -34,6 +36,27 @@ def from_iterable(data: Any, what: str) -> Stream:
     if hasattr(data, "__iter__") and not isinstance(data, Sequence):
         return Stream(kind, lambda *unused: iter(data), length_of(data))
     return Stream(kind, partial(_by_index, data), len(data), seeks=True)
+
+
+def peek(stream: Stream) -> tuple[Any, Stream]:
+    """Returns the first raw batch, and the stream that still yields it.
+
+    None for an empty stream, and for one whose iterator has a state to be asked for.
+    """
+    iterator = stream.open(0, 0)
+    opened = [iterator]
+    first = None
+    if not has_state(iterator):
+        first = next(iterator, None)
+        opened = [iterator if first is None else chain([first], iterator)]
+
+    def open_pass(pass_index: int, start: int) -> Iterator[Any]:
+        reusable = opened and (stream.one_shot or (pass_index, start) == (0, 0))
+        if not reusable:
+            return stream.open(pass_index, start)
+        return opened[0] if stream.one_shot else opened.pop()
+
+    return first, replace(stream, open=open_pass)
 
 
 def _by_index(data: Any, pass_index: int, start: int) -> Iterator[Any]:

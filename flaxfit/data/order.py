@@ -23,6 +23,24 @@ def order_of_pass(
     return seeded(*seed, pass_index).permutation(total)
 
 
+def batches_of_pass(order: HostArray, batch_size: int) -> HostArray:
+    """Returns the rows of the batches of one pass.
+
+    Args:
+      order: the rows of the pass.
+      batch_size: rows of a batch.
+
+    Returns:
+      `int64[batches, batch]`; where the last batch is only filled up, at weight 0,
+      with the first rows of the pass, the row `r` is written as `~r`.
+    """
+    total = len(order)
+    num_batches = -(-total // batch_size)
+    filled = order[np.arange(num_batches * batch_size) % total]
+    filled[total:] = ~filled[total:]
+    return filled.reshape(-1, batch_size)
+
+
 def seeded(*seed: int) -> np.random.Generator:
     """Returns a generator that is a function of these numbers."""
     return np.random.default_rng(np.random.SeedSequence(seed))

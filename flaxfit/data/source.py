@@ -12,6 +12,7 @@ import numpy as np
 from flaxfit._errors import DataError
 from flaxfit._types import Batch, HostArray, PyTree
 from flaxfit.data.stream import Facts
+from flaxfit.data.tensors import as_numpy, is_tensor
 
 
 class Source(Protocol):
@@ -33,6 +34,10 @@ class Source(Protocol):
     @property
     def seeks(self) -> bool:
         """Whether `batches` begins anywhere without reading what is before."""
+
+    @property
+    def shapes(self) -> int:
+        """How many shapes batches may have besides their rows."""
 
     @property
     def facts(self) -> Facts:
@@ -232,6 +237,8 @@ def as_array(leaf: Any, but_device: bool = False) -> Any:
             "training would see what is below the mask. Write x.filled(0), and "
             "sample_weight for rows that do not count."
         )
+    if is_tensor(leaf):
+        return as_numpy(leaf)
     try:
         return np.asarray(leaf)
     except ValueError as error:

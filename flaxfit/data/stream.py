@@ -4,9 +4,11 @@ A new kind is one file with a function that returns a `Stream`, or `Examples` wh
 batches have to be made first, and one line in `dispatch`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
+
+from flaxfit.data.columns import Columns
 
 Open: TypeAlias = Callable[[int, int], Iterator[Any]]
 """`(pass, start) -> raw batches of that pass from number start on`."""
@@ -23,9 +25,18 @@ class Stream:
       num_examples: examples of a pass, None where only reading tells.
       one_shot: whether it can be read only once; `open` then returns the same
         iterator again.
+      endless: whether it is known to have no end, so that somebody has to say how many
+        batches to take.
       seeks: whether `open` begins anywhere without reading what is before.
       shapes: how many shapes batches may have besides their rows, 1 where all are
         alike. Each of them is compiled for.
+      batch_size: the rows batches are filled up to, None for those of the first.
+      size: raw batch -> its number of examples, where inputs are nested arrays without
+        a common batch axis. Such batches go on as they are, whatever their shapes.
+      seeded: seed -> what to open in place of `open`, where the draws of a pass are a
+        function of seed and pass; None where the data alone decides.
+      examples: the `ExampleSet` of what may be single examples that only look like
+        batches, for `Examples`, which says so.
       again: what to write where it is used up, or empty.
       facts: what the dataset says of itself.
     """
@@ -35,10 +46,27 @@ class Stream:
     num_batches: int | None = None
     num_examples: int | None = None
     one_shot: bool = False
+    endless: bool = False
     seeks: bool = False
     shapes: int = 1
+    batch_size: int | None = None
+    size: Callable[[Any], int] | None = None
+    seeded: Callable[[Sequence[int]], Open] | None = None
+    examples: Any = None
     again: str = ""
     facts: "Facts | None" = None
+
+
+class Filled(NamedTuple):
+    """A raw batch that is filled up with rows of other batches, as arrays are.
+
+    Attributes:
+      raw: the batch.
+      rows: how many of its rows are no fill.
+    """
+
+    raw: Any
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -53,6 +81,8 @@ class Facts:
       class_names: the names of the classes 0, 1, … of its target.
       pictures: whether its `uint8` inputs are pictures, which the model is given as
         `float32` between 0 and 1.
+      columns: what the columns of tables are read as from here on.
+      table: which columns of a table were read as what, in words; empty for others.
     """
 
     keys: tuple[str, ...] = ()
@@ -60,6 +90,8 @@ class Facts:
     targets: str | tuple[str, ...] | None = None
     class_names: tuple[str, ...] = ()
     pictures: bool = False
+    columns: Columns | None = None
+    table: str = ""
 
 
 NO_FACTS = Facts()

@@ -18,9 +18,13 @@ import numpy as np
 
 from flaxfit._errors import DataError
 from flaxfit._types import Batch, PyTree
-from flaxfit.data.checks import check_lengths, check_weights
+from flaxfit.data.checks import (
+    check_lengths,
+    check_sized,
+    check_weights,
+)
 from flaxfit.data.source import as_host, call_text, fill, named_leaves, narrow
-from flaxfit.data.stream import NO_FACTS, Facts, Stream, get_state, set_state
+from flaxfit.data.stream import NO_FACTS, Facts, Filled, Stream, get_state, set_state
 from flaxfit.data.weights import with_weights
 
 # Reading so long again is not noticed, and asking an iterator where it stands costs.
@@ -60,6 +64,7 @@ class StreamSource:
         multiple_of: int = 1,
     ) -> None:
         self.kind = stream.kind
+        self.shapes = stream.shapes
         self.one_shot = stream.one_shot
         self.seeks = stream.seeks
         self.num_batches = stream.num_batches
@@ -87,10 +92,10 @@ class StreamSource:
             ) from None
         self._note(iterator, 0, 1)
         first = self._converted(raw, 0, 0, to_host=True)
-        self.unused = unused(raw)
+        self.unused = unused(raw.raw if isinstance(raw, Filled) else raw)
         self._signature = _signature(first)
-        self._shapes = {_shapes(first)}
-        rows = len(first.weights)
+        self._shapes = {self._shapes_of(first)}
+        rows = max(len(first.weights), stream.batch_size or 0)
         known = stream.num_examples is not None
         self.batch_size = -(-rows // multiple_of) * multiple_of if known else rows
         self.example = fill(first, self.batch_size)
@@ -210,25 +215,45 @@ class StreamSource:
         self, raw: Any, number: int, pass_index: int, *, to_host: bool = False
     ) -> Batch:
         """Returns a raw batch with weights, checked but not filled."""
+        rows = None
+        if isinstance(raw, Filled):
+            raw, rows = raw
         try:
             given = as_host(self._read(raw), but_device=not to_host)
-            check_lengths(given)
-            batch = with_weights(narrow(given))
+            size = self._checked_size(raw, given)
+            batch = with_weights(narrow(given), size)
             if isinstance(batch.weights, np.ndarray):
                 check_weights(batch.weights, all_zero=True)
-            return _owned(batch, given)
+            batch = _owned(batch, given)
+            return batch if rows is None else self._without_fill(batch, rows)
         except DataError as error:
             raise DataError(f"batch {number} of pass {pass_index}: {error}") from error
         except Exception as error:
             error.add_note(f"while reading batch {number} of pass {pass_index}")
             raise
 
+    def _checked_size(self, raw: Any, batch: Batch) -> int:
+        """Returns the examples of a batch whose arrays were checked."""
+        if self._stream.size is None:
+            return check_lengths(batch)
+        return check_sized(batch, self._stream.size(raw))
+
+    def _without_fill(self, batch: Batch, rows: int) -> Batch:
+        """Returns the batch with weight 0 for its fill, or without it."""
+        if not self.pad:
+            real: Batch = jax.tree.map(lambda leaf: leaf[:rows], batch)
+            return real
+        batch.weights[rows:] = 0.0
+        return batch
+
     def _finished(self, batch: Batch, number: int, pass_index: int) -> Batch:
         """Returns a batch compared with the first one, checked and filled up."""
         place = f"batch {number} of pass {pass_index}"
-        self._shapes.add(_shapes(batch))
+        known = len(self._shapes)
+        self._shapes.add(self._shapes_of(batch))
         alike = _signature(batch) == self._signature
-        if not alike or len(self._shapes) > self._stream.shapes:
+        sized = self._stream.size is not None
+        if not alike or (not sized and len(self._shapes) > self._stream.shapes):
             raise DataError(f"{place} {_difference(batch, self.example)}")
         if self._check is not None:
             try:
@@ -236,10 +261,17 @@ class StreamSource:
             except DataError as error:
                 raise DataError(f"{place}: {error}") from error
         rows = len(batch.weights)
-        if rows > self.batch_size:
+        if sized and len(self._shapes) > known:
+            self._vary(place)
+        elif rows > self.batch_size and not sized:
             self._grow(place, rows)
         self._handed_out += 1
-        return fill(batch, self.batch_size) if self.pad else batch
+        return fill(batch, self.batch_size) if self.pad and not sized else batch
+
+    def _shapes_of(self, batch: Batch) -> tuple[tuple[int, ...], ...]:
+        """Returns the shapes that a program is compiled for, rows left out."""
+        first = 0 if self._stream.size is not None else 1
+        return tuple(leaf.shape[first:] for leaf in jax.tree.leaves(batch))
 
     def _checkable(self, batch: Batch) -> Batch:
         """Returns the batch with the first one's values for those on a device."""
@@ -249,6 +281,17 @@ class StreamSource:
             first = self.example
             batch = batch.replace(targets=first.targets, weights=first.weights)
         return batch
+
+    def _vary(self, place: str) -> None:
+        if not self._warned:
+            warnings.warn(
+                f"{place} has other shapes than those before: every batch of new "
+                "shapes compiles once more. Pad all of them to one shape, at weight 0 "
+                "for what is padding.",
+                UserWarning,
+                stacklevel=2,
+            )
+            self._warned = True
 
     def _grow(self, place: str, rows: int) -> None:
         if not self._warned and self.pad:
@@ -304,11 +347,6 @@ def _signature(batch: Batch) -> tuple[Any, ...]:
     """Returns what must be the same for all batches."""
     leaves, structure = jax.tree.flatten(batch)
     return structure, [(leaf.ndim, leaf.dtype) for leaf in leaves]
-
-
-def _shapes(batch: Batch) -> tuple[tuple[int, ...], ...]:
-    """Returns the shapes beyond the batch axis."""
-    return tuple(leaf.shape[1:] for leaf in jax.tree.leaves(batch))
 
 
 def _difference(batch: Batch, first: Batch) -> str:

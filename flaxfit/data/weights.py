@@ -1,6 +1,7 @@
 """Sample weights and class weights, brought to one float32 array per batch."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,21 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxfit._errors import DataError
-from flaxfit._types import Batch, HostArray
+from flaxfit._types import Batch, HostArray, PyTree
 from flaxfit.data.source import named_leaves
 
 
-def with_weights(batch: Batch) -> Batch:
+def with_weights(batch: Batch, rows: int | None = None) -> Batch:
     """Returns the batch with `float32[rows, ...]` weights, 1 where it has none.
 
     Args:
       batch: arrays of equal length; `weights` may be None. On a device they stay.
+      rows: that length, where it is known, or where the inputs do not have it.
 
     Raises:
       DataError: weights whose shape is not the leading part of every target's.
     """
     if batch.weights is None:
-        rows = len(jax.tree.leaves(batch)[0])
+        rows = len(jax.tree.leaves(batch)[0]) if rows is None else rows
         return batch.replace(weights=np.ones(rows, np.float32))
     if not isinstance(batch.weights, np.ndarray | jax.Array):
         raise DataError(
@@ -41,6 +43,58 @@ def with_weights(batch: Batch) -> Batch:
                 "one per row."
             )
     return batch.replace(weights=weights)
+
+
+def apply_mask(
+    batch: Batch, real: PyTree, weigh: Callable[[Batch], Batch] | None = None
+) -> Batch:
+    """Returns the batch with weight 0 for the padding of its targets.
+
+    Args:
+      batch: host arrays; `weights` may be None.
+      real: `Padded.real` of the targets.
+      weigh: gives a batch weights by its targets. It is shown real targets only.
+
+    Raises:
+      DataError: some targets are padded, and others are not, or in other places.
+    """
+    masks = jax.tree.leaves(real)
+    mask = next((mask for mask in masks if mask.ndim == 2), None)
+    if mask is None:
+        return batch if weigh is None else weigh(batch)
+    if not all(np.array_equal(mask, other) for other in masks):
+        raise DataError(
+            "some of the targets are padded and others are not, or to another length, "
+            "and one array of weights counts for all of them. Pad all of them alike, "
+            "pad_to={...}, or leave padding out of the loss by a label, "
+            'Loss("softmax_cross_entropy_with_integer_labels", ignore_label=-1) and '
+            "pad_value=-1."
+        )
+    if weigh is not None:
+        shown = jax.tree.map(partial(_without_padding, mask=mask), batch.targets)
+        batch = weigh(batch.replace(targets=shown)).replace(targets=batch.targets)
+    weights = mask.astype(np.float32)
+    if batch.weights is not None:
+        given = np.asarray(batch.weights, np.float32)
+        if given.ndim == 1:
+            given = given[:, None]
+        elif given.shape[:2] != mask.shape:
+            return batch  # whose weights are refused where all weights are checked
+        weights = np.where(_spread(mask, given.ndim), given, np.float32(0))
+    return batch.replace(weights=weights)
+
+
+def _without_padding(target: Any, mask: HostArray) -> HostArray:
+    """Returns the target with a real value of its own in place of padding."""
+    target = np.asarray(target)
+    places = np.argwhere(mask)
+    if not len(places):
+        return target
+    return np.where(_spread(mask, target.ndim), target, target[tuple(places[0])])
+
+
+def _spread(mask: HostArray, ndim: int) -> HostArray:
+    return mask.reshape(mask.shape + (1,) * (ndim - mask.ndim))
 
 
 class ClassWeighting:

@@ -1,54 +1,128 @@
 """Work on what comes next, in threads or processes: ordered, and bounded."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Any, TypeAlias
+
+from flaxfit.data.processes import Processes
+
+Submit: TypeAlias = Callable[[Any], "Future[Any]"]
+"""`task -> what will be its result`."""
+
+_Todo: TypeAlias = "SimpleQueue[tuple[Any, Future[Any]] | None]"
 
 
-def ordered_map(
-    function: Callable[[Any], Any],
-    tasks: Iterable[Any],
-    *,
-    threads: int = 0,
-    processes: int = 0,
-) -> Iterator[Any]:
-    """Yields `function(task)` of every task, in their order.
+class OrderedMap:
+    """The same work on every task: in the caller's thread, in others, or in processes.
+
+    Threads and processes work ahead: of results and work under way there are at most
+    twice as many as of them. Processes stay for the tasks of the next call, if it
+    comes soon, and end with the map.
 
     Args:
       function: the work; for processes it is pickled.
-      tasks: what to work on; for processes a sequence.
-      threads: how many threads work at once; at most twice as many results wait.
-      processes: how many processes work instead, by Grain.
-
-    Raises:
-      Exception: what a task raised, after the results before it.
+      threads: how many threads work at once.
+      processes: how many processes work instead.
     """
-    if processes:
-        return _in_processes(function, list(tasks), processes)
-    if threads:
-        return _in_threads(function, iter(tasks), threads)
-    return map(function, tasks)
+
+    def __init__(
+        self,
+        function: Callable[[Any], Any],
+        *,
+        threads: int = 0,
+        processes: int = 0,
+    ) -> None:
+        self._function = function
+        self._threads = threads
+        self._processes = processes
+        self._idle: Processes | None = None
+
+    def __call__(self, tasks: Iterable[Any]) -> Iterator[Any]:
+        """Yields the result of every task, in their order.
+
+        Whoever closes the iterator before its end calls off what waits.
+
+        Raises:
+          Exception: what a task raised, or reading the tasks, after all results
+            before it.
+          ImportError, TypeError, RuntimeError: see `Processes`.
+        """
+        if self._processes:
+            return self._in_processes(tasks)
+        if self._threads:
+            return _in_threads(self._function, tasks, self._threads)
+        return map(self._function, tasks)
+
+    def _in_processes(self, tasks: Iterable[Any]) -> Iterator[Any]:
+        idle, self._idle = self._idle, None
+        if idle is None or not idle.wake():
+            idle = Processes(self._function, self._processes)
+        processes = idle
+        try:
+            yield from _in_order(tasks, processes.submit, 2 * self._processes)
+        except BaseException:
+            processes.close()
+            raise
+        self._idle = processes
+        processes.rest()
 
 
 def _in_threads(
-    function: Callable[[Any], Any], tasks: Iterator[Any], threads: int
+    function: Callable[[Any], Any], tasks: Iterable[Any], threads: int
 ) -> Iterator[Any]:
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="flaxfit-worker")
-    waiting: deque[Future[Any]] = deque()
+    todo: _Todo = SimpleQueue()
+    # Daemons, which a ThreadPoolExecutor has none of: nobody waits at exit for one that
+    # hangs in a loader.
+    for number in range(threads):
+        name = f"flaxfit-worker-{number}"
+        Thread(target=_work, args=(function, todo), name=name, daemon=True).start()
+
+    def submit(task: Any) -> "Future[Any]":
+        future: Future[Any] = Future()
+        todo.put((task, future))
+        return future
+
     try:
-        while True:
-            room = 2 * threads - len(waiting)
-            waiting.extend(pool.submit(function, task) for task in islice(tasks, room))
-            if not waiting:
-                return
-            yield waiting.popleft().result()
+        yield from _in_order(tasks, submit, 2 * threads)
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        with suppress(Empty):
+            while True:
+                todo.get_nowait()
+        for _ in range(threads):
+            todo.put(None)
 
 
-def _in_processes(
-    function: Callable[[Any], Any], tasks: Sequence[Any], processes: int
-) -> Iterator[Any]:
-    raise NotImplementedError
+def _work(function: Callable[[Any], Any], todo: _Todo) -> None:
+    while (given := todo.get()) is not None:
+        task, future = given
+        try:
+            future.set_result(function(task))
+        except BaseException as error:
+            future.set_exception(error)
+        del given, task, future  # while it waits for the next
+
+
+def _in_order(tasks: Iterable[Any], submit: Submit, most: int) -> Iterator[Any]:
+    """Yields the results of tasks, of which `most` are submitted at once."""
+    waiting: deque[Future[Any]] = deque()
+    left = iter(tasks)
+    ended = False
+    while True:
+        while not ended and len(waiting) < most:
+            try:
+                task = next(left)
+            except StopIteration:
+                ended = True
+            except Exception as error:
+                ended = True
+                waiting.append(Future())
+                waiting[-1].set_exception(error)
+            else:
+                waiting.append(submit(task))
+        if not waiting:
+            return
+        yield waiting.popleft().result()
