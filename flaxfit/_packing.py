@@ -50,16 +50,15 @@ class SegmentPacker:
 
     def takes(self, batch: Batch) -> bool:
         packed = self._packed
-        stackable = self._capacity(batch) > 1
-        return stackable and isinstance(packed, _HostStack) and packed.takes(batch)
+        return isinstance(packed, _HostStack) and packed.takes(batch)
 
     def add(self, batch: Batch) -> None:
         examples = _count_examples(batch.weights)
-        capacity = self._capacity(batch)
-        if capacity == 1:
-            self._packed = _Alone(batch, examples)
-            return
         if not isinstance(self._packed, _HostStack):
+            capacity = self._capacity(batch)
+            if capacity == 1:
+                self._packed = _Alone(batch, examples)
+                return
             self._packed = _HostStack(batch, capacity)
         self._packed.add(batch, examples)
 
@@ -96,6 +95,7 @@ class _HostStack:
         self.batches: Batch = jax.tree.map(
             lambda leaf: empty_array((capacity, *leaf.shape), leaf.dtype), like
         )
+        self._leaves = jax.tree.leaves(self.batches)
         self.examples: list[int] = []
         self._capacity = capacity
 
@@ -105,16 +105,12 @@ class _HostStack:
 
     def takes(self, batch: Batch) -> bool:
         return all(
-            stacked.shape[1:] == leaf.shape
-            for stacked, leaf in zip(
-                jax.tree.leaves(self.batches), jax.tree.leaves(batch), strict=True
-            )
+            isinstance(leaf, np.ndarray) and stacked.shape[1:] == leaf.shape
+            for stacked, leaf in zip(self._leaves, jax.tree.leaves(batch), strict=True)
         )
 
     def add(self, batch: Batch, examples: int) -> None:
-        for stacked, leaf in zip(
-            jax.tree.leaves(self.batches), jax.tree.leaves(batch), strict=True
-        ):
+        for stacked, leaf in zip(self._leaves, jax.tree.leaves(batch), strict=True):
             stacked[len(self.examples)] = leaf
         self.examples.append(examples)
 
@@ -123,6 +119,8 @@ def _count_examples(weights: HostArray | jax.Array) -> int:
     """Returns how many rows have any weight; on a device, where reading waits, all."""
     if isinstance(weights, jax.Array):
         return len(weights)
+    if weights.ndim == 1:
+        return int(np.count_nonzero(weights))
     return int(np.count_nonzero((weights != 0).reshape(len(weights), -1).any(axis=1)))
 
 

@@ -285,8 +285,10 @@ class Trainer:
         epoch and by call.
 
         Args:
-          x: arrays in any nesting, `(x, y)`, `(x, y, weights)`, a dict of arrays, an
-            iterable of batches, a function that returns one, or an iterator.
+          x: arrays in any nesting, `(x, y)`, `(x, y, weights)`, a dict of arrays, a
+            table of pandas, polars or pyarrow, an iterable of batches, a function that
+            returns one, or an iterator. Columns of a table are inputs by the names of
+            the model's call, or one matrix; later tables are read by these names.
           y: targets, for arrays.
           batch_size: rows of a batch, for arrays; 32. Never more than there are.
           epochs: the epoch to end at (the number of epochs, from `initial_epoch` 0).
@@ -835,7 +837,7 @@ class Trainer:
     def predict_on_batch(self, x: Any) -> PyTree:
         """Returns the outputs for one batch of inputs of any size."""
         what = "predict_on_batch"
-        source = as_inputs_source(x, binding=self._binding, what=what)
+        source = as_inputs_source(x, binding=self._reading, what=what)
         if source.kind != "arrays" and source.num_batches != 1:
             raise ValueError(
                 f"predict_on_batch takes one batch, not a {source.kind}. Write "
@@ -861,7 +863,7 @@ class Trainer:
         steps = as_optional_count("steps", steps)
         source = as_inputs_source(
             x,
-            binding=self._binding,
+            binding=self._reading,
             batch_size=batch_size,
             default_batch_size=self._batch_size,
             multiple_of=len(self._builder.placement.devices),

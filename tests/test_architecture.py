@@ -82,6 +82,7 @@ FLOORS = {
     "data.processes": 2,
     "data.grain": 2.27,
     "data.order": 2,
+    "data.recipe": 2.1,
     "data.stream": 1.5,
     "data.tensors": 1.6,
     "data.hugging_face": 2.27,

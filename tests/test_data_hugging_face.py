@@ -103,9 +103,11 @@ def test_validation_and_prediction():
     history = trainer.fit(table(), validation_data=table(), verbose=0)
     assert "val_loss" in history.history
     np.testing.assert_array_equal(
-        trainer.predict(table(), verbose=0), trainer.predict(X, verbose=0)
+        trainer.predict(table(), verbose=0), trainer.predict({"x": X}, verbose=0)
     )
-    assert trainer.evaluate(table(), verbose=0) == trainer.evaluate(X, Y, verbose=0)
+    assert trainer.evaluate(table(), verbose=0) == trainer.evaluate(
+        {"x": X}, Y, verbose=0
+    )
     source = as_inputs_source(table(), binding=BINDING)
     np.testing.assert_array_equal(source.example.inputs["x"], X)
 
@@ -196,8 +198,8 @@ def test_pictures_and_class_names():
         "digit",
         ("0", "1", "2"),
     )
-    assert source.example.inputs["image"].dtype == np.uint8
-    np.testing.assert_array_equal(source.example.inputs["image"], PICTURES[:4])
+    assert source.example.inputs[0].dtype == np.uint8
+    np.testing.assert_array_equal(source.example.inputs[0], PICTURES[:4])
     np.testing.assert_array_equal(source.example.targets, Y[:4])
     facts = source_of(table()).facts
     assert (facts.pictures, facts.targets, facts.class_names) == (
@@ -216,7 +218,7 @@ def test_a_format_or_transform_of_the_user_stays():
     torch = pytest.importorskip("torch")
     chosen = table().with_format("numpy", columns=["label", "x"])
     assert as_dataset(chosen, what="fit").facts.keys == ("label", "x")
-    assert list(raw_of(chosen, 0)) == ["label", "x"]
+    assert set(raw_of(chosen, 0)) == {"label", "x"}
     tensors = table().remove_columns("name").with_format("torch")
     assert isinstance(raw_of(tensors, 0)["x"], torch.Tensor)
     narrow = table().with_format(None, columns=["x", "label"])
@@ -237,7 +239,7 @@ def test_a_format_or_transform_of_the_user_stays():
         np.testing.assert_array_equal(source.example.targets, Y[:4])
         examples = Examples(dataset, lambda row: (np.float32(row["x"]), row["label"]))
         source = source_of(examples, batch_size=4)
-        np.testing.assert_array_equal(source.example.inputs["x"], factor * X[:4])
+        np.testing.assert_array_equal(source.example.inputs[0], factor * X[:4])
 
 
 def test_a_function_for_each_item_is_given_what_indexing_gives():
@@ -319,7 +321,7 @@ def test_a_stream_of_pictures_and_of_a_generator():
     stream = pictures().to_iterable_dataset()
     source = source_of(stream, batch_size=4)
     assert source.facts.pictures
-    np.testing.assert_array_equal(source.example.inputs["image"], PICTURES[:4])
+    np.testing.assert_array_equal(source.example.inputs[0], PICTURES[:4])
 
     def examples():
         for x, y in zip(X, Y, strict=True):

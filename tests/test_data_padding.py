@@ -93,6 +93,7 @@ def test_as_many_compiles_as_buckets_and_the_loss_of_what_is_real(capsys):
     assert len(said) == 4
     assert all(re.search(r": rows of length \d+, was \d+$", line) for line in said)
     values = trainer.evaluate(data, batch_size=8)
+    assert trainer.check(data).compiles == {"train": 3, "eval": 3, "predict": 3}
     assert trainer.compiles == {"train": 3, "eval": 3, "predict": 0}
     assert values["loss"] == pytest.approx(mean_loss(trainer), rel=1e-5)
     assert history.history["val_loss"][-1] == values["loss"]

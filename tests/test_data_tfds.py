@@ -193,6 +193,8 @@ def test_facts_of_other_features():
     assert (facts.inputs, facts.targets) == (("x", "n"), "m")
     assert not facts.pictures
     assert _facts(of_features({"x": picture, "m": mask}, ("x", "m"))).pictures
+    nested = {"a": tfds.features.Text(), "b": tfds.features.Sequence({"c": np.int64})}
+    assert _facts(of_features({"x": picture, "y": classes, "n": nested})).pictures
     assert _facts(of_features({"x": picture}, method="RAW_BYTES")) is NO_FACTS
 
 
@@ -351,7 +353,7 @@ def test_an_unprepared_dataset_is_prepared_once(tmp_path, capsys):
     source = source_of("few_digits/test", tmp_path)
     assert source.num_examples == 60
     shown = capsys.readouterr().out
-    assert f"few_digits:1.0.0 is not prepared in {tmp_path} yet" in shown
+    assert f"few_digits:1.0.0 is not prepared in {tmp_path}: TFDS does" in shown
     assert list(tmp_path.glob("few_digits/1.0.0/*test.array_record*"))
     assert source_of("few_digits/test", tmp_path).num_examples == 60
     assert capsys.readouterr().out == ""
@@ -364,7 +366,7 @@ def test_without_network_the_line_to_run_is_said_at_once(tmp_path, monkeypatch):
         tried.append((place, timeout))
         raise OSError("no network")
 
-    monkeypatch.setattr("flaxfit.data.tfds_builders.getproxies", dict)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
     monkeypatch.setattr(socket, "create_connection", refuse)
     with pytest.raises(DataError) as caught:
         source_of("mnist/test", tmp_path)
@@ -382,7 +384,7 @@ def test_without_network_the_line_to_run_is_said_at_once(tmp_path, monkeypatch):
 def test_what_was_downloaded_or_goes_through_a_proxy_is_tried(tmp_path, monkeypatch):
     from flaxfit.data.tfds_builders import _unreachable
 
-    monkeypatch.setattr("flaxfit.data.tfds_builders.getproxies", dict)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
     monkeypatch.setattr(socket, "create_connection", _raise_os_error)
     builder = tfds.builder("mnist", data_dir=tmp_path)
     assert _unreachable(builder) == ("storage.googleapis.com",)
@@ -393,9 +395,7 @@ def test_what_was_downloaded_or_goes_through_a_proxy_is_tried(tmp_path, monkeypa
     file.touch()
     assert _unreachable(builder) == ()
     file.unlink()
-    monkeypatch.setattr(
-        "flaxfit.data.tfds_builders.getproxies", lambda: {"https": "http://proxy"}
-    )
+    monkeypatch.setattr("urllib.request.getproxies", lambda: {"https": "http://proxy"})
     assert _unreachable(builder) == ()
 
 

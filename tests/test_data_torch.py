@@ -337,6 +337,8 @@ def test_what_a_loader_is_not_given():
         source_of(loader, y=Y)
     with pytest.raises(TypeError, match=r"Examples\(\.\.\.\) of a torch DataLoader"):
         source_of(Examples(loader))
+    with pytest.raises(ValueError, match="not a torch DataLoader: pass the rest of"):
+        Trainer(Net()).fit(loader, validation_split=0.2)
 
 
 def test_errors_pass_through_with_their_place():

@@ -78,13 +78,13 @@ def readme(tmp_path_factory):
 
 def test_readme_prints_what_it_says(readme):
     _, printed = readme
-    assert len(printed) == 14
+    assert len(printed) == 17
     first_lines = re.search(r"```text\n(.*?)```", README, flags=re.DOTALL)[1]
     assert printed[0].startswith(first_lines)
     assert "Epoch 10/10 · 45 steps" in printed[0]
     assert "zero gradient  none" in printed[1]
-    assert "waiting for data  0" in printed[6]
-    assert "after step 45: " in printed[7]
+    assert "waiting for data  0" in printed[9]
+    assert "after step 45: " in printed[10]
 
 
 def test_readme_ends_with_the_numbers_it_says(readme):
@@ -102,6 +102,9 @@ def test_readme_ends_with_the_numbers_it_says(readme):
         np.mean(outputs.argmax(-1) == y)
     )
     assert names["loss"] < 1.0
+    assert names["tagger"].compiles["train"] == 3
+    assert names["outputs"].shape == (1797 - 28 * 64, 10)
+    assert names["out"].shape == (1797, 10) and np.all(np.any(names["out"], axis=1))
     assert names["clipped"].step == 57
     hidden = names["sparse"].predict_intermediates(x)["hidden"][0]
     assert hidden.shape == (1797, 32)

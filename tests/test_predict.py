@@ -2,9 +2,11 @@
 
 import gc
 import itertools
+import runpy
 import threading
 import time
 import tracemalloc
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -14,10 +16,12 @@ import pytest
 import flaxfit.trainer
 from flaxfit import Trainer, _types
 from flaxfit._errors import DataError
+from flaxfit._segments import empty_array
 from flaxfit.data import Examples
 
 pytestmark = pytest.mark.usefixtures("shared_compiles")
 
+ROOT = Path(__file__).parents[1]
 X = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
 Y = np.random.default_rng(1).integers(0, 3, 50).astype(np.int32)
 
@@ -165,10 +169,12 @@ def test_a_fit_in_between_changes_nothing_and_copies_the_state_once(monkeypatch)
 
 
 def test_what_is_written_into_the_arrays_meanwhile_is_not_in_what_was_read():
+    """A whole stack of batches lies as the device wants it, and is taken as it is."""
     trainer = make_trainer()
-    x = X.copy()
+    x = empty_array((256, 4), np.float32)
+    x[:] = np.resize(X, x.shape)
     before = expected(trainer, x)
-    batches = trainer.predict_batches(x, batch_size=2)
+    batches = trainer.predict_batches(x, batch_size=1)
     got = [next(batches)]
     x[:] = np.nan
     got += batches
@@ -404,6 +410,17 @@ def test_nothing_is_held_but_what_is_under_way():
         tracemalloc.stop()
         assert alive
         assert max(alive) + peak < total * 0.75
+
+
+def test_the_example_of_a_stream(tmp_path, capsys):
+    main = runpy.run_path(str(ROOT / "examples" / "stream.py"))["main"]
+    result = main(epochs=4, folder=str(tmp_path))
+    assert result["accuracy"] > 0.9
+    assert result["rows"] == 200 * 512 == len(np.load(tmp_path / "tones.npy"))
+    assert result["streamed_megabytes"] == 640
+    first, *_, last = result["peak_megabytes"]
+    assert last - first < 100
+    assert "640 MB went by" in capsys.readouterr().out
 
 
 def test_errors_of_the_data_are_data_errors():

@@ -174,6 +174,7 @@ def as_source(
         what=what,
         steps=steps,
         multiple_of=multiple_of,
+        structural=not callable(binding.inputs),
     )
     source.facts = reader.told(source.facts)
     check_finite(source.example)
@@ -234,7 +235,12 @@ def as_inputs_source(
         return _stream_inputs(as_host(raw_of(raw), but_device=True), binding)
 
     source = StreamSource(
-        stream, read, check=check, what=what, multiple_of=multiple_of
+        stream,
+        read,
+        check=check,
+        what=what,
+        multiple_of=multiple_of,
+        structural=not callable(binding.inputs),
     )
     source.facts = reader.told(source.facts)
     return source
@@ -275,7 +281,7 @@ def as_whole(
             else "write x, y = next(iter(dataset)) for its first batch"
         )
         raise ValueError(
-            f"{what} needs arrays here, not a {type(x).__name__}: {advice}."
+            f"{what} needs arrays here, not a {_kind(x)}: {advice}."
         )
     whole = _read_arrays(x, y, sample_weight, binding)
     data = whole.batch
@@ -519,9 +525,8 @@ def _is_arrays(x: Any, y: Any, sample_weight: Any, what: str) -> bool:
     if not _is_batch_list(x, y) and is_nest(x):
         return True
     if given:
-        kind = x.kind if isinstance(x, ExampleSet | Stream) else type(x).__name__
         raise ValueError(
-            f"{name} is given beside a {kind}, which yields whole batches "
+            f"{name} is given beside a {_kind(x)}, which yields whole batches "
             f"of its own. Let it yield (x, y, weights) and write "
             f"{call_text(what, 'dataset')}."
         )
@@ -536,6 +541,10 @@ def _is_arrays(x: Any, y: Any, sample_weight: Any, what: str) -> bool:
             "weights), arrays in any nesting. For several batches pass a list of them."
         )
     return False
+
+
+def _kind(x: Any) -> str:
+    return x.kind if isinstance(x, ExampleSet | Stream) else type(x).__name__
 
 
 def _is_batch_list(x: Any, y: Any) -> bool:
@@ -588,9 +597,7 @@ def _read(x: Any, y: Any, binding: Binding) -> Whole:
         return read_column(raw, binding)
     refuse_inner_tables(raw, "x")
     unused = binding.unused(x) if y is None else ()
-    return Whole(
-        binding.split(as_host(raw)), unused, Facts(columns=binding.columns)
-    )
+    return Whole(binding.split(as_host(raw)), unused, Facts(columns=binding.columns))
 
 
 def _read_inputs(x: Any, binding: Binding) -> Whole:

@@ -98,7 +98,7 @@ def _read_path(path: str, suffix: str = "") -> Any:
 
 def _read_members(path: str) -> dict[str, HostArray]:
     members = {}
-    with open(path, "rb") as file, np.load(path, allow_pickle=False) as loaded:
+    with open(path, "rb") as file, _opened(file) as loaded:
         for info in loaded.zip.infolist():
             name = info.filename.removesuffix(".npy")
             if name == info.filename:
@@ -110,6 +110,15 @@ def _read_members(path: str) -> dict[str, HostArray]:
                 mapped = _mapped(path, file, start + info.file_size)
             members[name] = _loaded(loaded, name) if mapped is None else mapped
     return members
+
+
+def _opened(file: BinaryIO) -> Any:
+    """Returns what reads the members of a file."""
+    # Not by its path: where that fails, NumPy leaves the file open.
+    loaded = np.load(file, allow_pickle=False)
+    if not isinstance(loaded, np.lib.npyio.NpzFile):
+        raise zipfile.BadZipFile("it is no archive of arrays")
+    return loaded
 
 
 def _start_of(file: BinaryIO, info: zipfile.ZipInfo) -> int:

@@ -4,6 +4,8 @@ A pass over a `MapDataset` is what its own `repeat()` makes of it: shuffled anew
 maps drawn anew. Of all others, each pass is what iterating over them gives.
 """
 
+import json
+import re
 import sys
 import weakref
 from collections.abc import Iterator, Sequence
@@ -25,6 +27,13 @@ from flaxfit.data.stream import Stream, comes_from, get_state, set_state
 _THREADS = 16
 _BATCHES_AHEAD = 16
 
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+
+_FLAGS = (
+    "Grain's own processes ask for command line flags. In a program that is none of "
+    "absl's, write before: from absl import flags; flags.FLAGS.mark_as_parsed()"
+)
+
 _ITERATORS = ("DatasetIterator", "DataLoaderIterator")
 
 
@@ -45,19 +54,22 @@ def as_dataset(x: Any, *, what: str, data_dir: str | None) -> Stream | ExampleSe
       what: the method it was given to, for messages.
       data_dir: unused.
     """
-    del what, data_dir
+    del data_dir
     if comes_from(x, "grain", *_ITERATORS):
-        return _in_order(Stream("grain iterator", lambda *unused: x, one_shot=True))
+        stream = Stream("grain iterator", lambda *unused: x, one_shot=True)
+        return _in_order(stream, what)
     if not comes_from(x, "grain", "MapDataset"):
         kind = "DataLoader" if comes_from(x, "grain", "DataLoader") else "IterDataset"
         stream = Stream(f"grain {kind}", lambda *unused: iter(x))
         dataset = getattr(x, "_dataset", x)  # of a loader
-        return _in_order(replace(stream, endless=_is_endless(x)), _is_batched(dataset))
+        stream = replace(stream, endless=_is_endless(x))
+        return _in_order(stream, what, batched=_is_batched(dataset))
     length = len(x)
     if length == 0 or length >= sys.maxsize or _has_gaps(x):
         stream = Stream("grain MapDataset", partial(_open_map, x))
         endless = length >= sys.maxsize
-        return _in_order(replace(stream, endless=endless), _is_batched(x))
+        stream = replace(stream, endless=endless)
+        return _in_order(stream, what, batched=_is_batched(x))
     batches = Stream(
         "grain MapDataset", partial(_open_at, x), num_batches=length, seeks=True
     )
@@ -171,42 +183,56 @@ def _there(element: Any, index: int) -> Any:
     return element
 
 
-def _in_order(stream: Stream, batched: bool = False) -> Stream | ExampleSet:
+def _in_order(
+    stream: Stream, what: str, *, batched: bool = False
+) -> Stream | ExampleSet:
     """Returns what is read one after the other as what it is: batches or examples.
 
     Args:
       stream: how it is read; `open` returns iterators that have a state.
+      what: the method it was given to, for messages.
       batched: whether it is known to make batches.
+
+    Raises:
+      DataError: there is nothing, so that nobody knows of what.
     """
     passes = _Passes(stream)
     stream = replace(stream, open=passes)
     if batched:
         return stream
+    first = passes.peek()
+    if first is None:
+        raise DataError(
+            f"no examples: the {stream.kind} given to {what} yielded nothing."
+        )
     examples = ExampleSet(
         f"{stream.kind} of examples",
         iterate=passes,
         one_shot=stream.one_shot,
         endless=stream.endless,
     )
-    return examples if passes.single else replace(stream, examples=examples)
+    return examples if looks_single(first) else replace(stream, examples=examples)
 
 
 class _Passes:
-    """Iterators over a dataset, the first of which has read its first element."""
+    """Iterators over a dataset, the first of which may have read its first element."""
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
-        self._first: _Reader | None = self._open(0)
-        self.single = self._first.looks_single()
+        self._first: _Reader | None = None
+
+    def peek(self) -> Any:
+        """Returns the first element, which is still yielded; None if there is none."""
+        self._first = self._open(0)
+        return self._first.peek()
 
     def __call__(self, pass_index: int, start: int = 0) -> "_Reader":
         del start
-        if self._first is not None and self._stream.one_shot:
-            return self._first
-        first, self._first = self._first, None
-        if first is not None and pass_index == 0:
+        first = self._first
+        if first is not None and self._stream.one_shot:
             return first
-        return self._open(pass_index)
+        self._first = None
+        return self._open(pass_index) if first is None or pass_index else first
 
     def _open(self, pass_index: int) -> "_Reader":
         iterator = self._stream.open(pass_index, 0)
@@ -227,16 +253,18 @@ class _Reader:
         if own:
             weakref.finalize(self, _close, iterator).atexit = False
 
-    def looks_single(self) -> bool:
-        """Whether the first element is one example; it is read, and still yielded."""
+    def peek(self) -> Any:
+        """Returns the first element, which is still yielded; None if there is none."""
         try:
             self._ahead.append(next(self._iterator))
         except StopIteration:
-            return False
+            return None
         except Exception as error:
             error.add_note("while reading the first element of the data")
+            if type(error).__name__ == "UnparsedFlagAccessError":
+                error.add_note(_FLAGS)
             raise
-        return looks_single(self._ahead[0])
+        return self._ahead[0]
 
     def __iter__(self) -> "_Reader":
         return self
@@ -249,7 +277,24 @@ class _Reader:
 
     def set_state(self, state: Any) -> None:
         self._ahead.clear()
+        if isinstance(state, bytes):
+            state = _at_home(state, self._iterator)
         set_state(self._iterator, state)
+
+
+def _at_home(state: bytes, iterator: Any) -> bytes:
+    """Returns the state of a loader's iterator, with this process's addresses.
+
+    Grain compares the `repr` of source and sampler, where most classes have one that
+    holds the address of the object.
+    """
+    saved, own = json.loads(state), json.loads(iterator.get_state())
+    for name in ("data_source", "sampler"):
+        told = saved.get(name), own.get(name)
+        if all(isinstance(each, str) for each in told):
+            if _ADDRESS.sub("", told[0]) == _ADDRESS.sub("", told[1]):
+                saved[name] = told[1]
+    return json.dumps(saved).encode()
 
 
 def _close(iterator: Any) -> None:

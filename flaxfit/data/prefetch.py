@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -16,6 +17,8 @@ Packed = TypeVar("Packed", covariant=True)
 # How long `close` waits for a loader that is busy. Its thread ends as it comes back.
 _SECONDS_TO_END = 1.0
 _SECONDS_BETWEEN_LOOKS = 0.1
+# To send a parcel costs as much as to read many a batch.
+_SECONDS_TO_GATHER = 0.005
 _NOTE = (
     "The data was read ahead in a background thread; Trainer(model, prefetch=0) reads "
     "it in yours."
@@ -94,6 +97,10 @@ class _Worker(Generic[Item, Packed]):
         self.lock = threading.Lock()
         self.something = _Bell()
         self.ended = False
+        # When the half parcel was begun, and the time between its last two items.
+        self.begun = 0.0
+        self.pace = 0.0
+        self._added = 0.0
         self.error: BaseException | None = None
         self.room = _Room()
 
@@ -111,6 +118,12 @@ class _Worker(Generic[Item, Packed]):
         self.error, self.ended = error, True
         self.something.ring()
 
+    def gathers(self) -> float:
+        """Returns how long a half parcel may still wait for more, in seconds."""
+        if self.pace > _SECONDS_TO_GATHER:
+            return 0.0
+        return self.begun + _SECONDS_TO_GATHER - time.monotonic()
+
     def _let_go(self) -> None:
         """Ends the loader in its own thread, where it may have something to close."""
         items, self._items = self._items, iter(())
@@ -125,13 +138,19 @@ class _Worker(Generic[Item, Packed]):
             closed = packer.close() if apart else None
         if apart and not self._send(closed):
             return False
+        now = time.monotonic()
         with self.lock:
+            begins = packer.empty
+            if begins:
+                self.begun = now
+            self.pace, self._added = now - self._added, now
             packer.add(item)
             full = packer.full
             closed = packer.close() if full else None
         if full:
             return self._send(closed)
-        self.something.ring()
+        if begins:
+            self.something.ring()
         return not self.room.closed
 
     def _send(self, closed: Any) -> bool:
@@ -146,7 +165,8 @@ class _Worker(Generic[Item, Packed]):
 class Prefetch(Generic[Item, Packed]):
     """Packs and sends in a background thread, a bounded number of parcels ahead.
 
-    Whoever waits is given what there is, be it half a parcel. What was read before an
+    Whoever waits is given what there is, be it half a parcel: at once if items are
+    slow, else after a moment in which more of them come. What was read before an
     error is handed out before it is raised. The thread ends with `close`, or when this
     object is garbage: Ctrl-C may come before anyone can close it.
 
@@ -194,10 +214,12 @@ class Prefetch(Generic[Item, Packed]):
         worker = self._worker
         while True:
             ended = worker.ended  # before looking: nothing comes after it
+            wait = _SECONDS_BETWEEN_LOOKS
             with worker.lock:
                 closed = None
                 if not worker.parcels and not worker.packer.empty:
-                    closed = worker.packer.close()
+                    wait = 0.0 if ended else worker.gathers()
+                    closed = worker.packer.close() if wait <= 0 else None
             if closed is not None:
                 return worker.packer.send(closed)
             if worker.parcels:
@@ -206,7 +228,7 @@ class Prefetch(Generic[Item, Packed]):
                 return parcel
             if ended or self._stopped():
                 self._finish(ended)
-            worker.something.wait(_SECONDS_BETWEEN_LOOKS)
+            worker.something.wait(wait)
 
     def _finish(self, ended: bool) -> None:
         error = self._worker.error if ended else None

@@ -233,7 +233,8 @@ class _Rows:
         with self._lock:
             # Those that are there first: reading others may push them out.
             for number in sorted(asked, key=lambda number: number not in self._blocks):
-                at = asked[number]
+                # By a number and not by a list of one, which takes longer.
+                at = asked[number] if len(asked[number]) > 1 else asked[number][0]
                 for column, part in zip(columns, self._block(number), strict=True):
                     column[at] = part[rows[at] - number * block]
         return columns
@@ -297,11 +298,12 @@ def _order_of_pass(
         return order_of_pass(total, pass_index, shuffle=shuffle, seed=seed)
     random = seeded(*seed, pass_index)
     firsts = random.permutation(-(-total // block)) * block
-    rows = (firsts[:, None] + np.arange(block)).reshape(-1)
-    rows = rows[rows < total]
-    for start in range(0, total, window):
-        random.shuffle(rows[start : start + window])
-    return rows
+    windows = []
+    for start in range(0, len(firsts), window // block):
+        chosen = firsts[start : start + window // block]
+        rows = (chosen[:, None] + np.arange(block)).reshape(-1)
+        windows.append(random.permutation(rows[rows < total]))
+    return np.concatenate(windows)
 
 
 def _layout_of(arrays: Sequence[Any]) -> _Layout:

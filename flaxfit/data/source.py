@@ -175,7 +175,7 @@ def narrow(nest: PyTree, *, keep_mapped: bool = False) -> PyTree:
     wanted = [
         leaf.dtype
         if keep_mapped and isinstance(leaf, np.memmap)
-        else _native(leaf.dtype)
+        else native(leaf.dtype)
         for leaf in leaves
     ]
     if all(leaf.dtype == dtype for leaf, dtype in zip(leaves, wanted, strict=True)):
@@ -250,7 +250,8 @@ def as_array(leaf: Any, but_device: bool = False) -> Any:
         ) from error
 
 
-def _native(dtype: np.dtype[Any]) -> np.dtype[Any]:
+def native(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Returns the dtype that jax computes in."""
     wanted: np.dtype[Any] = jax.dtypes.canonicalize_dtype(dtype)
     return wanted.newbyteorder("=")
 

@@ -23,6 +23,7 @@ from flaxfit.data.checks import (
     check_sized,
     check_weights,
 )
+from flaxfit.data.recipe import Recipe, learn
 from flaxfit.data.source import as_host, call_text, fill, named_leaves, narrow
 from flaxfit.data.stream import NO_FACTS, Facts, Filled, Stream, get_state, set_state
 from flaxfit.data.weights import with_weights
@@ -46,6 +47,8 @@ class StreamSource:
         error.
       multiple_of: rounds the rows of a batch up, where the stream knows how many
         examples there are.
+      structural: whether `read` looks at structure and names alone, so that it does
+        the same with every batch.
 
     Raises:
       DataError: there is no batch, or the first one cannot be read.
@@ -62,6 +65,7 @@ class StreamSource:
         what: str = "fit",
         steps: int | None = None,
         multiple_of: int = 1,
+        structural: bool = False,
     ) -> None:
         self.kind = stream.kind
         self.shapes = stream.shapes
@@ -82,6 +86,7 @@ class StreamSource:
         self._passes = 0
         self._mark: dict[str, Any] | None = None
         self._marked = -_SECONDS_BETWEEN_BOOKMARKS
+        self._recipe: Recipe | None = None
         iterator = self._open(0, 0)
         try:
             raw = self._next(iterator, 0, 0)
@@ -92,7 +97,10 @@ class StreamSource:
             ) from None
         self._note(iterator, 0, 1)
         first = self._converted(raw, 0, 0, to_host=True)
-        self.unused = unused(raw.raw if isinstance(raw, Filled) else raw)
+        plain = raw.raw if isinstance(raw, Filled) else raw
+        self.unused = unused(plain)
+        if structural and stream.size is None:
+            self._recipe = learn(plain, read)
         self._signature = _signature(first)
         self._shapes = {self._shapes_of(first)}
         rows = max(len(first.weights), stream.batch_size or 0)
@@ -170,7 +178,10 @@ class StreamSource:
             except StopIteration:
                 break
             self._note(iterator, pass_index, number + 1)
-            batch = self._converted(raw, number, named)
+            batch = self._made(raw)
+            if batch is None:
+                batch = self._converted(raw, number, named)
+                self._compare(batch, f"batch {number} of pass {named}")
             yield self._finished(batch, number, named)
             number += 1
         # Whoever asks for so many steps reads no further: this is the end before it.
@@ -189,8 +200,10 @@ class StreamSource:
 
     def _note(self, iterator: Iterator[Any], pass_index: int, number: int) -> None:
         """Notes where an iterator stands that has a state, now and then."""
+        if self.seeks:
+            return
         now = time.monotonic()
-        if now - self._marked < _SECONDS_BETWEEN_BOOKMARKS or self.seeks:
+        if now - self._marked < _SECONDS_BETWEEN_BOOKMARKS:
             return
         self._marked = now
         state = get_state(iterator)
@@ -232,6 +245,16 @@ class StreamSource:
             error.add_note(f"while reading batch {number} of pass {pass_index}")
             raise
 
+    def _made(self, raw: Any) -> Batch | None:
+        """Returns a raw batch that is like the first one, else None."""
+        if self._recipe is None:
+            return None
+        raw, rows = raw if isinstance(raw, Filled) else (raw, None)
+        batch = self._recipe.make(raw)
+        if batch is None or rows is None:
+            return batch
+        return self._without_fill(batch, rows)
+
     def _checked_size(self, raw: Any, batch: Batch) -> int:
         """Returns the examples of a batch whose arrays were checked."""
         if self._stream.size is None:
@@ -247,26 +270,30 @@ class StreamSource:
         return batch
 
     def _finished(self, batch: Batch, number: int, pass_index: int) -> Batch:
-        """Returns a batch compared with the first one, checked and filled up."""
+        """Returns a batch checked and filled up."""
         place = f"batch {number} of pass {pass_index}"
-        known = len(self._shapes)
-        self._shapes.add(self._shapes_of(batch))
-        alike = _signature(batch) == self._signature
         sized = self._stream.size is not None
-        if not alike or (not sized and len(self._shapes) > self._stream.shapes):
-            raise DataError(f"{place} {_difference(batch, self.example)}")
         if self._check is not None:
             try:
                 self._check(self._checkable(batch))
             except DataError as error:
                 raise DataError(f"{place}: {error}") from error
         rows = len(batch.weights)
-        if sized and len(self._shapes) > known:
-            self._vary(place)
-        elif rows > self.batch_size and not sized:
+        if rows > self.batch_size and not sized:
             self._grow(place, rows)
         self._handed_out += 1
         return fill(batch, self.batch_size) if self.pad and not sized else batch
+
+    def _compare(self, batch: Batch, place: str) -> None:
+        """Compares a batch with the first one."""
+        known = len(self._shapes)
+        self._shapes.add(self._shapes_of(batch))
+        alike = _signature(batch) == self._signature
+        sized = self._stream.size is not None
+        if not alike or (not sized and len(self._shapes) > self._stream.shapes):
+            raise DataError(f"{place} {_difference(batch, self.example)}")
+        if sized and len(self._shapes) > known:
+            self._vary(place)
 
     def _shapes_of(self, batch: Batch) -> tuple[tuple[int, ...], ...]:
         """Returns the shapes that a program is compiled for, rows left out."""

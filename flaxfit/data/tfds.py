@@ -6,15 +6,13 @@ prepared is the business of `data/tfds_builders`.
 
 import importlib
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 
 from flaxfit._errors import DataError, did_you_mean
-from flaxfit._types import HostArray
 from flaxfit.data.batch import TARGET_NAMES
 from flaxfit.data.example_set import ExampleSet, take_items
 from flaxfit.data.source import call_text
@@ -139,30 +137,9 @@ def _example_set(source: Any) -> ExampleSet:
     return ExampleSet(
         f"{_title(source.dataset_info, source.split)} (TFDS)",
         len(source),
-        _reader(source),
+        take_items(source),
         facts=_facts(source),
     )
-
-
-def _reader(source: Any) -> Any:
-    """Returns what takes rows of a data source.
-
-    array_record starts threads whenever it is asked for several rows, which takes
-    longer than to read them, unless they come from another machine.
-    """
-    local = "://" not in str(source.dataset_info.data_dir)
-    by_one = local and comes_from(
-        source, "tensorflow_datasets", "ArrayRecordDataSource"
-    )
-    return _OneByOne(source) if by_one else take_items(source)
-
-
-@dataclass(frozen=True)
-class _OneByOne:
-    source: Any
-
-    def __call__(self, rows: HostArray) -> Sequence[Any]:
-        return [self.source[row] for row in rows.tolist()]
 
 
 def _facts(source: Any) -> Facts:
@@ -179,13 +156,14 @@ def _facts(source: Any) -> Facts:
     label: Any = kinds[labels[0]] if len(labels) == 1 else None
     labelled = isinstance(label, features.ClassLabel) and label.num_classes is not None
     names = tuple(label.names) if labelled else ()
-    bytes_ = [kinds[key] for key in candidates if kinds[key].np_dtype == np.uint8]
+    in_bytes = [kinds[key] for key in candidates if kinds[key].np_dtype == np.uint8]
     return Facts(
         keys=tuple(kinds),
         inputs=_one_or_more(inputs),
         targets=_one_or_more(targets),
         class_names=() if names == tuple(map(str, range(len(names)))) else names,
-        pictures=bool(bytes_) and all(_is_picture(each, features) for each in bytes_),
+        pictures=bool(in_bytes)
+        and all(_is_picture(each, features) for each in in_bytes),
     )
 
 

@@ -1,7 +1,7 @@
-"""Builders of TFDS datasets: found by name or folder, and prepared.
+"""Builders of TFDS datasets: found by name or folder, prepared, and opened.
 
-Imports TFDS, which itself does without TensorFlow, but where pictures or another file
-format have to be written.
+TFDS reads without TensorFlow. Some datasets take it to be prepared: those whose
+pictures come as arrays, which it writes as PNG.
 """
 
 import importlib
@@ -13,7 +13,6 @@ from pathlib import Path, PurePath
 from types import ModuleType
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from flaxfit._errors import DataError, did_you_mean
 
@@ -86,10 +85,7 @@ def prepare(builder: Any) -> None:
             f"{name} is not prepared in {root}, and cannot be downloaded from here: no "
             f"connection to {', '.join(hosts)}. {_by_hand(builder, None)}"
         )
-    print(
-        f"{name} is not prepared in {root} yet. TFDS does so now, once:",
-        flush=True,
-    )
+    print(f"{name} is not prepared in {root}: TFDS does so now, once.", flush=True)
     try:
         builder.download_and_prepare(file_format="array_record")
     except Exception as error:
@@ -137,7 +133,7 @@ def _tfds() -> ModuleType:
 
 
 def _is_prepared(builder: Any) -> bool:
-    return (Path(builder.data_dir) / _INFO_FILE).is_file()
+    return bool((builder.data_path / _INFO_FILE).exists())
 
 
 def _check_is_split(builder: Any, split: str) -> None:
@@ -226,6 +222,9 @@ def _unreachable(builder: Any) -> tuple[str, ...]:
     Nothing where no hosts are known, where what lies on the disk may do, or where
     another machine connects.
     """
+    # Not above: it brings all of http and ssl, for what is hardly ever called.
+    from urllib.request import getproxies
+
     urls: Mapping[str, Any] = builder.url_infos or {}
     if getproxies() or _has_downloads(builder, urls):
         return ()

@@ -4,7 +4,6 @@ A loader decides itself which examples make a batch. What it draws at random is 
 function of seed and pass here, so that two runs are alike and one can be resumed.
 """
 
-import multiprocessing
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -135,6 +134,8 @@ def _num_examples(loader: Any) -> int | None:
 def _warn_of_fork(loader: Any, what: str) -> None:
     if not loader.num_workers:
         return
+    import multiprocessing
+
     context = loader.multiprocessing_context
     method = (
         # Not without `allow_none`: to ask would decide for the whole process.
@@ -176,8 +177,8 @@ class _Batches:
         # Each is given a state of its own, which goes on from batch to batch.
         self._states = {torch.default_generator: _state(torch, *seed, pass_index)}
         for generator in own:
-            first = generator.initial_seed() % 2**64
-            self._states[generator] = _state(torch, first, *seed, pass_index)
+            first = 0 if _unseeded(loader) else generator.initial_seed()
+            self._states[generator] = _state(torch, first % 2**64, *seed, pass_index)
         # Workers draw by themselves what the items need.
         self._later = own if loader.num_workers else list(self._states)
 
@@ -257,6 +258,13 @@ def _generators(loader: Any) -> list[Any]:
     holders = (loader, loader.sampler, loader.batch_sampler, inner)
     found = (getattr(holder, "generator", None) for holder in holders)
     return list(dict.fromkeys(g for g in found if comes_from(g, "torch", "Generator")))
+
+
+def _unseeded(loader: Any) -> bool:
+    """Whether torchdata has made up a seed, since the user gave no generator."""
+    return loader.generator is None and comes_from(
+        loader.sampler, "torchdata", "RandomSampler"
+    )
 
 
 def _state(torch: Any, *seed: int) -> Any:
