@@ -122,8 +122,9 @@ class Built(NamedTuple):
         objective = self.task.objective
         if batch.targets is not None:
             check_targets(objective, self.outputs, batch.targets, batch.weights)
-        weighted = batch.weights is not None and np.any(batch.weights != 1)
-        if objective.scalar_loss and weighted:
+        if not objective.scalar_loss or batch.weights is None:
+            return
+        if np.any(batch.weights != 1):
             raise DataError(
                 f"The loss {objective.name} returns one number for a whole batch, so "
                 f"its examples cannot be weighted. Return one value per example, "

@@ -11,11 +11,11 @@ FOLDER = Path(__file__).parent / "benchmarks"
 RIVALS = ("flaxfit `fit`", "(a) ", "(b) ", "(b') ", "(e) ", "(d) the floor")
 
 
-def run(*arguments):
+def run(*arguments, script="run.py"):
     # On one device, as a user runs it.
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     return subprocess.run(
-        [sys.executable, FOLDER / "run.py", *arguments],
+        [sys.executable, FOLDER / script, *arguments],
         env=environment,
         capture_output=True,
         text=True,
@@ -47,3 +47,18 @@ def test_a_wrong_name_is_told_what_there_is(option):
     done = run(option, "nothing")
     assert done.returncode == 2
     assert "nothing: choose from" in done.stderr
+
+
+def test_the_tables_of_data(tmp_path):
+    pytest.importorskip("grain")
+    written = tmp_path / "table.md"
+    done = run("--quick", "--output", str(written), script="data.py")
+    assert done.returncode == 0, done.stderr
+    assert written.read_text() == done.stdout
+    firsts = [
+        line.split("|")[1].strip() for line in done.stdout.splitlines() if "|" in line
+    ]
+    assert sum("batches of" in first for first in firsts) == 4
+    assert sum("processes" in first for first in firsts) == 3
+    assert sum("Grain" in first for first in firsts) == 3
+    assert "TFDS by name" in firsts

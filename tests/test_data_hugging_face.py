@@ -301,6 +301,58 @@ def test_a_stream_yields_the_same_batches_in_every_pass():
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+def batched(rows):
+    return {"x": [np.add(x, 1).tolist() for x in rows["x"]], "label": rows["label"]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s,
+        lambda s: s.map(lambda row: {"x": row["x"][:2], "label": row["label"]}),
+        lambda s: s.map(batched, batched=True, batch_size=3),
+        lambda s: s.filter(lambda row: row["label"] != 1),
+        lambda s: s.skip(1).take(8),
+        lambda s: datasets.interleave_datasets([s, s.skip(2)], seed=3),
+        lambda s: datasets.interleave_datasets(
+            [s, s.skip(2)], probabilities=[0.3, 0.7], seed=3
+        ),
+        lambda s: s.with_format("numpy"),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_stream_is_entered_in_the_middle(change, size, monkeypatch):
+    monkeypatch.setattr("flaxfit.data.stream_source._SECONDS_BETWEEN_BOOKMARKS", 0.0)
+
+    def source():
+        stream = change(table().to_iterable_dataset(num_shards=2))
+        return source_of(stream, batch_size=size)
+
+    first, again = source(), source()
+    expected = rows(first)
+    batches = first.batches(1)
+    for number in (1, 2):
+        next(batches)
+        bookmark = pickle.loads(pickle.dumps(first.bookmark))
+        assert (bookmark["pass"], bookmark["number"]) == (1, number)
+        rest = [b.inputs["x"][b.weights > 0, 0] for b in again.batches(1, 2, bookmark)]
+        assert [each.tolist() for each in rest] == expected[2:]
+        assert rows(again, 2) == expected
+
+
+def test_a_stream_that_two_read_is_read_past(monkeypatch):
+    monkeypatch.setattr("flaxfit.data.stream_source._SECONDS_BETWEEN_BOOKMARKS", 0.0)
+    stream = table().to_iterable_dataset()
+    first, second = (source_of(stream, batch_size=4) for _ in range(2))
+    batches = first.batches(1)
+    next(batches)
+    assert first.bookmark["pass"] == 1
+    mark = first.bookmark
+    next(second.batches(1))
+    next(batches)
+    assert first.bookmark is mark
+
+
 @pytest.mark.parametrize("after", [lambda s: s, lambda s: s.map(lambda row: row)])
 def test_a_shuffled_stream_has_an_order_for_each_pass(after):
     def source():

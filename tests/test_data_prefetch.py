@@ -105,6 +105,26 @@ def test_nothing_is_lost_or_turned_round_between_the_two_threads(pause):
         assert 1 <= len(parcel) <= 7
 
 
+def test_who_waits_gathers_what_comes_fast(monkeypatch):
+    """Sending every item by itself costs more than reading it."""
+
+    def items(pause):
+        for number in range(20):
+            time.sleep(pause)
+            yield number
+
+    # The first item goes at once, and the rest with the end.
+    monkeypatch.setattr(flaxfit.data.prefetch, "_SECONDS_TO_GATHER", 60.0)
+    with Prefetch(items(0.001), Tuples(100), 2) as parcels:
+        found = list(parcels)
+    assert flat(found) == list(range(20))
+    assert len(found) <= 2
+    # Of slow items, nobody waits for a second one.
+    monkeypatch.setattr(flaxfit.data.prefetch, "_SECONDS_TO_GATHER", 0.002)
+    with Prefetch(items(0.01), Tuples(100), 2) as parcels:
+        assert flat(parcels) == list(range(20))
+
+
 @pytest.mark.parametrize("depth", [1, 2, 5])
 @pytest.mark.parametrize("size", [1, 3])
 def test_the_parcels_that_wait_are_bounded(depth, size):

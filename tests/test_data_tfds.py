@@ -288,6 +288,7 @@ def test_one_source_is_read_by_many_threads_and_by_processes(data_dir):
         ("mnits", ValueError, "no dataset 'mnits': .*Did you mean 'mnist'"),
         ("a b", ValueError, "no dataset 'a b': .*A str is the name of a dataset"),
         ("", ValueError, "no dataset ''"),
+        ("test", ValueError, "A split goes behind the name .*: 'mnist/test'"),
         ("few_digits/tset", ValueError, rf"'tset' is no split of it: {HAS}.*'test'\?"),
         ("few_digits/train[5]", ValueError, r"written 'few_digits/train\[:90%\]'"),
         ("few_digits/train[:9000]", ValueError, "incompatible with 300 examples"),

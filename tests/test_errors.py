@@ -328,8 +328,8 @@ DATASETS = [
          r"e\.g\. validation_split=0\.1"),
     Case("no data to validate on", fits(X, LABELS, validation_data=(X[:0], LABELS[:0])),
          DataError, "(?s)no examples.*in validation_data"),
-    Case("validation_data by name", fits(X, LABELS, validation_data="test"), TypeError,
-         r"write validation_data=\(x, y\)"),
+    Case("validation_data by name", fits(X, LABELS, validation_data="test"),
+         ValueError, "A split goes behind the name of its dataset: 'mnist/test'"),
 ]  # fmt: skip
 
 # ----------------------------------------------------------------------- arguments

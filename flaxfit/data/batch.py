@@ -98,7 +98,8 @@ class Binding:
         inputs, targets = self.inputs, self.targets
         if inputs is None and facts.inputs is not None:
             keys = (facts.inputs,) if isinstance(facts.inputs, str) else facts.inputs
-            named = all(name in facts.keys for name in self.call.required)
+            wanted = self.call.required  # nothing, of nn.Sequential
+            named = bool(wanted) and all(name in facts.keys for name in wanted)
             inputs = None if named else keys
         if targets is None:
             targets = facts.targets

@@ -280,9 +280,7 @@ def as_whole(
             if what == "validation_split"
             else "write x, y = next(iter(dataset)) for its first batch"
         )
-        raise ValueError(
-            f"{what} needs arrays here, not a {_kind(x)}: {advice}."
-        )
+        raise ValueError(f"{what} needs arrays here, not a {_kind(x)}: {advice}.")
     whole = _read_arrays(x, y, sample_weight, binding)
     data = whole.batch
     if class_weight is not None:

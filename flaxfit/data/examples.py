@@ -25,8 +25,9 @@ class Examples:
         `numpy.random.Generator` that depends on nothing but seed, epoch and item.
       threads: how many threads load at once. For decoders, which let others work
         meanwhile: Pillow, zlib, NumPy.
-      processes: how many processes load instead, for Python that computes. `items`
-        and `load` are pickled; it needs Grain, `pip install "flaxfit[data]"`.
+      processes: how many processes load instead, for Python that computes. Each is
+        sent a copy of `items` and `load`, which may be defined anywhere and need no
+        `if __name__ == "__main__"`. It takes `pip install "flaxfit[data]"`.
       collate: list of examples -> batch, in place of stacking their arrays.
       class_names: the names of the classes 0, 1, …
       pad_to: the length to which examples of different length are padded along their

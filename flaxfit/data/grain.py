@@ -8,7 +8,7 @@ import json
 import re
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -89,7 +89,7 @@ def _is_endless(x: Any) -> bool:
     """Whether a dataset has no end; False where that is not certain."""
     if comes_from(x, "grain", "DataLoader"):
         sampler = getattr(x, "_sampler", None)
-        return hasattr(sampler, "__len__") and len(sampler) >= sys.maxsize
+        return isinstance(sampler, Sized) and len(sampler) >= sys.maxsize
     if comes_from(x, "grain", "MapDataset"):
         return len(x) >= sys.maxsize
     if not type(x).__module__.startswith("grain.") or "Limit" in type(x).__name__:

@@ -112,9 +112,49 @@ def _facts(features: Mapping[str, Any] | None, columns: Sequence[str]) -> Facts:
 
 
 def _iterate(dataset: Any, pass_index: int) -> Iterator[Any]:
-    if _is_shuffled(dataset):
-        dataset.set_epoch(pass_index)
+    if not _is_shuffled(dataset):
+        return _Examples(dataset) if hasattr(dataset, "state_dict") else iter(dataset)
+    # No state: it would leave out what waits to be shuffled.
+    dataset.set_epoch(pass_index)
     return iter(dataset)
+
+
+class _Examples:
+    """The examples of one pass of a stream, which tells where it stands.
+
+    The dataset knows that of its latest reader only.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+        self._iterator: Iterator[Any] | None = None
+        self._start: Any = None
+        self._token = object()
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if self._iterator is not None:
+            return next(self._iterator)
+        self._dataset.flaxfit_reader = self._token
+        self._iterator = iter(self._dataset)
+        if self._start is None:
+            return next(self._iterator)
+        self._dataset.load_state_dict(self._start)
+        try:
+            return next(self._iterator)
+        finally:
+            self._dataset.load_state_dict({})  # or every pass would begin there
+
+    def get_state(self) -> Any:
+        """Returns where the stream stands; None if somebody else reads it too."""
+        latest = getattr(self._dataset, "flaxfit_reader", None) is self._token
+        return self._dataset.state_dict() if latest else None
+
+    def set_state(self, state: Any) -> None:
+        """Makes the stream begin there."""
+        self._start, self._iterator = state, None
 
 
 def _is_shuffled(dataset: Any) -> bool:
@@ -126,8 +166,8 @@ def _is_shuffled(dataset: Any) -> bool:
     for link in links:
         if link is None or "Shuffle" in type(link).__name__:
             return True
-        several = list(getattr(link, "ex_iterables", ()))
-        links += several or [each for each in [getattr(link, "ex_iterable", 0)] if each]
+        inner = getattr(link, "ex_iterable", None)
+        links += getattr(link, "ex_iterables", [] if inner is None else [inner])
     return getattr(dataset, "_shuffling", None) is not None
 
 

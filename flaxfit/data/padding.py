@@ -229,9 +229,7 @@ class Padding:
         """Returns the length of every part that is to be padded."""
         parts = parts_of(host)
         lengths = {
-            part: {
-                leaf.shape[axis] for leaf in _leaves(nest) if _has_axis(leaf, axis)
-            }
+            part: {leaf.shape[axis] for leaf in _leaves(nest) if _has_axis(leaf, axis)}
             for part, nest in parts.items()
         }
         if EVERY_PART in self.lengths:

@@ -18,7 +18,7 @@ Packed = TypeVar("Packed", covariant=True)
 _SECONDS_TO_END = 1.0
 _SECONDS_BETWEEN_LOOKS = 0.1
 # To send a parcel costs as much as to read many a batch.
-_SECONDS_TO_GATHER = 0.005
+_SECONDS_TO_GATHER = 0.02
 _NOTE = (
     "The data was read ahead in a background thread; Trainer(model, prefetch=0) reads "
     "it in yours."
@@ -120,7 +120,7 @@ class _Worker(Generic[Item, Packed]):
 
     def gathers(self) -> float:
         """Returns how long a half parcel may still wait for more, in seconds."""
-        if self.pace > _SECONDS_TO_GATHER:
+        if self.pace > _SECONDS_TO_GATHER / 2:
             return 0.0
         return self.begun + _SECONDS_TO_GATHER - time.monotonic()
 

@@ -16,10 +16,11 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from importlib import import_module
 from itertools import cycle
 from queue import SimpleQueue
 from types import ModuleType
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 _SECONDS_OF_REST = 10.0
 
@@ -180,7 +181,7 @@ def _end(workers: Sequence[_Worker]) -> None:
         worker.end()
 
 
-def _read(source: BinaryIO) -> bytes | None:
+def _read(source: IO[bytes]) -> bytes | None:
     """Returns what comes next, None at the end; in the middle of it is an end too."""
     try:
         received: bytes = pickle.load(source)
@@ -216,17 +217,15 @@ def _dump_work(function: Callable[[Any], Any], number: int) -> bytes:
 
 def _import_cloudpickle(number: int) -> ModuleType:
     try:
-        import cloudpickle
+        return import_module("cloudpickle")
     except ImportError as error:
         raise ImportError(
             f"processes={number} needs cloudpickle, which comes with Grain: "
             f'pip install "flaxfit[data]". Or write threads={number}.'
         ) from error
-    module: ModuleType = cloudpickle
-    return module
 
 
-def serve(source: BinaryIO, channel: BinaryIO, work: bytes) -> None:
+def serve(source: IO[bytes], channel: IO[bytes], work: bytes) -> None:
     """Works in a process of `Processes`; returns never.
 
     Args:
@@ -244,7 +243,7 @@ def serve(source: BinaryIO, channel: BinaryIO, work: bytes) -> None:
             channel.flush()
 
 
-def _take(source: BinaryIO, tasks: "SimpleQueue[bytes]") -> None:
+def _take(source: IO[bytes], tasks: "SimpleQueue[bytes]") -> None:
     while (task := _read(source)) is not None:
         tasks.put(task)
     # Not exit(): the main thread is at work.
@@ -267,8 +266,7 @@ def _load_work(work: bytes) -> Callable[[Any], Any]:
 
 def _answer(function: Callable[[Any], Any], task: bytes) -> bytes:
     """Returns a pickled pair: the result and None, or None and the error."""
-    import cloudpickle
-
+    cloudpickle = import_module("cloudpickle")
     try:
         result = function(pickle.loads(task))
     except Exception as error:
@@ -282,8 +280,7 @@ def _answer(function: Callable[[Any], Any], task: bytes) -> bytes:
 
 
 def _dump_error(error: Exception) -> bytes:
-    import cloudpickle
-
+    cloudpickle = import_module("cloudpickle")
     trace = "".join(traceback.format_tb(error.__traceback__))
     error.add_note(f"in another process:\n{trace}")
     try:

@@ -15,9 +15,9 @@ from flaxfit.data.source import native
 
 
 class _Part(NamedTuple):
-    """An array of a batch: which of the raw ones it is, and its dtype."""
+    """An array of a batch: the place of the raw one that it is, and its dtype."""
 
-    index: int
+    place: int
     dtype: np.dtype[Any]
 
 
@@ -56,8 +56,8 @@ class Recipe(NamedTuple):
         if not rows:
             return None
         copied = []
-        for index, dtype in self.parts:
-            copy = _copy(leaves[index], dtype)
+        for place, dtype in self.parts:
+            copy = _copy(leaves[place], dtype)
             if copy is None:
                 return None
             copied.append(copy)
@@ -81,13 +81,13 @@ def learn(raw: Any, read: Callable[[Any], Batch]) -> Recipe | None:
         return None
     given = read(raw)
     arranged, batch = jax.tree.flatten(given)
-    indices = {id(leaf): index for index, leaf in enumerate(leaves)}
-    if given.weights is not None or any(id(leaf) not in indices for leaf in arranged):
+    places = {id(leaf): place for place, leaf in enumerate(leaves)}
+    if given.weights is not None or any(id(leaf) not in places for leaf in arranged):
         return None
     return Recipe(
         nesting,
         tuple((leaf.ndim, leaf.shape[1:], leaf.dtype) for leaf in leaves),
-        tuple(_Part(indices[id(leaf)], native(leaf.dtype)) for leaf in arranged),
+        tuple(_Part(places[id(leaf)], native(leaf.dtype)) for leaf in arranged),
         batch,
     )
 

@@ -191,10 +191,13 @@ def _raise_unknown(
         raise ValueError(
             f"{given!r} is nothing that TFDS has of {name}: {reason}{choice}{stored}"
         ) from failure
+    advice = did_you_mean(name, known)
+    if name in _USUAL_SPLITS:
+        advice = f" A split goes behind the name of its dataset: {f'mnist/{name}'!r}."
     # Not from the failure, which lists hundreds of names.
     raise ValueError(
         f"no dataset {given!r}: neither TFDS nor its folder has {name!r}."
-        f"{did_you_mean(name, known)}{stored} A str is the name of a dataset, "
+        f"{advice}{stored} A str is the name of a dataset, "
         "'name/split', or the path of a prepared one; data_dir= says where those by "
         "name lie."
     ) from None
