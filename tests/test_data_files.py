@@ -15,7 +15,8 @@ from flaxfit._errors import DataError
 from flaxfit._types import CallSpec
 from flaxfit.data import Examples, files, sliced
 from flaxfit.data.batch import Binding
-from flaxfit.data.dispatch import adapt, as_inputs_source, as_source
+from flaxfit.data.dispatch import as_inputs_source, as_source
+from flaxfit.data.kinds import adapt
 
 pytestmark = pytest.mark.usefixtures("shared_compiles")
 

@@ -324,7 +324,7 @@ def test_a_split_has_no_example_on_both_sides():
     )
     assert len(history.history["val_loss"]) == 2
     whole = [int(number) for number in numbers(shuffled())]
-    from flaxfit.data.dispatch import adapt
+    from flaxfit.data.kinds import adapt
 
     examples = adapt(shuffled(), what="fit")
     train, validation = examples.part(0, 16), examples.part(16, 22)

@@ -21,7 +21,8 @@ from flaxfit._errors import DataError
 from flaxfit._types import CallSpec
 from flaxfit.data import Examples
 from flaxfit.data.batch import Binding
-from flaxfit.data.dispatch import adapt, as_source
+from flaxfit.data.dispatch import as_source
+from flaxfit.data.kinds import adapt
 from flaxfit.data.stream import NO_FACTS
 from flaxfit.data.tfds import _facts, recognizes
 
@@ -147,7 +148,7 @@ def test_builders_and_data_sources(data_dir):
 
 def test_a_dataset_is_read_without_its_code(data_dir):
     code = (
-        "from flaxfit.data.dispatch import adapt; import sys; "
+        "from flaxfit.data.kinds import adapt; import sys; "
         f"examples = adapt('few_digits/test', what='fit', data_dir={str(data_dir)!r}); "
         "print(examples.kind, examples.length, 'tfds_datasets' in sys.modules, "
         "'tensorflow' in sys.modules)"
@@ -459,7 +460,7 @@ def test_names_go_before_folders_that_lie_around(data_dir, tmp_path, monkeypatch
 
 def test_only_datasets_of_tfds_import_it():
     code = (
-        "import sys, numpy as np; from flaxfit.data.dispatch import adapt; "
+        "import sys, numpy as np; from flaxfit.data.kinds import adapt; "
         "adapt([np.zeros(3)], what='fit'); adapt({'x': np.zeros(3)}, what='fit'); "
         "print('tensorflow_datasets' in sys.modules)"
     )

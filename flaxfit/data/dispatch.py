@@ -11,10 +11,7 @@ import numpy as np
 
 from flaxfit._errors import DataError
 from flaxfit._types import Batch
-from flaxfit.data import (
-    files,
-    sliced,
-)
+from flaxfit.data import files, sliced
 from flaxfit.data.arrays import (
     ArraySource,
     split_validation,
@@ -23,32 +20,16 @@ from flaxfit.data.arrays import (
 )
 from flaxfit.data.batch import Binding, Whole
 from flaxfit.data.batches import Batches
-from flaxfit.data.checks import (
-    check_finite,
-    check_lengths,
-    check_values,
-    check_weights,
-)
+from flaxfit.data.checks import check_finite, check_lengths, check_values, check_weights
 from flaxfit.data.collate import looks_single
-from flaxfit.data.example_set import (
-    ExampleSet,
-    batch_of_rows,
-    stream_examples,
-)
+from flaxfit.data.example_set import ExampleSet, batch_of_rows, stream_examples
 from flaxfit.data.iterables import from_iterable, peek
 from flaxfit.data.kinds import adapt_parts, examples_in, examples_of, refuse_batch_size
 from flaxfit.data.padding import Padded, raw_of
-from flaxfit.data.source import (
-    Source,
-    as_host,
-    narrow,
-)
+from flaxfit.data.source import Source, as_host, narrow
 from flaxfit.data.stream import NO_FACTS, Stream
 from flaxfit.data.stream_source import StreamSource
-from flaxfit.data.table_batch import (
-    TableReader,
-    holds_table,
-)
+from flaxfit.data.table_batch import TableReader, holds_table
 from flaxfit.data.weights import ClassWeighting, apply_mask, with_weights
 from flaxfit.data.whole import (
     is_arrays,

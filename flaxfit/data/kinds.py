@@ -21,23 +21,13 @@ from flaxfit.data import (
     torch,
 )
 from flaxfit.data.batches import Batches, open_batches
-from flaxfit.data.checks import (
-    check_lengths,
-)
+from flaxfit.data.checks import check_lengths
 from flaxfit.data.collate import looks_single
-from flaxfit.data.example_set import (
-    ExampleSet,
-    take_items,
-    take_rows,
-)
+from flaxfit.data.example_set import ExampleSet, take_items, take_rows
 from flaxfit.data.examples import Examples
 from flaxfit.data.image_folder import ImageFiles, open_image_files
 from flaxfit.data.iterables import from_iterable, length_of
-from flaxfit.data.source import (
-    as_host,
-    call_text,
-    is_nest,
-)
+from flaxfit.data.source import as_host, call_text, is_nest
 from flaxfit.data.stream import Stream
 from flaxfit.data.whole import is_batch_list
 

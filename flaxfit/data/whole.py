@@ -6,23 +6,11 @@ from typing import Any
 
 from flaxfit._errors import DataError
 from flaxfit._types import Batch
-from flaxfit.data import (
-    tables,
-)
+from flaxfit.data import tables
 from flaxfit.data.batch import Binding, Whole
-from flaxfit.data.checks import (
-    check_lengths,
-)
-from flaxfit.data.example_set import (
-    ExampleSet,
-)
-from flaxfit.data.source import (
-    as_host,
-    call_text,
-    is_array,
-    is_nest,
-    narrow,
-)
+from flaxfit.data.checks import check_lengths
+from flaxfit.data.example_set import ExampleSet
+from flaxfit.data.source import as_host, call_text, is_array, is_nest, narrow
 from flaxfit.data.stream import Facts, Stream
 from flaxfit.data.table_batch import (
     holds_column,
