@@ -361,7 +361,8 @@ def test_a_thousand_starts_and_stops_leave_no_thread_and_no_memory():
     try:
         before = tracemalloc.get_traced_memory()[0]
         ends += Counter(start_and_stop(rng) for _ in range(800))
-        wait_until(lambda: not (gc.collect(), threads())[1])
+        gc.collect()
+        wait_until(lambda: not any(thread.is_alive() for thread in threads()))
         grown = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()

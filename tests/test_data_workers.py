@@ -341,7 +341,7 @@ def test_an_interrupted_fit_leaves_no_process(tmp_path):
     script.write_text(
         textwrap.dedent(
             """
-            import os, signal, subprocess, threading, time
+            import gc, os, signal, subprocess, threading, time
             import flax.linen as nn, numpy as np
             from flaxfit import Trainer
             from flaxfit.data import Examples, processes
@@ -362,6 +362,7 @@ def test_an_interrupted_fit_leaves_no_process(tmp_path):
             examples = Examples(list(range(64)), load, processes=2)
             threading.Timer(3, os.kill, (os.getpid(), signal.SIGINT)).start()
             history = trainer.fit(examples, epochs=10**6, batch_size=8, verbose=0)
+            gc.collect()
             time.sleep(1)
             print(len(started) > 1, sum(each.poll() is None for each in started))
             """
