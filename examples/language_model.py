@@ -4,7 +4,7 @@
 
 The text comes with Python, `help("topics")`: nothing is downloaded. Its sentences are
 of any length; they are padded to one of three lengths, so that there are three compiled
-steps and little padding. Training takes less than a minute on two CPU cores.
+steps and little padding. Training takes about a minute on two CPU cores.
 """
 
 import argparse

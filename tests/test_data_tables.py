@@ -2,8 +2,6 @@
 
 import datetime
 import json
-import runpy
-from pathlib import Path
 
 import flax.linen as nn
 import numpy as np
@@ -449,13 +447,3 @@ def test_what_is_said(capsys):
     many = pd.DataFrame(np.zeros((4, 9))).assign(y=[0, 1, 0, 1])
     report = Trainer(nn.Dense(2)).check(many)
     assert report.rows["columns"] == "0, 1, 2, 3, 4, 5, … (9) · targets: y"
-
-
-def test_the_example(capsys):
-    example = Path(__file__).parents[1] / "examples" / "tabular.py"
-    result = runpy.run_path(str(example))["main"]()
-    assert result["accuracy"] > 0.95
-    shown = capsys.readouterr().out
-    assert "classes: malignant, benign" in shown
-    assert f"test accuracy {result['accuracy']:.2%}" in shown
-    assert "malignant       0.9" in shown

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import runpy
 import shutil
 import socket
 import subprocess
@@ -468,13 +467,3 @@ def test_only_datasets_of_tfds_import_it():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "False"
-
-
-def test_example(tmp_path, capsys):
-    file = Path(__file__).parents[1] / "examples" / "tfds_digits.py"
-    main = runpy.run_path(str(file))["main"]
-    result = main(data_dir=tmp_path, epochs=8)
-    assert result["accuracy"] >= 0.96
-    shown = capsys.readouterr().out
-    assert "sklearn_digits/train 1.0.0 (TFDS): 1,437 examples, 23 batches" in shown
-    assert "pictures: uint8, divided by 255 on the device" in shown

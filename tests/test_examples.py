@@ -61,6 +61,45 @@ def test_batch_norm_ends_with_equal_numbers():
     assert max(differences.values()) <= 1e-6
 
 
+def test_tfds_digits(tmp_path, capsys):
+    result = load("tfds_digits.py")["main"](data_dir=tmp_path, epochs=8)
+    assert result["accuracy"] >= 0.96
+    shown = capsys.readouterr().out
+    assert "sklearn_digits/train 1.0.0 (TFDS): 1,437 examples, 23 batches" in shown
+    assert "pictures: uint8, divided by 255 on the device" in shown
+
+
+def test_tabular(capsys):
+    result = load("tabular.py")["main"]()
+    assert result["accuracy"] > 0.95
+    shown = capsys.readouterr().out
+    assert "classes: malignant, benign" in shown
+    assert f"test accuracy {result['accuracy']:.2%}" in shown
+    assert "malignant       0.9" in shown
+
+
+def test_stream(tmp_path, capsys):
+    result = load("stream.py")["main"](epochs=4, folder=str(tmp_path))
+    assert result["accuracy"] > 0.9
+    assert result["rows"] == 200 * 512 == len(np.load(tmp_path / "tones.npy"))
+    assert result["streamed_megabytes"] == 640
+    first, *_, last = result["peak_megabytes"]
+    assert last - first < 100
+    assert "640 MB went by" in capsys.readouterr().out
+
+
+def test_language_model():
+    result = load("language_model.py")["main"](epochs=1)
+    assert result["bits"] < 3.8
+    assert result["compiles"]["train"] == 3
+
+
+def test_torch_loader():
+    pytest.importorskip("torch")
+    result = load("torch_loader.py")["main"]()
+    assert result["accuracy"] > 0.85
+
+
 @pytest.fixture(scope="module")
 def readme(tmp_path_factory):
     """The names the README's blocks leave behind, and what each of them printed."""

@@ -2,7 +2,6 @@
 
 import gc
 import itertools
-import runpy
 import threading
 import time
 import tracemalloc
@@ -410,17 +409,6 @@ def test_nothing_is_held_but_what_is_under_way():
         tracemalloc.stop()
         assert alive
         assert max(alive) + peak < total * 0.75
-
-
-def test_the_example_of_a_stream(tmp_path, capsys):
-    main = runpy.run_path(str(ROOT / "examples" / "stream.py"))["main"]
-    result = main(epochs=4, folder=str(tmp_path))
-    assert result["accuracy"] > 0.9
-    assert result["rows"] == 200 * 512 == len(np.load(tmp_path / "tones.npy"))
-    assert result["streamed_megabytes"] == 640
-    first, *_, last = result["peak_megabytes"]
-    assert last - first < 100
-    assert "640 MB went by" in capsys.readouterr().out
 
 
 def test_errors_of_the_data_are_data_errors():
