@@ -102,7 +102,7 @@ def open_feed(
                 source, data, placement, capacity, epochs, steps, single, position
             )
     batches = epochs_of(source, steps, position, bookmarks)
-    return _StreamFeed(batches, placement, execution, source.pad, stopped)
+    return _StreamFeed(batches, placement, execution, source, stopped)
 
 
 def open_pass(
@@ -133,7 +133,7 @@ def open_pass(
     if not (isinstance(source, ArraySource) and source.in_memory and source.pad):
         passes = (islice(source.batches(0), steps) for _ in count())
         return _StreamFeed(
-            passes, placement, execution, source.pad, stopped, bytes_per_output
+            passes, placement, execution, source, stopped, bytes_per_output
         )
     size = source.nbytes // source.num_examples * source.batch_size
     capacity = stack_capacity(max(size, bytes_per_output), execution.steps_per_call)
@@ -251,7 +251,7 @@ class _StreamFeed:
         epochs: Iterator[Iterator[Batch]],
         placement: Placement,
         execution: Execution,
-        pad: bool,
+        source: Source,
         stopped: Callable[[], bool],
         bytes_per_output: int = 0,
     ) -> None:
@@ -260,8 +260,9 @@ class _StreamFeed:
         self._execution = execution
         self._stopped = stopped
         self._bytes_per_output = bytes_per_output
+        self._lent = source.lends
         # Batches of other lengths are no stack, nor is there one without reading ahead.
-        self._stacks = pad and execution.prefetch > 0
+        self._stacks = source.pad and execution.prefetch > 0
 
     def epoch(self) -> AbstractContextManager[Segments]:
         batches = next(self._epochs)
@@ -270,6 +271,7 @@ class _StreamFeed:
             self._stacks,
             self._execution.steps_per_call,
             self._bytes_per_output,
+            self._lent,
         )
         if self._execution.prefetch == 0:
             return nullcontext(_AtHand(_one_by_one(batches, packer)))

@@ -8,6 +8,7 @@ import numpy as np
 from flaxfit._segments import Segment, Stack, empty_array, stack_capacity
 from flaxfit._sharding import Placement
 from flaxfit._types import Batch, HostArray, PyTree
+from flaxfit.data.source import own
 
 
 class Ready(NamedTuple):
@@ -25,7 +26,16 @@ class Ready(NamedTuple):
 
 
 class SegmentPacker:
-    """Stacks batches for `Prefetch`; those on a device, or too large, stay alone."""
+    """Stacks batches for `Prefetch`; those on a device, or too large, stay alone.
+
+    Args:
+      placement: the devices.
+      stacks: whether batches are stacked at all.
+      steps_per_call: the steps of a call, None to go by the clock.
+      bytes_per_output: what a batch leaves on the device.
+      lent: whether batches hold only until the next one is read: then those that stay
+        alone are copied, as stacked ones are anyway.
+    """
 
     def __init__(
         self,
@@ -33,8 +43,10 @@ class SegmentPacker:
         stacks: bool,
         steps_per_call: int | None,
         bytes_per_output: int,
+        lent: bool = False,
     ) -> None:
         self._placement = placement
+        self._lent = lent
         self._stacks = stacks
         self._steps_per_call = steps_per_call
         self._bytes_per_output = bytes_per_output
@@ -57,6 +69,7 @@ class SegmentPacker:
         if not isinstance(self._packed, _HostStack):
             capacity = self._capacity(batch)
             if capacity == 1:
+                batch = own(batch) if self._lent else batch
                 self._packed = _Alone(batch, examples)
                 return
             self._packed = _HostStack(batch, capacity)

@@ -3,15 +3,18 @@
 import gc
 import itertools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flaxfit import Trainer
 from flaxfit._errors import DataError
 from flaxfit._types import CallSpec
 from flaxfit.data.batch import Binding
 from flaxfit.data.dispatch import as_inputs_source, as_source
+from flaxfit.data.source import own
 
 ONE = Binding(CallSpec(("x",), (), ("x",)))
 X = np.arange(20, dtype=np.float32).reshape(10, 2)
@@ -158,19 +161,45 @@ def test_a_loader_may_use_its_memory_again(wrap):
             weights += 1
             yield wrap(x), wrap(y), weights
 
-    batches = list(source_of(reuse).batches(0))
+    source = source_of(reuse)
+    assert source.lends
+    batches = [own(batch) for batch in source.batches(0)]
     np.testing.assert_array_equal(np.concatenate([b.inputs[0] for b in batches]), X)
     np.testing.assert_array_equal(np.concatenate([b.targets for b in batches]), Y)
     assert [b.weights[0] for b in batches] == [1, 3, 5, 7, 9]
 
 
-def test_what_inputs_returns_is_copied_as_well():
+def test_what_is_held_until_the_first_pass_is_copied():
+    """Also what `inputs` returns."""
     buffer = X[:4].copy()
     binding = Binding(ONE.call, inputs=lambda raw: torch_like(raw[0]))
     source = as_source([(buffer, Y[:4])] * 2, binding=binding)
-    batches = source.batches(0)
-    for batch in (next(batches), next(batches)):
-        assert not np.shares_memory(batch.inputs[0], buffer)
+    assert not np.shares_memory(source.example.inputs[0], buffer)
+    assert not np.shares_memory(next(source.batches(0)).inputs[0], buffer)
+
+
+@pytest.mark.parametrize("rows", [2, 200_000])
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_steps_read_what_a_loader_held_when_it_was_asked(prefetch, rows):
+    """Stacked, alone for their size, and without a thread."""
+    x, y = np.empty((rows, 3), np.float32), np.empty(rows, np.float32)
+
+    def reuse():
+        for number in range(5):
+            x[:], y[:] = number, 10 * number
+            yield x, y
+
+    class Sum(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            bias = self.param("bias", nn.initializers.zeros, ())
+            return x[:, 0] + 0 * bias
+
+    trainer = Trainer(Sum(), loss="mse", optimizer="sgd", prefetch=prefetch)
+    loss = trainer.fit(reuse, verbose=0).history["loss"][0]
+    assert loss == pytest.approx(81 * np.mean(np.arange(5) ** 2))
+    outputs = trainer.predict(reuse, verbose=0)
+    np.testing.assert_array_equal(outputs, np.repeat(np.arange(5), rows))
 
 
 def test_arrays_on_a_device_go_on_as_they_are():

@@ -41,6 +41,7 @@ class ArraySource:
     kind = "arrays"
     one_shot = False
     seeks = True
+    lends = False
     shapes = 1
     bookmark = None
 

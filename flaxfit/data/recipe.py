@@ -1,7 +1,7 @@
 """How the raw batches of a stream become batches, learned from one of them.
 
 Nearly all that is found out about a batch is the same for the next. Of one with the
-same nesting, dtypes and shapes of rows, nothing is left to do but to copy.
+same nesting, dtypes and shapes of rows, little is left to do.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ class Recipe(NamedTuple):
     batch: Any
 
     def make(self, raw: Any) -> Batch | None:
-        """Returns the batch, in memory of its own, with weights of 1.
+        """Returns the batch, with weights of 1; it may share the memory of `raw`.
 
         None for a raw batch that is not alike, or not right.
         """
@@ -55,13 +55,13 @@ class Recipe(NamedTuple):
                 return None
         if not rows:
             return None
-        copied = []
+        converted = []
         for place, dtype in self.parts:
-            copy = _copy(leaves[place], dtype)
-            if copy is None:
+            leaf = _as_dtype(leaves[place], dtype)
+            if leaf is None:
                 return None
-            copied.append(copy)
-        batch: Batch = jax.tree.unflatten(self.batch, copied)
+            converted.append(leaf)
+        batch: Batch = jax.tree.unflatten(self.batch, converted)
         return Batch(batch.inputs, batch.targets, np.ones(rows, np.float32))
 
 
@@ -92,10 +92,10 @@ def learn(raw: Any, read: Callable[[Any], Batch]) -> Recipe | None:
     )
 
 
-def _copy(leaf: HostArray, dtype: np.dtype[Any]) -> HostArray | None:
-    """Returns a copy in a dtype; None where that cannot hold all values."""
+def _as_dtype(leaf: HostArray, dtype: np.dtype[Any]) -> HostArray | None:
+    """Returns an array in a dtype; None where that cannot hold all values."""
     if leaf.dtype == dtype:
-        return leaf.copy()
+        return leaf
     if leaf.dtype.kind in "iu" and leaf.size:
         limits = np.iinfo(dtype)
         if leaf.min() < limits.min or leaf.max() > limits.max:

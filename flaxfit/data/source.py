@@ -52,6 +52,10 @@ class Source(Protocol):
         """Whether it can be read only once."""
 
     @property
+    def lends(self) -> bool:
+        """Whether batches hold only until the next one is asked for."""
+
+    @property
     def num_batches(self) -> int | None:
         """Batches in one pass, None where only reading tells."""
 
@@ -80,8 +84,8 @@ class Source(Protocol):
 
         `pass_index` decides the order; a bookmark of that pass shortens the way.
 
-        Their memory is theirs alone: a step may read it long after the next batch
-        was asked for, so it is neither the loader's nor the user's.
+        Where the source lends them, their memory may be the loader's: what is not
+        copied before the next batch is asked for may change under a step.
         """
 
 
@@ -104,6 +108,14 @@ def fill(batch: Batch, size: int) -> Batch:
         return filled.replace(weights=filled.weights.at[rows:].set(0.0))
     filled.weights[rows:] = 0.0
     return filled
+
+
+def own(batch: Batch) -> Batch:
+    """Returns the batch with copies of its NumPy arrays; jax arrays cannot change."""
+    copied: Batch = jax.tree.map(
+        lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, batch
+    )
+    return copied
 
 
 def as_host(nest: PyTree, *, but_device: bool = False) -> PyTree:

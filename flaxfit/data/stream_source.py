@@ -4,8 +4,8 @@ Nothing is lost by looking ahead: the first batch is read when the source is mad
 and handed out again by the first pass.
 
 A loader may fill one buffer again and again, while steps on the batches before are
-still under way: what is its own memory is copied as it comes. jax arrays cannot change,
-and go on as they are.
+still under way: batches are lent, and whoever keeps one copies it. The first one is
+copied here.
 """
 
 import time
@@ -24,7 +24,7 @@ from flaxfit.data.checks import (
     check_weights,
 )
 from flaxfit.data.recipe import Recipe, learn
-from flaxfit.data.source import as_host, call_text, fill, named_leaves, narrow
+from flaxfit.data.source import as_host, call_text, fill, named_leaves, narrow, own
 from flaxfit.data.stream import NO_FACTS, Facts, Filled, Stream, get_state, set_state
 from flaxfit.data.weights import with_weights
 
@@ -54,6 +54,8 @@ class StreamSource:
       DataError: there is no batch, or the first one cannot be read.
       TypeError: a function that needs arguments or returns no iterable.
     """
+
+    lends = True
 
     def __init__(
         self,
@@ -96,7 +98,7 @@ class StreamSource:
                 f"{self._again()}"
             ) from None
         self._note(iterator, 0, 1)
-        first = self._converted(raw, 0, 0, to_host=True)
+        first = own(self._converted(raw, 0, 0, to_host=True))
         plain = raw.raw if isinstance(raw, Filled) else raw
         self.unused = unused(plain)
         if structural and stream.size is None:
@@ -237,7 +239,6 @@ class StreamSource:
             batch = with_weights(narrow(given), size)
             if isinstance(batch.weights, np.ndarray):
                 check_weights(batch.weights, all_zero=True)
-            batch = _owned(batch, given)
             return batch if rows is None else self._without_fill(batch, rows)
         except DataError as error:
             raise DataError(f"batch {number} of pass {pass_index}: {error}") from error
@@ -266,8 +267,9 @@ class StreamSource:
         if not self.pad:
             real: Batch = jax.tree.map(lambda leaf: leaf[:rows], batch)
             return real
-        batch.weights[rows:] = 0.0
-        return batch
+        weights = batch.weights.copy()  # it may be the loader's
+        weights[rows:] = 0.0
+        return batch.replace(weights=weights)
 
     def _finished(self, batch: Batch, number: int, pass_index: int) -> Batch:
         """Returns a batch checked and filled up."""
@@ -352,18 +354,6 @@ class StreamSource:
             f"{call_text(self._what, 'make_batches')} not "
             f"{call_text(self._what, 'make_batches()')}."
         )
-
-
-def _owned(batch: Batch, given: Batch) -> Batch:
-    """Returns the batch with copies of NumPy arrays that `given` has too."""
-    theirs = {id(leaf) for leaf in jax.tree.leaves(given)}
-    copied: Batch = jax.tree.map(
-        lambda leaf: (
-            leaf.copy() if isinstance(leaf, np.ndarray) and id(leaf) in theirs else leaf
-        ),
-        batch,
-    )
-    return copied
 
 
 def _on_device(nest: PyTree) -> bool:

@@ -147,7 +147,7 @@ def _prefetching(data: _Batches) -> Callable[[], None]:
 
     def run() -> None:
         feed = _StreamFeed(
-            iter([source.batches(1)]), placement, Execution(), True, lambda: False
+            iter([source.batches(1)]), placement, Execution(), source, lambda: False
         )
         with feed.epoch() as segments:
             read = sum(segment.batches for segment in segments)
