@@ -21,6 +21,7 @@ from typing import Any
 
 import flax.linen as nn
 import grain
+import jax
 import numpy as np
 from race import race
 from tables import Report, number, ratio, spread, watched
@@ -60,7 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def prefetch_section(report: Report, *, quick: bool) -> None:
-    """Adds iterating over what the background thread prepares, and over the source."""
+    """Adds iterating over what the background thread prepares, and over the source.
+
+    By hand: a loop that reads a batch and puts it on the device, as a loop has to.
+    """
     report.section("Prefetch against the source alone, 20 µs per item")
     kinds: dict[str, Callable[[float], object]] = {
         "Python at work": _Work(0.1 * _SECONDS_PER_ITEM),
@@ -71,20 +75,35 @@ def prefetch_section(report: Report, *, quick: bool) -> None:
         for name, spend in kinds.items():
             source = _Batches(640 if quick else 25_600, size, spend)
             seconds = race(
-                {"alone": partial(_drain, source), "prefetch": _prefetching(source)},
+                {
+                    "alone": partial(_drain, source),
+                    "by hand": partial(_put, source),
+                    "prefetch": _prefetching(source),
+                },
                 2 if quick else 15,
             )
             own, alone = seconds["prefetch"], seconds["alone"]
+            by_hand = seconds["by hand"]
             rows.append(
                 (
                     f"{name}, batches of {size}",
                     number(1e6 * median(alone) / len(source)),
+                    number(1e6 * median(by_hand) / len(source)),
                     number(1e6 * median(own) / len(source)),
+                    number(ratio(own, by_hand)),
                     number(ratio(own, alone)),
                     spread(own, alone),
                 )
             )
-    header = ("source", "alone, µs/batch", "prefetch, µs/batch", "ratio", "range")
+    header = (
+        "source",
+        "alone, µs/batch",
+        "by hand",
+        "prefetch",
+        "prefetch / by hand",
+        "prefetch / alone",
+        "range",
+    )
     report.table(header, rows)
 
 
@@ -133,6 +152,12 @@ def _compute(count: int) -> int:
     for value in range(count):
         total += value * value
     return total
+
+
+def _put(items: Iterable[Any]) -> None:
+    for item in items:
+        put = jax.device_put(item, may_alias=False)
+    jax.block_until_ready(put)
 
 
 def _drain(items: Iterable[Any]) -> None:
