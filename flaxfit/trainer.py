@@ -285,19 +285,24 @@ class Trainer:
         epoch and by call.
 
         Args:
-          x: arrays in any nesting, `(x, y)`, `(x, y, weights)`, a dict of arrays, a
-            table of pandas, polars or pyarrow, an iterable of batches, a function that
-            returns one, or an iterator. Columns of a table are inputs by the names of
-            the model's call, or one matrix; later tables are read by these names.
+          x: arrays in any nesting, `(x, y)`, `(x, y, weights)`, a dict of arrays, or
+            files and arrays read by slices; a table of pandas, polars or pyarrow, whose
+            columns are inputs by the names of the model's call, or one matrix; a
+            dataset of TFDS (by name, too), Grain, torch, Hugging Face or `tf.data`;
+            anything with `len(x)` and `x[0]`; an iterable, a function that returns one,
+            or an iterator, of batches or, where `batch_size` is given, of examples;
+            `flaxfit.data.Examples`, `Batches` and `image_folder`.
           y: targets, for arrays.
-          batch_size: rows of a batch, for arrays; 32. Never more than there are.
+          batch_size: rows of a batch, for arrays and single examples; 32. Never more
+            than there are.
           epochs: the epoch to end at (the number of epochs, from `initial_epoch` 0).
           verbose: 0 nothing, 1 a bar per epoch, 2 a line per epoch, `"auto"`.
           callbacks: see `Callback`.
-          validation_split: the last fraction of the arrays, taken before shuffling.
+          validation_split: the last fraction of the arrays, or of examples that are
+            had by index, taken before shuffling.
           validation_data: `(x, y)`, `(x, y, weights)` or any dataset.
-          shuffle: whether arrays are shuffled before each epoch. Datasets bring
-            their own order.
+          shuffle: whether arrays, and examples that are had by index, are shuffled
+            before each epoch. Other datasets bring their own order.
           class_weight: class -> weight of its examples in training; 1 if missing.
           sample_weight: `float[examples]`, or one for every element of the targets.
           initial_epoch: the epoch to begin at.
@@ -867,6 +872,7 @@ class Trainer:
             batch_size=batch_size,
             default_batch_size=self._batch_size,
             multiple_of=len(self._builder.placement.devices),
+            steps=steps,
             check=self._builder.check_values,
             data_dir=data_dir,
             what=what,

@@ -263,6 +263,8 @@ def test_what_has_no_end_needs_a_number_of_steps(kind):
     ):
         with pytest.raises(DataError, match=f"has no end: write {argument}=100"):
             source_of(ENDLESS[kind](), what=what, **size_for(kind))
+    with pytest.raises(DataError, match=r"predict has no end: write steps=100"):
+        as_inputs_source(ENDLESS[kind](), binding=ONE, **size_for(kind))
     source = source_of(ENDLESS[kind](), steps=3, **size_for(kind))
     taken = source.batches(0)
     found = [row for _ in range(11) for row in rows(next(taken))]

@@ -42,6 +42,7 @@ from flaxfit.data.whole import (
 
 DEFAULT_BATCH_SIZE = 32
 _FEW_LABELS = 32
+_JOINED = ("predict", "predict_intermediates")  # of all outputs
 
 
 def as_source(
@@ -155,6 +156,7 @@ def as_inputs_source(
     batch_size: int | None = None,
     default_batch_size: int | None = None,
     multiple_of: int = 1,
+    steps: int | None = None,
     check: Callable[[Batch], None] | None = None,
     data_dir: str | os.PathLike[str] | None = None,
     what: str = "predict",
@@ -171,6 +173,7 @@ def as_inputs_source(
         arrays if `batch_size` is None, even if there are fewer. None for 32, but
         never more than there are.
       multiple_of: rounds the rows of a batch of arrays up, for the devices.
+      steps: the number of batches asked for.
       check: called by `Source.check`, and with every batch of a dataset.
       data_dir: where datasets by name lie; see `tfds.builder`.
       what: the method the data was given to, for messages.
@@ -193,6 +196,8 @@ def as_inputs_source(
     if isinstance(x, ExampleSet):
         x = replace(x, in_buckets=False)  # outputs come in the order of the inputs
     stream = _as_stream(x, batch_size, default_batch_size, multiple_of, False, (), what)
+    if stream.endless and steps is None and what in _JOINED:
+        raise DataError(_endless_text(stream, what))
     binding = binding.guided_by(stream.facts or NO_FACTS)
     reader = TableReader(binding, targets=False)
 
