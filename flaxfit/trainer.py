@@ -398,6 +398,8 @@ class Trainer:
             total_steps = epoch_steps and origin.first_step + len(span) * epoch_steps
             self._builder.require_total_steps(total_steps)
             clock.switch("compiling")  # traces and the compile of `init`
+            if origin.saved is not None:
+                self._refuse_other_classes(source)
             built = self._build(source, total_steps, place=True)
             self._batch_size = source.batch_size
             validation = self._validation_source(
@@ -877,7 +879,7 @@ class Trainer:
             data_dir=data_dir,
             what=what,
         )
-        self._learn(source)
+        self._learn(source, not self._holder.settled)
         built = self._builder.build_for_inputs(
             source.example, afresh=not self._holder.settled
         )
@@ -1106,7 +1108,6 @@ class Trainer:
         config, example, batch_size = from_meta(saved.meta, changes, saved.path)
         trainer = cls(model, **config, **execution)
         trainer._batch_size = batch_size
-        trainer._class_names = tuple(saved.meta.get("class_names", ()))
         trainer._read_like(saved)
         trainer._pending = _Pending(
             saved, "learning_rate" in changes, strict, params_only, rename
@@ -1153,6 +1154,9 @@ class Trainer:
         """
         saved = self._read(path, params_only)
         pending = _Pending(saved, False, strict, params_only, rename)
+        scaled = saved.meta.get("config", {}).get("scale_images")
+        if isinstance(scaled, bool):
+            self._builder.learn(scaled)
         if not self._builder.is_built:
             example = example_of(saved.meta)
             if example is None:
@@ -1237,7 +1241,7 @@ class Trainer:
             what=what,
         )
         batch = whole.batch
-        self._learn(whole)
+        self._learn(whole, not self._holder.settled)
         self._builder.build(batch, afresh=not self._holder.settled)
         self._builder.check_values(batch)
         self._init_state(batch)
@@ -1281,7 +1285,7 @@ class Trainer:
                     f" which do not divide batch_size={source.batch_size}. Write "
                     f"batch_size={now.rounded(source.batch_size)} inside of it."
                 )
-        self._learn(source)
+        self._learn(source, afresh)
         built = self._builder.build(
             source.example, total_steps, afresh=afresh, placement=placement
         )
@@ -1298,22 +1302,31 @@ class Trainer:
         return replace(self._binding, columns=None)
 
     def _read_like(self, saved: checkpoint.Checkpoint) -> None:
-        """Reads tables from here on as the trainer of a checkpoint did."""
+        """Reads data from here on as the trainer of a checkpoint did."""
         columns = Columns.from_plain(saved.meta.get("columns"))
         self._binding = replace(self._binding, columns=columns)
+        self._class_names = tuple(saved.meta.get("class_names", ()))
 
-    def _learn(self, source: Source | Whole) -> None:
+    def _learn(self, source: Source | Whole, afresh: bool) -> None:
         """Takes over what the data says of itself, before anything is built of it.
+
+        Args:
+          source: the data.
+          afresh: whether it may replace what was known; else it has to agree.
 
         Raises:
           DataError: its classes are not those the trainer was trained on.
         """
+        if not afresh:
+            self._refuse_other_classes(source)
+            return
+        self._builder.learn(source.facts.pictures)
+        self._class_names = source.facts.class_names or self._class_names
+        self._binding = replace(self._binding, columns=source.facts.columns)
+
+    def _refuse_other_classes(self, source: Source | Whole) -> None:
         names, known = source.facts.class_names, self._class_names
-        if not self._holder.settled:
-            self._builder.learn(source.facts.pictures)
-            self._class_names = names or known
-            self._binding = replace(self._binding, columns=source.facts.columns)
-        elif names and known and names != known:
+        if names and known and names != known:
             raise DataError(
                 f"The data has the classes {listed_classes(names)}, and this trainer "
                 f"was trained on {listed_classes(known)}: a label would be another "

@@ -12,6 +12,7 @@ import pytest
 from flaxfit import Trainer
 from flaxfit._errors import DataError
 from flaxfit._types import CallSpec
+from flaxfit.data import Examples
 from flaxfit.data.batch import Binding
 from flaxfit.data.dispatch import as_inputs_source, as_source
 from flaxfit.data.source import own
@@ -480,3 +481,83 @@ def test_streams_for_predict(batches):
 def test_predict_refuses_a_batch_size_for_streams():
     with pytest.raises(ValueError, match=r"batch_size=4.*predict\(dataset\)"):
         as_inputs_source(iter([X]), binding=ONE, batch_size=4)
+
+
+# ------------------------------------------------------------------- single examples
+
+
+def one_buffer():
+    buffer = np.empty(2, np.float32)
+    for number, row in enumerate(X):
+        buffer[:] = row
+        yield buffer, number
+
+
+class OneBuffer:
+    def __init__(self):
+        self._buffer = np.empty(2, np.float32)
+
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, index):
+        self._buffer[:] = X[index]
+        return self._buffer, index
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize("items", [lambda: one_buffer, OneBuffer, lambda: range(10)])
+def test_examples_may_come_in_the_same_memory_again(items, threads):
+    buffer = np.empty(2, np.float32)
+
+    def load(item):
+        if not isinstance(item, int):
+            return item
+        buffer[:] = X[item]
+        return buffer, item
+
+    loads = items() == range(10)
+    examples = Examples(items(), load, threads=0 if loads else threads)
+    batches = list(source_of(examples, batch_size=5).batches(0))
+    np.testing.assert_array_equal(np.concatenate([b.inputs[0] for b in batches]), X)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [(1.0, 3.0), (2.0, 2.5)],
+        [{"x": 1.0, "y": 3.0}, {"x": 2.0, "y": 2.5}],
+        [(np.float32(1), 3), (np.float32(2), 2.5)],
+        [(1, 3.0), (2, np.float64(2.5))],
+    ],
+)
+def test_examples_of_numbers_of_any_kind(rows):
+    for data in (rows, lambda: iter(rows)):
+        (batch,) = source_of(data, batch_size=2).batches(0)
+        assert batch.inputs[0].tolist() == [1, 2]
+        assert batch.targets.tolist() == [3, 2.5]
+
+
+class Shuffled:
+    """Batches by index that Keras's hook shuffles."""
+
+    def __init__(self):
+        self._order, self._rng = np.arange(10), np.random.RandomState(0)
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        rows = self._order[2 * index : 2 * index + 2]
+        return X[rows], Y[rows]
+
+    def on_epoch_end(self):
+        self._rng.shuffle(self._order)
+
+
+def test_what_shuffles_at_the_end_of_an_epoch_is_entered_in_the_middle():
+    source = source_of(Shuffled())
+    passes = [rows(source, number) for number in range(3)]
+    assert passes[0] != passes[1] != passes[2]
+    other = source_of(Shuffled())
+    assert [b.targets.tolist() for b in other.batches(2, 3)] == passes[2][3:]

@@ -96,3 +96,15 @@ def test_a_function_for_the_inputs_may_look_at_values():
     )
     sums = [float(jax.tree.leaves(b.inputs)[0].sum()) for b in source.batches(0)]
     assert sums == [X.sum(), (X + 2).sum()]
+
+
+def test_one_array_in_two_places_teaches_nothing():
+    """Another batch may have two."""
+    x = np.ones((2, 3), np.float32)
+
+    def batches():
+        yield x, x
+        yield x, x + 4
+
+    second = list(as_source(batches, binding=ONE).batches(0))[1]
+    np.testing.assert_array_equal(second.targets, x + 4)

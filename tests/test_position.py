@@ -145,3 +145,17 @@ def test_bookmarks_of_an_endless_epoch_are_bounded_and_stay_exact():
         assert found["batch"] <= asked and found["number"] == found["batch"]
     assert asked - found["batch"] < 10  # those of late are all there
     assert bookmarks.at(Position(0, 6)) is None
+
+
+@pytest.mark.parametrize("steps", [None, 7])
+def test_a_second_resume_knows_nothing_of_the_batch_read_ahead(steps):
+    """The source reads its first batch as it is made, which is not where the fit is."""
+    position, later = Position(2, 2), Position(2, 4)
+    whole = read(epochs_of(source_of(Loader()), steps, Position()), 3)[2]
+    source = source_of(Loader())
+    bookmarks = Bookmarks(source, stopped_at(source_of(Loader()), steps, position))
+    ahead = next(epochs_of(source, steps, position, bookmarks))
+    assert [int(next(ahead).inputs[0][0, 0]) for _ in range(2)] == whole[2:4]
+    again = source_of(Loader())
+    epochs = epochs_of(again, steps, later, Bookmarks(again, bookmarks.at(later)))
+    assert read(epochs, 1) == [whole[4:]]

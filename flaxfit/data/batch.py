@@ -160,7 +160,7 @@ class Binding:
         if named and all(name in named for name in self.call.required):
             if len(named) < len(x):
                 raise self._unknown(x, named)
-            return named
+            return tuple(named.values()) if self._lone(named) else named
         if self.takes_several:
             raise self._missing(x, tuple(x))
         return self.by_position((dict(x),))
@@ -177,6 +177,10 @@ class Binding:
         call = self.call
         single = len(call.positional or call.keyword_only) <= 1
         return call.var_positional or not single
+
+    def _lone(self, names: Mapping[str, Any]) -> bool:
+        """Whether these are the one input of a call: then a name changes nothing."""
+        return not self.takes_several and tuple(names) == self.call.positional
 
     def _plan(self, fields: Mapping[str, Any]) -> _Plan:
         names = self.call.names
@@ -214,7 +218,7 @@ class Binding:
         missing = [name for name in call.required if name not in found]
         left = [key for key in free if key not in call.names]
         if not missing and found:
-            return found
+            return tuple(found) if self._lone(found) else found
         if len(missing) <= 1 and len(left) == 1:
             if not set(found) - set(left):
                 return (left[0],)

@@ -30,7 +30,8 @@ def collate(
     """
     first = examples[0]
     kind = type(first)
-    if any(type(example) is not kind for example in examples):
+    same = all(type(example) is kind for example in examples)
+    if not same and not all(map(is_scalar, examples)):
         raise DataError(
             "examples differ in kind: "
             f"{', '.join(sorted({type(e).__name__ for e in examples}))}. Every example "
@@ -84,18 +85,35 @@ def stack(values: Sequence[Any]) -> HostArray:
     return stacked
 
 
+def own_item(item: Any) -> Any:
+    """Returns an item with copies of its NumPy arrays: the next may be in their place.
+
+    Of tuples, lists, dicts and arrays; others are as they are.
+    """
+    kind = type(item)
+    if kind is np.ndarray:
+        return item.copy()
+    if kind is tuple or kind is list:
+        return kind(own_item(part) for part in item)
+    if kind is dict:
+        return {key: own_item(part) for key, part in item.items()}
+    return item
+
+
 def looks_single(item: Any) -> bool:
     """Whether an item is one example, and no batch of them.
 
     It is where a part of it is a single value, or its parts differ in length: a batch
     has one row for each example in all of its parts.
     """
-    if isinstance(item, Mapping):
-        parts = list(item.values())
-    elif isinstance(item, tuple | list) and not is_list_of_numbers(item):
-        parts = list(item)
+    if is_list_of_numbers(item):
+        parts: tuple[Any, ...] = (item,)
+    elif isinstance(item, Mapping):
+        parts = tuple(item.values())
+    elif isinstance(item, tuple | list):
+        parts = tuple(item)
     else:
-        parts = jax.tree.leaves(item)
+        parts = tuple(jax.tree.leaves(item))
     lengths = set()
     for leaf in jax.tree.leaves(parts, is_leaf=is_list_of_numbers):
         if is_scalar(leaf):

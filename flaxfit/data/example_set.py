@@ -13,7 +13,7 @@ import numpy as np
 
 from flaxfit._segments import rows_of
 from flaxfit._types import HostArray
-from flaxfit.data.collate import collate
+from flaxfit.data.collate import collate, own_item
 from flaxfit.data.order import batches_of_pass, order_of_pass, seeded
 from flaxfit.data.padding import Padding, plan_buckets, raw_of
 from flaxfit.data.stream import (
@@ -200,7 +200,7 @@ class _Chunks:
     def _read(
         self, first: int, states: deque[dict[str, Any] | None]
     ) -> Iterator[tuple[int, Sequence[Any]]]:
-        while chunk := list(islice(self._items, self._size)):
+        while chunk := [own_item(item) for item in islice(self._items, self._size)]:
             state = get_state(self._items)
             after = first + len(chunk)
             states.append(None if state is None else {"items": state, "first": after})
@@ -329,7 +329,8 @@ def _loaded(
     loaded = []
     for row, item in zip(rows, items, strict=True):
         try:
-            loaded.append(load(item, rng=seeded(*seed, row)) if draws else load(item))
+            made = load(item, rng=seeded(*seed, row)) if draws else load(item)
+            loaded.append(own_item(made))
         except Exception as error:
             error.add_note(f"while loading item {row}")
             raise
@@ -379,7 +380,7 @@ class _Taker:
         found = []
         for index in indices:
             try:
-                found.append(self.items[index])
+                found.append(own_item(self.items[index]))
             except Exception as error:
                 error.add_note(f"while reading item {index}")
                 raise

@@ -5,7 +5,7 @@ whatever else has to be decoded is read by the dataset itself.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from typing import Any, NoReturn
@@ -17,7 +17,7 @@ from flaxfit.data.batch import TARGET_NAMES
 from flaxfit.data.collate import collate
 from flaxfit.data.example_set import ExampleSet, take_items
 from flaxfit.data.source import call_text
-from flaxfit.data.stream import Facts
+from flaxfit.data.stream import Facts, comes_from
 
 # With their modules: many have classes and folders of these names.
 _TABLE = ("datasets.arrow_dataset", "Dataset")
@@ -56,7 +56,9 @@ def as_dataset(x: Any, *, what: str, data_dir: Any = None) -> ExampleSet:
             "Hugging Face IterableDataset",
             iterate=partial(_iterate, x),
             collate=_collate,
-            facts=_facts(x.features, x.column_names or ()),
+            facts=_facts(x.features, x.column_names or ())
+            if x.features
+            else Facts(pictures=_begins_with_pictures(x)),
         )
     shown = x.format
     if shown["type"] in _TABLES:  # whose rows are no dicts
@@ -67,13 +69,15 @@ def as_dataset(x: Any, *, what: str, data_dir: Any = None) -> ExampleSet:
     elif shown["type"] != "custom":
         take_batch = _Columns.of(x, shown["columns"])
     own = shown["type"] == "custom"
+    facts = _facts(x.features, x.column_names if own else shown["columns"])
     return ExampleSet(
         "Hugging Face Dataset",
         len(x),
         take_items(x),
         take_batch,
         collate=_collate,
-        facts=_facts(x.features, () if own else shown["columns"]),
+        # What a transform makes has its own keys.
+        facts=replace(facts, keys=(), targets=None) if own else facts,
     )
 
 
@@ -109,6 +113,13 @@ def _facts(features: Mapping[str, Any] | None, columns: Sequence[str]) -> Facts:
         class_names=tuple(known[target].names) if target in classes else (),
         pictures=any(type(f).__name__ == "Image" for f in known.values()),
     )
+
+
+def _begins_with_pictures(dataset: Any) -> bool:
+    """Whether a stream that does not say what it yields begins with pictures."""
+    first = next(iter(dataset), None)
+    values = first.values() if isinstance(first, Mapping) else ()
+    return any(comes_from(value, "PIL", "Image") for value in values)
 
 
 def _iterate(dataset: Any, pass_index: int) -> Iterator[Any]:

@@ -35,7 +35,7 @@ def from_iterable(data: Any, what: str) -> Stream:
         )
     if hasattr(data, "__iter__") and not isinstance(data, Sequence):
         return Stream(kind, lambda *unused: iter(data), length_of(data))
-    return Stream(kind, partial(_by_index, data), len(data), seeks=True)
+    return Stream(kind, _ByIndex(data), len(data), seeks=True)
 
 
 def peek(stream: Stream) -> tuple[Any, Stream]:
@@ -59,11 +59,24 @@ def peek(stream: Stream) -> tuple[Any, Stream]:
     return first, replace(stream, open=open_pass)
 
 
-def _by_index(data: Any, pass_index: int, start: int) -> Iterator[Any]:
-    # Not iter(): a sequence of batches need not raise IndexError at its end.
-    if pass_index and start == 0 and hasattr(data, "on_epoch_end"):
-        data.on_epoch_end()  # of Keras's PyDataset, which shuffles there
-    return (data[index] for index in range(start, len(data)))
+class _ByIndex:
+    """Opens passes over batches that are had by index.
+
+    Those of Keras shuffle in `on_epoch_end`: it is called as often as passes are over.
+    """
+
+    def __init__(self, data: Any) -> None:
+        self._data = data
+        self._ended = 0
+
+    def __call__(self, pass_index: int, start: int) -> Iterator[Any]:
+        data = self._data
+        if hasattr(data, "on_epoch_end"):
+            while self._ended < pass_index:
+                data.on_epoch_end()
+                self._ended += 1
+        # Not iter(): a sequence of batches need not raise IndexError at its end.
+        return (data[index] for index in range(start, len(data)))
 
 
 def _call(function: Callable[[], Any], what: str, *unused: int) -> Iterator[Any]:

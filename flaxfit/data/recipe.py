@@ -82,6 +82,8 @@ def learn(raw: Any, read: Callable[[Any], Batch]) -> Recipe | None:
     given = read(raw)
     arranged, batch = jax.tree.flatten(given)
     places = {id(leaf): place for place, leaf in enumerate(leaves)}
+    if len(places) < len(leaves):
+        return None  # one array in two places, which need not be so in the next batch
     if given.weights is not None or any(id(leaf) not in places for leaf in arranged):
         return None
     return Recipe(

@@ -149,6 +149,9 @@ class StreamSource:
             the batch axis.
         """
         number, ahead, self._ahead = 0, self._ahead, None
+        if bookmark is not None or ahead is None or pass_index or start:
+            # What was noted is of another reading.
+            self._mark, self._marked = None, -_SECONDS_BETWEEN_BOOKMARKS
         named = max(pass_index, self._passes)  # in messages
         self._passes += 1
         if bookmark is not None:
