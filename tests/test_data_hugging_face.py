@@ -65,7 +65,7 @@ def source_of(x, **arguments):
 def rows(source, index=0):
     """The first number of every example of a pass, batch by batch, without fill."""
     return [
-        batch.inputs["x"][batch.weights > 0, 0].tolist()
+        batch.inputs[0][batch.weights > 0, 0].tolist()
         for batch in source.batches(index)
     ]
 
@@ -109,14 +109,14 @@ def test_validation_and_prediction():
         {"x": X}, Y, verbose=0
     )
     source = as_inputs_source(table(), binding=BINDING)
-    np.testing.assert_array_equal(source.example.inputs["x"], X)
+    np.testing.assert_array_equal(source.example.inputs[0], X)
 
 
 @pytest.mark.filterwarnings("ignore:validation_split takes the last")
 def test_a_part_held_out():
     train, held_out = split_data(table(), None, None, 0.3, binding=BINDING)
     assert (train.length, held_out.length) == (7, 3)
-    np.testing.assert_array_equal(source_of(held_out).example.inputs["x"], X[7:])
+    np.testing.assert_array_equal(source_of(held_out).example.inputs[0], X[7:])
 
 
 @pytest.mark.parametrize("change", ["shuffle", "select", "filter", "slice"])
@@ -136,7 +136,7 @@ def test_a_dataset_that_was_changed(change):
     else:
         order = order[3:7]
         dataset = dataset.select(range(3, 7))
-    np.testing.assert_array_equal(source_of(dataset).example.inputs["x"], X[order])
+    np.testing.assert_array_equal(source_of(dataset).example.inputs[0], X[order])
 
 
 def test_numbers_keep_their_dtypes():
@@ -235,7 +235,7 @@ def test_a_format_or_transform_of_the_user_stays():
         (table().with_format("pandas", columns=["x", "label"]), 1),
     ):
         source = source_of(dataset, batch_size=4)
-        np.testing.assert_array_equal(source.example.inputs["x"], factor * X[:4])
+        np.testing.assert_array_equal(source.example.inputs[0], factor * X[:4])
         np.testing.assert_array_equal(source.example.targets, Y[:4])
         examples = Examples(dataset, lambda row: (np.float32(row["x"]), row["label"]))
         source = source_of(examples, batch_size=4)
@@ -335,7 +335,7 @@ def test_a_stream_is_entered_in_the_middle(change, size, monkeypatch):
         next(batches)
         bookmark = pickle.loads(pickle.dumps(first.bookmark))
         assert (bookmark["pass"], bookmark["number"]) == (1, number)
-        rest = [b.inputs["x"][b.weights > 0, 0] for b in again.batches(1, 2, bookmark)]
+        rest = [b.inputs[0][b.weights > 0, 0] for b in again.batches(1, 2, bookmark)]
         assert [each.tolist() for each in rest] == expected[2:]
         assert rows(again, 2) == expected
 
@@ -380,7 +380,7 @@ def test_a_stream_of_pictures_and_of_a_generator():
             yield {"x": x, "label": y, "note": None if y else "zero"}
 
     source = source_of(datasets.IterableDataset.from_generator(examples), batch_size=4)
-    np.testing.assert_array_equal(source.example.inputs["x"], X[:4])
+    np.testing.assert_array_equal(source.example.inputs[0], X[:4])
     assert source.unused == ("note",)
 
 

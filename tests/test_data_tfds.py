@@ -297,7 +297,6 @@ def test_one_source_is_read_by_many_threads_and_by_processes(data_dir):
         ("few_digits:2.0.0", ValueError, r"at version 2\.0\.0, only: 1\.0\.0"),
         ("few_patients/larg", ValueError, "no config of few_patients.*mean 'large'"),
         ("few_patients/larg/train", ValueError, "Its configs are small, large"),
-        ("glue/sst3", ValueError, "no config of glue, .*Did you mean 'sst2'"),
         ("/no/such/folder", ValueError, "'/no/such/folder' does not exist"),
         ("./no.csv", ValueError, r"'\./no\.csv' does not exist"),
         (Path("no.csv"), ValueError, r"'no\.csv' does not exist"),
