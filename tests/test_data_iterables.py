@@ -561,3 +561,16 @@ def test_what_shuffles_at_the_end_of_an_epoch_is_entered_in_the_middle():
     assert passes[0] != passes[1] != passes[2]
     other = source_of(Shuffled())
     assert [b.targets.tolist() for b in other.batches(2, 3)] == passes[2][3:]
+
+
+def test_what_changes_its_item_leaves_the_arrays_as_they_are():
+    x = X.copy()
+
+    def load(item):
+        row, label = item
+        row += 100
+        return row, label
+
+    (batch,) = source_of(Examples((x, Y), load), batch_size=10).batches(0)
+    np.testing.assert_array_equal(batch.inputs[0], X + 100)
+    np.testing.assert_array_equal(x, X)

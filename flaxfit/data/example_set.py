@@ -388,7 +388,10 @@ class _Taker:
 
 
 def take_rows(nest: Any) -> Callable[[HostArray], Sequence[Any]]:
-    """Returns what takes rows of arrays in any nesting, each nested as they are."""
+    """Returns what takes rows of arrays in any nesting, each nested as they are.
+
+    They are copies: a function that changes its item leaves the arrays as they are.
+    """
     return _RowTaker(nest)
 
 
@@ -398,6 +401,6 @@ class _RowTaker:
 
     def __call__(self, rows: HostArray) -> Sequence[Any]:
         return [
-            jax.tree.map(lambda leaf, row=row: leaf[row], self.nest)
+            jax.tree.map(lambda leaf, row=row: leaf[row].copy(), self.nest)
             for row in rows.tolist()
         ]

@@ -156,6 +156,7 @@ def _iterate(stream: Stream, pass_index: int) -> Iterator[Any]:
 
 
 def refuse_batch_size(batch_size: Any, what: str) -> None:
+    """Raises ValueError where the size of batches is given that are made already."""
     if batch_size is not None:
         argument = "batch_size"
         if what == "validation_data":

@@ -1,7 +1,7 @@
 """What one kind of dataset gives: raw batches, pass after pass.
 
-A new kind is one file with a function that returns a `Stream`, or `Examples` where
-batches have to be made first, and one line in `dispatch`.
+A new kind is one file with a function that returns a `Stream`, or an `ExampleSet` where
+batches have to be made first, and one line in `kinds`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
