@@ -401,6 +401,6 @@ class _RowTaker:
 
     def __call__(self, rows: HostArray) -> Sequence[Any]:
         return [
-            jax.tree.map(lambda leaf, row=row: leaf[row].copy(), self.nest)
+            jax.tree.map(lambda leaf, row=row: own_item(leaf[row]), self.nest)
             for row in rows.tolist()
         ]
