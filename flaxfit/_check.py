@@ -15,9 +15,9 @@ from flaxfit._display import (
     format_value,
 )
 from flaxfit._forms import describe_array
-from flaxfit._loop import read
 from flaxfit._loss_pairing import pick, where
 from flaxfit._pictures import has_pictures
+from flaxfit._readings import read
 from flaxfit._sharding import even_size
 from flaxfit._types import Batch, PyTree, TrainState
 from flaxfit.data.source import Source

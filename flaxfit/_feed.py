@@ -1,5 +1,6 @@
 """Sources of batches -> segments on the device, made ahead of the steps."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from flaxfit._pace import Pace
 from flaxfit._packing import Ready, SegmentPacker
 from flaxfit._position import Bookmarks, Position, epochs_of
 from flaxfit._segments import (
@@ -19,6 +21,7 @@ from flaxfit._segments import (
     stack_capacity,
 )
 from flaxfit._sharding import Placement
+from flaxfit._timing import Clock
 from flaxfit._types import Batch, HostArray
 from flaxfit.data.arrays import ArraySource
 from flaxfit.data.prefetch import Prefetch
@@ -346,3 +349,19 @@ class _Recording:
 def _rounded(rows: int) -> int:
     unit = 2 ** max(0, rows.bit_length() - _ROUNDING_BITS)
     return -(-rows // unit) * unit
+
+
+def timed(segments: Segments, pace: Pace, clock: Clock | None) -> Iterator[Ready]:
+    """Yields the segments; waiting for one counts once the device has nothing to do."""
+    while True:
+        if not segments.ready:
+            pace.drain()
+        busy, began = pace.seconds_left, time.perf_counter()
+        was_idle = pace.idle
+        ready = next(segments, None)
+        if clock is not None and pace.idle:
+            waited = time.perf_counter() - began - (0.0 if was_idle else busy)
+            clock.move(max(0.0, waited), "waiting_for_data")
+        if ready is None:
+            return
+        yield ready

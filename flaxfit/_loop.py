@@ -1,81 +1,25 @@
-"""The host loops: fit and eval. They dispatch, and read as seldom as they can."""
+"""The host loop of a fit. It dispatches, and reads as seldom as it can."""
 
-import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import numpy as np
 
 from flaxfit import checkpoint
-from flaxfit._compile import Program, Running, shapes_of_call
-from flaxfit._display import Display, epoch_display
-from flaxfit._feed import Feed, Segments
-from flaxfit._interrupt import Interrupt
+from flaxfit._compile import Running, shapes_of_call
+from flaxfit._display import epoch_display
+from flaxfit._feed import Feed, timed
 from flaxfit._pace import Pace
 from flaxfit._packing import Ready
+from flaxfit._plan import FitPlan
 from flaxfit._position import Position
-from flaxfit._saving import Saver
-from flaxfit._timing import Clock
-from flaxfit._types import Logs, PyTree, StateHolder, TrainState
-from flaxfit.callbacks.base import CallbackList, LoopState
-
-Evaluate: TypeAlias = Callable[[TrainState], dict[str, Any] | None]
-
-_SECONDS_BETWEEN_LOOKS = 0.25
-_MOST_ROLLBACKS = 3  # to one checkpoint
-
-
-@dataclass(frozen=True)
-class FitPlan:
-    """What one `fit` is to do.
-
-    Attributes:
-      epochs: `range(initial_epoch, epochs)`.
-      train: the train program.
-      running: an empty accumulator.
-      open_feed: position -> where the batches come from.
-      steps_per_call: steps of one call of the program, None to go by the clock.
-      order: sorts logs into History's order.
-      learning_rate: reads the current rate from an optimizer state, or None.
-      validate: evaluates a state, or None without validation data.
-      validates_at: whether to validate after an epoch.
-      callbacks: whom to call.
-      display: where the progress goes.
-      interrupt: tells of Ctrl-C and SIGTERM.
-      saver: writes the checkpoints that callbacks ask for.
-      as_state: makes a state of what a snapshot or a file holds.
-      nonfinite: what happens at a loss that is not finite; see `Trainer`.
-      first_epoch: the epoch at which the data began.
-      batch: the batches of the first epoch that were trained on in an earlier process.
-      resume: called when all callbacks have begun.
-      roll_back: returns state, epoch and accumulators of the last good checkpoint;
-        None where there are none.
-    """
-
-    epochs: range
-    train: Program
-    running: Running
-    open_feed: Callable[[Position], Feed]
-    steps_per_call: int | None
-    order: Callable[[Logs], Logs]
-    learning_rate: Callable[[PyTree], Any]
-    validate: Evaluate | None
-    validates_at: Callable[[int], bool]
-    callbacks: CallbackList
-    display: Display
-    interrupt: Interrupt
-    saver: Saver
-    as_state: Callable[[Any], TrainState]
-    nonfinite: str
-    first_epoch: int
-    batch: int = 0
-    resume: Callable[[LoopState], None] = lambda loop: None
-    roll_back: Callable[[], tuple[TrainState, int, Running | None]] | None = None
+from flaxfit._readings import as_values, read, read_logs, show_progress
+from flaxfit._types import StateHolder
+from flaxfit._watch import Watch, counts_of
+from flaxfit.callbacks.base import LoopState
 
 
 def fit_loop(loop: LoopState, holder: StateHolder, plan: FitPlan) -> None:
@@ -84,7 +28,7 @@ def fit_loop(loop: LoopState, holder: StateHolder, plan: FitPlan) -> None:
     `loop.history` holds the finished epochs; `holder` the state after the last
     finished step, whatever happens.
     """
-    watch = _Watch(plan, Pace(plan.steps_per_call))
+    watch = Watch(plan, Pace(plan.steps_per_call))
     try:
         plan.callbacks.call("on_train_begin", loop)
         plan.resume(loop)
@@ -115,7 +59,7 @@ def fit_loop(loop: LoopState, holder: StateHolder, plan: FitPlan) -> None:
     _end(loop, holder, watch)
 
 
-def _end(loop: LoopState, holder: StateHolder, watch: "_Watch") -> None:
+def _end(loop: LoopState, holder: StateHolder, watch: Watch) -> None:
     try:
         watch.plan.callbacks.end(loop)
     finally:
@@ -123,7 +67,7 @@ def _end(loop: LoopState, holder: StateHolder, watch: "_Watch") -> None:
 
 
 def _fit_epoch(
-    loop: LoopState, holder: StateHolder, feed: Feed, watch: "_Watch"
+    loop: LoopState, holder: StateHolder, feed: Feed, watch: Watch
 ) -> tuple[bool, Feed]:
     """Trains one epoch.
 
@@ -167,125 +111,7 @@ def _fit_epoch(
         return closed, feed
 
 
-class _Watch:
-    """Looks out for a loss that is not finite, without waiting for any step.
-
-    The program itself ends the call that such a loss is in, and runs no further ones,
-    so that there is time.
-    """
-
-    def __init__(self, plan: FitPlan, pace: Pace) -> None:
-        self.plan = plan
-        self.pace = pace
-        self.rolled_back = False
-        self._looked = time.perf_counter()
-        self._rollbacks: list[int] = []
-        self._told: tuple[int, int] | None = None
-
-    def breaks_off(self, loop: LoopState) -> bool:
-        """Whether to train on no further batch for now."""
-        return loop.stopped or self.plan.interrupt.requested or self.rolled_back
-
-    def glance(self, loop: LoopState, holder: StateHolder) -> None:
-        """Looks at the last finished call, if it is some time since the last look."""
-        now = time.perf_counter()
-        if self.plan.nonfinite == "ignore" or now - self._looked < (
-            _SECONDS_BETWEEN_LOOKS
-        ):
-            return
-        self._looked = now
-        finished, _ = self.pace.finished
-        if finished is not None and int(finished.bad) >= 0:
-            self.look(loop, holder)
-
-    def look(self, loop: LoopState, holder: StateHolder) -> None:
-        """Waits for all steps, and deals with a loss that was not finite."""
-        if self.plan.nonfinite != "ignore" and loop.running is not None:
-            self.settle(loop, holder, *read(_counts(loop.running)))
-
-    def settle(self, loop: LoopState, holder: StateHolder, bad: Any, out: Any) -> None:
-        """Deals with what the accumulators say.
-
-        Args:
-          loop: where the training stands.
-          holder: the state.
-          bad: the number of the first batch whose loss was not finite, or -1.
-          out: how many batches were left out.
-        """
-        if bad < 0 or self.rolled_back or loop.nonfinite:
-            return
-        step = loop.step - loop.batch + int(bad) + 1
-        where = f"step {step} (epoch {loop.epoch + 1}, batch {bad + 1})"
-        if self.plan.nonfinite == "skip":
-            if self._told != (loop.epoch, int(out)):
-                self._told = (loop.epoch, int(out))
-                _warn(
-                    f"{out} batch{'es' if out > 1 else ''} of epoch {loop.epoch + 1} "
-                    "left out: the loss or a parameter was not finite, first at "
-                    f"{where}."
-                )
-            return
-        self.pace.drain()
-        loop.batch = int(bad) + 1
-        text = f"the loss is not finite at {where}"
-        back = self._go_back(loop, holder)
-        often = self._rollbacks.count(loop.step) > _MOST_ROLLBACKS
-        if self.plan.nonfinite == "rollback" and back and not often:
-            _warn(
-                f"{text[0].upper()}{text[1:]}. Back to the checkpoint of step "
-                f"{loop.step}; the training goes on with the next batch."
-            )
-            self.rolled_back = True
-            return
-        loop.nonfinite = loop.broken_off = True
-        loop.stop(text)
-        _warn(
-            f"{text[0].upper()}{text[1:]}. Training stopped; the trainer holds "
-            + (
-                f"the checkpoint of step {loop.step}."
-                if back
-                else "what came of that step. With fit(run_dir=...) it would go back "
-                'to the last checkpoint; Trainer(nonfinite="skip") leaves such batches '
-                "out."
-            )
-        )
-
-    def _go_back(self, loop: LoopState, holder: StateHolder) -> bool:
-        """Puts the last good checkpoint back; False where there is none."""
-        if self.plan.roll_back is None:
-            loop.step = int(read(holder.peek().step))
-            return False
-        state, epoch, running = self.plan.roll_back()
-        loop.step = int(read(state.step))
-        with holder.lock:
-            holder.put(state)
-        merged = self.plan.running
-        if epoch == loop.epoch and running is not None:
-            merged = running
-        out = np.int32(loop.batch - int(read(merged.index)))
-        loop.running = merged.replace(
-            bad=self.plan.running.bad,
-            skipped=jax.device_put(out, merged.skipped.sharding),
-        )
-        self._rollbacks.append(loop.step)
-        return True
-
-    def reopen(self, loop: LoopState) -> Feed:
-        """Returns the data from the batch on after the one that was left out."""
-        self.rolled_back = False
-        epoch = loop.epoch - self.plan.first_epoch
-        return self.plan.open_feed(Position(epoch, loop.batch))
-
-
-def _counts(running: Running) -> tuple[Any, Any]:
-    return running.bad, running.skipped
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, UserWarning, stacklevel=2)
-
-
-def _save(loop: LoopState, holder: StateHolder, watch: _Watch) -> None:
+def _save(loop: LoopState, holder: StateHolder, watch: Watch) -> None:
     """Takes the checkpoints that callbacks have asked for."""
     if not loop.has_saves:
         return
@@ -304,7 +130,7 @@ def _fit_segment(
     holder: StateHolder,
     ready: Ready,
     shown: dict[str, Any],
-    watch: _Watch,
+    watch: Watch,
 ) -> int:
     """Trains on the batches of a segment, several in one call.
 
@@ -328,14 +154,14 @@ def _fit_segment(
         if callbacks.has_turn("on_train_batch_end", loop.step):
             if callbacks.steps_to_hook(loop.step) is None:
                 pace.drain()  # a hook at every call: its time is not the device's
-            loop.defer_logs(partial(_read_values, running, plan.order))
+            loop.defer_logs(partial(read_logs, running, plan.order))
             callbacks.call("on_train_batch_end", loop)
             pace.distract()
         if loop.has_saves:
             _save(loop, holder, watch)
             pace.distract()
         if plan.display.due():
-            _update(plan.display, pace, plan.order)
+            show_progress(plan.display, pace, plan.order)
         if watch.breaks_off(loop):
             break
     return sum(ready.examples[:start])
@@ -390,20 +216,20 @@ def _keeping(holder: StateHolder, plan: FitPlan) -> Iterator[None]:
 
 
 def _read_epoch(
-    loop: LoopState, holder: StateHolder, watch: _Watch
+    loop: LoopState, holder: StateHolder, watch: Watch
 ) -> tuple[dict[str, Any], float | None]:
     """Returns the epoch's values and the learning rate, in one read."""
     plan, running = watch.plan, loop.running
     rate = plan.learning_rate(holder.peek().opt_state)
     merged = running.index
     (bad, out), merged, logs, rate = read(
-        (_counts(running), merged, running.logs, rate)
+        (counts_of(running), merged, running.logs, rate)
     )
     if plan.nonfinite != "ignore":
         watch.settle(loop, holder, bad, out)
-    values, rate = as_values(logs, rate, plan.order)
     # After going back, or leaving out, there may be nothing to take a mean of.
-    return values if merged else {}, rate
+    values = as_values(logs, plan.order) if merged else {}
+    return values, None if rate is None else float(np.real(rate))
 
 
 def _close_epoch(
@@ -412,7 +238,7 @@ def _close_epoch(
     logs: dict[str, Any],
     rate: float | None,
     shown: dict[str, Any],
-    watch: _Watch,
+    watch: Watch,
 ) -> bool:
     """Validates and records; False if it was broken off."""
     plan = watch.plan
@@ -438,109 +264,3 @@ def _close_epoch(
     loop.epoch_is_closing = False
     shown.update(logs=loop.logs, finished=True)
     return True
-
-
-def timed(segments: Segments, pace: Pace, clock: Clock | None) -> Iterator[Ready]:
-    """Yields the segments; waiting for one counts once the device has nothing to do."""
-    while True:
-        if not segments.ready:
-            pace.drain()
-        busy, began = pace.seconds_left, time.perf_counter()
-        was_idle = pace.idle
-        ready = next(segments, None)
-        if clock is not None and pace.idle:
-            waited = time.perf_counter() - began - (0.0 if was_idle else busy)
-            clock.move(max(0.0, waited), "waiting_for_data")
-        if ready is None:
-            return
-        yield ready
-
-
-def _update(display: Display, pace: Pace, order: Callable[[Logs], Logs]) -> None:
-    running, done = pace.finished
-    if running is not None:
-        display.update(done, read_logs(running, order)[0])
-
-
-def eval_loop(
-    state: TrainState,
-    *,
-    evaluate: Program,
-    running: Running,
-    feed: Feed,
-    total: int | None,
-    steps_per_call: int | None,
-    order: Callable[[Logs], Logs],
-    display: Display,
-    interrupted: Callable[[], bool],
-) -> dict[str, Any] | None:
-    """Returns the values over the data, or None if `interrupted`.
-
-    Args:
-      state: the state to evaluate; it is only read.
-      evaluate: the eval program.
-      running: an empty accumulator.
-      feed: where the batches come from.
-      total: how many there are, None if that is not known.
-      steps_per_call: batches of one call of the program, None to go by the clock.
-      order: sorts logs into History's order.
-      display: shows the progress.
-      interrupted: asked before every call.
-    """
-    done, pace = 0, Pace(steps_per_call)
-    with (
-        epoch_display(display, "Evaluating", total) as shown,
-        feed.epoch() as segments,
-    ):
-        for ready in timed(segments, pace, None):
-            start = 0
-            while start < ready.batches:
-                if interrupted():
-                    return None
-                count = min(pace.steps, ready.batches - start)
-                traces = evaluate.traces
-                running = evaluate(state, running, ready.segment, start, count)
-                start += count
-                done += count
-                shown["done"] = done
-                pace.follow(
-                    running.index, running, count, compiled=evaluate.traces != traces
-                )
-                if display.due():
-                    _update(display, pace, order)
-        if interrupted():
-            return None
-        shown.update(logs=read_logs(running, order)[0], finished=True)
-    return dict(shown["logs"])
-
-
-def read(tree: PyTree) -> PyTree:
-    """Copies device values to the host: the one place of the loops that waits."""
-    return jax.device_get(tree)
-
-
-def read_logs(
-    running: Running, order: Callable[[Logs], Logs], rate: Any = None
-) -> tuple[dict[str, Any], float | None]:
-    """Returns the values of the accumulators as floats, and the rate, in one read."""
-    logs, rate = read((running.logs, rate))
-    return as_values(logs, rate, order)
-
-
-def as_values(
-    logs: Logs, rate: Any, order: Callable[[Logs], Logs]
-) -> tuple[dict[str, Any], float | None]:
-    """Returns the values of accumulators on the host as floats, and the rate."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        values = {name: as_number(log.compute()) for name, log in order(logs).items()}
-    return values, None if rate is None else float(np.real(rate))
-
-
-def _read_values(running: Running, order: Callable[[Logs], Logs]) -> dict[str, Any]:
-    return read_logs(running, order)[0]
-
-
-def as_number(value: Any) -> Any:
-    """Returns a float, or a list of floats of a metric that has several values."""
-    array = np.asarray(value)
-    return float(array) if array.ndim == 0 else array.tolist()

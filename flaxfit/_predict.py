@@ -12,8 +12,8 @@ from flaxfit._compile import Program
 from flaxfit._display import Display, epoch_display
 from flaxfit._errors import DataError
 from flaxfit._feed import Feed
-from flaxfit._loop import read
 from flaxfit._pace import Pace
+from flaxfit._readings import read
 from flaxfit._segments import Stack
 from flaxfit._types import HostArray, PyTree, TrainState
 

@@ -7,6 +7,7 @@ import numpy as np
 from flaxfit._build import Built
 from flaxfit._builder import Outputs
 from flaxfit._display import Display, Silent
+from flaxfit._eval_loop import eval_loop
 from flaxfit._feed import (
     Execution,
     Feed,
@@ -14,7 +15,7 @@ from flaxfit._feed import (
     open_feed,
     open_pass,
 )
-from flaxfit._loop import Evaluate, eval_loop
+from flaxfit._plan import Evaluate
 from flaxfit._position import Bookmarks, Position
 from flaxfit._predict import Part, predict_loop
 from flaxfit._sharding import has_rows

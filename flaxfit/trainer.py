@@ -41,12 +41,14 @@ from flaxfit._errors import CheckpointCorruptError, CheckpointError, DataError
 from flaxfit._feed import Execution
 from flaxfit._forms import shapes_of
 from flaxfit._interrupt import Interrupt
-from flaxfit._loop import FitPlan, fit_loop, read, read_logs
+from flaxfit._loop import fit_loop
 from flaxfit._meta import example_of, from_meta, to_meta
 from flaxfit._models import model_family
 from flaxfit._models.base import Overrides
 from flaxfit._outputs import Destination
+from flaxfit._plan import FitPlan
 from flaxfit._predict import Part, join_batches, split_batches
+from flaxfit._readings import read, read_logs
 from flaxfit._run import Run, describe_data
 from flaxfit._run_folder import newest
 from flaxfit._runs import (
@@ -640,7 +642,7 @@ class Trainer:
                     self._holder.take(), running, placed, 0, 1
                 )
                 self._holder.put(state)
-            logs, _ = read_logs(running, built.task.order)
+            logs = read_logs(running, built.task.order)
         if interrupt.requested:
             raise KeyboardInterrupt
         return logs
@@ -727,7 +729,7 @@ class Trainer:
         placed = built.placement.put_segment(batch)
         with self._holder.borrow() as state:
             running = built.programs.evaluate(state, built.empty_eval(), placed, 0, 1)
-            logs, _ = read_logs(running, built.task.order)
+            logs = read_logs(running, built.task.order)
         return logs
 
     # ---------------------------------------------------------------- prediction
