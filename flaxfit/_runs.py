@@ -1,6 +1,7 @@
 """A run put together: the programs of a trainer, the feed of its data, and a loop."""
 
 from collections.abc import Callable, Generator
+from functools import partial
 
 import numpy as np
 
@@ -15,15 +16,89 @@ from flaxfit._feed import (
     open_feed,
     open_pass,
 )
-from flaxfit._plan import Evaluate
+from flaxfit._interrupt import Interrupt
+from flaxfit._plan import Evaluate, FitPlan
 from flaxfit._position import Bookmarks, Position
 from flaxfit._predict import Part, predict_loop
+from flaxfit._run import Run
 from flaxfit._sharding import has_rows
 from flaxfit._types import Batch, TrainState
+from flaxfit.callbacks.base import CallbackList
 from flaxfit.data.arrays import ArraySource
 from flaxfit.data.source import Source
 from flaxfit.data.stream import Stream
 from flaxfit.data.stream_source import StreamSource
+
+
+def plan_fit(
+    built: Built,
+    execution: Execution,
+    source: Source,
+    validation: Source | None,
+    run: Run,
+    *,
+    epochs: int,
+    steps: int | None,
+    validation_steps: int | None,
+    validates_at: Callable[[int], bool],
+    callbacks: CallbackList,
+    display: Display,
+    interrupt: Interrupt,
+    as_state: Callable[..., TrainState],
+    nonfinite: str,
+) -> FitPlan:
+    """Returns what a fit is to do; see `Trainer.fit` and `FitPlan`."""
+    origin, empty = run.origin, built.empty()
+    end = max(epochs, origin.first_epoch)
+
+    def interrupted() -> bool:
+        return interrupt.requested
+
+    def open_data(position: Position) -> Feed:
+        return open_training(
+            built,
+            execution,
+            source,
+            epochs=end - origin.first_epoch - position.epoch,
+            steps=steps,
+            position=position,
+            bookmarks=run.bookmarks,
+            stopped=interrupted,
+        )
+
+    validate = None
+    if validation is not None:
+        validate = make_evaluate(
+            built,
+            execution,
+            validation,
+            steps=validation_steps,
+            keep=True,
+            interrupted=interrupted,
+        )
+    return FitPlan(
+        epochs=range(origin.epoch, epochs),
+        train=built.programs.train,
+        running=empty,
+        open_feed=open_data,
+        steps_per_call=execution.per_call(single=built.programs.single),
+        order=built.task.order,
+        learning_rate=built.task.optimizer.learning_rate,
+        validate=validate,
+        validates_at=validates_at,
+        callbacks=callbacks,
+        display=display,
+        interrupt=interrupt,
+        saver=run.saver,
+        as_state=as_state,
+        nonfinite=nonfinite,
+        first_epoch=origin.first_epoch,
+        batch=origin.batch,
+        resume=partial(
+            run.resume, callbacks=callbacks, running=empty, as_state=as_state
+        ),
+        roll_back=run.roll_back(empty, as_state),
+    )
 
 
 def open_training(

@@ -3,9 +3,6 @@
 import os
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 import jax
@@ -24,12 +21,11 @@ from flaxfit._arguments import (
     refuse_list,
 )
 from flaxfit._build import Built, Settings
-from flaxfit._builder import NO_DATA_YET, Builder, Outputs
+from flaxfit._builder import Builder, Outputs
 from flaxfit._check import (
     CheckReport,
     Text,
     first_lines,
-    listed_classes,
     make_report,
 )
 from flaxfit._compilation_cache import use_compilation_cache
@@ -37,10 +33,15 @@ from flaxfit._compile import listening
 from flaxfit._compile_report import CompileReport
 from flaxfit._counts import as_count, as_optional_count
 from flaxfit._display import Display, make_display, make_progress
-from flaxfit._errors import CheckpointCorruptError, CheckpointError, DataError
+from flaxfit._errors import CheckpointError
 from flaxfit._feed import Execution
-from flaxfit._forms import shapes_of
 from flaxfit._interrupt import Interrupt
+from flaxfit._keeper import (
+    Pending,
+    StateKeeper,
+    open_checkpoint,
+    open_variables,
+)
 from flaxfit._loop import fit_loop
 from flaxfit._meta import example_of, from_meta, to_meta
 from flaxfit._models import model_family
@@ -48,35 +49,29 @@ from flaxfit._models.base import Overrides
 from flaxfit._outputs import Destination
 from flaxfit._plan import FitPlan
 from flaxfit._predict import Part, join_batches, split_batches
-from flaxfit._readings import read, read_logs
+from flaxfit._reader import Reader, refuse_one_shot, refuse_to_use_up
+from flaxfit._readings import read_logs
 from flaxfit._run import Run, describe_data
-from flaxfit._run_folder import newest
 from flaxfit._runs import (
     compile_ahead,
     make_evaluate,
     open_prediction,
-    open_training,
+    plan_fit,
 )
 from flaxfit._sharding import find_placement, has_rows
 from flaxfit._steps import Task, TrainStep
 from flaxfit._timing import Clock
-from flaxfit._transforms import with_rates_of
-from flaxfit._types import Batch, Logs, PyTree, StateHolder, TrainState
+from flaxfit._types import Batch, Logs, PyTree, TrainState
 from flaxfit.callbacks.base import (
     Callback,
     CallbackList,
     LoopState,
-    own_state,
 )
 from flaxfit.checkpoint import RestoreReport
-from flaxfit.data.batch import Binding, Whole
-from flaxfit.data.checks import check_lengths, check_sized
-from flaxfit.data.columns import Columns
+from flaxfit.data.batch import Binding
 from flaxfit.data.dispatch import (
-    DEFAULT_BATCH_SIZE,
     as_inputs_source,
     as_source,
-    as_whole,
     split_data,
 )
 from flaxfit.data.source import Source
@@ -229,25 +224,20 @@ class Trainer:
         family = model_family(model)
         self._name = type(model).__name__
         self._builder = Builder(model, family, settings, find_placement(devices))
-        self._binding = Binding(
+        self._keeper = StateKeeper(self._builder)
+        binding = Binding(
             family.call_spec(model, overrides),
             inputs=inputs,
             targets=targets,
             outputs=self._builder.outputs_of,
         )
+        self._reader = Reader(self._builder, self._keeper, binding)
         self._execution = Execution(
             steps_per_call=as_steps_per_call(steps_per_call),
             device_data=as_share("device_data", device_data),
             prefetch=as_count("prefetch", prefetch, least=0),
         )
         use_compilation_cache(compilation_cache)
-        self._holder = StateHolder()
-        self._class_names: tuple[str, ...] = ()
-        self._batch_size = DEFAULT_BATCH_SIZE
-        # Of the fits under way.
-        self._clocks: list[Clock] = []
-        # What `load` read, until the model's inputs are known.
-        self._pending: _Pending | None = None
         # The run this trainer took part in last, and its state's version since then.
         self._run: tuple[str, int] | None = None
 
@@ -358,13 +348,15 @@ class Trainer:
             listening(CompileReport(display, clock)),
             run.opened(own_step, initial_epoch) as origin,
         ):
-            if self._run != (run.name, self._holder.version):
+            if self._run != (run.name, self._keeper.holder.version):
                 run.refuse_to_overwrite(own_step)
             span = range(origin.first_epoch, max(epochs, origin.first_epoch))
             clock.switch("waiting_for_data")
-            if origin.saved is not None:
-                self._read_like(origin.saved)
-            binding = self._reading if origin.saved is None else self._binding
+            binding = (
+                self._reader.binding
+                if origin.saved is None
+                else self._reader.read_like(origin.saved)
+            )
             if validation_split:
                 if validation_data is not None:
                     raise ValueError(
@@ -393,17 +385,17 @@ class Trainer:
                 check=self._builder.check_values,
                 data_dir=data_dir,
             )
-            _refuse_one_shot(source, "fit", span, steps)
+            refuse_one_shot(source, "fit", span, steps)
             if self._builder.nonfinite == "rollback":
-                _refuse_to_use_up(source, "fit")
+                refuse_to_use_up(source, "fit")
             epoch_steps = steps or source.num_batches
             total_steps = epoch_steps and origin.first_step + len(span) * epoch_steps
             self._builder.require_total_steps(total_steps)
             clock.switch("compiling")  # traces and the compile of `init`
             if origin.saved is not None:
-                self._refuse_other_classes(source)
+                self._reader.refuse_other_classes(source)
             built = self._build(source, total_steps, place=True)
-            self._batch_size = source.batch_size
+            self._reader.batch_size = source.batch_size
             validation = self._validation_source(
                 validation_data,
                 validation_batch_size,
@@ -419,15 +411,15 @@ class Trainer:
                 epochs,
                 total_steps,
             )
-            self._begin_state(source.example, run, total_steps)
+            self._keeper.begin(source.example, run, total_steps)
             if verbose != 0:
-                state = self._holder.peek()
+                state = self._keeper.holder.peek()
                 for line in first_lines(
                     built,
                     state,
                     source,
                     self._builder.spare_devices,
-                    self._class_names,
+                    self._reader.class_names,
                 ):
                     display.say(line)
             history = History(
@@ -435,7 +427,7 @@ class Trainer:
                 {"epochs": epochs, "steps": epoch_steps, "verbose": verbose},
             )
             loop = LoopState(
-                self._holder,
+                self._keeper.holder,
                 history=history,
                 step=origin.step,
                 epoch=origin.epoch,
@@ -447,66 +439,37 @@ class Trainer:
                 ],
                 clock=clock,
             )
-            listed = CallbackList(run.with_recorder(hooks))
             clock.switch("stepping")
-            plan = FitPlan(
-                epochs=range(origin.epoch, epochs),
-                train=built.programs.train,
-                running=built.empty(),
-                open_feed=lambda position: open_training(
-                    built,
-                    self._execution,
-                    source,
-                    epochs=len(span) - position.epoch,
-                    steps=steps,
-                    position=position,
-                    bookmarks=run.bookmarks,
-                    stopped=lambda: interrupt.requested,
-                ),
-                steps_per_call=self._execution.per_call(single=built.programs.single),
-                order=built.task.order,
-                learning_rate=built.task.optimizer.learning_rate,
-                validate=None
-                if validation is None
-                else make_evaluate(
-                    built,
-                    self._execution,
-                    validation,
-                    steps=validation_steps,
-                    keep=True,
-                    interrupted=lambda: interrupt.requested,
-                ),
+            plan = plan_fit(
+                built,
+                self._execution,
+                source,
+                validation,
+                run,
+                epochs=epochs,
+                steps=steps,
+                validation_steps=validation_steps,
                 validates_at=validates_at,
-                callbacks=listed,
+                callbacks=CallbackList(run.with_recorder(hooks)),
                 display=display,
                 interrupt=interrupt,
-                saver=run.saver,
-                as_state=self._as_state,
+                as_state=self._keeper.as_state,
                 nonfinite=self._builder.nonfinite,
-                first_epoch=origin.first_epoch,
-                batch=origin.batch,
-                resume=partial(
-                    run.resume,
-                    callbacks=listed,
-                    running=built.empty(),
-                    as_state=self._as_state,
-                ),
-                roll_back=run.roll_back(built.empty(), self._as_state),
             )
             return self._fit(loop, plan, run)
 
     def _fit(self, loop: LoopState, plan: FitPlan, run: Run) -> History:
-        self._clocks.append(loop.clock)
+        self._keeper.clocks.append(loop.clock)
         try:
-            fit_loop(loop, self._holder, plan)
+            fit_loop(loop, self._keeper.holder, plan)
         except KeyboardInterrupt:
             if plan.interrupt.insisted:
                 raise
             loop.stop("interrupted")
         finally:
-            self._clocks.pop()
+            self._keeper.clocks.pop()
             run.close()
-            self._run = run.name, self._holder.version
+            self._run = run.name, self._keeper.holder.version
         history = loop.history
         if loop.stop_reason is not None:
             plan.display.say(f"stopped after step {loop.step}: {loop.stop_reason}")
@@ -514,25 +477,6 @@ class Trainer:
         if history.timing.remark:
             plan.display.say(history.timing.remark)
         return history
-
-    def _begin_state(self, example: Batch, run: Run, total_steps: int | None) -> None:
-        """Sees to it that the state is the one to begin with."""
-        if run.origin.saved is not None:
-            saved = run.origin.saved
-            state = self._as_state(saved.state, where=saved.path)
-            old = saved.meta.get("config", {}).get("learning_rate")
-            now = run.config.get("learning_rate")
-            if old != now and not self._builder.plans_ahead:
-                state = self._with_new_rate(state)
-            self._pending = None
-            self._holder.put(state)
-        else:
-            self._init_state(example)
-        if self._builder.plans_ahead and run.makes_other_schedule(total_steps):
-            # A constant rate lies in the state, made for another length.
-            fresh = not self._holder.settled
-            state = self._with_new_rate(self._holder.take())
-            self._holder.put(state, fresh=fresh)
 
     def compile(
         self,
@@ -582,22 +526,22 @@ class Trainer:
         source = as_source(
             x,
             y,
-            binding=self._reading,
+            binding=self._reader.binding,
             batch_size=batch_size,
             steps=steps,
             check=self._builder.check_values,
             data_dir=data_dir,
             what="compile",
         )
-        _refuse_to_use_up(source, "compile")
+        refuse_to_use_up(source, "compile")
         epoch_steps = steps or source.num_batches
         total_steps = epoch_steps and self.step + epochs * epoch_steps
         self._builder.require_total_steps(total_steps)
         built = self._build(source, total_steps, place=True)
-        self._batch_size = source.batch_size
-        self._init_state(source.example)
+        self._reader.batch_size = source.batch_size
+        self._keeper.settle(source.example)
         outputs = self._builder.find_outputs(source.example, sown=False)
-        with listening(CompileReport(display)), self._holder.borrow() as state:
+        with listening(CompileReport(display)), self._keeper.holder.borrow() as state:
             return compile_ahead(
                 built,
                 self._execution,
@@ -637,11 +581,11 @@ class Trainer:
         self._builder.require_total_steps(built.total_steps)
         with Interrupt() as interrupt:
             running, placed = built.empty(), built.placement.put_segment(batch)
-            with interrupt.shield(), self._holder.lock:
+            with interrupt.shield(), self._keeper.holder.lock:
                 state, running = built.programs.train(
-                    self._holder.take(), running, placed, 0, 1
+                    self._keeper.holder.take(), running, placed, 0, 1
                 )
-                self._holder.put(state)
+                self._keeper.holder.put(state)
             logs = read_logs(running, built.task.order)
         if interrupt.requested:
             raise KeyboardInterrupt
@@ -684,22 +628,22 @@ class Trainer:
         refuse_list(return_dict)
         steps = as_optional_count("steps", steps)
         display = make_progress(verbose)
-        source = self._source(
+        source = self._reader.source(
             x,
             y,
             sample_weight,
-            batch_size,
-            "evaluate",
+            what="evaluate",
+            batch_size=batch_size,
             steps=steps,
             divided=True,
             data_dir=data_dir,
         )
         built = self._build(source)
-        self._init_state(source.example)
+        self._keeper.settle(source.example)
         with (
             Interrupt() as interrupt,
             listening(CompileReport(display)),
-            self._holder.borrow() as state,
+            self._keeper.holder.borrow() as state,
         ):
             evaluate = make_evaluate(
                 built,
@@ -727,7 +671,7 @@ class Trainer:
         batch = self._one_batch(x, y, sample_weight, None, "test_on_batch")
         built = self._builder.built
         placed = built.placement.put_segment(batch)
-        with self._holder.borrow() as state:
+        with self._keeper.holder.borrow() as state:
             running = built.programs.evaluate(state, built.empty_eval(), placed, 0, 1)
             logs = read_logs(running, built.task.order)
         return logs
@@ -775,7 +719,7 @@ class Trainer:
         target = None
         if out is not None:
             target = Destination(out, opened.outputs.shapes, opened.examples)
-        with listening(CompileReport(display)), self._holder.borrow() as state:
+        with listening(CompileReport(display)), self._keeper.holder.borrow() as state:
             parts = self._predict(opened, state, display=display)
             if target is not None:
                 return target.write(parts)
@@ -815,7 +759,7 @@ class Trainer:
         opened = self._open_inputs(x, batch_size, steps, "predict_batches", data_dir)
         # Not borrowed: a fit would copy the state in every step, for as long as anyone
         # holds the iterator.
-        parts = self._predict(opened, self._holder.read(), own=True)
+        parts = self._predict(opened, self._keeper.holder.read(), own=True)
         return split_batches(parts)
 
     def predict_intermediates(
@@ -839,14 +783,14 @@ class Trainer:
         display = make_progress(verbose)
         what = "predict_intermediates"
         opened = self._open_inputs(x, batch_size, steps, what, data_dir, sown=True)
-        with listening(CompileReport(display)), self._holder.borrow() as state:
+        with listening(CompileReport(display)), self._keeper.holder.borrow() as state:
             parts = self._predict(opened, state, display=display)
             return join_batches(parts, opened.outputs.batched)
 
     def predict_on_batch(self, x: Any) -> PyTree:
         """Returns the outputs for one batch of inputs of any size."""
         what = "predict_on_batch"
-        source = as_inputs_source(x, binding=self._reading, what=what)
+        source = as_inputs_source(x, binding=self._reader.binding, what=what)
         if source.kind != "arrays" and source.num_batches != 1:
             raise ValueError(
                 f"predict_on_batch takes one batch, not a {source.kind}. Write "
@@ -854,7 +798,7 @@ class Trainer:
             )
         rows = source.num_examples if source.kind == "arrays" else None
         opened = self._open_inputs(x, rows, None, what)
-        with self._holder.borrow() as state:
+        with self._keeper.holder.borrow() as state:
             parts = self._predict(opened, state)
             return join_batches(parts, opened.outputs.batched)
 
@@ -870,24 +814,16 @@ class Trainer:
     ) -> "_Inputs":
         """Sees to it that there are parts and a state for inputs, and checks them."""
         steps = as_optional_count("steps", steps)
-        source = as_inputs_source(
-            x,
-            binding=self._reading,
-            batch_size=batch_size,
-            default_batch_size=self._batch_size,
-            multiple_of=len(self._builder.placement.devices),
-            steps=steps,
-            check=self._builder.check_values,
-            data_dir=data_dir,
-            what=what,
+        source = self._reader.inputs(
+            x, what=what, batch_size=batch_size, steps=steps, data_dir=data_dir
         )
-        self._learn(source, not self._holder.settled)
+        self._reader.learn(source, afresh=not self._keeper.settled)
         built = self._builder.build_for_inputs(
-            source.example, afresh=not self._holder.settled
+            source.example, afresh=not self._keeper.settled
         )
         source.check()
         outputs = self._builder.find_outputs(source.example, sown=sown)
-        self._init_state(source.example)
+        self._keeper.settle(source.example)
         return _Inputs(built, source, outputs, steps, sown)
 
     def _predict(
@@ -921,12 +857,11 @@ class Trainer:
         Args:
           batch: `(x, y)`, `(x, y, weights)` or a dict of arrays, or a `Batch`.
         """
-        batch = self._as_batch(batch)
-        self._builder.build(batch, afresh=not self._holder.settled)
+        batch = self._reader.raw_batch(batch)
+        self._builder.build(batch, afresh=not self._keeper.settled)
         if all(isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(batch)):
             self._builder.check_values(batch)
-        if self._pending is not None:
-            self._restore(self._pending)
+        self._keeper.restore_pending()
         return self._builder.fresh_state(batch)
 
     def train_step(self, state: TrainState, batch: Any) -> tuple[TrainState, Logs]:
@@ -948,7 +883,7 @@ class Trainer:
                 f"state = trainer.init(batch), then state, logs = "
                 f"trainer.train_step(state, batch)."
             )
-        batch = self._as_batch(batch)
+        batch = self._reader.raw_batch(batch)
         built = self._builder.build(batch)
         self._builder.require_total_steps(built.total_steps)
         leaves = jax.tree.leaves(batch)
@@ -968,14 +903,12 @@ class Trainer:
         Raises:
           ValueError: there is none before the first data.
         """
-        self._require_state()
-        return self._holder.read()
+        self._keeper.require()
+        return self._keeper.holder.read()
 
     @state.setter
     def state(self, state: TrainState) -> None:
-        built = self._builder.built
-        self._holder.put(built.placement.put(own_state(state, built.template)))
-        self._pending = None
+        self._keeper.assign(state)
 
     @property
     def variables(self) -> dict[str, PyTree]:
@@ -991,17 +924,12 @@ class Trainer:
     @property
     def step(self) -> int:
         """The number of optimizer steps so far."""
-        if self._pending is not None:
-            return self._pending.step
-        if self._holder.empty:
-            return 0
-        with self._holder.borrow() as state:
-            return int(read(state.step))
+        return self._keeper.step
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """The names of the classes 0, 1, …, where the data had names for them."""
-        return self._class_names
+        return self._reader.class_names
 
     @property
     def compiles(self) -> dict[str, int]:
@@ -1017,9 +945,9 @@ class Trainer:
           x: a batch of inputs; not needed once the trainer has seen data.
         """
         if x is not None:
-            source = as_inputs_source(x, binding=self._reading, what="summary")
+            source = as_inputs_source(x, binding=self._reader.binding, what="summary")
             built = self._builder.build_for_inputs(
-                source.example, afresh=not self._holder.settled
+                source.example, afresh=not self._keeper.settled
             )
         else:
             built = self._builder.built
@@ -1043,19 +971,20 @@ class Trainer:
           batch_size: rows of a batch, for arrays; that of the last `fit`, or 32.
           data_dir: as for `fit`.
         """
-        source = self._source(x, y, None, batch_size, "check", data_dir=data_dir)
-        _refuse_to_use_up(source, "check")
+        source = self._reader.source(
+            x, y, what="check", batch_size=batch_size, data_dir=data_dir
+        )
+        refuse_to_use_up(source, "check")
         built = self._build(source)
-        if self._pending is not None:
-            self._restore(self._pending)
-        if self._holder.empty:
+        self._keeper.restore_pending()
+        if self._keeper.holder.empty:
             state = self._builder.fresh_state(source.example)
-            return make_report(built, state, source, self._class_names)
-        with self._holder.borrow() as state:
-            return make_report(built, state, source, self._class_names)
+            return make_report(built, state, source, self._reader.class_names)
+        with self._keeper.holder.borrow() as state:
+            return make_report(built, state, source, self._reader.class_names)
 
     def __repr__(self) -> str:
-        progress = "untrained" if self._holder.empty else f"step {self.step}"
+        progress = "untrained" if self._keeper.holder.empty else f"step {self.step}"
         return f"Trainer({self._name}, {progress})"
 
     # --------------------------------------------------------------------- files
@@ -1072,10 +1001,14 @@ class Trainer:
           ValueError: there is no state yet.
           CheckpointError: something in the state cannot be written.
         """
-        self._require_state()
+        self._keeper.require()
         meta = self._meta()
-        timed = self._clocks[-1].phase("saving") if self._clocks else nullcontext()
-        with timed, self._holder.borrow() as state:
+        timed = (
+            self._keeper.clocks[-1].phase("saving")
+            if self._keeper.clocks
+            else nullcontext()
+        )
+        with timed, self._keeper.holder.borrow() as state:
             checkpoint.save(path, state, meta)
 
     @classmethod
@@ -1105,18 +1038,18 @@ class Trainer:
           CheckpointError: not such a file, an argument that has to be given, or a
             state that does not fit the model, every path that differs named.
         """
-        saved = _open_checkpoint(path)
+        saved = open_checkpoint(path)
         execution = {n: changes.pop(n) for n in _EXECUTION if n in changes}
         config, example, batch_size = from_meta(saved.meta, changes, saved.path)
         trainer = cls(model, **config, **execution)
-        trainer._batch_size = batch_size
-        trainer._read_like(saved)
-        trainer._pending = _Pending(
+        trainer._reader.batch_size = batch_size
+        trainer._reader.read_like(saved)
+        trainer._keeper.pending = Pending(
             saved, "learning_rate" in changes, strict, params_only, rename
         )
         if example is not None:
             trainer._build_for(example, saved.path)
-            trainer._restore(trainer._pending)
+            trainer._keeper.restore_pending()
         return trainer
 
     def restore(
@@ -1154,8 +1087,8 @@ class Trainer:
           `trainer.restore("pretrained.msgpack", params_only=True, rename={"head":
           None})` takes all but the head.
         """
-        saved = self._read(path, params_only)
-        pending = _Pending(saved, False, strict, params_only, rename)
+        saved = open_variables(path) if params_only else open_checkpoint(path)
+        pending = Pending(saved, False, strict, params_only, rename)
         scaled = saved.meta.get("config", {}).get("scale_images")
         if isinstance(scaled, bool):
             self._builder.learn(scaled)
@@ -1168,40 +1101,12 @@ class Trainer:
                     "batch, then trainer.restore(...)."
                 )
             self._build_for(example, saved.path)
-        report = self._restore(pending)
+        report = self._keeper.restore(pending)
         if strict and not rename:
-            self._read_like(saved)
+            self._reader.read_like(saved)
         return report
 
     # ------------------------------------------------------------------ plumbing
-
-    def _source(
-        self,
-        x: Any,
-        y: Any,
-        sample_weight: Any,
-        batch_size: int | None,
-        what: str,
-        *,
-        steps: int | None = None,
-        divided: bool = False,
-        data_dir: Any = None,
-    ) -> Source:
-        devices = len(self._builder.placement.devices)
-        return as_source(
-            x,
-            y,
-            sample_weight,
-            # What a fit is validated on is read like what it trains on.
-            binding=self._binding if what == "validation_data" else self._reading,
-            batch_size=batch_size,
-            default_batch_size=self._batch_size,
-            multiple_of=devices if divided else 1,
-            steps=steps,
-            check=self._builder.check_values,
-            data_dir=data_dir,
-            what=what,
-        )
 
     def _validation_source(
         self,
@@ -1214,17 +1119,15 @@ class Trainer:
         if data is None:
             return None
         try:
-            source = self._source(
+            source = self._reader.source(
                 data,
-                None,
-                None,
-                batch_size,
-                "validation_data",
+                what="validation_data",
+                batch_size=batch_size,
                 steps=steps,
                 divided=True,
                 data_dir=data_dir,
             )
-            _refuse_one_shot(source, "validation_data", range(epochs), steps)
+            refuse_one_shot(source, "validation_data", range(epochs), steps)
             self._build(source, afresh=False)
         except Exception as error:
             error.add_note("in validation_data")
@@ -1234,37 +1137,13 @@ class Trainer:
     def _one_batch(
         self, x: Any, y: Any, sample_weight: Any, class_weight: Any, what: str
     ) -> Batch:
-        whole = as_whole(
-            x,
-            y,
-            sample_weight,
-            binding=self._reading,
-            class_weight=class_weight,
-            what=what,
-        )
-        batch = whole.batch
-        self._learn(whole, not self._holder.settled)
-        self._builder.build(batch, afresh=not self._holder.settled)
-        self._builder.check_values(batch)
-        self._init_state(batch)
-        return batch
-
-    def _as_batch(self, raw: Any) -> Batch:
-        batch = raw if isinstance(raw, Batch) else self._binding.split(raw)
-        for leaf in jax.tree.leaves(batch):
-            if not hasattr(leaf, "dtype"):
-                raise TypeError(
-                    f"The batch holds a {type(leaf).__name__} in place of an array; "
-                    f"write trainer.init((x, y)) with NumPy or jax arrays."
-                )
-        if isinstance(raw, Batch) and batch.weights is not None and not has_rows(batch):
-            # A batch of graphs: only what is no input has rows.
-            check_sized(batch, batch.weights.shape[0])
-            return batch
-        rows = check_lengths(batch)
-        if batch.weights is None:
-            batch = batch.replace(weights=np.ones(rows, np.float32))
-        return batch
+        whole = self._reader.one_batch(x, y, sample_weight, class_weight, what=what)
+        afresh = not self._keeper.settled
+        self._reader.learn(whole, afresh=afresh)
+        self._builder.build(whole.batch, afresh=afresh)
+        self._builder.check_values(whole.batch)
+        self._keeper.settle(whole.batch)
+        return whole.batch
 
     def _build(
         self,
@@ -1274,20 +1153,20 @@ class Trainer:
         afresh: bool | None = None,
         place: bool = False,
     ) -> Built:
-        afresh = not self._holder.settled if afresh is None else afresh
+        afresh = not self._keeper.settled if afresh is None else afresh
         placement = None
         if place and has_rows(source.example):
             placement = self._builder.placement_for(
                 source.batch_size, source.num_examples
             )
             now = self._builder.placement
-            if self._clocks and placement.devices != now.devices:
+            if self._keeper.clocks and placement.devices != now.devices:
                 raise ValueError(
                     f"A fit of this trainer is under way on {len(now.devices)} devices,"
                     f" which do not divide batch_size={source.batch_size}. Write "
                     f"batch_size={now.rounded(source.batch_size)} inside of it."
                 )
-        self._learn(source, afresh)
+        self._reader.learn(source, afresh=afresh)
         built = self._builder.build(
             source.example, total_steps, afresh=afresh, placement=placement
         )
@@ -1296,122 +1175,15 @@ class Trainer:
         source.check()
         return built
 
-    @property
-    def _reading(self) -> Binding:
-        """How data is read: tables like those that were learnt from, if any were."""
-        if self._holder.settled or self._clocks or self._pending is not None:
-            return self._binding
-        return replace(self._binding, columns=None)
-
-    def _read_like(self, saved: checkpoint.Checkpoint) -> None:
-        """Reads data from here on as the trainer of a checkpoint did."""
-        columns = Columns.from_plain(saved.meta.get("columns"))
-        self._binding = replace(self._binding, columns=columns)
-        self._class_names = tuple(saved.meta.get("class_names", ()))
-
-    def _learn(self, source: Source | Whole, afresh: bool) -> None:
-        """Takes over what the data says of itself, before anything is built of it.
-
-        Args:
-          source: the data.
-          afresh: whether it may replace what was known; else it has to agree.
-
-        Raises:
-          DataError: its classes are not those the trainer was trained on.
-        """
-        if not afresh:
-            self._refuse_other_classes(source)
-            return
-        self._builder.learn(source.facts.pictures)
-        self._class_names = source.facts.class_names or self._class_names
-        self._binding = replace(self._binding, columns=source.facts.columns)
-
-    def _refuse_other_classes(self, source: Source | Whole) -> None:
-        names, known = source.facts.class_names, self._class_names
-        if names and known and names != known:
-            raise DataError(
-                f"The data has the classes {listed_classes(names)}, and this trainer "
-                f"was trained on {listed_classes(known)}: a label would be another "
-                "class. Give data with the same classes in the same order, or make a "
-                "new Trainer."
-            )
-
-    def _init_state(self, example: Batch) -> None:
-        """Sees to it that there is a state, and that it fits what was built."""
-        if self._pending is not None:
-            self._restore(self._pending)
-        placement, template = self._builder.placement, self._builder.built.template
-        with self._holder.lock:
-            if not self._holder.empty:
-                state = self._holder.peek()
-                if state.step.devices() != set(placement.devices):
-                    fresh = not self._holder.settled
-                    self._holder.put(placement.put(state), fresh=fresh)
-            if self._holder.settled:
-                return
-            # As long as nothing was learnt, data of other shapes replaces the state.
-            if self._holder.empty or shapes_of(self._holder.peek()) != template:
-                self._holder.put(self._builder.fresh_state(example), fresh=True)
-
-    def _restore(self, pending: "_Pending") -> RestoreReport:
-        """Makes the file's state the current one, or changes nothing."""
-        built, saved = self._builder.built, pending.saved
-        weights = pending.weights_only
-        current = self._holder.peek() if not self._holder.empty else None
-        if weights or not pending.strict or pending.rename:
-            zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), built.example)
-            fresh = self._builder.fresh_state(zeros)
-            current = current or fresh
-            if weights:
-                current = fresh.replace(
-                    params=current.params, collections=current.collections
-                )
-        state, report = self._read_state(
-            saved.state,
-            where=saved.path,
-            strict=pending.strict,
-            rename=pending.rename,
-            parts=("params", "collections") if weights else None,
-            current=current,
-        )
-        if weights:
-            opt_state = built.task.optimizer.tx.init(state.params)
-            state = built.placement.put(state.replace(opt_state=opt_state))
-        # A constant rate lies in the state, and would win over the new one.
-        elif pending.new_rate and not self._builder.plans_ahead:
-            state = self._with_new_rate(state)
-        elif current is not None:
-            state = built.placement.put(state)  # buffers of its own
-        self._holder.put(state)
-        self._pending = None
-        return report
-
-    def _read_state(
-        self, raw_state: Mapping[str, Any], where: str = "", **options: Any
-    ) -> tuple[TrainState, RestoreReport]:
-        built = self._builder.built
-        try:
-            state, report = checkpoint.restore(
-                raw_state, built.template, put=built.placement.put_host, **options
-            )
-        except CheckpointError as error:
-            if where:
-                error.add_note(f"while reading {where!r}")
-            raise
-        return built.placement.put_keys(state), report
-
-    def _as_state(self, raw_state: Mapping[str, Any], where: str = "") -> TrainState:
-        return self._read_state(raw_state, where)[0]
-
     def _meta(self) -> dict[str, Any]:
         built = self._builder.built
         return to_meta(
             {**self._config, "scale_images": self._builder.scaled},
             built.example,
-            batch_size=self._batch_size,
+            batch_size=self._reader.batch_size,
             opt_state=built.template.opt_state,
-            class_names=self._class_names,
-            columns=self._binding.columns,
+            class_names=self._reader.class_names,
+            columns=self._reader.columns,
         )
 
     def _build_for(self, example: Batch, where: str) -> None:
@@ -1424,31 +1196,6 @@ class Trainer:
             raise CheckpointError(
                 f"{where!r} was saved for inputs that {self._name} cannot take: {error}"
             ) from error
-
-    def _read(
-        self, path: str | os.PathLike[str], params_only: bool
-    ) -> checkpoint.Checkpoint:
-        """Reads a checkpoint, or the variables of a file of plain Flax."""
-        try:
-            return _open_checkpoint(path)
-        except CheckpointCorruptError:
-            raise
-        except CheckpointError as error:
-            if not params_only or not os.path.isfile(path):
-                raise
-            try:
-                state = checkpoint.load_variables(path)
-            except CheckpointError:
-                raise error from None
-            return checkpoint.Checkpoint(os.fspath(path), {}, state, {})
-
-    def _with_new_rate(self, state: TrainState) -> TrainState:
-        fresh = self._builder.built.task.optimizer.tx.init(state.params)
-        return state.replace(opt_state=with_rates_of(state.opt_state, fresh))
-
-    def _require_state(self) -> None:
-        if self._holder.empty:
-            raise ValueError(NO_DATA_YET)
 
 
 class _Inputs(NamedTuple):
@@ -1470,56 +1217,3 @@ class _Inputs(NamedTuple):
             return min(source.num_examples, steps * source.batch_size)
         enough = source.num_batches is not None and steps >= source.num_batches
         return source.num_examples if enough else None
-
-
-class _Pending(NamedTuple):
-    """A file's state that is to become the trainer's; see `Trainer.restore`."""
-
-    saved: checkpoint.Checkpoint
-    new_rate: bool
-    strict: bool
-    params_only: bool
-    rename: Mapping[str, str | None] | None
-
-    @property
-    def weights_only(self) -> bool:
-        """Whether the optimizer begins anew."""
-        return self.params_only or "opt_state" not in self.saved.state
-
-    @property
-    def step(self) -> int:
-        """The step the trainer will have."""
-        return 0 if self.weights_only else int(self.saved.state["step"])
-
-
-def _open_checkpoint(path: str | os.PathLike[str]) -> checkpoint.Checkpoint:
-    if not os.path.isdir(path):
-        return checkpoint.load(path)
-    if (found := newest(Path(path))) is None:
-        raise CheckpointError(
-            f"{os.fspath(path)!r} is a folder without a checkpoint; give the file that "
-            "was saved, or the folder of a run."
-        )
-    return found
-
-
-def _refuse_one_shot(
-    source: Source, what: str, epochs: range, steps: int | None
-) -> None:
-    if source.one_shot and steps is None and len(epochs) > 1:
-        name = "steps_per_epoch" if what == "fit" else "validation_steps"
-        raise DataError(
-            f"{what} got an iterator, which runs dry after one pass, for "
-            f"{len(epochs)} epochs. Give something that can be iterated again, e.g. a "
-            f"list of batches, or the function that makes it: make_batches and not "
-            f"make_batches(); or say how many batches an epoch takes: {name}=100."
-        )
-
-
-def _refuse_to_use_up(source: Source, what: str) -> None:
-    if source.one_shot:
-        raise DataError(
-            f"{what} got an iterator, and would use up its first batch. Write "
-            f"trainer.{what}(x, y) with that batch, or give the function that "
-            "makes the iterator."
-        )

@@ -23,6 +23,8 @@ FLOORS = {
     "_check": 5.2,
     "_builder": 5.1,
     "_runs": 5.2,
+    "_keeper": 5.2,
+    "_reader": 5.3,
     "_build": 5,
     "_forms": 1.5,
     "_loop": 5,

@@ -249,7 +249,7 @@ def on_one():
     """A trainer of one device after a fit with ragged tails and weights."""
     trainer = make(devices=1, metrics=["accuracy"])
     history = fit(trainer)
-    return trainer, history, jax.device_get(values(trainer._holder.peek()))
+    return trainer, history, jax.device_get(values(trainer._keeper.holder.peek()))
 
 
 def fit(trainer, **arguments):
@@ -298,7 +298,7 @@ def run_on_eight():
     with jax.default_device(None):
         trainer = make(metrics=["accuracy"])
     history = fit(trainer)
-    state = jax.device_get(values(trainer._holder.peek()))
+    state = jax.device_get(values(trainer._keeper.holder.peek()))
     for rows in (33, 64, 3):
         trainer.evaluate(X[:rows], Y[:rows])
         trainer.predict(X[:rows])
@@ -464,7 +464,7 @@ def test_a_state_given_to_another_trainer_moves_and_stays_alive():
     eight.state = one.state
     eight.train_on_batch(X[:16], Y[:16])
     assert eight.state.step.devices() == set(DEVICES)
-    for state in (given, one._holder.peek(), eight._holder.peek()):
+    for state in (given, one._keeper.holder.peek(), eight._keeper.holder.peek()):
         assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert (int(given.step), one.step, eight.step) == (1, 2, 3)
     assert one.compiles == eight.compiles == {"train": 1, "eval": 0, "predict": 0}

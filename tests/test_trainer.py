@@ -180,7 +180,7 @@ def test_predict_keeps_order_and_nesting_and_streams(fitted):
 
 def test_predict_holds_one_batch_of_outputs_on_the_device(fitted):
     trainer, _ = fitted
-    state = trainer._holder.peek()
+    state = trainer._keeper.holder.peek()
     own = {id(leaf) for leaf in jax.tree.leaves(state)}
     alive = []
 
