@@ -28,16 +28,19 @@ def eight_devices():
         yield jax.local_devices()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
 def shared_compiles(tmp_path_factory):
     """Compiled programs are kept, for tests that make one trainer again and again."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # that of all workers
     names = (
         "jax_compilation_cache_dir",
         "jax_persistent_cache_min_compile_time_secs",
         "jax_persistent_cache_min_entry_size_bytes",
     )
     before = {name: getattr(jax.config, name) for name in names}
-    use_compilation_cache(tmp_path_factory.mktemp("compiled"))
+    use_compilation_cache(folder / "compiled")
     yield
     for name, value in before.items():
         jax.config.update(name, value)

@@ -16,8 +16,6 @@ from flaxfit.data import Batches, Examples
 from flaxfit.data.batch import Binding
 from flaxfit.data.dispatch import as_source
 
-pytestmark = pytest.mark.usefixtures("shared_compiles")
-
 BINDING = Binding(CallSpec(("x",), (), ("x",)))
 GRAPHS, REAL = 5, 4
 

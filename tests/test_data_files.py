@@ -18,8 +18,6 @@ from flaxfit.data.batch import Binding
 from flaxfit.data.dispatch import as_inputs_source, as_source
 from flaxfit.data.kinds import adapt
 
-pytestmark = pytest.mark.usefixtures("shared_compiles")
-
 ONE = Binding(CallSpec(("x",), (), ("x",)))
 TWO = Binding(CallSpec(("a", "b"), (), ("a", "b")))
 X = np.random.default_rng(0).normal(size=(100, 4)).astype(np.float32)

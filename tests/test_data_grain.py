@@ -17,7 +17,6 @@ from flaxfit.data.dispatch import as_inputs_source, as_source
 
 grain = pytest.importorskip("grain")
 
-pytestmark = pytest.mark.usefixtures("shared_compiles")
 
 ONE = Binding(CallSpec(("x",), (), ("x",)))
 X = np.arange(22, dtype=np.float32)[:, None]

@@ -18,7 +18,7 @@ from flaxfit.data.batch import Binding  # noqa: E402
 from flaxfit.data.dispatch import as_inputs_source, as_source, split_data  # noqa: E402
 from flaxfit.data.hugging_face import as_dataset, recognizes  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("shared_compiles", "offline")
+pytestmark = pytest.mark.usefixtures("offline")
 
 BINDING = Binding(CallSpec(("x",), (), ("x",)))
 ROWS = 10

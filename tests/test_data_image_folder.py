@@ -14,7 +14,6 @@ from flaxfit.data import Examples, image_folder
 
 image_module = pytest.importorskip("PIL.Image")
 
-pytestmark = pytest.mark.usefixtures("shared_compiles")
 
 DIGITS = load_digits()
 PIXELS = (DIGITS.images * 15.9375).astype(np.uint8)

@@ -16,8 +16,6 @@ from flaxfit.data import Examples
 from flaxfit.data.batch import Binding
 from flaxfit.data.dispatch import as_inputs_source, as_source
 
-pytestmark = pytest.mark.usefixtures("shared_compiles")
-
 RNG = np.random.default_rng(0)
 ROWS, SIZE = 10, 4
 COLUMNS = {

@@ -19,8 +19,6 @@ from flaxfit.data.padding import plan_buckets
 from flaxfit.data.padding_arguments import as_padding
 from flaxfit.data.stream import Facts
 
-pytestmark = pytest.mark.usefixtures("shared_compiles")
-
 BINDING = Binding(CallSpec(("x",), (), ("x",)))
 LENGTHS = np.random.default_rng(0).integers(1, 21, 60)
 BUCKETS = [8, 16, 24]

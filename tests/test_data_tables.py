@@ -19,7 +19,6 @@ pd = pytest.importorskip("pandas")
 pl = pytest.importorskip("polars")
 pa = pytest.importorskip("pyarrow")
 
-pytestmark = pytest.mark.usefixtures("shared_compiles")
 
 ONE = Binding(CallSpec(("x",), (), ("x",)))
 TWO = Binding(CallSpec(("left", "right"), (), ("left", "right")))

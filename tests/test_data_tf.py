@@ -14,8 +14,6 @@ from flaxfit.data.batch import Binding
 from flaxfit.data.dispatch import as_inputs_source, as_source
 from flaxfit.data.tf_data import recognizes
 
-pytestmark = pytest.mark.usefixtures("shared_compiles")
-
 BINDING = Binding(CallSpec(("x",), (), ("x",)))
 ROWS = 10
 X = np.random.default_rng(0).normal(size=(ROWS, 3)).astype(np.float32)

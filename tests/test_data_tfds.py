@@ -30,8 +30,6 @@ pytest.importorskip("PIL")
 
 import tfds_datasets  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("shared_compiles")
-
 ONE = Binding(CallSpec(("x",), (), ("x",)))
 TWO = Binding(CallSpec(("first", "second"), (), ("first", "second")))
 HAS = r"few_digits 1\.0\.0 has train \(300 examples\), validation \(40\), test \(60\)"

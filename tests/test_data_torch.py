@@ -23,8 +23,6 @@ from flaxfit.data.dispatch import as_inputs_source, as_source  # noqa: E402
 from flaxfit.data.source import as_host  # noqa: E402
 from flaxfit.data.torch import as_dataset, recognizes  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("shared_compiles")
-
 BINDING = Binding(CallSpec(("x",), (), ("x",)))
 ROWS = 10
 X = np.random.default_rng(0).normal(size=(ROWS, 3)).astype(np.float32)

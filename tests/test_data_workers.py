@@ -308,9 +308,7 @@ def decode(item, rng):
 
 @pytest.mark.parametrize("prefetch", [0, 2])
 @pytest.mark.parametrize("how", WAYS[1:], ids=str)
-def test_fit_is_the_same_by_threads_and_processes(
-    how, prefetch, started, shared_compiles
-):
+def test_fit_is_the_same_by_threads_and_processes(how, prefetch, started):
     def losses(**ways):
         trainer = Trainer(nn.Dense(1), loss="mse", seed=3, prefetch=prefetch)
         examples = Examples(list(range(10)), decode, **ways)
@@ -322,7 +320,7 @@ def test_fit_is_the_same_by_threads_and_processes(
 
 
 @pytest.mark.parametrize("how", WAYS[1:], ids=str)
-def test_an_error_while_fitting_names_the_item(how, started, shared_compiles):
+def test_an_error_while_fitting_names_the_item(how, started):
     def load(item):
         if item == 17:
             raise ValueError("broken picture")

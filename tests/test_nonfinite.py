@@ -11,8 +11,6 @@ import pytest
 
 from flaxfit import EarlyStopping, LambdaCallback, Trainer, _run_folder
 
-pytestmark = pytest.mark.usefixtures("shared_compiles")
-
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(24, 4)).astype("float32")
 Y = RNG.normal(size=(24, 3)).astype("float32")

@@ -9,8 +9,6 @@ from flaxfit import Trainer
 from flaxfit._errors import DataError
 from flaxfit.data import Examples, image_folder
 
-pytestmark = pytest.mark.usefixtures("shared_compiles")
-
 RNG = np.random.default_rng(0)
 X = RNG.integers(0, 256, (12, 8, 8, 1)).astype(np.uint8)
 Y = np.arange(12, dtype=np.int32) % 2

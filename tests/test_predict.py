@@ -18,8 +18,6 @@ from flaxfit._errors import DataError
 from flaxfit._segments import empty_array
 from flaxfit.data import Examples
 
-pytestmark = pytest.mark.usefixtures("shared_compiles")
-
 ROOT = Path(__file__).parents[1]
 X = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
 Y = np.random.default_rng(1).integers(0, 3, 50).astype(np.int32)

@@ -12,8 +12,6 @@ from flax.training import train_state
 
 from flaxfit import CheckpointError, ModelCheckpoint, Trainer, load_params
 
-pytestmark = pytest.mark.usefixtures("shared_compiles")
-
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(16, 4)).astype("float32")
 Y = RNG.integers(0, 3, 16)

@@ -24,8 +24,6 @@ from flaxfit import (
     checkpoint,
 )
 
-pytestmark = pytest.mark.usefixtures("shared_compiles")
-
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(22, 4)).astype("float32")
 Y = RNG.integers(0, 3, 22)
