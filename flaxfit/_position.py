@@ -67,10 +67,23 @@ class Bookmarks:
                 # Those in the past are seldom needed: it only is further from there.
                 del self._marks[1 : _MOST_BOOKMARKS // 2 : 2]
 
+    def leave_out(self) -> None:
+        """Takes no note of where the source stands: it is at no position of the fit."""
+        self._latest = self._source.bookmark
+
+    def begin(self, position: Position) -> dict[str, Any] | None:
+        """Returns `at(position)`, from where the data is read again.
+
+        What was noted beyond it, by a reading ahead that is over, is forgotten.
+        """
+        with self._lock:
+            self._marks = [mark for mark in self._marks if mark[0] <= position]
+        return self.at(position)
+
     def at(self, position: Position) -> dict[str, Any] | None:
         """Returns the last bookmark up to a position, None where there is none.
 
-        Those before it are forgotten: a fit does not go back.
+        Those before it are forgotten: a fit does not go back beyond a checkpoint.
         """
         with self._lock:
             past = sum(where <= position for where, _ in self._marks)
@@ -96,7 +109,7 @@ def epochs_of(
       bookmarks: how to get there, and where to note how to get there again.
     """
     bookmarks = bookmarks or Bookmarks(source)
-    mark = bookmarks.at(position)
+    mark = bookmarks.begin(position)
     if steps is None:
         if mark is not None and mark["epoch"] != position.epoch:
             mark = None  # a pass begins, as any other
@@ -116,7 +129,7 @@ def epochs_of(
         )
     )
     for _ in islice(endless, skipped):
-        pass
+        bookmarks.leave_out()
     yield _noting(islice(endless, steps - position.batch), bookmarks, position)
     for index in count(position.epoch + 1):
         yield _noting(islice(endless, steps), bookmarks, Position(index))

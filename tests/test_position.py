@@ -147,15 +147,38 @@ def test_bookmarks_of_an_endless_epoch_are_bounded_and_stay_exact():
     assert bookmarks.at(Position(0, 6)) is None
 
 
-@pytest.mark.parametrize("steps", [None, 7])
-def test_a_second_resume_knows_nothing_of_the_batch_read_ahead(steps):
-    """The source reads its first batch as it is made, which is not where the fit is."""
-    position, later = Position(2, 2), Position(2, 4)
-    whole = read(epochs_of(source_of(Loader()), steps, Position()), 3)[2]
+@pytest.mark.parametrize("steps", [None, 3, 7])
+@pytest.mark.parametrize("first", [1, 4, 9, 11])
+@pytest.mark.parametrize("more", [1, 2, 5])
+def test_a_second_resume_goes_on_with_what_was_to_come(steps, first, more, seconds):
+    """Neither the batch read ahead nor those left out say where the fit stands."""
+    length = steps or LENGTH
+    whole = np.concatenate(read(epochs_of(source_of(Loader()), steps, Position()), 9))
+    position = Position(*divmod(first, length))
     source = source_of(Loader())
     bookmarks = Bookmarks(source, stopped_at(source_of(Loader()), steps, position))
-    ahead = next(epochs_of(source, steps, position, bookmarks))
-    assert [int(next(ahead).inputs[0][0, 0]) for _ in range(2)] == whole[2:4]
+    epochs = epochs_of(source, steps, position, bookmarks)
+    ahead = itertools.chain.from_iterable(itertools.islice(epochs, 4))
+    numbers = [int(batch.inputs[0][0, 0]) for batch in itertools.islice(ahead, more)]
+    assert numbers == whole[first : first + more].tolist()
+    later = Position(*divmod(first + more, length))
     again = source_of(Loader())
     epochs = epochs_of(again, steps, later, Bookmarks(again, bookmarks.at(later)))
-    assert read(epochs, 1) == [whole[4:]]
+    rest = np.concatenate(read(epochs, 2))
+    start = first + more
+    assert rest.tolist() == whole[start : start + len(rest)].tolist()
+
+
+@pytest.mark.parametrize("steps", [None, 40])
+def test_going_back_again_and_again_forgets_what_was_read_ahead(steps, seconds):
+    """A rollback reads again in the same process, from before what was noted last."""
+    numbers = [(number + 1) * 7 % 11 for number in range(40)]
+    source = source_of(lambda: Reader([], 40))
+    bookmarks = Bookmarks(source)
+    list(itertools.islice(next(epochs_of(source, steps, Position(), bookmarks)), 30))
+    bookmarks.at(Position(0, 8))  # a checkpoint
+    for bad in (10, 16, 20):
+        epochs = epochs_of(source, steps, Position(0, bad + 1), bookmarks)
+        batches = list(itertools.islice(next(epochs), 12))
+        found = [int(batch.inputs[0][0, 0]) for batch in batches]
+        assert found == numbers[bad + 1 : bad + 13]
