@@ -22,8 +22,8 @@ class Destination:
 
     Raises:
       TypeError: what cannot be written into.
-      ValueError: arrays nested otherwise, of another shape or length, of a dtype that
-        cannot hold the outputs, or that are read-only.
+      ValueError: arrays nested otherwise, of another shape or length, of different
+        lengths, of a dtype that cannot hold the outputs, or that are read-only.
     """
 
     def __init__(self, out: PyTree, outputs: PyTree, examples: int | None) -> None:
@@ -37,6 +37,11 @@ class Destination:
             ) from error
         for target, output in zip(targets, jax.tree.leaves(outputs), strict=True):
             _check(target, output, examples)
+        if len(lengths := {target.shape[0] for target in targets}) > 1:
+            raise ValueError(
+                f"the arrays of out have {', '.join(map(str, sorted(lengths)))} rows: "
+                "give all of them one row for each example."
+            )
         self._out = out
         self._targets = targets
 
@@ -46,7 +51,7 @@ class Destination:
         Raises:
           ValueError: there are more examples than rows, or fewer.
         """
-        done, room = 0, min(target.shape[0] for target in self._targets)
+        done, room = 0, self._targets[0].shape[0]
         try:
             with closing(parts):
                 for outputs, examples in parts:
@@ -106,7 +111,9 @@ def _check(target: Any, output: Any, examples: int | None) -> None:
             f"out is a {type(target).__name__}, whose dtype is none of NumPy's. Give "
             "its NumPy view, as out=out.numpy() of torch."
         ) from error
-    if not np.can_cast(output.dtype, dtype, "same_kind"):
+    # Whole numbers that are too large would wrap around; others are rounded.
+    exact = np.issubdtype(dtype, np.integer)
+    if not np.can_cast(output.dtype, dtype, "safe" if exact else "same_kind"):
         raise ValueError(
             f"out is {dtype}, and the outputs are {output.dtype}, which it cannot "
             f"hold. Write {_advice(output, examples)}."

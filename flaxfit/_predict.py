@@ -1,6 +1,6 @@
 """The host loop of a prediction, and what becomes of the outputs it yields."""
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Any, TypeAlias
@@ -88,24 +88,28 @@ def _read_outputs(
     return jax.tree.map(lambda leaf: leaf[chosen], read(outputs)), examples
 
 
-def join_batches(parts: Iterator[Part], batched: Sequence[bool]) -> PyTree:
+def join_batches(parts: Generator[Part], batched: Sequence[bool]) -> PyTree:
     """Joins the outputs of `predict_loop`, without their fill.
 
     Args:
       parts: what `predict_loop` yields.
       batched: for each leaf whether its first axis is the batch; others are stacked.
+
+    Raises:
+      DataError: rows of different shapes.
     """
     columns: list[list[Any]] = [[] for _ in batched]
     structure = None
-    for outputs, examples in parts:
-        leaves, structure = jax.tree.flatten(outputs)
-        for column, leaf, is_batch in zip(columns, leaves, batched, strict=True):
-            if is_batch and column and column[0].shape[1:] != leaf.shape[2:]:
-                raise DataError(_unlike_rows(column[0].shape[1:], leaf.shape[2:]))
-            if is_batch:
-                column += real_rows(leaf, examples)
-            else:
-                column.append(leaf)
+    with closing(parts):
+        for outputs, examples in parts:
+            leaves, structure = jax.tree.flatten(outputs)
+            for column, leaf, is_batch in zip(columns, leaves, batched, strict=True):
+                if is_batch and column and column[0].shape[1:] != leaf.shape[2:]:
+                    raise DataError(_unlike_rows(column[0].shape[1:], leaf.shape[2:]))
+                if is_batch:
+                    column += real_rows(leaf, examples)
+                else:
+                    column.append(leaf)
     return jax.tree.unflatten(structure, [np.concatenate(c) for c in columns])
 
 

@@ -1,7 +1,7 @@
 """How one trainer reads data, and what it has learnt from it so far."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,9 @@ from flaxfit.data.dispatch import (
     as_source,
     as_whole,
 )
+from flaxfit.data.example_set import ExampleSet
 from flaxfit.data.source import Source
+from flaxfit.data.stream import Stream
 
 
 class Reader:
@@ -106,8 +108,10 @@ class Reader:
         *,
         what: str,
         batch_size: int | None = None,
+        default_batch_size: int | None = None,
         steps: int | None = None,
         divided: bool = False,
+        refuse: Callable[[Any], None] | None = None,
         data_dir: str | os.PathLike[str] | None = None,
     ) -> Source:
         """Returns a source of what is evaluated or looked at; see `as_source`.
@@ -117,9 +121,11 @@ class Reader:
           y: targets, for arrays.
           sample_weight: weights, for arrays.
           what: what the data was given to, for messages.
-          batch_size: rows of a batch, None for those of the last fit.
+          batch_size: rows of a batch.
+          default_batch_size: those where nothing is said, None for the last fit's.
           steps: how many batches are asked for.
           divided: whether batches are divided among the devices.
+          refuse: see `as_source`.
           data_dir: where datasets by name lie.
         """
         return as_source(
@@ -129,10 +135,11 @@ class Reader:
             # What a fit is validated on is read like what it trains on.
             binding=self._binding if what == "validation_data" else self.binding,
             batch_size=batch_size,
-            default_batch_size=self.batch_size,
+            default_batch_size=default_batch_size or self.batch_size,
             multiple_of=self._devices if divided else 1,
             steps=steps,
             check=self._builder.check_values,
+            refuse=refuse,
             data_dir=data_dir,
             what=what,
         )
@@ -144,6 +151,7 @@ class Reader:
         what: str,
         batch_size: int | None = None,
         steps: int | None = None,
+        refuse: Callable[[Any], None] | None = None,
         data_dir: str | os.PathLike[str] | None = None,
     ) -> Source:
         """Returns a source of inputs; see `source` and `as_inputs_source`."""
@@ -155,6 +163,7 @@ class Reader:
             multiple_of=self._devices,
             steps=steps,
             check=self._builder.check_values,
+            refuse=refuse,
             data_dir=data_dir,
             what=what,
         )
@@ -207,32 +216,46 @@ class Reader:
 
 
 def refuse_one_shot(
-    source: Source, what: str, epochs: range, steps: int | None
+    data: ExampleSet | Stream, *, what: str, epochs: int, steps: int | None
 ) -> None:
     """Refuses an iterator where more than one pass is to be made.
 
     Raises:
       DataError: it runs dry after the first.
     """
-    if source.one_shot and steps is None and len(epochs) > 1:
+    if data.one_shot and steps is None and epochs > 1:
         name = "steps_per_epoch" if what == "fit" else "validation_steps"
         raise DataError(
             f"{what} got an iterator, which runs dry after one pass, for "
-            f"{len(epochs)} epochs. Give something that can be iterated again, e.g. a "
+            f"{epochs} epochs. Give something that can be iterated again, e.g. a "
             f"list of batches, or the function that makes it: make_batches and not "
             f"make_batches(); or say how many batches an epoch takes: {name}=100."
         )
 
 
-def refuse_to_use_up(source: Source, what: str) -> None:
-    """Refuses an iterator where the batches read here are wanted again.
+def refuse_to_use_up(data: ExampleSet | Stream, *, what: str) -> None:
+    """Refuses an iterator where the batch that is looked at is wanted again.
 
     Raises:
-      DataError: it would lose them.
+      DataError: it would lose it.
     """
-    if source.one_shot:
+    if data.one_shot:
         raise DataError(
             f"{what} got an iterator, and would use up its first batch. Write "
             f"trainer.{what}(x, y) with that batch, or give the function that "
             "makes the iterator."
+        )
+
+
+def refuse_to_go_back(data: ExampleSet | Stream) -> None:
+    """Refuses an iterator where batches are to be read again.
+
+    Raises:
+      DataError: it cannot go back.
+    """
+    if data.one_shot:
+        raise DataError(
+            'nonfinite="rollback" reads the data again from a bad batch on, and fit '
+            "got an iterator, which cannot go back. Give the function that makes it, "
+            'make_batches and not make_batches(), or write Trainer(nonfinite="skip").'
         )

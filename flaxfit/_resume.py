@@ -105,7 +105,9 @@ def as_resume(resume: Any, run_dir: Any) -> str:
     return resume
 
 
-def find(run_dir: Path | None, resume: str) -> checkpoint.Checkpoint | None:
+def find(
+    run_dir: Path | None, resume: str
+) -> tuple[checkpoint.Checkpoint | None, bool]:
     """Returns the checkpoint to go on from, None to begin anew.
 
     Args:
@@ -113,22 +115,22 @@ def find(run_dir: Path | None, resume: str) -> checkpoint.Checkpoint | None:
       resume: `"auto"`, `"must"`, `"never"`, or the path of a checkpoint or of the
         folder of a run.
 
+    Returns:
+      It, and whether what is in the folder belongs to another run.
+
     Raises:
       CheckpointError: there is none where there must be, or it cannot be read.
     """
+    found, foreign = None, False
     if resume not in ("auto", "must", "never"):
         found = _at(Path(resume))
-        if run_dir is not None and Path(found.path).resolve().parent != (
-            run_dir.resolve()
-        ):
-            _aside(run_dir)
-        elif run_dir is not None:
-            _refuse_newer(run_dir, found)
-    elif run_dir is None or resume == "never":
-        found = None
         if run_dir is not None:
-            _aside(run_dir)
-    else:
+            foreign = Path(found.path).resolve().parent != run_dir.resolve()
+            if not foreign:
+                _refuse_newer(run_dir, found)
+    elif resume == "never":
+        foreign = True
+    elif run_dir is not None:
         found = _run_folder.newest(run_dir)
         if found is None and resume == "must":
             raise CheckpointError(
@@ -136,7 +138,7 @@ def find(run_dir: Path | None, resume: str) -> checkpoint.Checkpoint | None:
                 'Write resume="auto" to begin where there is none.'
             )
     _agree(found)
-    return found
+    return found, foreign
 
 
 def _at(path: Path) -> checkpoint.Checkpoint:
@@ -150,7 +152,8 @@ def _at(path: Path) -> checkpoint.Checkpoint:
     return found
 
 
-def _aside(run_dir: Path) -> None:
+def set_aside(run_dir: Path) -> None:
+    """Moves what is in a run's folder into one below it, and says so."""
     if jax.process_index() == 0 and (aside := _run_folder.set_aside(run_dir)):
         warnings.warn(
             f"What was in {os.fspath(run_dir)!r} is now in {os.fspath(aside)!r}.",

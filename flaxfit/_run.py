@@ -71,6 +71,8 @@ class Run:
             )
         self._meta: dict[str, Any] = {}
         self._over: str | None = None
+        # Whether what is in the folder belongs to another run.
+        self._foreign = False
         self.origin = Origin.begin(0, 0)
         self.saver = Saver(self._writer, self._describe)
         self.bookmarks: Bookmarks | None = None
@@ -108,11 +110,16 @@ class Run:
         with contextlib.ExitStack() as stack:
             if self._folder is not None and self._leads:
                 stack.enter_context(_run_folder.opened(self._folder))
-            found = _resume.find(self._folder, self._resume)
+            found, self._foreign = _resume.find(self._folder, self._resume)
             self.origin = (
                 Origin.begin(step, epoch) if found is None else Origin.of(found)
             )
             yield self.origin
+
+    def take_folder(self) -> None:
+        """Moves what is of another run out of the way; called once all is checked."""
+        if self._foreign and self._folder is not None:
+            _resume.set_aside(self._folder)
 
     def refuse_to_overwrite(self, step: int) -> None:
         """See `_resume.refuse_to_overwrite`."""

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Literal, NamedTuple, Self
 
 import jax
@@ -49,7 +50,12 @@ from flaxfit._models.base import Overrides
 from flaxfit._outputs import Destination
 from flaxfit._plan import FitPlan
 from flaxfit._predict import Part, join_batches, split_batches
-from flaxfit._reader import Reader, refuse_one_shot, refuse_to_use_up
+from flaxfit._reader import (
+    Reader,
+    refuse_one_shot,
+    refuse_to_go_back,
+    refuse_to_use_up,
+)
 from flaxfit._readings import read_logs
 from flaxfit._run import Run, describe_data
 from flaxfit._runs import (
@@ -74,7 +80,9 @@ from flaxfit.data.dispatch import (
     as_source,
     split_data,
 )
+from flaxfit.data.example_set import ExampleSet
 from flaxfit.data.source import Source
+from flaxfit.data.stream import Stream
 from flaxfit.history import History
 
 # Arguments that say how to run: they belong to a machine, and not into a file.
@@ -340,6 +348,10 @@ class Trainer:
         validation_steps = as_optional_count("validation_steps", validation_steps)
         if not isinstance(shuffle, bool | np.bool_):
             raise ValueError(f"shuffle={shuffle!r}: write True or False.")
+        if validation_split and validation_data is not None:
+            raise ValueError(
+                "fit got both validation_split and validation_data; give one of them."
+            )
         run = Run(run_dir, save_every, resume, monitor, display)
         run.check_policy(self._builder.nonfinite)
         own_step, clock = self.step, Clock()
@@ -358,11 +370,6 @@ class Trainer:
                 else self._reader.read_like(origin.saved)
             )
             if validation_split:
-                if validation_data is not None:
-                    raise ValueError(
-                        "fit got both validation_split and validation_data; give one "
-                        "of them."
-                    )
                 x, validation_data = split_data(
                     x,
                     y,
@@ -383,11 +390,13 @@ class Trainer:
                 class_weight=class_weight,
                 steps=steps,
                 check=self._builder.check_values,
+                refuse=refuse_to_go_back
+                if self._builder.nonfinite == "rollback"
+                else partial(
+                    refuse_one_shot, what="fit", epochs=len(span), steps=steps
+                ),
                 data_dir=data_dir,
             )
-            refuse_one_shot(source, "fit", span, steps)
-            if self._builder.nonfinite == "rollback":
-                refuse_to_use_up(source, "fit")
             epoch_steps = steps or source.num_batches
             total_steps = epoch_steps and origin.first_step + len(span) * epoch_steps
             self._builder.require_total_steps(total_steps)
@@ -395,14 +404,15 @@ class Trainer:
             if origin.saved is not None:
                 self._reader.refuse_other_classes(source)
             built = self._build(source, total_steps, place=True)
-            self._reader.batch_size = source.batch_size
             validation = self._validation_source(
                 validation_data,
                 validation_batch_size,
+                source.batch_size,
                 len(span),
                 validation_steps,
                 data_dir,
             )
+            self._reader.batch_size = source.batch_size
             run.compare(
                 self._meta(),
                 source,
@@ -412,6 +422,7 @@ class Trainer:
                 total_steps,
             )
             self._keeper.begin(source.example, run, total_steps)
+            run.take_folder()
             if verbose != 0:
                 state = self._keeper.holder.peek()
                 for line in first_lines(
@@ -530,10 +541,10 @@ class Trainer:
             batch_size=batch_size,
             steps=steps,
             check=self._builder.check_values,
+            refuse=partial(refuse_to_use_up, what="compile"),
             data_dir=data_dir,
             what="compile",
         )
-        refuse_to_use_up(source, "compile")
         epoch_steps = steps or source.num_batches
         total_steps = epoch_steps and self.step + epochs * epoch_steps
         self._builder.require_total_steps(total_steps)
@@ -715,7 +726,11 @@ class Trainer:
             before anything is computed, unless only reading tells the length.
         """
         display = make_progress(verbose)
-        opened = self._open_inputs(x, batch_size, steps, "predict", data_dir)
+        steps = as_optional_count("steps", steps)
+        source = self._reader.inputs(
+            x, what="predict", batch_size=batch_size, steps=steps, data_dir=data_dir
+        )
+        opened = self._open_inputs(source, steps)
         target = None
         if out is not None:
             target = Destination(out, opened.outputs.shapes, opened.examples)
@@ -756,7 +771,15 @@ class Trainer:
         Example:
           `for outputs in trainer.predict_batches(make_batches): file.write(outputs)`
         """
-        opened = self._open_inputs(x, batch_size, steps, "predict_batches", data_dir)
+        steps = as_optional_count("steps", steps)
+        source = self._reader.inputs(
+            x,
+            what="predict_batches",
+            batch_size=batch_size,
+            steps=steps,
+            data_dir=data_dir,
+        )
+        opened = self._open_inputs(source, steps)
         # Not borrowed: a fit would copy the state in every step, for as long as anyone
         # holds the iterator.
         parts = self._predict(opened, self._keeper.holder.read(), own=True)
@@ -781,8 +804,15 @@ class Trainer:
           `[batches, ...]`.
         """
         display = make_progress(verbose)
-        what = "predict_intermediates"
-        opened = self._open_inputs(x, batch_size, steps, what, data_dir, sown=True)
+        steps = as_optional_count("steps", steps)
+        source = self._reader.inputs(
+            x,
+            what="predict_intermediates",
+            batch_size=batch_size,
+            steps=steps,
+            data_dir=data_dir,
+        )
+        opened = self._open_inputs(source, steps, sown=True)
         with listening(CompileReport(display)), self._keeper.holder.borrow() as state:
             parts = self._predict(opened, state, display=display)
             return join_batches(parts, opened.outputs.batched)
@@ -790,33 +820,21 @@ class Trainer:
     def predict_on_batch(self, x: Any) -> PyTree:
         """Returns the outputs for one batch of inputs of any size."""
         what = "predict_on_batch"
-        source = as_inputs_source(x, binding=self._reader.binding, what=what)
-        if source.kind != "arrays" and source.num_batches != 1:
-            raise ValueError(
-                f"predict_on_batch takes one batch, not a {source.kind}. Write "
-                "predict(dataset), or predict_on_batch(next(iter(dataset)))."
-            )
-        rows = source.num_examples if source.kind == "arrays" else None
-        opened = self._open_inputs(x, rows, None, what)
+        source = self._reader.inputs(x, what=what, refuse=_refuse_several)
+        if source.kind == "arrays":
+            rows = source.num_examples
+            source = self._reader.inputs(x, what=what, batch_size=rows)
+        elif source.num_batches != 1:
+            raise ValueError(_several_text(source))
+        opened = self._open_inputs(source, None)
         with self._keeper.holder.borrow() as state:
             parts = self._predict(opened, state)
             return join_batches(parts, opened.outputs.batched)
 
     def _open_inputs(
-        self,
-        x: Any,
-        batch_size: int | None,
-        steps: int | None,
-        what: str,
-        data_dir: str | os.PathLike[str] | None = None,
-        *,
-        sown: bool = False,
+        self, source: Source, steps: int | None, *, sown: bool = False
     ) -> "_Inputs":
         """Sees to it that there are parts and a state for inputs, and checks them."""
-        steps = as_optional_count("steps", steps)
-        source = self._reader.inputs(
-            x, what=what, batch_size=batch_size, steps=steps, data_dir=data_dir
-        )
         self._reader.learn(source, afresh=not self._keeper.settled)
         built = self._builder.build_for_inputs(
             source.example, afresh=not self._keeper.settled
@@ -972,9 +990,13 @@ class Trainer:
           data_dir: as for `fit`.
         """
         source = self._reader.source(
-            x, y, what="check", batch_size=batch_size, data_dir=data_dir
+            x,
+            y,
+            what="check",
+            batch_size=batch_size,
+            refuse=partial(refuse_to_use_up, what="check"),
+            data_dir=data_dir,
         )
-        refuse_to_use_up(source, "check")
         built = self._build(source)
         self._keeper.restore_pending()
         if self._keeper.holder.empty:
@@ -1112,6 +1134,7 @@ class Trainer:
         self,
         data: Any,
         batch_size: int | None,
+        default_batch_size: int,
         epochs: int,
         steps: int | None,
         data_dir: Any,
@@ -1125,9 +1148,12 @@ class Trainer:
                 batch_size=batch_size,
                 steps=steps,
                 divided=True,
+                default_batch_size=default_batch_size,
+                refuse=partial(
+                    refuse_one_shot, what="validation_data", epochs=epochs, steps=steps
+                ),
                 data_dir=data_dir,
             )
-            refuse_one_shot(source, "validation_data", range(epochs), steps)
             self._build(source, afresh=False)
         except Exception as error:
             error.add_note("in validation_data")
@@ -1217,3 +1243,15 @@ class _Inputs(NamedTuple):
             return min(source.num_examples, steps * source.batch_size)
         enough = source.num_batches is not None and steps >= source.num_batches
         return source.num_examples if enough else None
+
+
+def _refuse_several(data: ExampleSet | Stream) -> None:
+    if data.one_shot:
+        raise ValueError(_several_text(data))
+
+
+def _several_text(data: ExampleSet | Stream | Source) -> str:
+    return (
+        f"predict_on_batch takes one batch, and the {data.kind} given may have more. "
+        "Write predict(dataset), or predict_on_batch(next(iter(dataset)))."
+    )

@@ -70,7 +70,7 @@ FLOORS = {
     "data.image_folder": 2.28,
     "data.sliced": 2.26,
     "data.files": 2,
-    "data.batches": 2.25,
+    "data.batches": 2.26,
     "data.padding": 2.15,
     "data.padding_arguments": 2.2,
     "data.parts": 2.12,

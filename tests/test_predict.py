@@ -12,8 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-import flaxfit.trainer
-from flaxfit import Trainer, _types
+from flaxfit import Trainer, _reader, _types
 from flaxfit._errors import DataError
 from flaxfit._segments import empty_array
 from flaxfit.data import Examples
@@ -215,20 +214,22 @@ def test_one_batch_is_no_dataset():
     np.testing.assert_allclose(
         trainer.predict_on_batch(X[:5]), expected(trainer, X[:5]), atol=1e-6
     )
-    with pytest.raises(ValueError, match=r"one batch, not a iterator.*next\(iter"):
+    with pytest.raises(
+        ValueError, match=r"one batch, and the iterator given may.*next\(iter"
+    ):
         trainer.predict_on_batch(make_batches())
 
 
 def test_data_dir_reaches_the_data(monkeypatch):
     asked = []
-    real = flaxfit.trainer.as_inputs_source
+    real = _reader.as_inputs_source
 
     def noting(x, *, data_dir=None, **arguments):
         asked.append(data_dir)
         return real(x, **arguments)
 
     trainer = make_trainer()
-    monkeypatch.setattr(flaxfit.trainer, "as_inputs_source", noting)
+    monkeypatch.setattr(_reader, "as_inputs_source", noting)
     trainer.predict(X, data_dir="a")
     next(trainer.predict_batches(X, data_dir="b"))
     trainer.predict_intermediates(X, data_dir="c")

@@ -209,7 +209,8 @@ def train_rows(total: int, fraction: float) -> int:
     Raises:
       ValueError: `fraction` is out of range or leaves one side empty.
     """
-    real = isinstance(fraction, float | int) and not isinstance(fraction, bool)
+    real = isinstance(fraction, float | int | np.floating)
+    real = real and not isinstance(fraction, bool)
     if not real or not 0 < fraction < 1:
         raise ValueError(
             f"validation_split={fraction!r}: expected a fraction between 0 and 1, "

@@ -1,11 +1,12 @@
 """`Batches`: what a user says about batches that are not all of one shape."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from flaxfit._types import Batch
+from flaxfit.data.example_set import ExampleSet
 from flaxfit.data.iterables import from_iterable
 from flaxfit.data.padding import Padded, Padding
 from flaxfit.data.padding_arguments import as_padding
@@ -91,8 +92,15 @@ class Batches:
             return replace(stream, size=self.size, num_examples=None)
         padding = self.padding
         assert padding is not None
-        opened = partial(_open, stream.open, padding)
-        return replace(stream, open=opened, shapes=padding.buckets)
+        seeded = stream.seeded
+        if seeded is not None:
+            seeded = partial(_open_seeded, seeded, padding)
+        return replace(
+            stream,
+            open=partial(_open, stream.open, padding),
+            seeded=seeded,
+            shapes=padding.buckets,
+        )
 
 
 def open_batches(batches: Batches, adapted: Any, what: str) -> Stream:
@@ -108,6 +116,12 @@ def open_batches(batches: Batches, adapted: Any, what: str) -> Stream:
     """
     if isinstance(adapted, Stream):
         return batches.of_stream(adapted)
+    if adapted is not batches.batches and not isinstance(adapted, ExampleSet):
+        raise TypeError(
+            f"Batches of a {type(batches.batches).__name__}, which is arrays: it takes "
+            f"something that yields batches. Write {call_text(what, 'x, y')} with the "
+            "arrays, or Batches([batch], ...) with a single batch."
+        )
     if adapted is not batches.batches:
         raise TypeError(
             f"Batches of a {adapted.kind}, which holds single examples. Write "
@@ -120,6 +134,12 @@ def _open(
     open_pass: Open, padding: Padding, pass_index: int, start: int
 ) -> "_PaddedIterator":
     return _PaddedIterator(open_pass(pass_index, start), padding)
+
+
+def _open_seeded(
+    seeded: Callable[[Sequence[int]], Open], padding: Padding, seed: Sequence[int]
+) -> Open:
+    return partial(_open, seeded(seed), padding)
 
 
 class _PaddedIterator:

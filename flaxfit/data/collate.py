@@ -1,5 +1,6 @@
 """Single examples -> one raw batch of NumPy arrays, nested as they are."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -90,13 +91,15 @@ def own_item(item: Any) -> Any:
 
     Of tuples, lists, dicts and arrays; others are as they are.
     """
-    kind = type(item)
-    if kind is np.ndarray:
+    if isinstance(item, np.ndarray):
         return item.copy()
+    kind = type(item)
+    if isinstance(item, tuple) and hasattr(item, "_fields"):
+        return kind(*map(own_item, item))
     if kind is tuple or kind is list:
-        return kind(own_item(part) for part in item)
-    if kind is dict:
-        return {key: own_item(part) for key, part in item.items()}
+        return kind(map(own_item, item))
+    if kind is dict or kind is OrderedDict:
+        return kind((key, own_item(part)) for key, part in item.items())
     return item
 
 

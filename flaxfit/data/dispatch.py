@@ -59,6 +59,7 @@ def as_source(
     class_weight: Mapping[Any, float] | None = None,
     steps: int | None = None,
     check: Callable[[Batch], None] | None = None,
+    refuse: Callable[[ExampleSet | Stream], None] | None = None,
     data_dir: str | os.PathLike[str] | None = None,
     what: str = "fit",
 ) -> Source:
@@ -85,6 +86,7 @@ def as_source(
       steps: the number of steps asked for; an iterator that ends before it is an
         error.
       check: called by `Source.check`, and with every batch of a dataset.
+      refuse: called with a dataset before anything is read of it; raises.
       data_dir: where datasets by name lie; see `tfds.builder`.
       what: the method the data was given to, for messages.
 
@@ -118,7 +120,7 @@ def as_source(
         check_values(source.example)
         return source
     stream = _as_stream(
-        x, batch_size, default_batch_size, multiple_of, shuffle, seed, what
+        x, batch_size, default_batch_size, multiple_of, shuffle, seed, refuse, what
     )
     if stream.endless and steps is None:
         raise DataError(_endless_text(stream, what))
@@ -158,6 +160,7 @@ def as_inputs_source(
     multiple_of: int = 1,
     steps: int | None = None,
     check: Callable[[Batch], None] | None = None,
+    refuse: Callable[[ExampleSet | Stream], None] | None = None,
     data_dir: str | os.PathLike[str] | None = None,
     what: str = "predict",
 ) -> Source:
@@ -175,6 +178,7 @@ def as_inputs_source(
       multiple_of: rounds the rows of a batch of arrays up, for the devices.
       steps: the number of batches asked for.
       check: called by `Source.check`, and with every batch of a dataset.
+      refuse: called with a dataset before anything is read of it; raises.
       data_dir: where datasets by name lie; see `tfds.builder`.
       what: the method the data was given to, for messages.
 
@@ -195,7 +199,9 @@ def as_inputs_source(
         return ArraySource(data, size, check=check, facts=whole.facts)
     if isinstance(x, ExampleSet):
         x = replace(x, in_buckets=False)  # outputs come in the order of the inputs
-    stream = _as_stream(x, batch_size, default_batch_size, multiple_of, False, (), what)
+    stream = _as_stream(
+        x, batch_size, default_batch_size, multiple_of, False, (), refuse, what
+    )
     if stream.endless and steps is None and what in _JOINED:
         raise DataError(_endless_text(stream, what))
     binding = binding.guided_by(stream.facts or NO_FACTS)
@@ -257,7 +263,8 @@ def as_whole(
     data = whole.batch
     if class_weight is not None:
         data = ClassWeighting(class_weight)(data)
-    data = with_weights(narrow(data))
+    # Of a file only the rows that are asked for are ever read.
+    data = with_weights(narrow(data, keep_mapped=what == "validation_split"))
     check_weights(data.weights, all_zero=True)
     check_values(data)
     return replace(whole, batch=data)
@@ -321,6 +328,7 @@ def _as_stream(
     multiple_of: int,
     shuffle: bool,
     seed: Sequence[int],
+    refuse: Callable[[ExampleSet | Stream], None] | None,
     what: str,
 ) -> Stream:
     """Returns a dataset as raw batches.
@@ -328,8 +336,12 @@ def _as_stream(
     Raises:
       ValueError: `batch_size` for what comes in batches.
     """
-    if not isinstance(x, ExampleSet | Stream):
+    is_plain = not isinstance(x, ExampleSet | Stream)
+    if is_plain:
         x = examples_of(x, batch_size, what) or from_iterable(x, what)
+    if refuse is not None:
+        refuse(x)
+    if is_plain:
         if isinstance(x, Stream) and default_batch_size is not None:
             # After a fit that made batches of examples, others may come as examples.
             first, x = peek(x)

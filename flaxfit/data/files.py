@@ -67,12 +67,20 @@ def open_files(nest: Any) -> Any:
     """
     if recognizes(nest):
         return as_dataset(nest, what="fit")
-    if isinstance(nest, tuple) and any(map(recognizes, nest)):
+    if isinstance(nest, tuple) and any(map(_holds_file, nest)):
         parts = map(open_files, nest)
         return type(nest)(*parts) if hasattr(nest, "_fields") else tuple(parts)
-    if isinstance(nest, Mapping) and any(map(recognizes, nest.values())):
+    if isinstance(nest, Mapping) and any(map(_holds_file, nest.values())):
         return {key: open_files(part) for key, part in nest.items()}
     return nest
+
+
+def _holds_file(nest: Any) -> bool:
+    if isinstance(nest, tuple):
+        return any(map(_holds_file, nest))
+    if isinstance(nest, Mapping):
+        return any(map(_holds_file, nest.values()))
+    return recognizes(nest)
 
 
 def _read_path(path: str, suffix: str = "") -> Any:

@@ -175,8 +175,14 @@ class Padding:
 
             return jax.tree.map(pad_leaf, value)
 
-        padded = rebuilt([parts_of(host)], pad, host)
-        rows = len(jax.tree.leaves(host)[0])
+        parts = parts_of(host)
+        padded = rebuilt([parts], pad, host)
+        rows = next(
+            len(leaf)
+            for part in counts
+            for leaf in _leaves(parts[part])
+            if _has_axis(leaf, 1)
+        )
         real = {part: np.full(rows, count) for part, count in counts.items()}
         return self._padded(padded, real, bucket, rows)
 

@@ -76,10 +76,10 @@ def apply_mask(
     weights = mask.astype(np.float32)
     if batch.weights is not None:
         given = np.asarray(batch.weights, np.float32)
+        if not given.ndim or given.shape != mask.shape[: given.ndim]:
+            return batch  # whose weights are refused where all weights are checked
         if given.ndim == 1:
             given = given[:, None]
-        elif given.shape[:2] != mask.shape:
-            return batch  # whose weights are refused where all weights are checked
         weights = np.where(_spread(mask, given.ndim), given, np.float32(0))
     return batch.replace(weights=weights)
 
