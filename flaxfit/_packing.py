@@ -7,8 +7,8 @@ import numpy as np
 
 from flaxfit._segments import Segment, Stack, empty_array, stack_capacity
 from flaxfit._sharding import Placement
-from flaxfit._types import Batch, HostArray, PyTree
-from flaxfit.data.source import own
+from flaxfit._types import Batch, HostArray
+from flaxfit.data.source import on_device, own
 
 
 class Ready(NamedTuple):
@@ -88,7 +88,7 @@ class SegmentPacker:
         return Ready(segment, len(closed.examples), tuple(closed.examples))
 
     def _capacity(self, batch: Batch) -> int:
-        if not self._stacks or _on_device(batch):
+        if not self._stacks or on_device(batch):
             return 1
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(batch))
         size = max(size, self._bytes_per_output)
@@ -135,7 +135,3 @@ def _count_examples(weights: HostArray | jax.Array) -> int:
     if weights.ndim == 1:
         return int(np.count_nonzero(weights))
     return int(np.count_nonzero((weights != 0).reshape(len(weights), -1).any(axis=1)))
-
-
-def _on_device(tree: PyTree) -> bool:
-    return any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree))

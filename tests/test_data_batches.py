@@ -15,6 +15,7 @@ from flaxfit._types import CallSpec
 from flaxfit.data import Batches, Examples
 from flaxfit.data.batch import Binding
 from flaxfit.data.dispatch import as_source
+from flaxfit.data.stream import Stream
 
 BINDING = Binding(CallSpec(("x",), (), ("x",)))
 GRAPHS, REAL = 5, 4
@@ -324,6 +325,36 @@ def test_a_loader_that_tells_where_it_stands_goes_on_telling():
         np.testing.assert_array_equal(one.inputs[0], other.inputs[0])
 
 
+@pytest.mark.parametrize("seed", [(), (3,)])
+def test_a_loader_that_draws_by_the_seed_is_padded_too(seed):
+    """As a `DataLoader` of torch is: what is opened then is another iterator."""
+
+    def open_with(seed):
+        return lambda pass_index, start: ragged()
+
+    seeded = open_with if seed else None
+    stream = Stream("loader", lambda *unused: ragged(), seeded=seeded)
+    padded = Batches(stream, pad_to=[8, 16]).of_stream(stream)
+    source = as_source(padded, binding=BINDING, seed=seed)
+    want = as_source(Batches(ragged, pad_to=[8, 16]), binding=BINDING)
+    for one, other in zip(source.batches(0), want.batches(0), strict=True):
+        assert one.inputs[0].shape[1] in (8, 16)
+        np.testing.assert_array_equal(one.inputs[0], other.inputs[0])
+        np.testing.assert_array_equal(one.weights, other.weights)
+
+
+def test_what_goes_with_padded_rows_need_not_be_padded():
+    tokens, labels = np.ones((4, 6), np.int32), np.ones((4, 6), np.float32)
+    data = [{"count": np.int32(3), "x": tokens, "y": np.ones((4, 1), np.float32)}]
+    named = Binding(CallSpec(("x",), (), ("x",)), inputs="x")
+    source = as_source(Batches(data, pad_to={"x": 8}), binding=named)
+    assert source.example.inputs[0].shape == (4, 8)
+    for rows in (1, 3):
+        weighted = [(tokens, labels, np.ones(rows, np.float32))]
+        with pytest.raises(DataError, match=rf"weights: {rows}"):
+            as_source(Batches(weighted, pad_to={0: 8, 1: 8}), binding=BINDING)
+
+
 # ------------------------------------------------------------------- arguments
 
 
@@ -351,3 +382,10 @@ def test_single_examples_are_refused():
         Trainer(Tagger()).fit(Batches(3, pad_to=8))
     with pytest.raises(DataError, match="no batches"):
         Trainer(Tagger()).fit(Batches([], pad_to=8))
+
+
+def test_arrays_are_refused(tmp_path):
+    np.save(tmp_path / "x.npy", np.ones((4, 3)))
+    data = Batches(str(tmp_path / "x.npy"), pad_to=8)
+    with pytest.raises(TypeError, match=r"which is arrays.*fit\(x, y\)"):
+        Trainer(Tagger()).fit(data)

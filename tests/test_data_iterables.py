@@ -2,6 +2,8 @@
 
 import gc
 import itertools
+from collections import OrderedDict
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -486,39 +488,53 @@ def test_predict_refuses_a_batch_size_for_streams():
 # ------------------------------------------------------------------- single examples
 
 
-def one_buffer():
-    buffer = np.empty(2, np.float32)
-    for number, row in enumerate(X):
-        buffer[:] = row
-        yield buffer, number
+class Pair(NamedTuple):
+    x: Any
+    y: Any
 
 
 class OneBuffer:
-    def __init__(self):
+    """Examples that are all made in one place."""
+
+    def __init__(self, kind):
         self._buffer = np.empty(2, np.float32)
+        self._kind = kind
 
     def __len__(self):
         return len(X)
 
     def __getitem__(self, index):
         self._buffer[:] = X[index]
-        return self._buffer, index
+        return self._kind(self._buffer, index)
+
+
+KINDS_OF_PAIRS = [
+    lambda x, y: (x, y),
+    Pair,
+    lambda x, y: {"x": x, "y": y},
+    lambda x, y: OrderedDict(x=x, y=y),
+]
 
 
 @pytest.mark.parametrize("threads", [0, 2])
-@pytest.mark.parametrize("items", [lambda: one_buffer, OneBuffer, lambda: range(10)])
-def test_examples_may_come_in_the_same_memory_again(items, threads):
+@pytest.mark.parametrize("kind", KINDS_OF_PAIRS)
+def test_examples_may_come_in_the_same_memory_again(kind, threads):
+    one_buffer = OneBuffer(kind)
+    for items in (lambda: map(one_buffer.__getitem__, range(10)), one_buffer):
+        examples = Examples(items, lambda item: item, threads=threads)
+        batches = list(source_of(examples, batch_size=5).batches(0))
+        found = np.concatenate([b.inputs[0] for b in batches])
+        np.testing.assert_array_equal(found, X)
+
+
+def test_a_function_may_fill_the_same_memory_again():
     buffer = np.empty(2, np.float32)
 
     def load(item):
-        if not isinstance(item, int):
-            return item
         buffer[:] = X[item]
         return buffer, item
 
-    loads = items() == range(10)
-    examples = Examples(items(), load, threads=0 if loads else threads)
-    batches = list(source_of(examples, batch_size=5).batches(0))
+    batches = list(source_of(Examples(range(10), load), batch_size=5).batches(0))
     np.testing.assert_array_equal(np.concatenate([b.inputs[0] for b in batches]), X)
 
 

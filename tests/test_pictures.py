@@ -52,7 +52,22 @@ def test_scaling_on_the_device_is_that_of_numpy():
     assert scaled["loss"] == pytest.approx(floats["loss"], rel=1e-5)
 
 
-def test_plain_arrays_are_left_alone_and_tokens_too():
+def test_bytes_that_are_no_pictures_are_left_alone():
+    """Tokens of a dataset that says it holds pictures, as the table of its kind does."""
+
+    class Tokens(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2)(nn.Embed(256, 4)(x).mean(1))
+
+    tokens = X.reshape(12, -1)
+    trainer = Trainer(Tokens(), scale_images=True)
+    _, found = fit((tokens, Y), trainer)
+    _, wide = fit((tokens.astype(np.int32), Y), Trainer(Tokens()))
+    assert found == wide
+
+
+def test_plain_arrays_are_left_alone():
     trainer, raw = fit((X, Y))
     _, as_floats = fit((X.astype(np.float32), Y))
     assert raw == as_floats and trainer.class_names == ()

@@ -15,7 +15,7 @@ import pytest
 from flaxfit import Trainer, _reader, _types
 from flaxfit._errors import DataError
 from flaxfit._segments import empty_array
-from flaxfit.data import Examples
+from flaxfit.data import Batches, Examples
 
 ROOT = Path(__file__).parents[1]
 X = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
@@ -373,8 +373,39 @@ def test_an_error_of_the_loader_says_how_much_is_written():
 
 def test_rows_of_other_shapes_are_not_joined():
     trainer = Trainer(nn.Embed(8, 4))
-    batches = [np.ones((2, length), np.int32) for length in (3, 3)]
-    assert trainer.predict(lambda: iter(batches)).shape == (4, 3, 4)
+    batches = [np.ones((2, length), np.int32) for length in (3, 4)]
+    data = Batches(batches, pad_to=[3, 4])
+    shapes = [outputs.shape for outputs in trainer.predict_batches(data)]
+    assert shapes == [(2, 3, 4), (2, 4, 4)]
+    with pytest.raises(DataError, match=r"shape: \[3, 4\] and \[4, 4\]") as kept:
+        trainer.predict(data)
+    # Whoever keeps the error keeps no thread.
+    assert kept.traceback
+    assert not [t for t in threading.enumerate() if t.name == "flaxfit"]
+    padded = Batches(batches, pad_to=4)
+    assert trainer.predict(padded).shape == (4, 4, 4)
+
+
+def test_whole_numbers_are_not_cut_off():
+    class Counts(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return (x[:, 0] * nn.Dense(1)(x)[:, 0] * 0 + x[:, 0]).astype(np.int32)
+
+    trainer = Trainer(Counts(), loss=None)
+    numbers = np.array([[1], [127], [128], [300]], np.float32)
+    with pytest.raises(ValueError, match="out is int8, and the outputs are int32"):
+        trainer.predict(numbers, out=np.zeros(4, np.int8))
+    for dtype in (np.int32, np.int64, np.float32):
+        out = trainer.predict(numbers, out=np.zeros(4, dtype))
+        assert out.tolist() == [1, 127, 128, 300]
+
+
+def test_all_of_out_has_the_same_length():
+    trainer = make_trainer(Two())
+    out = {"a": np.zeros((50, 3), np.float32), "b": (np.zeros(51, np.float32),)}
+    with pytest.raises(ValueError, match="arrays of out have 50, 51 rows"):
+        trainer.predict(lambda: iter([X]), out=out)
 
 
 def test_nothing_is_held_but_what_is_under_way():

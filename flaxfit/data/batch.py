@@ -85,7 +85,7 @@ class Binding:
             if name not in self.call.names:
                 raise ValueError(
                     f"inputs={dict(self.inputs)!r} names the parameter {name!r}, but "
-                    f"the model's call takes {_listed(self.call.names)}."
+                    f"the model's call takes {listed(self.call.names)}."
                     f"{did_you_mean(name, self.call.names)} Write "
                     "Trainer(model, inputs={parameter: key of the batch})."
                 )
@@ -257,8 +257,8 @@ class Binding:
             example = ", ".join(call.required or names)
             raise DataError(
                 f"x has {len(values)} part{'s' * (len(values) != 1)}, but the model's "
-                f"call takes {_listed(call.names)} and requires "
-                f"{_listed(call.required)}. Give x as a tuple ({example},), or as a "
+                f"call takes {listed(call.names)} and requires "
+                f"{listed(call.required)}. Give x as a tuple ({example},), or as a "
                 "dict with these names."
             )
         return dict(zip(names, values, strict=True)) if by_name else values
@@ -267,8 +267,8 @@ class Binding:
         unknown = [key for key in x if key not in named]
         absent = [name for name in self.call.names if name not in named]
         return DataError(
-            f"x has the keys {_listed(x)}, but the model's call takes "
-            f"{_listed(self.call.names)} and knows no {unknown[0]!r}."
+            f"x has the keys {listed(x)}, but the model's call takes "
+            f"{listed(self.call.names)} and knows no {unknown[0]!r}."
             f"{did_you_mean(str(unknown[0]), absent)} Rename it or leave it out, or "
             f"say what the inputs are: Trainer(model, inputs={list(named)!r})."
         )
@@ -279,8 +279,8 @@ class Binding:
         spare = [key for key in free if key not in self.call.names]
         first = (*spare, *free, "key")[0]
         return DataError(
-            f"the batch has the keys {_listed(fields)}; the model's call takes "
-            f"{_listed(self.call.names)} and requires {_listed(self.call.required)}. "
+            f"the batch has the keys {listed(fields)}; the model's call takes "
+            f"{listed(self.call.names)} and requires {listed(self.call.required)}. "
             "Say which key is which input: "
             f"Trainer(model, inputs={{{name!r}: {first!r}}})."
         )
@@ -329,7 +329,7 @@ def _known_keys(
     for key in (keys,) if isinstance(keys, str) else keys:
         if key not in fields:
             raise DataError(
-                f"{argument}={keys!r}, but the batch has the keys {_listed(fields)}."
+                f"{argument}={keys!r}, but the batch has the keys {listed(fields)}."
                 f"{did_you_mean(str(key), map(str, fields))} Write "
                 f"Trainer(model, {argument}=...) with keys of the batch."
             )
@@ -348,5 +348,6 @@ def _first(keys: Any) -> str | None:
     return next(iter(keys), None)
 
 
-def _listed(names: Any) -> str:
+def listed(names: Any) -> str:
+    """Returns names as a message lists them."""
     return ", ".join(map(str, names)) or "nothing"

@@ -10,7 +10,7 @@ import numpy as np
 
 from flaxfit._errors import DataError
 from flaxfit._types import Batch, HostArray, PyTree
-from flaxfit.data.source import named_leaves
+from flaxfit.data.source import named_leaves, spread
 
 LONG_DOUBLES = frozenset("gG")
 
@@ -122,7 +122,7 @@ def check_values(batch: Batch) -> None:
                 continue
         bad = ~np.isfinite(leaf)
         if name.split("/")[0] == "y":
-            bad &= _spread(batch.weights != 0, leaf.ndim)
+            bad &= spread(batch.weights != 0, leaf.ndim)
         if bad.any():
             place = tuple(int(i) for i in np.argwhere(bad)[0])
             raise DataError(
@@ -225,7 +225,3 @@ def _check_dtype(name: str, leaf: Any) -> None:
         f"trained on. {hint} A column that the model does not need can be left "
         "out: Trainer(model, inputs=...)."
     )
-
-
-def _spread(mask: HostArray, ndim: int) -> HostArray:
-    return mask.reshape(mask.shape + (1,) * (ndim - mask.ndim))

@@ -5,6 +5,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain, islice
 from typing import Any
 
@@ -344,16 +345,21 @@ class Chain:
     first: Callable[..., Any]
     second: Callable[..., Any]
 
+    @cached_property
+    def draws(self) -> tuple[bool, bool]:
+        """Which of the two want it."""
+        return takes_rng(self.first), takes_rng(self.second)
+
     def __call__(self, item: Any, rng: Any = None) -> Any:
-        for load in (self.first, self.second):
-            item = load(item, rng=rng) if takes_rng(load) else load(item)
+        for load, draws in zip((self.first, self.second), self.draws, strict=True):
+            item = load(item, rng=rng) if draws else load(item)
         return item
 
 
 def takes_rng(load: Callable[..., Any]) -> bool:
     """Whether a function wants random numbers: it has a parameter `rng`."""
     if isinstance(load, Chain):
-        return takes_rng(load.first) or takes_rng(load.second)
+        return any(load.draws)
     try:
         return "rng" in inspect.signature(load).parameters
     except ValueError:  # a builtin without a signature

@@ -44,9 +44,10 @@ class Examples:
       mask: the key under which the model is given `bool[batch, length]`, False for
         padding, with examples that are dicts; `{key: part}` where parts differ in
         length.
-      lengths: `int[len(items)]`, at most as long as the examples will be, by part where
-        they differ. Then the batches of a pass are known before anything is loaded:
-        how many, and where to go on in the middle of one. A list without `load` is
+      lengths: `int[len(items)]`, about how long the examples will be, by part where
+        they differ: they go into batches by it, and one that turns out longer is padded
+        further. Then the batches of a pass are known before anything is loaded: how
+        many, and where to go on in the middle of one. A list without `load` is
         measured.
 
     Raises:

@@ -14,7 +14,7 @@ import numpy as np
 from flaxfit._errors import DataError
 from flaxfit._types import HostArray
 
-_SUFFIXES = (".npy", ".npz")
+SUFFIXES = (".npy", ".npz")
 # Of a member of a zip file, before its name: where the lengths of name and extra are.
 _LOCAL_HEADER_BYTES = 30
 _HEADER_READERS = (
@@ -26,7 +26,7 @@ _HEADER_READERS = (
 def recognizes(x: Any) -> bool:
     """Whether `x` is the path of such a file, or what `np.load` made of an `.npz`."""
     return isinstance(x, np.lib.npyio.NpzFile) or (
-        isinstance(x, str | Path) and str(x).endswith(_SUFFIXES)
+        isinstance(x, str | Path) and str(x).endswith(SUFFIXES)
     )
 
 

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from flaxfit._types import Batch, HostArray
-from flaxfit.data.source import native
+from flaxfit._errors import DataError
+from flaxfit._types import Batch
+from flaxfit.data.source import as_dtype, native
 
 
 class _Part(NamedTuple):
@@ -55,12 +56,10 @@ class Recipe(NamedTuple):
                 return None
         if not rows:
             return None
-        converted = []
-        for place, dtype in self.parts:
-            leaf = _as_dtype(leaves[place], dtype)
-            if leaf is None:
-                return None
-            converted.append(leaf)
+        try:
+            converted = [as_dtype("", leaves[place], to) for place, to in self.parts]
+        except DataError:
+            return None
         batch: Batch = jax.tree.unflatten(self.batch, converted)
         return Batch(batch.inputs, batch.targets, np.ones(rows, np.float32))
 
@@ -92,15 +91,3 @@ def learn(raw: Any, read: Callable[[Any], Batch]) -> Recipe | None:
         tuple(_Part(places[id(leaf)], native(leaf.dtype)) for leaf in arranged),
         batch,
     )
-
-
-def _as_dtype(leaf: HostArray, dtype: np.dtype[Any]) -> HostArray | None:
-    """Returns an array in a dtype; None where that cannot hold all values."""
-    if leaf.dtype == dtype:
-        return leaf
-    if leaf.dtype.kind in "iu" and leaf.size:
-        limits = np.iinfo(dtype)
-        if leaf.min() < limits.min or leaf.max() > limits.max:
-            return None
-    with np.errstate(over="ignore"):
-        return leaf.astype(dtype)

@@ -193,9 +193,7 @@ def narrow(nest: PyTree, *, keep_mapped: bool = False) -> PyTree:
     if all(leaf.dtype == dtype for leaf, dtype in zip(leaves, wanted, strict=True)):
         return nest
     names = (name for name, _ in named_leaves(nest))
-    narrowed = [
-        _narrow_leaf(*given) for given in zip(names, leaves, wanted, strict=True)
-    ]
+    narrowed = [as_dtype(*given) for given in zip(names, leaves, wanted, strict=True)]
     return jax.tree.unflatten(structure, narrowed)
 
 
@@ -268,7 +266,17 @@ def native(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return wanted.newbyteorder("=")
 
 
-def _narrow_leaf(name: str, leaf: HostArray, dtype: Any) -> HostArray:
+def as_dtype(name: str, leaf: HostArray, dtype: np.dtype[Any]) -> HostArray:
+    """Returns an array in a dtype of the same kind.
+
+    Args:
+      name: what it is called in messages.
+      leaf: the array.
+      dtype: see `native`.
+
+    Raises:
+      DataError: an integer that the dtype cannot hold.
+    """
     if leaf.dtype == dtype:
         return leaf
     if leaf.dtype.kind in "iu" and leaf.size:
@@ -284,3 +292,13 @@ def _narrow_leaf(name: str, leaf: HostArray, dtype: Any) -> HostArray:
             )
     with np.errstate(over="ignore"):
         return np.asarray(leaf).astype(dtype)
+
+
+def spread(mask: HostArray, ndim: int) -> HostArray:
+    """Returns a mask `bool[rows, ...]` with axes of 1 up to `ndim` behind its own."""
+    return mask.reshape(mask.shape + (1,) * (ndim - mask.ndim))
+
+
+def on_device(nest: PyTree) -> bool:
+    """Whether any array of a nesting is one of jax."""
+    return any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(nest))

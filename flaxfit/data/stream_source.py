@@ -17,14 +17,22 @@ import jax
 import numpy as np
 
 from flaxfit._errors import DataError
-from flaxfit._types import Batch, PyTree
+from flaxfit._types import Batch
 from flaxfit.data.checks import (
     check_lengths,
     check_sized,
     check_weights,
 )
 from flaxfit.data.recipe import Recipe, learn
-from flaxfit.data.source import as_host, call_text, fill, named_leaves, narrow, own
+from flaxfit.data.source import (
+    as_host,
+    call_text,
+    fill,
+    named_leaves,
+    narrow,
+    on_device,
+    own,
+)
 from flaxfit.data.stream import NO_FACTS, Facts, Filled, Stream, get_state, set_state
 from flaxfit.data.weights import with_weights
 
@@ -111,7 +119,7 @@ class StreamSource:
         self.example = fill(first, self.batch_size)
         # The batch, until the first pass takes it over. What lies on a device goes on
         # from there, as all later batches do.
-        ahead = self._converted(raw, 0, 0) if _on_device(raw) else first
+        ahead = self._converted(raw, 0, 0) if on_device(raw) else first
         self._ahead: tuple[Iterator[Any], Batch] | None = (iterator, ahead)
 
     def check(self) -> None:
@@ -307,9 +315,9 @@ class StreamSource:
 
     def _checkable(self, batch: Batch) -> Batch:
         """Returns the batch with the first one's values for those on a device."""
-        if _on_device(batch.inputs):
+        if on_device(batch.inputs):
             batch = batch.replace(inputs=self.example.inputs)
-        if _on_device((batch.targets, batch.weights)):
+        if on_device((batch.targets, batch.weights)):
             first = self.example
             batch = batch.replace(targets=first.targets, weights=first.weights)
         return batch
@@ -357,10 +365,6 @@ class StreamSource:
             f"{call_text(self._what, 'make_batches')} not "
             f"{call_text(self._what, 'make_batches()')}."
         )
-
-
-def _on_device(nest: PyTree) -> bool:
-    return any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(nest))
 
 
 def _signature(batch: Batch) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from flaxfit._errors import DataError, did_you_mean
 from flaxfit._types import Batch, CallSpec, HostArray, Inputs, PyTree
-from flaxfit.data.batch import TARGET_NAMES, WEIGHT_NAMES, Binding, Whole
+from flaxfit.data.batch import TARGET_NAMES, WEIGHT_NAMES, Binding, Whole, listed
 from flaxfit.data.columns import Columns, Name, Part, names_in
 from flaxfit.data.source import as_host, narrow
 from flaxfit.data.stream import Facts, comes_from
@@ -244,15 +244,15 @@ def _takes_one(call: CallSpec) -> bool:
 def _unclear(
     table: Table, free: Sequence[Name], named: Sequence[Name], call: CallSpec
 ) -> DataError:
-    kind, columns = table.kind, _listed(free)
+    kind, columns = table.kind, listed(free)
     if not free:
         return DataError(
-            f"the {kind} has no column left for the inputs: {_listed(table.names)} "
+            f"the {kind} has no column left for the inputs: {listed(table.names)} "
             "are targets or weights."
         )
     if _takes_one(call):
         return DataError(
-            f"the model's call takes {_listed(call.names)}, and the {kind} has a "
+            f"the model's call takes {listed(call.names)}, and the {kind} has a "
             f"column {named[0]!r} among {columns}: is it the input, or all of them? "
             f"Write Trainer(model, inputs={named[0]!r}) for that column alone, or "
             f"Trainer(model, inputs={list(free)!r}) for a matrix of them."
@@ -260,7 +260,7 @@ def _unclear(
     example = {name: free[i % len(free)] for i, name in enumerate(call.required)}
     return DataError(
         f"the {kind} has the columns {columns}; the model's call takes "
-        f"{_listed(call.names)} and requires {_listed(call.required)}. Say which "
+        f"{listed(call.names)} and requires {listed(call.required)}. Say which "
         f"column or columns are which input: Trainer(model, inputs={example!r})."
     )
 
@@ -272,7 +272,7 @@ def _require(table: Table, parts: Any, what: str) -> None:
         raise DataError(
             f"the {table.kind} has no column {', '.join(map(repr, missing))}, which "
             f"{'is' if len(missing) == 1 else 'are'} among {what}; it has "
-            f"{_listed(table.names)}.{near} Columns go by their names, in any order; "
+            f"{listed(table.names)}.{near} Columns go by their names, in any order; "
             "others are left out."
         )
 
@@ -435,11 +435,7 @@ def _in_words(inputs: Any, targets: Any, weight: Name | None) -> str:
     more = f", … ({len(names)})" if len(names) > _MOST_NAMES else ""
     parts = [", ".join(names[:_MOST_NAMES]) + more]
     if targets is not None:
-        parts.append(f"targets: {_listed(names_in(targets))}")
+        parts.append(f"targets: {listed(names_in(targets))}")
     if weight is not None:
         parts.append(f"weights: {weight}")
     return " · ".join(filter(None, parts))
-
-
-def _listed(names: Any) -> str:
-    return ", ".join(map(str, names)) or "nothing"

@@ -15,11 +15,11 @@ import numpy as np
 from flaxfit._errors import DataError, did_you_mean
 from flaxfit.data.batch import TARGET_NAMES
 from flaxfit.data.example_set import ExampleSet, take_items
+from flaxfit.data.files import SUFFIXES
 from flaxfit.data.source import call_text
 from flaxfit.data.stream import NO_FACTS, Facts, comes_from
 from flaxfit.data.tfds_builders import find_builder, open_source, prepare
 
-_ARRAY_FILES = (".npy", ".npz")
 # Methods that say how good a model is, or what it makes of the data: which data that
 # is must be said.
 _NAME_A_SPLIT = ("evaluate", "predict", "validation")
@@ -31,7 +31,7 @@ def recognizes(x: Any) -> bool:
     A dict of data sources is, too.
     """
     if isinstance(x, str | PurePath):
-        return not str(x).endswith(_ARRAY_FILES)
+        return not str(x).endswith(SUFFIXES)
     if isinstance(x, Mapping):
         return bool(x) and all(map(_is_data_source, x.values()))
     return _is_data_source(x) or comes_from(x, "tensorflow_datasets", "DatasetBuilder")

@@ -171,6 +171,7 @@ class _Batches:
         self._what = what
         self._pass = pass_index
         self._iterator: Any = None
+        self._restored: Any = None
         self._token = object()
         torch = import_module("torch")
         own = _generators(loader)
@@ -192,6 +193,8 @@ class _Batches:
                 return next(self._iterator)
         with self._drawing(list(self._states)):
             self._iterator = self._start()
+            if self._restored is not None:
+                import_module("torch").default_generator.set_state(self._restored)
             raw = next(self._iterator)
         if self._loader.batch_sampler is None and looks_single(raw):
             raise DataError(
@@ -244,12 +247,17 @@ class _StatefulBatches(_Batches):
     """Batches of a loader that tells where it stands, as torchdata's does."""
 
     def get_state(self) -> Any:
-        """Returns where the loader stands."""
-        return _as_plain(self._loader.state_dict())
+        """Returns where the loader stands, and what its items draw from."""
+        drawn = self._states[import_module("torch").default_generator]
+        return _as_plain({"loader": self._loader.state_dict(), "drawn": drawn})
 
     def set_state(self, state: Any) -> None:
         """Makes the loader go on from there."""
-        self._loader.load_state_dict(_from_plain(state))
+        state = _from_plain(state)
+        self._loader.load_state_dict(state["loader"])
+        # Samplers without a state draw the order of the pass once more, at first.
+        if not self._loader.num_workers and _samples_from_state(self._loader):
+            self._restored = state["drawn"]
 
 
 def _generators(loader: Any) -> list[Any]:
@@ -258,6 +266,16 @@ def _generators(loader: Any) -> list[Any]:
     holders = (loader, loader.sampler, loader.batch_sampler, inner)
     found = (getattr(holder, "generator", None) for holder in holders)
     return list(dict.fromkeys(g for g in found if comes_from(g, "torch", "Generator")))
+
+
+def _samples_from_state(loader: Any) -> bool:
+    """Whether the order of a pass comes from the loader's state, or from no draws."""
+    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    return (
+        hasattr(sampler, "state_dict")
+        or comes_from(sampler, "torch", "SequentialSampler")
+        or comes_from(sampler, "torchdata", "RandomSampler")
+    )
 
 
 def _unseeded(loader: Any) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 
 from flaxfit._errors import DataError
 from flaxfit._types import Batch, HostArray, PyTree
-from flaxfit.data.source import named_leaves
+from flaxfit.data.source import named_leaves, spread
 
 
 def with_weights(batch: Batch, rows: int | None = None) -> Batch:
@@ -80,7 +80,7 @@ def apply_mask(
             return batch  # whose weights are refused where all weights are checked
         if given.ndim == 1:
             given = given[:, None]
-        weights = np.where(_spread(mask, given.ndim), given, np.float32(0))
+        weights = np.where(spread(mask, given.ndim), given, np.float32(0))
     return batch.replace(weights=weights)
 
 
@@ -90,11 +90,7 @@ def _without_padding(target: Any, mask: HostArray) -> HostArray:
     places = np.argwhere(mask)
     if not len(places):
         return target
-    return np.where(_spread(mask, target.ndim), target, target[tuple(places[0])])
-
-
-def _spread(mask: HostArray, ndim: int) -> HostArray:
-    return mask.reshape(mask.shape + (1,) * (ndim - mask.ndim))
+    return np.where(spread(mask, target.ndim), target, target[tuple(places[0])])
 
 
 class ClassWeighting:

@@ -67,6 +67,7 @@ def is_arrays(x: Any, y: Any, sample_weight: Any, what: str) -> bool:
 
 
 def kind_text(x: Any) -> str:
+    """Returns what data is, in words, for messages."""
     return x.kind if isinstance(x, ExampleSet | Stream) else type(x).__name__
 
 
