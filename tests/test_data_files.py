@@ -15,7 +15,7 @@ from flaxfit._errors import DataError
 from flaxfit._types import CallSpec
 from flaxfit.data import Examples, files, sliced
 from flaxfit.data.batch import Binding
-from flaxfit.data.dispatch import as_inputs_source, as_source
+from flaxfit.data.dispatch import as_inputs_source, as_source, split_data
 from flaxfit.data.kinds import adapt
 
 ONE = Binding(CallSpec(("x",), (), ("x",)))
@@ -93,6 +93,41 @@ def batches_of(source, index=0, start=0):
 )
 def test_files_train_as_the_arrays_do(data, folder):
     same(losses(*data()), losses(X, Y))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_file_that_is_split_stays_on_the_disk(dtype, tmp_path):
+    path = tmp_path / "data.npz"
+    np.savez(path, X.astype(dtype), Y.astype(np.int64))
+    parts = split_data(path, None, None, 0.25, binding=ONE)
+    sizes = []
+    for part in parts:
+        source = as_source(part, binding=ONE, batch_size=5)
+        assert not source.in_memory
+        assert source.example.inputs[0].dtype == np.float32
+        sizes.append(source.num_examples)
+    assert sizes == [75, 25]
+    same(losses(path, validation_split=0.25), losses(X, Y, validation_split=0.25))
+
+
+@pytest.mark.parametrize(
+    "nested",
+    [
+        lambda: ({"x": {"inputs": "x.npy"}, "y": "y.npy"}),
+        lambda: ({"x": {"inputs": "x.npy"}, "y": Y}),
+        lambda: (({"inputs": Path("x.npy")}, Y)),
+    ],
+)
+def test_paths_in_a_nesting_are_opened(nested, folder):
+    class Named(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3)(x["inputs"])
+
+    given, arrays = Trainer(Named()), Trainer(Named())
+    history = given.fit(nested(), verbose=0, validation_data=nested()).history
+    want = ({"inputs": X}, Y)
+    assert history == arrays.fit(*want, verbose=0, validation_data=want).history
 
 
 def test_with_weights_validation_and_for_the_other_methods(folder):

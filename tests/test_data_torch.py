@@ -2,6 +2,7 @@
 
 import pickle
 import sys
+import warnings
 from itertools import chain
 
 import flax.linen as nn
@@ -17,7 +18,7 @@ from torch.utils import data  # noqa: E402
 from flaxfit import Callback, Trainer  # noqa: E402
 from flaxfit._errors import DataError  # noqa: E402
 from flaxfit._types import CallSpec  # noqa: E402
-from flaxfit.data import Examples  # noqa: E402
+from flaxfit.data import Batches, Examples  # noqa: E402
 from flaxfit.data.batch import Binding  # noqa: E402
 from flaxfit.data.dispatch import as_inputs_source, as_source  # noqa: E402
 from flaxfit.data.source import as_host  # noqa: E402
@@ -394,7 +395,7 @@ def test_a_loader_with_a_state_is_entered_in_the_middle(monkeypatch):
     read = [next(batches).targets.tolist() for _ in range(2)]
     bookmark = pickle.loads(pickle.dumps(source.bookmark))
     assert (bookmark["pass"], bookmark["number"]) == (1, 2)
-    assert isinstance(bookmark["state"]["rng"][0]["torch.uint8"], bytes)
+    assert isinstance(bookmark["state"]["loader"]["rng"][0]["torch.uint8"], bytes)
     rest = [batch.targets.tolist() for batch in batches]
     assert sorted(chain(*read, *rest)) == list(range(ROWS))
     again = source_of(Stateful(Rows()), seed=(9,))
@@ -403,6 +404,56 @@ def test_a_loader_with_a_state_is_entered_in_the_middle(monkeypatch):
     assert found == rest
     assert Stateful.read - before == 3
     assert len(rows(again, 2)) == 5
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"shuffle": True}, {"shuffle": True, "generator": 3}]
+)
+def test_a_loader_of_torchdata_goes_on_with_the_draws_of_its_items(
+    options, monkeypatch
+):
+    loaders = pytest.importorskip("torchdata.stateful_dataloader")
+    monkeypatch.setattr("flaxfit.data.stream_source._SECONDS_BETWEEN_BOOKMARKS", 0.0)
+
+    class Drawn(data.Dataset):
+        def __len__(self):
+            return ROWS
+
+        def __getitem__(self, index):
+            return torch.rand(2), index
+
+    def make():
+        given = dict(options)
+        if "generator" in given:
+            given["generator"] = torch.Generator().manual_seed(given["generator"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return loaders.StatefulDataLoader(Drawn(), batch_size=2, **given)
+
+    def values(batches):
+        return [(b.inputs[0].tolist(), b.targets.tolist()) for b in batches]
+
+    whole = values(source_of(make()).batches(1))
+    source = source_of(make())
+    batches = source.batches(1)
+    assert values(next(batches) for _ in range(3)) == whole[:3]
+    bookmark = pickle.loads(pickle.dumps(source.bookmark))
+    assert values(source_of(make()).batches(1, 3, bookmark)) == whole[3:]
+
+
+def test_a_loader_of_rows_of_different_length_is_padded():
+    class Ragged(data.Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, index):
+            return torch.full((3 + index // 2,), index), index
+
+    padded = Batches(data.DataLoader(Ragged(), batch_size=2), pad_to=[4, 8])
+    shapes = [
+        batch.inputs[0].shape for batch in source_of(padded, seed=(1,)).batches(0)
+    ]
+    assert shapes == [(2, 4), (2, 4), (2, 8), (2, 8)]
 
 
 # ------------------------------------------------------------------------ datasets

@@ -53,7 +53,7 @@ def test_scaling_on_the_device_is_that_of_numpy():
 
 
 def test_bytes_that_are_no_pictures_are_left_alone():
-    """Tokens of a dataset that says it holds pictures, as the table of its kind does."""
+    """Tokens are whole numbers of one byte as well."""
 
     class Tokens(nn.Module):
         @nn.compact

@@ -348,6 +348,22 @@ def test_callbacks_remember_arrays_and_states(tmp_path):
 # Where to go on from
 
 
+def test_a_run_is_moved_away_only_by_a_fit_that_begins(tmp_path):
+    fit(make(), tmp_path, epochs=1)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    bad = X.copy()
+    bad[3] = np.nan
+    for data, options in (
+        ((bad, Y), {}),
+        ((X, Y), {"validation_data": (X[:, :1], Y)}),
+        ((X, Y), {"validation_data": (X, Y), "validation_split": 0.5}),
+    ):
+        with pytest.raises(ValueError):
+            make().fit(*data, verbose=0, run_dir=tmp_path, resume="never", **options)
+        assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert fit(make(), tmp_path, epochs=1).epoch == [0]
+
+
 def test_must_never_and_a_path(tmp_path, whole):
     with pytest.raises(CheckpointError, match='resume="must": there is no checkpoint'):
         fit(make(), tmp_path / "a", resume="must")

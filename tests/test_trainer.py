@@ -679,9 +679,39 @@ def test_a_trainer_can_be_copied_and_its_history_pickled(fitted):
     assert (again.history, again.trainer) == (history.history, None)
 
 
-def test_check_refuses_to_use_up_an_iterator():
-    with pytest.raises(flaxfit.DataError, match="would use up its first batch"):
-        Trainer(nn.Dense(3)).check(iter([(X, LABELS)]))
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda t, data: t.check(data), "would use up its first batch"),
+        (lambda t, data: t.compile(data), "would use up its first batch"),
+        (lambda t, data: t.fit(data, epochs=2, verbose=0), "runs dry after one pass"),
+        (
+            lambda t, data: t.fit(X, LABELS, epochs=2, validation_data=data, verbose=0),
+            "runs dry after one pass",
+        ),
+        (lambda t, data: t.predict_on_batch(data), "takes one batch"),
+    ],
+)
+@pytest.mark.parametrize("trained", [False, True])
+def test_an_iterator_that_is_refused_is_left_as_it_was(call, match, trained):
+    trainer = Trainer(nn.Dense(3))
+    if trained:  # then single examples are looked for
+        trainer.fit(X, LABELS, verbose=0)
+    data = iter([(X, LABELS), (X, LABELS)])
+    with pytest.raises(ValueError, match=match):
+        call(trainer, data)
+    assert len(list(data)) == 2
+
+
+def test_a_fit_that_fails_at_the_door_leaves_the_batch_size():
+    trainer = Trainer(nn.Dense(3))
+    trainer.fit(X, LABELS, batch_size=8, verbose=0)
+    bad = X[:5] * np.nan, LABELS[:5]
+    with pytest.raises(flaxfit.DataError, match="nan"):
+        trainer.fit(X, LABELS, batch_size=16, validation_data=bad, verbose=0)
+    trainer.predict(X)
+    shapes = [s for s in trainer._builder.built.programs.predict.signatures]
+    assert trainer._reader.batch_size == 8 and len(shapes) == 1
 
 
 def test_a_loader_that_fills_one_buffer_again_trains_on_its_own_batches():
