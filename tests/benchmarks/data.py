@@ -73,14 +73,14 @@ def prefetch_section(report: Report, *, quick: bool) -> None:
     rows = []
     for size in (32, 128):
         for name, spend in kinds.items():
-            source = _Batches(640 if quick else 25_600, size, spend)
+            source = _Batches(256 if quick else 25_600, size, spend)
             seconds = race(
                 {
                     "alone": partial(_drain, source),
                     "by hand": partial(_put, source),
                     "prefetch": _prefetching(source),
                 },
-                2 if quick else 15,
+                1 if quick else 15,
             )
             own, alone = seconds["prefetch"], seconds["alone"]
             by_hand = seconds["by hand"]
@@ -184,7 +184,7 @@ def _prefetching(data: _Batches) -> Callable[[], None]:
 def workers_section(report: Report, *, quick: bool) -> None:
     """Adds what two threads and two processes gain over one."""
     report.section("Workers, 2 ms of decoding per item")
-    packed = _packed(_SECONDS_TO_DECODE)
+    packed, tasks = _packed(_SECONDS_TO_DECODE), 2 if quick else 60
     work = _Work(0.05 * _SECONDS_TO_DECODE)
     decoders: dict[str, Callable[[], object]] = {
         "waiting": partial(time.sleep, _SECONDS_TO_DECODE),
@@ -196,13 +196,13 @@ def workers_section(report: Report, *, quick: bool) -> None:
         for kind in ("threads", "processes"):
             maps = {n: OrderedMap(_Task(decode), **{kind: n}) for n in (1, 2)}
             runners = {
-                str(n): partial(_run_tasks, mapped, 4 if quick else 60)
+                str(n): partial(_run_tasks, mapped, tasks)
                 for n, mapped in maps.items()
             }
             for run in runners.values():
                 run()  # processes stay
-            seconds = race(runners, 2 if quick else 7)
-            items = _ITEMS_PER_TASK * (4 if quick else 60)
+            seconds = race(runners, 1 if quick else 7)
+            items = _ITEMS_PER_TASK * tasks
             rows.append(
                 (
                     f"{name}, {kind}",
@@ -248,6 +248,8 @@ def fits_section(report: Report, *, quick: bool) -> None:
 
     report.section("Fits from datasets against arrays")
     images, labels = load_digits(return_X_y=True)
+    if quick:
+        images, labels = images[:160], labels[:160]
     times = 1 if quick else 8
     x = np.tile((images / 16).astype(np.float32), (times, 1))
     y = np.tile(labels.astype(np.int32), times)
@@ -260,7 +262,7 @@ def fits_section(report: Report, *, quick: bool) -> None:
         "Grain, batches in order": examples.to_iter_dataset(no_threads).batch(32),
     }
     report.say(f"{len(x)} digits of 8 by 8, batches of 32, a network of 64 units\n")
-    _add_fits(report, datasets, len(x), rounds=2 if quick else 7)
+    _add_fits(report, datasets, len(x), rounds=1 if quick else 7)
     with TemporaryDirectory() as folder:
         _add_tfds(report, folder, quick)
 
@@ -297,7 +299,7 @@ def _add_tfds(report: Report, folder: str, quick: bool) -> None:
         report,
         {"arrays": (scaled, labels), "TFDS by name": "few_digits/train"},
         len(images),
-        rounds=2 if quick else 7,
+        rounds=1 if quick else 7,
         data_dir=folder,
     )
 
