@@ -440,3 +440,22 @@ def test_processes_decode_what_grain_reads():
 
 def test_sizes_without_end_are_recognized_by_grains_own_number():
     assert len(shuffled().repeat()) == sys.maxsize
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [
+        lambda: shuffled().repeat().batch(4),
+        lambda: shuffled().repeat().batch(4)[3:],
+        lambda: shuffled().repeat().batch(4).to_iter_dataset(),
+    ],
+)
+def test_an_end_is_asked_for_whatever_follows_the_repeat(endless):
+    with pytest.raises(DataError, match="has no end: write steps_per_epoch=100"):
+        source_of(endless())
+    with pytest.raises(DataError, match="has no end"):
+        as_inputs_source(endless(), binding=ONE)
+    source = source_of(endless(), steps=3)
+    assert source.num_batches is None
+    limited = shuffled().repeat().batch(4)[:3]
+    assert source_of(limited).num_batches == 3

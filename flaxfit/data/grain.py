@@ -6,7 +6,6 @@ maps drawn anew. Of all others, each pass is what iterating over them gives.
 
 import json
 import re
-import sys
 import weakref
 from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
@@ -26,6 +25,10 @@ from flaxfit.data.stream import Stream, comes_from, get_state, set_state
 # of which its buffer of 500 would fill the memory.
 _THREADS = 16
 _BATCHES_AHEAD = 16
+
+# Grain's `repeat()` says `sys.maxsize`, of which a `batch` or a slice after it takes a
+# part. Nobody waits for so many.
+_LONGEST = 2**40
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
@@ -65,10 +68,9 @@ def as_dataset(x: Any, *, what: str, data_dir: str | None) -> Stream | ExampleSe
         stream = replace(stream, endless=_is_endless(x))
         return _in_order(stream, what, batched=_is_batched(dataset))
     length = len(x)
-    if length == 0 or length >= sys.maxsize or _has_gaps(x):
+    if length == 0 or length > _LONGEST or _has_gaps(x):
         stream = Stream("grain MapDataset", partial(_open_map, x))
-        endless = length >= sys.maxsize
-        stream = replace(stream, endless=endless)
+        stream = replace(stream, endless=length > _LONGEST)
         return _in_order(stream, what, batched=_is_batched(x))
     batches = Stream(
         "grain MapDataset", partial(_open_at, x), num_batches=length, seeks=True
@@ -89,9 +91,9 @@ def _is_endless(x: Any) -> bool:
     """Whether a dataset has no end; False where that is not certain."""
     if comes_from(x, "grain", "DataLoader"):
         sampler = getattr(x, "_sampler", None)
-        return isinstance(sampler, Sized) and len(sampler) >= sys.maxsize
+        return isinstance(sampler, Sized) and len(sampler) > _LONGEST
     if comes_from(x, "grain", "MapDataset"):
-        return len(x) >= sys.maxsize
+        return len(x) > _LONGEST
     if not type(x).__module__.startswith("grain.") or "Limit" in type(x).__name__:
         return False
     if type(x).__name__ == "RepeatIterDataset" and x._num_epochs is None:
@@ -134,7 +136,7 @@ def _open_at(x: Any, pass_index: int, start: int) -> Iterator[Any]:
 
 def _part(x: Any, pass_index: int, start: int) -> Any:
     length = len(x)
-    if length >= sys.maxsize or length == 0:
+    if length > _LONGEST or length == 0:
         return x
     first = pass_index * length
     return x.repeat(None)[first + start : first + length]
