@@ -441,6 +441,44 @@ def test_a_loader_of_torchdata_goes_on_with_the_draws_of_its_items(
     assert values(source_of(make()).batches(1, 3, bookmark)) == whole[3:]
 
 
+class Noisy(data.Dataset):
+    """Items that draw, as augmented ones do."""
+
+    def __len__(self):
+        return ROWS
+
+    def __getitem__(self, index):
+        return torch.rand(2), index
+
+
+class NoisyStream(data.IterableDataset):
+    def __iter__(self):
+        return (Noisy()[index] for index in range(ROWS))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Noisy,
+        NoisyStream,
+        lambda: Examples(Noisy(), threads=1),
+        lambda: Examples(Noisy(), lambda item: (item[0] + torch.rand(2), item[1])),
+    ],
+)
+def test_what_items_draw_depends_on_seed_and_pass(make):
+    def values(index, start=0, seed=(3,)):
+        source = source_of(make(), batch_size=4, shuffle=True, seed=seed)
+        return [batch.inputs[0].tolist() for batch in source.batches(index, start)]
+
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    whole = values(1)
+    assert torch.equal(torch.get_rng_state(), before)  # the user's draws are theirs
+    torch.rand(1)
+    assert values(1) == whole and values(1, 2) == whole[2:]
+    assert values(2) != whole != values(1, seed=(4,))
+
+
 def test_a_loader_of_rows_of_different_length_is_padded():
     class Ragged(data.Dataset):
         def __len__(self):

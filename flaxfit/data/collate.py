@@ -10,6 +10,7 @@ import numpy as np
 from flaxfit._errors import DataError
 from flaxfit._types import HostArray
 from flaxfit.data.source import as_array, is_scalar
+from flaxfit.data.tensors import is_tensor, stack_tensors
 
 
 def collate(
@@ -53,7 +54,8 @@ def collate(
     if first is None:
         return None
     join = join or stack
-    if kind is np.ndarray or is_scalar(first) or isinstance(first, list):
+    leaf = kind is np.ndarray or is_scalar(first) or is_tensor(first)
+    if leaf or isinstance(first, list):
         return join(examples)
     leaves, structure = jax.tree.flatten(first)
     others = (jax.tree.flatten(each)[1] for each in examples)
@@ -69,6 +71,8 @@ def stack(values: Sequence[Any]) -> HostArray:
     """Returns `[len(values), ...]`, in a dtype that holds all of them."""
     if isinstance(values[0], bool | int | float | str | bytes | np.generic):
         return np.array(values)
+    if is_tensor(values[0]) and (whole := stack_tensors(values)) is not None:
+        return whole
     arrays = [as_array(value) for value in values]
     first = arrays[0]
     shape, dtype = first.shape, first.dtype

@@ -4,6 +4,7 @@ import inspect
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, islice
@@ -27,6 +28,8 @@ from flaxfit.data.stream import (
     set_state,
 )
 from flaxfit.data.workers import OrderedMap
+
+_END = object()
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,9 @@ class ExampleSet:
       in_buckets: whether a batch holds examples of one bucket; else they keep their
         order, and a batch is padded for the longest one.
       order: the order of a pass, see `order_of_pass`.
+      drawing: seed -> what to be inside of, again and again, while items are read:
+        their draws are then a function of the seed. None where a library has no draws
+        of its own. Several threads draw as they come.
       facts: what the dataset says of itself.
     """
 
@@ -71,7 +77,14 @@ class ExampleSet:
     buckets: HostArray | None = None
     in_buckets: bool = True
     order: Callable[..., HostArray] = order_of_pass
+    drawing: Callable[[Sequence[int]], AbstractContextManager[Any]] | None = None
     facts: Facts = field(default=NO_FACTS)
+
+    def drawn(self, *seed: int) -> AbstractContextManager[Any]:
+        """Returns what to be inside of while items are read; see `drawing`."""
+        if self.drawing is None or self.threads > 1:
+            return nullcontext()
+        return self.drawing(seed)
 
     @property
     def by_index(self) -> bool:
@@ -159,8 +172,11 @@ def _stream_in_order(
     def open_pass(pass_index: int, start: int) -> Iterator[Any]:
         del start
         work = _InOrder(examples, (*seed, pass_index))
+        items = iterate(pass_index)
+        if examples.drawing is not None:
+            items = _drawn(items, examples.drawn(*seed, pass_index))
         made = _Chunks(
-            iterate(pass_index),
+            items,
             batch_size,
             OrderedMap(work, threads=examples.threads),
         )
@@ -175,6 +191,15 @@ def _stream_in_order(
         one_shot=examples.one_shot,
         endless=examples.endless,
     )
+
+
+def _drawn(items: Iterator[Any], drawing: AbstractContextManager[Any]) -> Iterator[Any]:
+    while True:
+        with drawing:
+            item = next(items, _END)
+        if item is _END:
+            return
+        yield item
 
 
 class _Chunks:
@@ -271,7 +296,8 @@ class _ByIndex:
 
     def __call__(self, coded: HostArray) -> Any:
         rows, real = rows_of(coded)
-        raw = self._batch(rows)
+        with self.examples.drawn(*self.seed, int(rows[0])):
+            raw = self._batch(rows)
         return raw if real == len(rows) else Filled(raw, real)
 
     def _batch(self, rows: HostArray) -> Any:

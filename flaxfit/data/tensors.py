@@ -1,5 +1,6 @@
 """torch's tensors as NumPy arrays, which share their memory where that is possible."""
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -14,6 +15,16 @@ from flaxfit.data.stream import comes_from
 def is_tensor(value: object) -> bool:
     """Whether a value is a tensor of torch, which is not imported."""
     return comes_from(value, "torch", "Tensor")
+
+
+def stack_tensors(tensors: Sequence[Any]) -> HostArray | None:
+    """Returns tensors as `[len(tensors), ...]`; None where they differ in form."""
+    first = tensors[0]
+    form = first.shape, first.dtype, first.device
+    for each in tensors:
+        if not is_tensor(each) or (each.shape, each.dtype, each.device) != form:
+            return None
+    return as_numpy(import_module("torch").stack(list(tensors)))
 
 
 def as_numpy(tensor: Any) -> HostArray:

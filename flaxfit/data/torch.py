@@ -52,13 +52,21 @@ def as_dataset(x: Any, *, what: str, data_dir: Any = None) -> Any:
     length = length_of(x)
     if comes_from(x, "torch", "IterableDataset"):
         iterate = partial(_iterate, x)
-        return ExampleSet("torch IterableDataset", length, iterate=iterate)
+        return ExampleSet(
+            "torch IterableDataset", length, iterate=iterate, drawing=_Drawing
+        )
     if length is None:
         raise TypeError(
             f"the torch Dataset given to {what}, a {type(x).__name__}, has no length. "
             "Add def __len__(self) to it, or make it an IterableDataset."
         )
-    return ExampleSet("torch Dataset", length, take_items(x), facts=_facts(x, length))
+    return ExampleSet(
+        "torch Dataset",
+        length,
+        take_items(x),
+        drawing=_Drawing,
+        facts=_facts(x, length),
+    )
 
 
 def _tensors(dataset: Any) -> tuple[Any, ...] | None:
@@ -79,7 +87,8 @@ def _iterate(dataset: Any, pass_index: int) -> Iterator[Any]:
 
 
 def _facts(dataset: Any, length: int) -> Facts:
-    first = dataset[0] if length else ()
+    with _Drawing((0,)):
+        first = dataset[0] if length else ()
     parts = first.values() if hasattr(first, "values") else first
     items = parts if isinstance(first, tuple | list | dict) else (first,)
     pictures = any(comes_from(item, "PIL", "Image") for item in items)
@@ -241,6 +250,29 @@ class _Batches:
                 for generator, state in zip(generators, before, strict=True):
                     self._states[generator] = generator.get_state()
                     generator.set_state(state)
+
+
+class _Drawing:
+    """Gives torch's default generator a state of its own while inside.
+
+    It goes on where it was when it is entered again; outside all is as it was before.
+    """
+
+    def __init__(self, seed: Sequence[int]) -> None:
+        torch = import_module("torch")
+        self._generator = torch.default_generator
+        self._state = _state(torch, *seed)
+        self._before: Any = None
+
+    def __enter__(self) -> None:
+        _EXCHANGE.acquire()
+        self._before = self._generator.get_state()
+        self._generator.set_state(self._state)
+
+    def __exit__(self, *unused: object) -> None:
+        self._state = self._generator.get_state()
+        self._generator.set_state(self._before)
+        _EXCHANGE.release()
 
 
 class _StatefulBatches(_Batches):

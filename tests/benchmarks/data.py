@@ -196,8 +196,7 @@ def workers_section(report: Report, *, quick: bool) -> None:
         for kind in ("threads", "processes"):
             maps = {n: OrderedMap(_Task(decode), **{kind: n}) for n in (1, 2)}
             runners = {
-                str(n): partial(_run_tasks, mapped, tasks)
-                for n, mapped in maps.items()
+                str(n): partial(_run_tasks, mapped, tasks) for n, mapped in maps.items()
             }
             for run in runners.values():
                 run()  # processes stay
