@@ -59,7 +59,8 @@ class Destination:
                     if done + rows > room:
                         raise ValueError(
                             f"out has {room} rows, and there are more examples. Give "
-                            "more rows, or say how many batches: steps=10."
+                            "more rows, or say how many batches: "
+                            f"steps={max(1, room // max(examples))}."
                         )
                     leaves = jax.tree.leaves(outputs)
                     for target, leaf in zip(self._targets, leaves, strict=True):

@@ -172,6 +172,15 @@ def test_a_graph_in_any_kind_of_batch(kind):
     assert value == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", [lambda *fields: Graph(*fields), Other])
+def test_graphs_alone_are_predicted_in_any_kind_of_container(kind):
+    trainer = Trainer(Network())
+    trainer.fit(Batches(DATA, size=size), verbose=0)
+    alone = [kind(*raw[0][:5]) for raw in DATA]
+    outputs = trainer.predict(Batches(alone, size=lambda graph: len(graph.n_node)))
+    np.testing.assert_array_equal(outputs, trainer.predict(Batches(DATA, size=size)))
+
+
 def test_without_weights_all_count():
     batch, *_ = as_source(Batches([DATA[0][:2]], size=size), binding=BINDING).batches(0)
     assert batch.weights.tolist() == [1.0] * GRAPHS

@@ -184,10 +184,25 @@ def test_numbers_keep_their_dtypes():
     assert raw["text"].tolist() == ["d", None, None]
 
 
-def test_numbers_that_are_missing_are_an_error():
-    dataset = table(x=[*X[:9].tolist(), [1.0, None, 2.0]])
-    with pytest.raises(DataError, match=r"x holds nan at row 9"):
-        source_of(dataset)
+@pytest.mark.parametrize("row", [0, 9, 7])
+@pytest.mark.parametrize("name", ["x", "label"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_numbers_that_are_missing_are_an_error(row, name, inside):
+    """In the first batch and in others, of floats, of classes, and within a list."""
+    values = X.tolist() if name == "x" else [int(label) for label in Y]
+    values[row] = [1.0, None, *values[row][2:]] if inside and name == "x" else None
+    dataset = datasets.Dataset.from_dict({"x": X.tolist(), "label": Y, name: values})
+    wrong = rf"{'y' if name == 'label' else 'x'} has no value at row {row % 4} "
+    with pytest.raises(DataError, match=wrong):
+        list(source_of(dataset, batch_size=4).batches(0))
+
+
+def test_a_column_without_values_may_be_there_if_nothing_is_read_of_it():
+    extra = [None, *range(1, len(X))]
+    dataset = table().add_column("extra", extra)
+    source = source_of(dataset, batch_size=4)
+    assert "extra" in source.unused
+    assert sum(len(batch.targets) for batch in source.batches(0)) >= len(X)
 
 
 def test_pictures_and_class_names():

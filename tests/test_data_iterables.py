@@ -1,11 +1,13 @@
 """Loaders, lists of batches, generators and iterators as a source."""
 
+import dataclasses
 import gc
 import itertools
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ from flaxfit._types import CallSpec
 from flaxfit.data import Examples
 from flaxfit.data.batch import Binding
 from flaxfit.data.dispatch import as_inputs_source, as_source
+from flaxfit.data.iterables import kind_of
 from flaxfit.data.source import own
 
 ONE = Binding(CallSpec(("x",), (), ("x",)))
@@ -590,3 +593,75 @@ def test_what_changes_its_item_leaves_the_arrays_as_they_are():
     (batch,) = source_of(Examples((x, Y), load), batch_size=10).batches(0)
     np.testing.assert_array_equal(batch.inputs[0], X + 100)
     np.testing.assert_array_equal(x, X)
+
+
+# ------------------------------------------------------------------- dataclasses
+
+
+@flax.struct.dataclass
+class Fields:
+    """Read by names, as a dict is."""
+
+    label: Any
+    x: Any
+
+
+@dataclasses.dataclass
+class Unknown:
+    """Of no kind that jax knows."""
+
+    x: Any
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: [Fields(Y[at : at + 5], X[at : at + 5]) for at in (0, 5)],
+        lambda: lambda: (Fields(Y[at : at + 5], X[at : at + 5]) for at in (0, 5)),
+        lambda: [Fields(y, x) for x, y in zip(X, Y, strict=True)],
+        lambda: Fields(Y, X),
+    ],
+)
+def test_a_dataclass_is_read_by_names(make):
+    data = make()
+    single = isinstance(data, Fields) or (isinstance(data, list) and len(data) == 10)
+    source = source_of(data, batch_size=5 if single else None)
+    batches = list(source.batches(0))
+    np.testing.assert_array_equal(np.concatenate([b.inputs[0] for b in batches]), X)
+    np.testing.assert_array_equal(np.concatenate([b.targets for b in batches]), Y)
+
+
+def test_a_dataclass_that_jax_does_not_know():
+    with pytest.raises(DataError, match=r"give a dict, or.*register_dataclass"):
+        source_of([Unknown(X)])
+
+
+# ------------------------------------------------------------------- what is said
+
+
+@pytest.mark.parametrize("data", [object(), 5])
+def test_what_is_no_data_is_told_what_is(data):
+    words = (
+        "NumPy", ".npz", "zarr", "HDF5", "pandas", "polars", "pyarrow", "Grain",
+        "TensorFlow Datasets", "torch", "Hugging Face", "tf.data", "image_folder",
+        "Examples", "Batches", "iterators",
+    )  # fmt: skip
+    with pytest.raises(TypeError) as caught:
+        kind_of(data)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_many_lists_are_not_all_named():
+    with pytest.raises(DataError, match=r"x/0: 4, x/1: 4.*\.\.\. y: 600\.") as caught:
+        source_of(([np.zeros(4)] * 600, np.zeros(600)))
+    assert len(str(caught.value)) < 600
+
+
+def test_single_examples_that_look_like_batches_are_told_a_way_out():
+    pairs = [(np.zeros((6, 6, 1)), np.zeros((6, 6), int))] * 4
+    with pytest.raises(ValueError, match=r"as it seems.*fit\(Examples\(dataset\)\)"):
+        source_of(pairs, batch_size=2)
+    assert source_of(Examples(pairs), batch_size=2).num_examples == 4
+    dataset = iter(pairs)
+    with pytest.raises(ValueError, match=r"brings its targets.*np\.asarray\(column\)"):
+        as_source(dataset, Y, binding=ONE)

@@ -196,7 +196,11 @@ def split_validation(data: Batch, fraction: float) -> tuple[Batch, Batch]:
       ValueError: `fraction` is out of range or leaves one side empty.
     """
     train = train_rows(len(jax.tree.leaves(data)[0]), fraction)
-    warn_if_sorted(data)
+    warn_if_sorted(
+        data,
+        "Shuffle first: order = np.random.default_rng(0).permutation(len(x)); "
+        "fit(x[order], y[order], validation_split=...)",
+    )
     return (
         jax.tree.map(lambda leaf: leaf[:train], data),
         jax.tree.map(lambda leaf: leaf[train:], data),
@@ -227,8 +231,13 @@ def train_rows(total: int, fraction: float) -> int:
     return train
 
 
-def warn_if_sorted(data: Batch) -> None:
-    """Warns where the targets are classes in their order."""
+def warn_if_sorted(data: Batch, advice: str) -> None:
+    """Warns where the targets are classes in their order.
+
+    Args:
+      data: NumPy arrays.
+      advice: what to write to shuffle such data.
+    """
     for name, leaf in named_leaves(data.replace(weights=None)):
         labels = leaf.reshape(-1) if leaf.size == len(leaf) else leaf
         if (
@@ -243,9 +252,7 @@ def warn_if_sorted(data: Batch) -> None:
         if ascending != descending:
             warnings.warn(
                 f"validation_split takes the last examples, and {name} is sorted: "
-                "training and validation see different classes. Shuffle first: "
-                "order = np.random.default_rng(0).permutation(len(x)); "
-                "fit(x[order], y[order], validation_split=...)",
+                f"training and validation see different classes. {advice}",
                 UserWarning,
                 stacklevel=3,
             )

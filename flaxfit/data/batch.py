@@ -113,7 +113,7 @@ class Binding:
         """
         if isinstance(raw, Batch):
             return raw
-        if _has_fields(raw):
+        if has_fields(raw):
             fields = _fields(raw)
             plan = self._plan(fields)
             weights = None if plan.weights is None else fields[plan.weights]
@@ -167,7 +167,7 @@ class Binding:
 
     def unused(self, raw: Any) -> tuple[str, ...]:
         """Returns the keys of a raw dict batch of which nothing is read."""
-        if isinstance(raw, Batch) or not _has_fields(raw):
+        if isinstance(raw, Batch) or not has_fields(raw):
             return ()
         return self._plan(_fields(raw)).unused
 
@@ -314,13 +314,20 @@ def _is_sequence(value: object) -> bool:
     return isinstance(value, tuple | list) and not hasattr(value, "_fields")
 
 
-def _has_fields(raw: object) -> bool:
-    """Whether a raw batch is read by names: a mapping or a named tuple."""
-    return isinstance(raw, Mapping) or hasattr(raw, "_asdict")
+def has_fields(raw: object) -> bool:
+    """Whether a raw batch is read by names: a mapping, named tuple or dataclass."""
+    if isinstance(raw, type):
+        return False
+    named = isinstance(raw, Mapping) or hasattr(raw, "_asdict")
+    return named or dataclasses.is_dataclass(raw)
 
 
 def _fields(raw: Any) -> dict[str, Any]:
-    return dict(raw) if isinstance(raw, Mapping) else dict(raw._asdict())
+    if isinstance(raw, Mapping):
+        return dict(raw)
+    if hasattr(raw, "_asdict"):
+        return dict(raw._asdict())
+    return {field.name: getattr(raw, field.name) for field in dataclasses.fields(raw)}
 
 
 def _known_keys(

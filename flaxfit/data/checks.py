@@ -1,5 +1,6 @@
 """Checks of host arrays before anything is compiled: rows, dtypes, NaN, weights."""
 
+import dataclasses
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,9 @@ from flaxfit._types import Batch, HostArray, PyTree
 from flaxfit.data.source import named_leaves, spread
 
 LONG_DOUBLES = frozenset("gG")
+
+
+_MOST_NAMED = 8
 
 
 def check_lengths(nest: PyTree) -> int:
@@ -44,11 +48,15 @@ def check_lengths(nest: PyTree) -> int:
             )
     lengths = {len(leaf) for _, leaf in named}
     if len(lengths) > 1:
-        listed = ", ".join(f"{name}: {len(leaf)}" for name, leaf in named)
+        listed = ", ".join(f"{name}: {len(leaf)}" for name, leaf in named[:_MOST_NAMED])
+        if len(named) > _MOST_NAMED:
+            name, leaf = named[-1]
+            listed = f"{listed}, ... {name}: {len(leaf)}"
         raise DataError(
             f"arrays of different length: {listed}. Every array holds one row per "
-            "example, so cut them to the same number of rows; batches of graphs are "
-            "given as flaxfit.data.Batches(batches, size=...)."
+            "example, so cut them to the same number of rows; a list of examples is "
+            "made an array by np.stack(x); batches of graphs are given as "
+            "flaxfit.data.Batches(batches, size=...)."
         )
     if lengths == {0}:
         raise DataError(
@@ -202,15 +210,30 @@ def _is_plain(leaf: Any) -> bool:
     return leaf.dtype.kind in "biufc" and leaf.dtype.char not in LONG_DOUBLES
 
 
+def _is_missing(cell: Any) -> bool:
+    nested = isinstance(cell, list | tuple | np.ndarray) and np.ndim(cell) > 0
+    return any(map(_is_missing, cell)) if nested else cell is None
+
+
 def _check_dtype(name: str, leaf: Any) -> None:
     dtype = leaf.dtype
     number = dtype == np.bool_ or jnp.issubdtype(dtype, np.number)
     if number and dtype.char not in LONG_DOUBLES:
         return
     if dtype == np.object_ and np.ndim(leaf) == 0:
+        value = np.asarray(leaf).item()
+        advice = f"write np.asarray({name}), or {name}.toarray() where it is sparse."
+        if dataclasses.is_dataclass(value):
+            advice = "give a dict, or tell jax: jax.tree_util.register_dataclass."
+        raise DataError(f"{name} is a {type(value).__name__}, not an array: {advice}")
+    missing = map(_is_missing, leaf) if dtype == np.object_ else ()
+    row = next((row for row, is_missing in enumerate(missing) if is_missing), None)
+    if row is not None:
         raise DataError(
-            f"{name} is a {type(np.asarray(leaf).item()).__name__}, not an "
-            f"array: write np.asarray({name}), or {name}.toarray() where it is sparse."
+            f"{name} has no value at row {row} (None): it would make the loss NaN. "
+            "Leave such rows out, dataset.filter(lambda row: row[key] is not None), or "
+            "give them a value and weight 0. A column that the model does not need can "
+            "be left out: Trainer(model, inputs=...)."
         )
     if dtype.kind in "OUST":
         hint = (

@@ -317,7 +317,11 @@ def split_examples(
     # All labels would have to be read to know; a few, far apart, tell as well.
     few = np.linspace(0, total - 1, min(total, _FEW_LABELS)).astype(np.int64)
     binding = binding.guided_by(examples.facts)
-    warn_if_sorted(narrow(binding.split(as_host(batch_of_rows(examples, few)))))
+    warn_if_sorted(
+        narrow(binding.split(as_host(batch_of_rows(examples, few)))),
+        "Give validation_data= of its own, or shuffle the dataset where it is made: "
+        "ds.shuffle(seed=0), torch.utils.data.Subset(ds, order), or the list of items.",
+    )
     return examples.part(0, train), examples.part(train, total)
 
 

@@ -267,12 +267,17 @@ def _as_array(column: Any) -> HostArray:
     """Returns an Arrow column as an array.
 
     Returns:
-      `[rows, ...]`; of lists that differ in length an array of objects.
+      `[rows, ...]`; an array of objects of lists that differ in length, and of numbers
+      some of which are missing, with None for those.
     """
     if hasattr(column, "storage"):
         column = column.storage
     if not _is_list(column.type):
         array: HostArray = column.to_numpy(zero_copy_only=False)
+        if column.null_count and array.dtype != object:
+            # As NaN, whole numbers would be floats in this batch.
+            array = array.astype(object)
+            array[column.is_null().to_numpy(zero_copy_only=False)] = None
         return array
     rows = len(column)
     values = _as_array(column.flatten())
@@ -281,4 +286,6 @@ def _as_array(column: Any) -> HostArray:
         return values.reshape(rows, int(lengths[0]), *values.shape[1:])
     ragged = np.empty(rows, object)
     ragged[:] = np.split(values, np.cumsum(lengths)[:-1])
+    if column.null_count:
+        ragged[column.is_null().to_numpy(zero_copy_only=False)] = None
     return ragged

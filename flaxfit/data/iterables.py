@@ -11,6 +11,15 @@ from flaxfit._types import Batch
 from flaxfit.data.source import call_text, is_array
 from flaxfit.data.stream import Stream, has_state
 
+UNDERSTOOD = (
+    "arrays of NumPy and jax in any nesting, (x, y), (x, y, weights) and dicts of "
+    "them; .npy and .npz files by path; arrays read by slices, of zarr or HDF5; tables "
+    "of pandas, polars and pyarrow; TensorFlow Datasets, by name too; datasets and "
+    "loaders of Grain, torch, Hugging Face and tf.data; flaxfit.data.image_folder, "
+    "Examples and Batches; anything with len(x) and x[0]; iterables of batches, "
+    "functions that return one, and iterators"
+)
+
 
 def from_iterable(data: Any, what: str) -> Stream:
     """Returns the batches of an iterable, an iterator or a generator function.
@@ -105,10 +114,7 @@ def kind_of(data: Any) -> str:
         return "iterable"
     if not callable(data):
         raise TypeError(
-            f"a {type(data).__name__} is no data. Understood are arrays in any "
-            "nesting with or without y, (x, y) and (x, y, weights), a dict of "
-            "arrays, an iterable of batches, a function that yields batches, and an "
-            "iterator over batches."
+            f"a {type(data).__name__} is no data. Understood are {UNDERSTOOD}."
         )
     try:
         inspect.signature(data).bind()

@@ -162,9 +162,11 @@ def refuse_batch_size(batch_size: Any, what: str) -> None:
         if what == "validation_data":
             argument = "validation_batch_size"
         raise ValueError(
-            f"{argument}={batch_size!r} is given, but your iterable yields batches of "
-            "its own: set their size where they are made, and write "
-            f"{call_text(what, 'dataset')}."
+            f"{argument}={batch_size!r} is given, but your iterable yields batches, as "
+            "it seems: all parts of an item have the same length. Set their size where "
+            f"they are made, and write {call_text(what, 'dataset')}. If its items are "
+            f"single examples, write {call_text(what, 'Examples(dataset)')}, with "
+            "pad_to= where they differ in length."
         )
 
 

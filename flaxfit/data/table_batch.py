@@ -67,6 +67,8 @@ def read_table(raw: Any, binding: Binding, *, targets: bool = True) -> Whole:
     table, whole = as_table(x), y is None
     known = binding.columns or Columns()
     taken = _target_names(table, binding, known, whole)
+    if targets and whole and taken is not None:
+        _require(table, taken, "its targets")
     weight = _weight_name(table, binding, known) if whole else None
     free = [n for n in table.names if n not in {*names_in(taken), weight}]
     parts_of = known.inputs
@@ -81,7 +83,6 @@ def read_table(raw: Any, binding: Binding, *, targets: bool = True) -> Whole:
         found = _apart(y, inputs, binding, known, parts_of)
         _refuse_leak(table, y, found, parts_of)
     elif targets and taken is not None:
-        _require(table, taken, "its targets")
         found = _from_table(table, taken, inputs, binding)
     if targets and weight is not None:
         weights = numbers(table.column(weight), floats=True)

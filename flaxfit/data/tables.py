@@ -29,7 +29,7 @@ _COLUMNS = (
 _LINES: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "pandas": {
-            "missing": "df = df.dropna(), or {c}.fillna(0)",
+            "missing": "df = df.dropna(), or, of numbers, {c}.fillna(0)",
             "text": "pd.get_dummies(df, columns=[{n}]) for a column of each value, or "
             "{c}.astype('category').cat.codes for an nn.Embed",
             "category": "pd.get_dummies(df, columns=[{n}]) for a column of each value, "
@@ -45,8 +45,8 @@ _LINES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "category": "df.to_dummies({n}) for a column of each value",
             "labels": "df.with_columns({c}.cast(pl.Categorical))",
             "date": "({c} - {c}.min()).dt.total_seconds()",
-            "object": "{c}.cast(pl.Float32), or np.stack({c}.to_list()) for a column "
-            "of arrays",
+            "object": "{c}.cast(pl.Float32), or np.stack(df[{n}]) for a column of "
+            "arrays",
         },
         "pyarrow": {
             "missing": "table = table.drop_null(), or pc.fill_null({c}, 0)",
@@ -129,8 +129,11 @@ def is_column(value: object) -> bool:
 
 
 def is_lazy(value: object) -> bool:
-    """Whether a value is a query of polars that was not run."""
-    return comes_from(value, "polars", "LazyFrame")
+    """Whether a value is a query of polars, or files of pyarrow, that was not run."""
+    return comes_from(value, "polars", "LazyFrame") or (
+        type(value).__module__.startswith("pyarrow._dataset")
+        and hasattr(value, "to_batches")
+    )
 
 
 def refuse_lazy(value: Any, **unused: Any) -> NoReturn:
@@ -140,6 +143,12 @@ def refuse_lazy(value: Any, **unused: Any) -> NoReturn:
       TypeError: always.
     """
     del unused
+    if not comes_from(value, "polars", "LazyFrame"):
+        raise TypeError(
+            f"a pyarrow {type(value).__name__} holds no rows yet. Write "
+            "dataset.to_table() for the table, or for one that is too large for memory "
+            "a function that yields parts of it, dataset.to_batches."
+        )
     raise TypeError(
         f"a polars {type(value).__name__} is a query, and holds no rows yet. Write "
         "df.collect() for the table, or for one that is too large for memory a "

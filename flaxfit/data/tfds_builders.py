@@ -161,7 +161,8 @@ def _no_folder(path: Path, given: str | PurePath) -> str:
         problem = (
             f"is a folder without {_INFO_FILE}, so no prepared TFDS dataset. For one "
             "by name write the name, and data_dir= for where it lies; for a folder of "
-            "pictures flaxfit.data.image_folder(path)."
+            "pictures flaxfit.data.image_folder(path, (128, 128)), for a zarr "
+            "array zarr.open(path)."
         )
     else:
         problem = "does not exist."

@@ -1,5 +1,6 @@
 """Arrays and tables as a whole: whether data is such, and how it is read."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from flaxfit._errors import DataError
 from flaxfit._types import Batch
 from flaxfit.data import tables
-from flaxfit.data.batch import Binding, Whole
+from flaxfit.data.batch import Binding, Whole, has_fields
 from flaxfit.data.checks import check_lengths
 from flaxfit.data.example_set import ExampleSet
 from flaxfit.data.source import as_host, call_text, is_array, is_nest, narrow
@@ -49,9 +50,10 @@ def is_arrays(x: Any, y: Any, sample_weight: Any, what: str) -> bool:
         return True
     if given:
         raise ValueError(
-            f"{name} is given beside a {kind_text(x)}, which yields whole batches "
-            f"of its own. Let it yield (x, y, weights) and write "
-            f"{call_text(what, 'dataset')}."
+            f"{name} is given beside a {kind_text(x)}, which brings its targets and "
+            "weights itself. Let its items be (x, y), (x, y, weights) or dicts, and "
+            f"write {call_text(what, 'dataset')}; what is one column of a dataset is "
+            "made an array by np.asarray(column)."
         )
     if isinstance(x, ExampleSet | Stream):
         return False
@@ -90,7 +92,9 @@ def is_several_inputs(x: Any, binding: Binding) -> bool:
 
 
 def _is_nested(value: Any) -> bool:
-    nested = isinstance(value, tuple | list | Mapping | Batch)
+    nested = isinstance(value, tuple | list | Mapping) or (
+        dataclasses.is_dataclass(value) and not isinstance(value, type)
+    )
     return (nested and not is_array(value)) or tables.is_table(value)
 
 
@@ -150,7 +154,7 @@ def _whole_inputs(raw: Any, binding: Binding) -> Batch:
 
 def stream_inputs(raw: Any, binding: Binding) -> Batch:
     """Reads a raw batch for its inputs alone."""
-    if isinstance(raw, Mapping) or hasattr(raw, "_asdict"):
+    if has_fields(raw):
         try:
             inputs = binding.split(raw).inputs
         except DataError:
