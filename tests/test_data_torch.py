@@ -479,6 +479,38 @@ def test_what_items_draw_depends_on_seed_and_pass(make):
     assert values(2) != whole != values(1, seed=(4,))
 
 
+def test_predictions_in_the_order_of_a_shuffled_loader_are_warned_of():
+    loader = data.DataLoader(Rows(), batch_size=4, shuffle=True)
+    with pytest.warns(UserWarning, match=r"shuffle=False\), or give.*predict\(dataset"):
+        as_inputs_source(loader, binding=BINDING)
+    as_inputs_source(data.DataLoader(Rows(), batch_size=4), binding=BINDING)
+    source_of(loader)
+
+
+def test_the_first_item_is_named_when_it_fails():
+    class Failing(data.Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            raise OSError("no such picture")
+
+    for dataset in (Failing(), _Sequence()):
+        with pytest.raises(OSError, match="no such picture") as caught:
+            source_of(dataset)
+        assert "while reading item 0" in caught.value.__notes__
+
+
+class _Sequence:
+    """Anything with a length and items."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        raise OSError("no such picture")
+
+
 def test_a_loader_of_rows_of_different_length_is_padded():
     class Ragged(data.Dataset):
         def __len__(self):

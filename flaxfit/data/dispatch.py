@@ -2,6 +2,7 @@
 
 import operator
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -357,6 +358,8 @@ def _as_stream(
                 f"no examples: the {x.kind} given to {what} has the length 0. Pass at "
                 "least one."
             )
+        if x.doubt:
+            warnings.warn(x.doubt, UserWarning, stacklevel=2)
         size = _checked_size(batch_size, default_batch_size, x.length, multiple_of)
         return stream_examples(x, size, shuffle=shuffle, seed=seed)
     refuse_batch_size(batch_size, what)

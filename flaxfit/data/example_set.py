@@ -60,6 +60,7 @@ class ExampleSet:
         their draws are then a function of the seed. None where a library has no draws
         of its own. Several threads draw as they come.
       facts: what the dataset says of itself.
+      doubt: what to warn of where these may not be single examples, or empty.
     """
 
     kind: str
@@ -79,6 +80,7 @@ class ExampleSet:
     order: Callable[..., HostArray] = order_of_pass
     drawing: Callable[[Sequence[int]], AbstractContextManager[Any]] | None = None
     facts: Facts = field(default=NO_FACTS)
+    doubt: str = ""
 
     def drawn(self, *seed: int) -> AbstractContextManager[Any]:
         """Returns what to be inside of while items are read; see `drawing`."""

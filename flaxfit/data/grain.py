@@ -84,7 +84,12 @@ def as_dataset(x: Any, *, what: str, data_dir: str | None) -> Stream | ExampleSe
         order=partial(_order_of_pass, length),
         threads=_THREADS,
     )
-    return examples if looks_single(x[0]) else replace(batches, examples=examples)
+    try:
+        single = looks_single(x[0])
+    except Exception as error:
+        error.add_note("while reading item 0")
+        raise
+    return examples if single else replace(batches, examples=examples)
 
 
 def _is_endless(x: Any) -> bool:

@@ -73,8 +73,14 @@ def examples_of(x: Any, batch_size: int | None, what: str) -> ExampleSet | None:
     None for batches. Which of both they are the first one tells.
     """
     by_index = hasattr(x, "__getitem__") and length_of(x)
-    if by_index and not isinstance(x, Mapping) and looks_single(x[0]):
-        return _example_set(x, what)
+    if by_index and not isinstance(x, Mapping):
+        try:
+            single = looks_single(x[0])
+        except Exception as error:
+            error.add_note("while reading item 0")
+            raise
+        if single:
+            return _example_set(x, what)
     if batch_size is None or by_index:
         return None
     examples = _example_set(x, what)

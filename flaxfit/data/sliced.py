@@ -76,8 +76,8 @@ def as_dataset(x: Any, *, what: str, data_dir: Any = None) -> ExampleSet:
       data_dir: not for arrays.
 
     Raises:
-      DataError: arrays of different length, or that hold no numbers. Nothing is read
-        to find out.
+      DataError: arrays of different length, or of a dtype of no numbers or text.
+        Nothing is read to find out.
     """
     del what, data_dir
     nest = _as_nest(x)
@@ -336,24 +336,29 @@ def _nbytes(array: Any) -> int:
 
 def _forms(nest: Any) -> Any:
     """Returns the nesting with what is known of each array, named as a batch is."""
-    forms = jax.tree.map(_form_of, nest, is_leaf=is_array)
+    # Of what has names, some may be text of which nothing is read: a batch will tell.
+    form_of = partial(_form_of, named=isinstance(nest, Mapping))
+    forms = jax.tree.map(form_of, nest, is_leaf=is_array)
     if not isinstance(forms, tuple) or hasattr(forms, "_fields") or len(forms) > 3:
         return forms
     x, y, weights = (*forms, None, None)[:3]
     return Batch((x,), y, weights)
 
 
-def _form_of(leaf: Any) -> Any:
+def _form_of(leaf: Any, named: bool) -> Any:
     leaf = as_leaf(leaf)
     if not is_sliced(leaf):
         return leaf
     try:
-        return _Form(tuple(map(int, leaf.shape)), dtype_of(leaf))
+        dtype = dtype_of(leaf)
     except TypeError as error:
         raise DataError(
             f"a {_kind_of(leaf)} has the dtype {leaf.dtype!r}, which is none of "
             "NumPy's: slices of it cannot be trained on."
         ) from error
+    if named and dtype.kind in "OSUT":
+        dtype = np.dtype(np.float32)
+    return _Form(tuple(map(int, leaf.shape)), dtype)
 
 
 def _as_nest(x: Any) -> Any:

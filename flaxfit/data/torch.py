@@ -88,7 +88,11 @@ def _iterate(dataset: Any, pass_index: int) -> Iterator[Any]:
 
 def _facts(dataset: Any, length: int) -> Facts:
     with _Drawing((0,)):
-        first = dataset[0] if length else ()
+        try:
+            first = dataset[0] if length else ()
+        except Exception as error:
+            error.add_note("while reading item 0")
+            raise
     parts = first.values() if hasattr(first, "values") else first
     items = parts if isinstance(first, tuple | list | dict) else (first,)
     pictures = any(comes_from(item, "PIL", "Image") for item in items)
@@ -106,6 +110,7 @@ def _class_names(dataset: Any) -> tuple[str, ...]:
 
 def _from_loader(loader: Any, what: str) -> Stream:
     _warn_of_fork(loader, what)
+    _warn_of_order(loader, what)
 
     def open_with(seed: Sequence[int]) -> Open:
         kind = _StatefulBatches if hasattr(loader, "load_state_dict") else _Batches
@@ -119,6 +124,19 @@ def _from_loader(loader: Any, what: str) -> Stream:
         facts=Facts(class_names=_class_names(loader.dataset)),
         seeded=open_with,
     )
+
+
+def _warn_of_order(loader: Any, what: str) -> None:
+    """Warns where outputs would come in another order than the dataset's."""
+    shuffles = comes_from(loader.sampler, "torch", "RandomSampler")
+    if what.startswith("predict") and loader.batch_size is not None and shuffles:
+        warnings.warn(
+            f"{what} got a DataLoader(..., shuffle=True): the outputs come in its "
+            "order, which is not the dataset's. Write DataLoader(..., shuffle=False), "
+            f"or give the dataset: {call_text(what, 'dataset')}.",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _num_batches(loader: Any) -> int | None:
