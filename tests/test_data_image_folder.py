@@ -115,6 +115,18 @@ def test_a_folder_without_classes_is_for_predict(folder):
     np.testing.assert_array_equal(np.concatenate(batches), outputs)
 
 
+def test_parts_of_a_dataset_are_no_classes(tmp_path):
+    for part in ("test", "train"):
+        for name in ("cat", "dog"):
+            save(tmp_path / "data" / part / name / "1.png", PIXELS[0])
+    with pytest.raises(DataError, match=r"folders test, train.*data/train', size\)"):
+        image_folder(tmp_path / "data", (8, 8))
+    train = image_folder(tmp_path / "data" / "train", (8, 8))
+    assert train.class_names == ("cat", "dog")
+    said = image_folder(tmp_path / "data", (8, 8), classes=["train", "test"])
+    assert said.class_names == ("train", "test")
+
+
 def test_augmenting_what_was_decoded(folder):
     def augment(example, rng):
         pixels, label = example

@@ -26,6 +26,7 @@ _SUFFIXES = frozenset(
 _MODES = ((1, "L"), (3, "RGB"), (4, "RGBA"))  # channels -> mode of Pillow
 _SIDECARS = frozenset(("desktop.ini", "thumbs.db"))
 # 0..65535 -> 0..255
+_SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
 _WIDE_TO_BYTE = 257
 
 
@@ -93,7 +94,8 @@ def image_folder(
 
     Raises:
       DataError: there is no such folder, no picture in it, or not in one of its
-        classes; pictures beside the folders of classes.
+        classes; pictures beside the folders of classes; folders `train` and `test`
+        where classes should be.
       ImportError: Pillow is not installed.
       ValueError: a size or number of channels that cannot be.
 
@@ -201,6 +203,19 @@ def _in_eight_bits(image: Any, path: str, image_module: Any) -> Any:
     return image
 
 
+def _refuse_splits(path: Path, names: Sequence[str]) -> None:
+    """Refuses a folder of folders of classes, whose parts would be the classes."""
+    parts = [name for name in names if name.lower() in _SPLITS]
+    deeper = [each for name in parts for each in (path / name).iterdir()]
+    if parts and len(parts) == len(names) and any(each.is_dir() for each in deeper):
+        train = next((name for name in parts if name.lower() == "train"), parts[0])
+        raise DataError(
+            f"{str(path)!r} holds the folders {', '.join(names)}, which are parts of a "
+            f"dataset and not its classes. Write image_folder({str(path / train)!r}, "
+            "size), or classes=[...] if they are classes."
+        )
+
+
 def _find_files(path: Path, classes: Sequence[str] | None) -> ImageFiles:
     if not path.is_dir():
         raise DataError(
@@ -212,6 +227,8 @@ def _find_files(path: Path, classes: Sequence[str] | None) -> ImageFiles:
     others = [each for each in inside if not each.is_dir()]
     pictures = [str(each) for each in others if _is_picture(each.name)]
     names = _class_names(path, folders, classes)
+    if classes is None:
+        _refuse_splits(path, names)
     if pictures and names:
         raise DataError(
             f"{str(path)!r} holds pictures, such as {Path(pictures[0]).name!r}, beside "

@@ -214,7 +214,8 @@ def numbers(column: Column, *, floats: bool = False) -> HostArray:
         raise DataError(
             f"{column.where} is {_WORDS[column.kind]} ({column.dtype}): only numbers "
             f"can be trained on. Leave it out, Trainer(model, inputs=[...]), or write "
-            f"{column.line(column.kind)}."
+            f"{column.line(column.kind)}. If it is what is to be predicted, say so: "
+            f"Trainer(model, targets={column.name!r})."
         )
     _refuse_missing(column)
     values = column.values
