@@ -10,11 +10,15 @@ import argparse
 
 import flax.linen as nn
 import numpy as np
-import torch
 from sklearn.datasets import load_digits
-from torch.utils.data import DataLoader, Dataset, Subset
 
 from flaxfit import Trainer
+
+try:
+    import torch
+    from torch.utils.data import DataLoader, Dataset, Subset
+except ImportError as error:
+    raise SystemExit("This example needs torch: pip install torch") from error
 
 TEST_IMAGES = 360
 
