@@ -312,7 +312,7 @@ DATASETS = [
          validation_data=[(X, LABELS)]), ValueError,
          "validation_batch_size=4 is given, .*write validation_data=dataset"),
     Case("y beside a list of batches", fits([(X, LABELS)], LABELS), ValueError,
-         r"y is given beside a list, .*Let it yield \(x, y, weights\)"),
+         r"y is given beside a list, .*Let its items be \(x, y\)"),
     Case("y beside a generator", lambda t: t.fit(batches(), LABELS), ValueError,
          r"y is given beside a generator, .*write fit\(dataset\)"),
     Case("weights beside a dataset", fits([(X, LABELS)], sample_weight=ONES),

@@ -362,7 +362,8 @@ def _as_stream(
             warnings.warn(x.doubt, UserWarning, stacklevel=2)
         size = _checked_size(batch_size, default_batch_size, x.length, multiple_of)
         return stream_examples(x, size, shuffle=shuffle, seed=seed)
-    refuse_batch_size(batch_size, what)
+    guessed = is_plain or x.examples is not None
+    refuse_batch_size(batch_size, what, guessed=guessed)
     return x if x.seeded is None else replace(x, open=x.seeded(seed))
 
 

@@ -89,7 +89,7 @@ def examples_of(x: Any, batch_size: int | None, what: str) -> ExampleSet | None:
         assert examples.iterate is not None
         for number, item in enumerate(examples.iterate(pass_index)):
             if number == 0 and not looks_single(item):
-                refuse_batch_size(batch_size, what)
+                refuse_batch_size(batch_size, what, guessed=True)
             yield item
 
     return replace(examples, iterate=iterate)
@@ -161,19 +161,34 @@ def _iterate(stream: Stream, pass_index: int) -> Iterator[Any]:
     return stream.open(pass_index, 0)
 
 
-def refuse_batch_size(batch_size: Any, what: str) -> None:
-    """Raises ValueError where the size of batches is given that are made already."""
-    if batch_size is not None:
-        argument = "batch_size"
-        if what == "validation_data":
-            argument = "validation_batch_size"
-        raise ValueError(
-            f"{argument}={batch_size!r} is given, but your iterable yields batches, as "
-            "it seems: all parts of an item have the same length. Set their size where "
-            f"they are made, and write {call_text(what, 'dataset')}. If its items are "
-            f"single examples, write {call_text(what, 'Examples(dataset)')}, with "
-            "pad_to= where they differ in length."
+def refuse_batch_size(batch_size: Any, what: str, *, guessed: bool) -> None:
+    """Refuses the size of batches that are made already.
+
+    Args:
+      batch_size: what was given; None is not refused.
+      what: the method it was given to, for messages.
+      guessed: whether only the looks of an item say that it is a batch.
+
+    Raises:
+      ValueError: a size is given.
+    """
+    if batch_size is None:
+        return
+    argument = "batch_size"
+    if what == "validation_data":
+        argument = "validation_batch_size"
+    reason, way_out = "yields batches of its own", ""
+    if guessed:
+        reason = "yields batches, as it seems: all parts of an item have one length"
+        way_out = (
+            " If its items are single examples, write "
+            f"{call_text(what, 'Examples(dataset)')}, with pad_to= where they differ "
+            "in length."
         )
+    raise ValueError(
+        f"{argument}={batch_size!r} is given, but your iterable {reason}. Set their "
+        f"size where they are made, and write {call_text(what, 'dataset')}.{way_out}"
+    )
 
 
 # (whether it is of the kind, what makes a dataset of it), in the order they are tried.
