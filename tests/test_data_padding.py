@@ -62,11 +62,18 @@ def source_of(data, **arguments):
     return as_source(data, **arguments, binding=BINDING)
 
 
+def logits_of(trainer, tokens):
+    """The logits of `Tagger`, in NumPy: every length would be compiled for in jax."""
+    params = jax.device_get(trainer.variables["params"])
+    hidden = params["Embed_0"]["embedding"][tokens]
+    return hidden @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"]
+
+
 def mean_loss(trainer, items=ITEMS, weigh=lambda row, labels: np.ones(len(labels))):
     """The mean over all tokens, example by example, in NumPy."""
     total, count = 0.0, 0.0
     for row, (tokens, labels) in enumerate(items):
-        logits = np.asarray(Tagger().apply(trainer.variables, tokens[None])[0])
+        logits = logits_of(trainer, tokens)
         scores = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         weights = weigh(row, labels)
         total -= (weights * scores[np.arange(len(labels)), labels]).sum()
@@ -95,7 +102,7 @@ def test_as_many_compiles_as_buckets_and_the_loss_of_what_is_real(capsys):
     assert trainer.compiles == {"train": 3, "eval": 3, "predict": 0}
     assert values["loss"] == pytest.approx(mean_loss(trainer), rel=1e-5)
     assert history.history["val_loss"][-1] == values["loss"]
-    tokens = [Tagger().apply(trainer.variables, x).argmax(-1) == y for x, y in ITEMS]
+    tokens = [logits_of(trainer, x).argmax(-1) == y for x, y in ITEMS]
     assert values["accuracy"] == pytest.approx(np.concatenate(tokens).mean(), rel=1e-5)
 
 
