@@ -131,6 +131,7 @@ class Watch:
 
 
 def counts_of(running: Running) -> tuple[Any, Any]:
+    """Returns the number of the first bad batch, or -1, and how many were left out."""
     return running.bad, running.skipped
 
 

@@ -94,6 +94,10 @@ _EXECUTION = (
     "compilation_cache",
 )
 
+_LAST_EXAMPLES = (
+    "in the last examples, which validation_split took; row 0 is the first of them"
+)
+
 
 class Trainer:
     """Trains, evaluates and runs a Flax module.
@@ -411,6 +415,7 @@ class Trainer:
                 len(span),
                 validation_steps,
                 data_dir,
+                _LAST_EXAMPLES if validation_split else "in validation_data",
             )
             self._reader.batch_size = source.batch_size
             run.compare(
@@ -1138,6 +1143,7 @@ class Trainer:
         epochs: int,
         steps: int | None,
         data_dir: Any,
+        note: str,
     ) -> Source | None:
         if data is None:
             return None
@@ -1156,7 +1162,7 @@ class Trainer:
             )
             self._build(source, afresh=False)
         except Exception as error:
-            error.add_note("in validation_data")
+            error.add_note(note)
             raise
         return source
 

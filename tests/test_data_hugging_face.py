@@ -197,18 +197,6 @@ def test_numbers_that_are_missing_are_an_error(row, name, inside):
         list(source_of(dataset, batch_size=4).batches(0))
 
 
-@pytest.mark.parametrize("streamed", [False, True])
-def test_batches_of_their_making_are_doubted(streamed):
-    whole = datasets.Dataset.from_dict({"x": X.tolist(), "label": Y.tolist()})
-    batched = whole.to_iterable_dataset().batch(5) if streamed else whole.batch(5)
-    with pytest.warns(UserWarning, match=r"lists of 5.*leave batch\(\) out"):
-        source_of(batched)
-    source_of(Examples(batched), batch_size=2)  # which says that they are no batches
-    source_of(whole)
-    tokens = {"x": [[1, 2, 3]] * 4, "label": [[2, 3, 4]] * 4}
-    source_of(datasets.Dataset.from_dict(tokens))
-
-
 def test_a_column_without_values_may_be_there_if_nothing_is_read_of_it():
     extra = [None, *range(1, len(X))]
     dataset = table().add_column("extra", extra)

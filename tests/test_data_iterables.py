@@ -665,3 +665,38 @@ def test_single_examples_that_look_like_batches_are_told_a_way_out():
     dataset = iter(pairs)
     with pytest.raises(ValueError, match=r"brings its targets.*np\.asarray\(column\)"):
         as_source(dataset, Y, binding=ONE)
+
+
+@flax.struct.dataclass
+class Inputs:
+    """Has no targets, and so is an input."""
+
+    x: Any
+
+
+def test_a_dataclass_without_targets_is_an_input():
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, a, b):
+            return nn.Dense(3)(a.x + b.x)
+
+    trainer = Trainer(Two())
+    pair = Inputs(X), Inputs(X)
+    first = trainer.fit(pair, Y % 3, verbose=0).history
+    assert trainer.predict(pair).shape == (10, 3)
+    assert Trainer(Two()).fit([*pair], Y % 3, verbose=0).history == first
+
+
+def test_rows_of_different_length_are_refused_at_once():
+    asked = []
+
+    class Counted(np.ndarray):
+        def __iter__(self):
+            asked.append(1)
+            return super().__iter__()
+
+    ragged = np.empty(2, object)
+    ragged[:] = [np.zeros(n).view(Counted) for n in (3, 4)]
+    with pytest.raises(DataError, match="rows of different length: pad"):
+        source_of((ragged, np.zeros(2)))
+    assert not asked  # no element is looked at

@@ -489,3 +489,18 @@ def test_processes_load_as_one_does():
             for options in ({}, {"processes": 2})
         )
         equal(list(one.batches(0)), list(other.batches(0)))
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_weights_of_any_number_of_axes_count_nothing_where_targets_are_padded(axes):
+    items = [
+        (np.ones((n, 2)), np.zeros((n, 2)), np.ones((n, 2)[: axes - 1])) for n in (1, 3)
+    ]
+    source = source_of(Examples(items, pad_to=4, pad_value=7.0), batch_size=2)
+    want = (np.arange(4) < np.array([[1], [3]])).astype(np.float32)
+    weights = source.example.weights
+    np.testing.assert_array_equal(
+        weights,
+        np.broadcast_to(want[(...,) + (None,) * (weights.ndim - 2)], weights.shape),
+    )
+    assert weights.ndim == max(2, axes)

@@ -451,6 +451,14 @@ class Noisy(data.Dataset):
         return torch.rand(2), index
 
 
+class ShuffledStream(data.IterableDataset):
+    """Draws its order as it is opened."""
+
+    def __iter__(self):
+        order = torch.randperm(ROWS).tolist()
+        return iter([Noisy()[index] for index in order])
+
+
 class NoisyStream(data.IterableDataset):
     def __iter__(self):
         return (Noisy()[index] for index in range(ROWS))
@@ -461,6 +469,7 @@ class NoisyStream(data.IterableDataset):
     [
         Noisy,
         NoisyStream,
+        ShuffledStream,
         lambda: Examples(Noisy(), threads=1),
         lambda: Examples(Noisy(), lambda item: (item[0] + torch.rand(2), item[1])),
     ],
@@ -477,6 +486,38 @@ def test_what_items_draw_depends_on_seed_and_pass(make):
     torch.rand(1)
     assert values(1) == whole and values(1, 2) == whole[2:]
     assert values(2) != whole != values(1, seed=(4,))
+
+
+def test_a_stream_that_tells_where_it_stands_goes_on_telling():
+    class Reader:
+        def __init__(self):
+            self.at = 0
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            if self.at == ROWS:
+                raise StopIteration
+            self.at += 1
+            return torch.from_numpy(X)[self.at - 1], self.at - 1
+
+        def state_dict(self):
+            return {"at": self.at}
+
+        def load_state_dict(self, state):
+            self.at = state["at"]
+
+    class Stream(data.IterableDataset):
+        def __iter__(self):
+            return Reader()
+
+    source = source_of(Stream(), batch_size=4)
+    whole = [batch.targets.tolist() for batch in source.batches(0)]
+    assert source.bookmark["state"]["items"] == {"at": 4}
+    again = source_of(Stream(), batch_size=4)
+    rest = [b.targets.tolist() for b in again.batches(0, 1, source.bookmark)]
+    assert rest == whole[1:]
 
 
 def test_predictions_in_the_order_of_a_shuffled_loader_are_warned_of():
@@ -652,6 +693,8 @@ def test_tensors_that_are_no_arrays():
         nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
     with pytest.raises(DataError, match=r"different length, .*to_padded_tensor"):
         as_host(nested)
+    with pytest.raises(DataError, match=r"different length, .*to_padded_tensor"):
+        source_of([(nested, 1), (nested, 2)], batch_size=2)
 
 
 def test_predict_on_a_dataset():

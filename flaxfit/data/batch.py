@@ -315,11 +315,15 @@ def _is_sequence(value: object) -> bool:
 
 
 def has_fields(raw: object) -> bool:
-    """Whether a raw batch is read by names: a mapping, named tuple or dataclass."""
-    if isinstance(raw, type):
+    """Whether a raw batch is read by names: a mapping, or a named tuple.
+
+    A dataclass is, too, where it has targets; without them it is an input.
+    """
+    if isinstance(raw, Mapping) or hasattr(raw, "_asdict"):
+        return True
+    if not dataclasses.is_dataclass(raw) or isinstance(raw, type | Batch):
         return False
-    named = isinstance(raw, Mapping) or hasattr(raw, "_asdict")
-    return named or dataclasses.is_dataclass(raw)
+    return any(field.name in TARGET_NAMES for field in dataclasses.fields(raw))
 
 
 def _fields(raw: Any) -> dict[str, Any]:

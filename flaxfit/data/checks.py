@@ -14,8 +14,6 @@ from flaxfit._types import Batch, HostArray, PyTree
 from flaxfit.data.source import named_leaves, spread
 
 LONG_DOUBLES = frozenset("gG")
-
-
 _MOST_NAMED = 8
 
 
@@ -211,7 +209,9 @@ def _is_plain(leaf: Any) -> bool:
 
 
 def _is_missing(cell: Any) -> bool:
-    nested = isinstance(cell, list | tuple | np.ndarray) and np.ndim(cell) > 0
+    if isinstance(cell, np.ndarray):
+        return cell.dtype == np.object_ and any(map(_is_missing, cell.ravel()))
+    nested = isinstance(cell, list | tuple)
     return any(map(_is_missing, cell)) if nested else cell is None
 
 

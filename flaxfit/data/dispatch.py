@@ -2,7 +2,6 @@
 
 import operator
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -358,8 +357,6 @@ def _as_stream(
                 f"no examples: the {x.kind} given to {what} has the length 0. Pass at "
                 "least one."
             )
-        if x.doubt:
-            warnings.warn(x.doubt, UserWarning, stacklevel=2)
         size = _checked_size(batch_size, default_batch_size, x.length, multiple_of)
         return stream_examples(x, size, shuffle=shuffle, seed=seed)
     guessed = is_plain or x.examples is not None

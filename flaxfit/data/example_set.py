@@ -29,8 +29,6 @@ from flaxfit.data.stream import (
 )
 from flaxfit.data.workers import OrderedMap
 
-_END = object()
-
 
 @dataclass(frozen=True)
 class ExampleSet:
@@ -60,7 +58,6 @@ class ExampleSet:
         their draws are then a function of the seed. None where a library has no draws
         of its own. Several threads draw as they come.
       facts: what the dataset says of itself.
-      doubt: what to warn of where these may not be single examples, or empty.
     """
 
     kind: str
@@ -80,7 +77,6 @@ class ExampleSet:
     order: Callable[..., HostArray] = order_of_pass
     drawing: Callable[[Sequence[int]], AbstractContextManager[Any]] | None = None
     facts: Facts = field(default=NO_FACTS)
-    doubt: str = ""
 
     def drawn(self, *seed: int) -> AbstractContextManager[Any]:
         """Returns what to be inside of while items are read; see `drawing`."""
@@ -174,9 +170,11 @@ def _stream_in_order(
     def open_pass(pass_index: int, start: int) -> Iterator[Any]:
         del start
         work = _InOrder(examples, (*seed, pass_index))
-        items = iterate(pass_index)
+        drawing = examples.drawn(*seed, pass_index)
+        with drawing:
+            items = iterate(pass_index)
         if examples.drawing is not None:
-            items = _drawn(items, examples.drawn(*seed, pass_index))
+            items = _Drawn(items, drawing)
         made = _Chunks(
             items,
             batch_size,
@@ -195,13 +193,25 @@ def _stream_in_order(
     )
 
 
-def _drawn(items: Iterator[Any], drawing: AbstractContextManager[Any]) -> Iterator[Any]:
-    while True:
-        with drawing:
-            item = next(items, _END)
-        if item is _END:
-            return
-        yield item
+class _Drawn:
+    """Takes items inside of a context; in all else it is their iterator."""
+
+    def __init__(
+        self, items: Iterator[Any], drawing: AbstractContextManager[Any]
+    ) -> None:
+        self._items = items
+        self._drawing = drawing
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        with self._drawing:
+            return next(self._items)
+
+    def __getattr__(self, name: str) -> Any:
+        # Where it stands, if it tells.
+        return getattr(self._items, name)
 
 
 class _Chunks:

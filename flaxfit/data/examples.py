@@ -118,7 +118,6 @@ class Examples:
         changes: dict[str, Any] = {
             "threads": self.threads or items.threads,
             "processes": self.processes or items.processes,
-            "doubt": "",
         }
         if self.load is not None:
             changes["load"] = (

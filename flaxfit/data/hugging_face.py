@@ -36,7 +36,7 @@ def recognizes(x: Any) -> bool:
 
 
 def as_dataset(x: Any, *, what: str, data_dir: Any = None) -> ExampleSet:
-    """Returns a dataset as examples, each of them a dict.
+    """Returns a dataset as examples: each row is one, a dict.
 
     A format or transform that the user has set stays.
 
@@ -54,7 +54,6 @@ def as_dataset(x: Any, *, what: str, data_dir: Any = None) -> ExampleSet:
     if _is(x, _STREAM):
         return ExampleSet(
             "Hugging Face IterableDataset",
-            doubt=_doubt(x),
             iterate=partial(_iterate, x),
             collate=_collate,
             facts=_facts(x.features, x.column_names or ())
@@ -77,7 +76,6 @@ def as_dataset(x: Any, *, what: str, data_dir: Any = None) -> ExampleSet:
         take_items(x),
         take_batch,
         collate=_collate,
-        doubt=_doubt(x),
         # What a transform makes has its own keys.
         facts=replace(facts, keys=(), targets=None) if own else facts,
     )
@@ -101,35 +99,6 @@ def _refuse_splits(splits: Mapping[str, Any], what: str) -> NoReturn:
         f"a {type(splits).__name__} given to {what} holds several datasets: "
         f"{', '.join(names)}. Write {line}."
     )
-
-
-def _doubt(dataset: Any) -> str:
-    """Returns what to say where each row seems to be a batch, which a row never is.
-
-    The columns of tokens are lists of one length, too, but all of them of numbers.
-    """
-    features = dataset.features or {}
-    depths = {_depth_of(feature) for feature in features.values()}
-    if 0 in depths or len(depths) < 2:
-        return ""
-    row = next(iter(dataset), None)
-    lengths = {len(value) for value in row.values()} if isinstance(row, Mapping) else ()
-    if len(lengths) != 1:
-        return ""
-    return (
-        "the rows of the Hugging Face dataset look like batches, as ds.batch(n) makes "
-        f"them: all columns are lists of {lengths.pop()}. They are taken for single "
-        "examples: leave batch() out, and give fit(ds, batch_size=...). If they are "
-        "single examples, flaxfit.data.Examples(ds) says so."
-    )
-
-
-def _depth_of(feature: Any) -> int:
-    """Returns how many lists are around the values of a column."""
-    depth = 0
-    while type(feature).__name__ in ("List", "LargeList", "Sequence"):
-        depth, feature = depth + 1, feature.feature
-    return depth
 
 
 def _facts(features: Mapping[str, Any] | None, columns: Sequence[str]) -> Facts:

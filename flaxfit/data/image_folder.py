@@ -25,8 +25,8 @@ _SUFFIXES = frozenset(
 )
 _MODES = ((1, "L"), (3, "RGB"), (4, "RGBA"))  # channels -> mode of Pillow
 _SIDECARS = frozenset(("desktop.ini", "thumbs.db"))
-# 0..65535 -> 0..255
 _SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
+# 0..65535 -> 0..255
 _WIDE_TO_BYTE = 257
 
 

@@ -19,6 +19,8 @@ def is_tensor(value: object) -> bool:
 
 def stack_tensors(tensors: Sequence[Any]) -> HostArray | None:
     """Returns tensors as `[len(tensors), ...]`; None where they differ in form."""
+    if any(is_tensor(each) and each.is_nested for each in tensors):
+        return None
     first = tensors[0]
     form = first.shape, first.dtype, first.device
     for each in tensors:

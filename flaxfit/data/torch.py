@@ -277,15 +277,18 @@ class _Drawing:
     """
 
     def __init__(self, seed: Sequence[int]) -> None:
-        torch = import_module("torch")
-        self._generator = torch.default_generator
-        self._state = _state(torch, *seed)
+        self._generator = import_module("torch").default_generator
+        self._seed = seed
+        self._state: Any = None
         self._before: Any = None
 
     def __enter__(self) -> None:
         _EXCHANGE.acquire()
         self._before = self._generator.get_state()
-        self._generator.set_state(self._state)
+        if self._state is None:
+            self._generator.manual_seed(_number(*self._seed))
+        else:
+            self._generator.set_state(self._state)
 
     def __exit__(self, *unused: object) -> None:
         self._state = self._generator.get_state()
@@ -336,8 +339,11 @@ def _unseeded(loader: Any) -> bool:
 
 
 def _state(torch: Any, *seed: int) -> Any:
-    number = int(seeded(*seed).integers(2**63))
-    return torch.Generator().manual_seed(number).get_state()
+    return torch.Generator().manual_seed(_number(*seed)).get_state()
+
+
+def _number(*seed: int) -> int:
+    return int(seeded(*seed).integers(2**63))
 
 
 def _set_epoch(parts: Sequence[Any], pass_index: int) -> None:

@@ -76,7 +76,7 @@ def apply_mask(
     weights = mask.astype(np.float32)
     if batch.weights is not None:
         given = np.asarray(batch.weights, np.float32)
-        if not given.ndim or given.shape != mask.shape[: given.ndim]:
+        if not given.ndim or given.shape[:2] != mask.shape[: given.ndim]:
             return batch  # whose weights are refused where all weights are checked
         if given.ndim == 1:
             given = given[:, None]

@@ -1,6 +1,5 @@
 """Arrays and tables as a whole: whether data is such, and how it is read."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -80,7 +79,7 @@ def is_batch_list(x: Any, y: Any) -> bool:
     # A tuple of two or three is one dataset, ((a, b), y) as well as ((a, b), (c, d)).
     if isinstance(x, tuple) and (len(x) <= 3 or y is not None):
         return False
-    return bool(x) and all(_is_nested(part) for part in x)
+    return bool(x) and all(_is_nested(part) or has_fields(part) for part in x)
 
 
 def is_several_inputs(x: Any, binding: Binding) -> bool:
@@ -92,9 +91,7 @@ def is_several_inputs(x: Any, binding: Binding) -> bool:
 
 
 def _is_nested(value: Any) -> bool:
-    nested = isinstance(value, tuple | list | Mapping) or (
-        dataclasses.is_dataclass(value) and not isinstance(value, type)
-    )
+    nested = isinstance(value, tuple | list | Mapping | Batch)
     return (nested and not is_array(value)) or tables.is_table(value)
 
 
