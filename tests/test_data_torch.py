@@ -20,6 +20,7 @@ from flaxfit._errors import DataError  # noqa: E402
 from flaxfit._types import CallSpec  # noqa: E402
 from flaxfit.data import Batches, Examples  # noqa: E402
 from flaxfit.data.batch import Binding  # noqa: E402
+from flaxfit.data.collate import collate  # noqa: E402
 from flaxfit.data.dispatch import as_inputs_source, as_source  # noqa: E402
 from flaxfit.data.source import as_host  # noqa: E402
 from flaxfit.data.torch import as_dataset, recognizes  # noqa: E402
@@ -694,7 +695,7 @@ def test_tensors_that_are_no_arrays():
     with pytest.raises(DataError, match=r"different length, .*to_padded_tensor"):
         as_host(nested)
     with pytest.raises(DataError, match=r"different length, .*to_padded_tensor"):
-        source_of([(nested, 1), (nested, 2)], batch_size=2)
+        collate([(nested, 1), (nested, 2)])
 
 
 def test_predict_on_a_dataset():
