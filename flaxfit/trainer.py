@@ -731,11 +731,7 @@ class Trainer:
             before anything is computed, unless only reading tells the length.
         """
         display = make_progress(verbose)
-        steps = as_optional_count("steps", steps)
-        source = self._reader.inputs(
-            x, what="predict", batch_size=batch_size, steps=steps, data_dir=data_dir
-        )
-        opened = self._open_inputs(source, steps)
+        opened = self._open(x, "predict", batch_size, steps, data_dir)
         target = None
         if out is not None:
             target = Destination(out, opened.outputs.shapes, opened.examples)
@@ -776,15 +772,7 @@ class Trainer:
         Example:
           `for outputs in trainer.predict_batches(make_batches): file.write(outputs)`
         """
-        steps = as_optional_count("steps", steps)
-        source = self._reader.inputs(
-            x,
-            what="predict_batches",
-            batch_size=batch_size,
-            steps=steps,
-            data_dir=data_dir,
-        )
-        opened = self._open_inputs(source, steps)
+        opened = self._open(x, "predict_batches", batch_size, steps, data_dir)
         # Not borrowed: a fit would copy the state in every step, for as long as anyone
         # holds the iterator.
         parts = self._predict(opened, self._keeper.holder.read(), own=True)
@@ -809,15 +797,8 @@ class Trainer:
           `[batches, ...]`.
         """
         display = make_progress(verbose)
-        steps = as_optional_count("steps", steps)
-        source = self._reader.inputs(
-            x,
-            what="predict_intermediates",
-            batch_size=batch_size,
-            steps=steps,
-            data_dir=data_dir,
-        )
-        opened = self._open_inputs(source, steps, sown=True)
+        what = "predict_intermediates"
+        opened = self._open(x, what, batch_size, steps, data_dir, sown=True)
         with listening(CompileReport(display)), self._keeper.holder.borrow() as state:
             parts = self._predict(opened, state, display=display)
             return join_batches(parts, opened.outputs.batched)
@@ -835,6 +816,23 @@ class Trainer:
         with self._keeper.holder.borrow() as state:
             parts = self._predict(opened, state)
             return join_batches(parts, opened.outputs.batched)
+
+    def _open(
+        self,
+        x: Any,
+        what: str,
+        batch_size: int | None,
+        steps: int | None,
+        data_dir: str | os.PathLike[str] | None,
+        *,
+        sown: bool = False,
+    ) -> "_Inputs":
+        """Returns what the method `what` predicts on."""
+        steps = as_optional_count("steps", steps)
+        source = self._reader.inputs(
+            x, what=what, batch_size=batch_size, steps=steps, data_dir=data_dir
+        )
+        return self._open_inputs(source, steps, sown=sown)
 
     def _open_inputs(
         self, source: Source, steps: int | None, *, sown: bool = False

@@ -75,6 +75,7 @@ FLOORS = {
     "data.padding_arguments": 2.2,
     "data.parts": 2.12,
     "data.example_set": 2.25,
+    "data.example_stream": 2.26,
     "data.tfds": 2.28,
     "data.tfds_builders": 2.1,
     "data.arrays": 2.2,

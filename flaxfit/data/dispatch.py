@@ -22,7 +22,8 @@ from flaxfit.data.batch import Binding, Whole
 from flaxfit.data.batches import Batches
 from flaxfit.data.checks import check_finite, check_lengths, check_values, check_weights
 from flaxfit.data.collate import looks_single
-from flaxfit.data.example_set import ExampleSet, batch_of_rows, stream_examples
+from flaxfit.data.example_set import ExampleSet
+from flaxfit.data.example_stream import batch_of_rows, stream_examples
 from flaxfit.data.iterables import from_iterable, peek
 from flaxfit.data.kinds import adapt_parts, examples_in, examples_of, refuse_batch_size
 from flaxfit.data.padding import Padded, raw_of
