@@ -417,6 +417,24 @@ def test_examples_made_of_rows():
     assert batch.targets.tolist() == [1, 0]
 
 
+def test_files_of_pyarrow_are_told_how_to_be_read(tmp_path):
+    dataset = pytest.importorskip("pyarrow.dataset")
+    table = pa.Table.from_pandas(DF)
+    dataset.write_dataset(table, tmp_path, format="arrow")
+    for unread in (dataset.dataset(tmp_path, format="arrow"), dataset.dataset(table)):
+        with pytest.raises(TypeError, match=r"holds no rows yet.*to_table\(\)"):
+            as_source(unread, binding=ONE)
+
+
+def test_a_target_that_is_misspelt_or_not_said_is_told_before_the_inputs():
+    table = pd.DataFrame({"a": [1.0, 2.0], "diag": pd.Categorical(["no", "yes"])})
+    misspelt = Binding(ONE.call, targets="dia")
+    with pytest.raises(DataError, match=r"no column 'dia'.*Did you mean 'diag'"):
+        as_source(table, binding=misspelt)
+    with pytest.raises(DataError, match=r"Trainer\(model, targets='diag'\)"):
+        as_source(table, binding=ONE)
+
+
 def test_split_keeps_what_was_understood():
     table = DF.assign(city="x")
     chosen = Binding(ONE.call, inputs=["c", "a"])
