@@ -1,13 +1,14 @@
 """The trainer Flax never had: `Trainer(model).fit(ds)`."""
 
-from flaxfit._errors import (
+from flaxfit._core.errors import (
     CheckpointCorruptError,
     CheckpointError,
     DataError,
     DetectionError,
 )
-from flaxfit._steps import Task, make_train_step
-from flaxfit._types import Average, Batch, Model, TrainState
+from flaxfit._core.types import Average, Batch, Model, TrainState
+from flaxfit._programs.steps import Task, make_train_step
+from flaxfit._reporting.history import History
 from flaxfit.callbacks import (
     Callback,
     EarlyStopping,
@@ -16,8 +17,7 @@ from flaxfit.callbacks import (
     ModelCheckpoint,
 )
 from flaxfit.checkpoint import RestoreReport, load_params
-from flaxfit.history import History
-from flaxfit.losses import Loss
+from flaxfit.losses.loss import Loss
 from flaxfit.trainer import Trainer
 
 __version__ = "0.1.0"

@@ -4,8 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from flaxfit import _inspect
-from flaxfit._errors import CheckpointError
+from flaxfit import _cli as _inspect
+from flaxfit._core.errors import CheckpointError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

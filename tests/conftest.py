@@ -12,7 +12,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from flaxfit._compilation_cache import use_compilation_cache
+from flaxfit.trainer.compilation_cache import use_compilation_cache
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

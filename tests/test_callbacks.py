@@ -18,8 +18,8 @@ from flaxfit import (
     Trainer,
     TrainState,
 )
-from flaxfit._types import StateHolder
-from flaxfit.history import History
+from flaxfit._core.types import StateHolder
+from flaxfit._reporting.history import History
 
 X = np.random.default_rng(0).normal(size=(32, 4)).astype(np.float32)
 Y = np.random.default_rng(1).integers(0, 3, 32).astype(np.int32)

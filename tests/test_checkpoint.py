@@ -18,8 +18,8 @@ import pytest
 from flax import serialization
 
 from flaxfit import checkpoint
-from flaxfit._errors import CheckpointError
-from flaxfit._types import TrainState
+from flaxfit._core.errors import CheckpointError
+from flaxfit._core.types import TrainState
 
 META = {
     "history": {"loss": [0.5, float("inf")]},

@@ -12,7 +12,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from flaxfit import Trainer
-from flaxfit._compilation_cache import use_compilation_cache
+from flaxfit.trainer.compilation_cache import use_compilation_cache
 
 SETTINGS = (
     "jax_compilation_cache_dir",

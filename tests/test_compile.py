@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from flaxfit import LambdaCallback, Trainer
-from flaxfit._compile import Program, empty_running, listening, preflight
-from flaxfit._feed import Execution
-from flaxfit._segments import Resident, Stack, batch_at
-from flaxfit._sharding import find_placement
-from flaxfit._types import Average, Batch
+from flaxfit._core.types import Average, Batch
+from flaxfit._loops.feeder import Execution
+from flaxfit._programs.chunks import Resident, Stack, batch_at
+from flaxfit._programs.compile import Program, empty_running, listening, preflight
+from flaxfit._programs.placement import find_placement
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(64, 5)).astype(np.float32)

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from flaxfit import Trainer
-from flaxfit._compile import Program, listening
-from flaxfit._compile_report import CompileReport, why_again
-from flaxfit._display import Silent
-from flaxfit._segments import Resident, Stack
-from flaxfit._timing import Clock
-from flaxfit._types import Batch
+from flaxfit._core.types import Batch
+from flaxfit._programs.chunks import Resident, Stack
+from flaxfit._programs.compile import Program, listening
+from flaxfit._reporting.display import Silent
+from flaxfit._reporting.timing import Clock
+from flaxfit.trainer.compile_report import CompileReport, why_again
 
 SECONDS = r"\d+\.\d s"
 

@@ -7,11 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from flaxfit._errors import DataError
-from flaxfit._types import Batch, CallSpec
-from flaxfit.data.arrays import split_validation
-from flaxfit.data.batch import Binding
-from flaxfit.data.dispatch import as_inputs_source, as_source, as_whole
+from flaxfit._core.errors import DataError
+from flaxfit._core.types import Batch, CallSpec
+from flaxfit.data.binding.binding import Binding
+from flaxfit.data.open import as_inputs_source, as_source, as_whole
+from flaxfit.data.sources.array_source import split_validation
 
 ONE = Binding(CallSpec(("x",), (), ("x",)))
 TWO = Binding(CallSpec(("a", "b"), (), ("a", "b")))

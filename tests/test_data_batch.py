@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 from flax.core import FrozenDict
 
-from flaxfit._errors import DataError
-from flaxfit._types import Batch, CallSpec
-from flaxfit.data.batch import Binding
+from flaxfit._core.errors import DataError
+from flaxfit._core.types import Batch, CallSpec
+from flaxfit.data.binding.binding import Binding
 
 ONE = Binding(CallSpec(("x",), (), ("x",)))
 TWO = Binding(CallSpec(("a", "b"), (), ("a", "b")))

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from flaxfit import Batch, DataError, Trainer
-from flaxfit._types import CallSpec
+from flaxfit._core.types import CallSpec
 from flaxfit.data import Batches, Examples
-from flaxfit.data.batch import Binding
-from flaxfit.data.dispatch import as_source
-from flaxfit.data.stream import Stream
+from flaxfit.data.binding.binding import Binding
+from flaxfit.data.datasets.stream import Stream
+from flaxfit.data.open import as_source
 
 BINDING = Binding(CallSpec(("x",), (), ("x",)))
 GRAPHS, REAL = 5, 4

@@ -6,10 +6,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from flaxfit._errors import DataError
-from flaxfit._types import Batch
-from flaxfit.data.checks import check_finite, check_lengths
-from flaxfit.data.source import as_host, fill, narrow
+from flaxfit._core.errors import DataError
+from flaxfit._core.types import Batch
+from flaxfit.data.host.arrays import as_host, fill, narrow
+from flaxfit.data.host.checks import check_finite, check_lengths
 
 X = np.ones((4, 3), np.float32)
 Y = np.arange(4)

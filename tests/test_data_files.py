@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 from flaxfit import Trainer
-from flaxfit._errors import DataError
-from flaxfit._types import CallSpec
-from flaxfit.data import Examples, files, sliced
-from flaxfit.data.batch import Binding
-from flaxfit.data.dispatch import as_inputs_source, as_source, split_data
-from flaxfit.data.kinds import adapt
+from flaxfit._core.errors import DataError
+from flaxfit._core.types import CallSpec
+from flaxfit.data import Examples
+from flaxfit.data.adapters import chunked_arrays as sliced
+from flaxfit.data.adapters import npy_files as files
+from flaxfit.data.adapters.registry import adapt
+from flaxfit.data.binding.binding import Binding
+from flaxfit.data.open import as_inputs_source, as_source, split_data
 
 ONE = Binding(CallSpec(("x",), (), ("x",)))
 TWO = Binding(CallSpec(("a", "b"), (), ("a", "b")))

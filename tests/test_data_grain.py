@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from flaxfit import Trainer
-from flaxfit._errors import DataError
-from flaxfit._types import CallSpec
-from flaxfit.data import Examples, stream_source
-from flaxfit.data.batch import Binding
-from flaxfit.data.dispatch import as_inputs_source, as_source
+from flaxfit._core.errors import DataError
+from flaxfit._core.types import CallSpec
+from flaxfit.data import Examples
+from flaxfit.data.binding.binding import Binding
+from flaxfit.data.open import as_inputs_source, as_source
+from flaxfit.data.sources import stream_source
 
 grain = pytest.importorskip("grain")
 
@@ -325,7 +326,7 @@ def test_a_split_has_no_example_on_both_sides():
     )
     assert len(history.history["val_loss"]) == 2
     whole = [int(number) for number in numbers(shuffled())]
-    from flaxfit.data.kinds import adapt
+    from flaxfit.data.adapters.registry import adapt
 
     examples = adapt(shuffled(), what="fit")
     train, validation = examples.part(0, 16), examples.part(16, 22)

@@ -11,12 +11,12 @@ from PIL import Image
 datasets = pytest.importorskip("datasets")
 
 from flaxfit import Trainer  # noqa: E402
-from flaxfit._errors import DataError  # noqa: E402
-from flaxfit._types import CallSpec  # noqa: E402
+from flaxfit._core.errors import DataError  # noqa: E402
+from flaxfit._core.types import CallSpec  # noqa: E402
 from flaxfit.data import Examples  # noqa: E402
-from flaxfit.data.batch import Binding  # noqa: E402
-from flaxfit.data.dispatch import as_inputs_source, as_source, split_data  # noqa: E402
-from flaxfit.data.hugging_face import as_dataset, recognizes  # noqa: E402
+from flaxfit.data.adapters.hugging_face import as_dataset, recognizes  # noqa: E402
+from flaxfit.data.binding.binding import Binding  # noqa: E402
+from flaxfit.data.open import as_inputs_source, as_source, split_data  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -337,7 +337,9 @@ def batched(rows):
 )
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_a_stream_is_entered_in_the_middle(change, size, monkeypatch):
-    monkeypatch.setattr("flaxfit.data.stream_source._SECONDS_BETWEEN_BOOKMARKS", 0.0)
+    monkeypatch.setattr(
+        "flaxfit.data.sources.stream_source._SECONDS_BETWEEN_BOOKMARKS", 0.0
+    )
 
     def source():
         stream = change(table().to_iterable_dataset(num_shards=2))
@@ -356,7 +358,9 @@ def test_a_stream_is_entered_in_the_middle(change, size, monkeypatch):
 
 
 def test_a_stream_that_two_read_is_read_past(monkeypatch):
-    monkeypatch.setattr("flaxfit.data.stream_source._SECONDS_BETWEEN_BOOKMARKS", 0.0)
+    monkeypatch.setattr(
+        "flaxfit.data.sources.stream_source._SECONDS_BETWEEN_BOOKMARKS", 0.0
+    )
     stream = table().to_iterable_dataset()
     first, second = (source_of(stream, batch_size=4) for _ in range(2))
     batches = first.batches(1)

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from flaxfit import Trainer
-from flaxfit._errors import DataError
-from flaxfit._types import CallSpec
+from flaxfit._core.errors import DataError
+from flaxfit._core.types import CallSpec
 from flaxfit.data import Examples
-from flaxfit.data.batch import Binding
-from flaxfit.data.dispatch import as_inputs_source, as_source
-from flaxfit.data.iterables import kind_of
-from flaxfit.data.source import own
+from flaxfit.data.binding.binding import Binding
+from flaxfit.data.datasets.iterables import kind_of
+from flaxfit.data.host.arrays import own
+from flaxfit.data.open import as_inputs_source, as_source
 
 ONE = Binding(CallSpec(("x",), (), ("x",)))
 X = np.arange(20, dtype=np.float32).reshape(10, 2)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from flaxfit import Callback, Trainer
-from flaxfit._errors import DataError
-from flaxfit._types import CallSpec
+from flaxfit._core.errors import DataError
+from flaxfit._core.types import CallSpec
 from flaxfit.data import Examples
-from flaxfit.data.batch import Binding
-from flaxfit.data.dispatch import as_inputs_source, as_source
+from flaxfit.data.binding.binding import Binding
+from flaxfit.data.open import as_inputs_source, as_source
 
 RNG = np.random.default_rng(0)
 ROWS, SIZE = 10, 4

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from flaxfit import DataError, Loss, Trainer
-from flaxfit._types import CallSpec
+from flaxfit._core.types import CallSpec
 from flaxfit.data import Examples
-from flaxfit.data.batch import Binding
-from flaxfit.data.dispatch import as_inputs_source, as_source, split_data
-from flaxfit.data.example_set import ExampleSet, take_items
-from flaxfit.data.padding import plan_buckets
-from flaxfit.data.padding_arguments import as_padding
-from flaxfit.data.stream import Facts
+from flaxfit.data.binding.binding import Binding
+from flaxfit.data.datasets.example_dataset import ExampleSet, take_items
+from flaxfit.data.datasets.stream import Facts
+from flaxfit.data.host.padding import plan_buckets
+from flaxfit.data.host.padding_arguments import as_padding
+from flaxfit.data.open import as_inputs_source, as_source, split_data
 
 BINDING = Binding(CallSpec(("x",), (), ("x",)))
 LENGTHS = np.random.default_rng(0).integers(1, 21, 60)

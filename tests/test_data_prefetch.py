@@ -19,8 +19,8 @@ import jax
 import numpy as np
 import pytest
 
-import flaxfit.data.prefetch
-from flaxfit.data.prefetch import Prefetch
+import flaxfit._loops.prefetch
+from flaxfit._loops.prefetch import Prefetch
 
 
 def threads():
@@ -119,13 +119,13 @@ def test_who_waits_gathers_what_comes_fast(monkeypatch):
             yield number
 
     # The first item goes at once, and the rest with the end.
-    monkeypatch.setattr(flaxfit.data.prefetch, "_SECONDS_TO_GATHER", 60.0)
+    monkeypatch.setattr(flaxfit._loops.prefetch, "_SECONDS_TO_GATHER", 60.0)
     with Prefetch(items(0.001), Tuples(100), 2) as parcels:
         found = list(parcels)
     assert flat(found) == list(range(20))
     assert len(found) <= 2
     # Of slow items, nobody waits for a second one.
-    monkeypatch.setattr(flaxfit.data.prefetch, "_SECONDS_TO_GATHER", 0.002)
+    monkeypatch.setattr(flaxfit._loops.prefetch, "_SECONDS_TO_GATHER", 0.002)
     with Prefetch(items(0.01), Tuples(100), 2) as parcels:
         assert flat(parcels) == list(range(20))
 
@@ -190,7 +190,7 @@ def test_an_error_comes_after_what_was_made_before_it_with_its_traceback():
         assert flat(taken) == [1, 2, 3]
         frames = [f.name for f in traceback.extract_tb(caught.value.__traceback__)]
         assert "broken_loader" in frames
-        assert caught.value.__notes__ == [flaxfit.data.prefetch._NOTE]
+        assert caught.value.__notes__ == [flaxfit._loops.prefetch._NOTE]
         with pytest.raises(OSError, match="disk gone"):  # and again, noted once
             next(parcels)
         assert len(caught.value.__notes__) == 1
@@ -221,7 +221,7 @@ def test_an_interrupt_in_the_thread_is_raised_without_a_note():
 
 
 def test_a_consumer_that_was_told_to_stop_waits_no_longer(monkeypatch):
-    monkeypatch.setattr(flaxfit.data.prefetch, "_SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(flaxfit._loops.prefetch, "_SECONDS_BETWEEN_LOOKS", 0.01)
     gate, stopped = threading.Event(), threading.Event()
 
     def items():
@@ -267,7 +267,7 @@ def test_close_ends_an_endless_loader_and_its_generator(taken):
 
 
 def test_close_does_not_wait_forever_for_a_busy_loader(monkeypatch):
-    monkeypatch.setattr(flaxfit.data.prefetch, "_SECONDS_TO_END", 0.05)
+    monkeypatch.setattr(flaxfit._loops.prefetch, "_SECONDS_TO_END", 0.05)
     gate, made = threading.Event(), []
 
     def items():

@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from flaxfit._errors import DataError
-from flaxfit._types import Batch, CallSpec
-from flaxfit.data import recipe
-from flaxfit.data.batch import Binding
-from flaxfit.data.dispatch import as_source
-from flaxfit.data.recipe import learn
+from flaxfit._core.errors import DataError
+from flaxfit._core.types import Batch, CallSpec
+from flaxfit.data.binding.binding import Binding
+from flaxfit.data.open import as_source
+from flaxfit.data.sources import fast_path as recipe
+from flaxfit.data.sources.fast_path import learn
 
 ONE = Binding(CallSpec(("x",), (), ("x",)))
 X = np.arange(12, dtype=np.float64).reshape(4, 3)

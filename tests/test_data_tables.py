@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from flaxfit import DataError, Trainer
-from flaxfit._types import CallSpec
+from flaxfit._core.types import CallSpec
 from flaxfit.data import Examples
-from flaxfit.data.batch import Binding
-from flaxfit.data.columns import Columns
-from flaxfit.data.dispatch import as_inputs_source, as_source, as_whole, split_data
-from flaxfit.data.tables import as_column, labels
+from flaxfit.data.binding.binding import Binding
+from flaxfit.data.binding.dataframes import as_column, labels
+from flaxfit.data.datasets.columns import Columns
+from flaxfit.data.open import as_inputs_source, as_source, as_whole, split_data
 
 pd = pytest.importorskip("pandas")
 pl = pytest.importorskip("polars")

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from flaxfit import Trainer
-from flaxfit._errors import DataError
-from flaxfit._types import CallSpec
-from flaxfit.data.batch import Binding
-from flaxfit.data.dispatch import as_inputs_source, as_source
-from flaxfit.data.tf_data import recognizes
+from flaxfit._core.errors import DataError
+from flaxfit._core.types import CallSpec
+from flaxfit.data.adapters.tf_data import recognizes
+from flaxfit.data.binding.binding import Binding
+from flaxfit.data.open import as_inputs_source, as_source
 
 BINDING = Binding(CallSpec(("x",), (), ("x",)))
 ROWS = 10

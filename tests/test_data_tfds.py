@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 
 from flaxfit import Trainer
-from flaxfit._errors import DataError
-from flaxfit._types import CallSpec
+from flaxfit._core.errors import DataError
+from flaxfit._core.types import CallSpec
 from flaxfit.data import Examples
-from flaxfit.data.batch import Binding
-from flaxfit.data.dispatch import as_source
-from flaxfit.data.kinds import adapt
-from flaxfit.data.stream import NO_FACTS
-from flaxfit.data.tfds import _facts, recognizes
+from flaxfit.data.adapters.registry import adapt
+from flaxfit.data.adapters.tfds import _facts, recognizes
+from flaxfit.data.binding.binding import Binding
+from flaxfit.data.datasets.stream import NO_FACTS
+from flaxfit.data.open import as_source
 
 tfds = pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("PIL")
@@ -145,7 +145,7 @@ def test_builders_and_data_sources(data_dir):
 
 def test_a_dataset_is_read_without_its_code(data_dir):
     code = (
-        "from flaxfit.data.kinds import adapt; import sys; "
+        "from flaxfit.data.adapters.registry import adapt; import sys; "
         f"examples = adapt('few_digits/test', what='fit', data_dir={str(data_dir)!r}); "
         "print(examples.kind, examples.length, 'tfds_datasets' in sys.modules, "
         "'tensorflow' in sys.modules)"
@@ -380,7 +380,7 @@ def test_without_network_the_line_to_run_is_said_at_once(tmp_path, monkeypatch):
 
 
 def test_what_was_downloaded_or_goes_through_a_proxy_is_tried(tmp_path, monkeypatch):
-    from flaxfit.data.tfds_builders import _unreachable
+    from flaxfit.data.adapters.tfds_builders import _unreachable
 
     monkeypatch.setattr("urllib.request.getproxies", dict)
     monkeypatch.setattr(socket, "create_connection", _raise_os_error)
@@ -456,7 +456,7 @@ def test_names_go_before_folders_that_lie_around(data_dir, tmp_path, monkeypatch
 
 def test_only_datasets_of_tfds_import_it():
     code = (
-        "import sys, numpy as np; from flaxfit.data.kinds import adapt; "
+        "import sys, numpy as np; from flaxfit.data.adapters.registry import adapt; "
         "adapt([np.zeros(3)], what='fit'); adapt({'x': np.zeros(3)}, what='fit'); "
         "print('tensorflow_datasets' in sys.modules)"
     )

@@ -16,14 +16,14 @@ torch = pytest.importorskip("torch")
 from torch.utils import data  # noqa: E402
 
 from flaxfit import Callback, Trainer  # noqa: E402
-from flaxfit._errors import DataError  # noqa: E402
-from flaxfit._types import CallSpec  # noqa: E402
+from flaxfit._core.errors import DataError  # noqa: E402
+from flaxfit._core.types import CallSpec  # noqa: E402
 from flaxfit.data import Batches, Examples  # noqa: E402
-from flaxfit.data.batch import Binding  # noqa: E402
-from flaxfit.data.collate import collate  # noqa: E402
-from flaxfit.data.dispatch import as_inputs_source, as_source  # noqa: E402
-from flaxfit.data.source import as_host  # noqa: E402
-from flaxfit.data.torch import as_dataset, recognizes  # noqa: E402
+from flaxfit.data.adapters.torch import as_dataset, recognizes  # noqa: E402
+from flaxfit.data.binding.binding import Binding  # noqa: E402
+from flaxfit.data.host.arrays import as_host  # noqa: E402
+from flaxfit.data.host.collate import collate  # noqa: E402
+from flaxfit.data.open import as_inputs_source, as_source  # noqa: E402
 
 BINDING = Binding(CallSpec(("x",), (), ("x",)))
 ROWS = 10
@@ -390,7 +390,9 @@ class Stateful(data.DataLoader):
 
 
 def test_a_loader_with_a_state_is_entered_in_the_middle(monkeypatch):
-    monkeypatch.setattr("flaxfit.data.stream_source._SECONDS_BETWEEN_BOOKMARKS", 0.0)
+    monkeypatch.setattr(
+        "flaxfit.data.sources.stream_source._SECONDS_BETWEEN_BOOKMARKS", 0.0
+    )
     source = source_of(Stateful(Rows()))
     batches = source.batches(1)
     read = [next(batches).targets.tolist() for _ in range(2)]
@@ -414,7 +416,9 @@ def test_a_loader_of_torchdata_goes_on_with_the_draws_of_its_items(
     options, monkeypatch
 ):
     loaders = pytest.importorskip("torchdata.stateful_dataloader")
-    monkeypatch.setattr("flaxfit.data.stream_source._SECONDS_BETWEEN_BOOKMARKS", 0.0)
+    monkeypatch.setattr(
+        "flaxfit.data.sources.stream_source._SECONDS_BETWEEN_BOOKMARKS", 0.0
+    )
 
     class Drawn(data.Dataset):
         def __len__(self):

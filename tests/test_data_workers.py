@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from flaxfit import Trainer
-from flaxfit.data import Examples, processes
-from flaxfit.data.workers import OrderedMap
+from flaxfit.data import Examples
+from flaxfit.data.datasets import processes
+from flaxfit.data.datasets.workers import OrderedMap
 
 WAYS = [{}, {"threads": 3}, {"processes": 2}]
 
@@ -251,7 +252,7 @@ def test_without_cloudpickle(monkeypatch):
 # How a program ends that has processes or threads at work.
 _ENDING = """
 import os, signal, sys, threading, time
-from flaxfit.data.workers import OrderedMap
+from flaxfit.data.datasets.workers import OrderedMap
 
 def load(number):
     if number > 1:
@@ -342,7 +343,8 @@ def test_an_interrupted_fit_leaves_no_process(tmp_path):
             import gc, os, signal, subprocess, threading, time
             import flax.linen as nn, numpy as np
             from flaxfit import Trainer
-            from flaxfit.data import Examples, processes
+            from flaxfit.data import Examples
+            from flaxfit.data.datasets import processes
 
             processes._SECONDS_OF_REST = 0.1
             started, popen = [], subprocess.Popen

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from flaxfit import _disk
-from flaxfit._errors import CheckpointError
+from flaxfit._core.errors import CheckpointError
+from flaxfit.checkpoint import disk as _disk
 
 
 def writes(data):

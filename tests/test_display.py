@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from flaxfit import Trainer
-from flaxfit import _display as display
-from flaxfit.history import History
+from flaxfit._reporting import display
+from flaxfit._reporting.history import History
 
 X = np.zeros((40, 3), np.float32)
 Y = np.zeros(40, np.int32)

@@ -14,11 +14,11 @@ import pytest
 from test_loop import count_reads
 
 from flaxfit import Callback, LambdaCallback, Trainer
-from flaxfit._compile import Program
-from flaxfit._feed import Execution
-from flaxfit._segments import Resident, Stack
-from flaxfit._types import Batch
-from flaxfit.data.arrays import ArraySource
+from flaxfit._core.types import Batch
+from flaxfit._loops.feeder import Execution
+from flaxfit._programs.chunks import Resident, Stack
+from flaxfit._programs.compile import Program
+from flaxfit.data.sources.array_source import ArraySource
 
 RNG = np.random.default_rng(0)
 X = RNG.integers(0, 255, (70, 5)).astype(np.uint8)

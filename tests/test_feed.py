@@ -10,20 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import flaxfit._sharding
+import flaxfit._programs.placement
 from flaxfit import LambdaCallback, Trainer
-from flaxfit._feed import Execution, _rounded, open_feed, open_pass
-from flaxfit._segments import (
+from flaxfit._core.types import Batch
+from flaxfit._loops.feeder import Execution, _rounded, open_feed, open_pass
+from flaxfit._programs.chunks import (
     Resident,
     Stack,
     batch_at,
     order_capacity,
-    rows_of,
     stack_capacity,
 )
-from flaxfit._sharding import find_placement
-from flaxfit._types import Batch
-from flaxfit.data.arrays import ArraySource
+from flaxfit._programs.placement import find_placement
+from flaxfit.data.datasets.shuffling import rows_of
+from flaxfit.data.sources.array_source import ArraySource
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(70, 5)).astype(np.float32)
@@ -159,7 +159,9 @@ def test_data_stays_in_its_own_dtype(dtype, device_data):
 
 
 def test_what_does_not_fit_or_must_not_be_filled_is_streamed(monkeypatch):
-    monkeypatch.setattr(flaxfit._sharding, "free_memory", lambda devices: 8000)
+    monkeypatch.setattr(
+        flaxfit._programs.placement, "free_memory", lambda devices: 8000
+    )
 
     def first(execution, pad=True, rows=70):
         made = source(rows=rows)

@@ -10,8 +10,8 @@ import optax
 import pytest
 
 from flaxfit import CheckpointError, Loss, Trainer
-from flaxfit._meta import from_meta, to_meta
-from flaxfit._types import Batch
+from flaxfit._core.types import Batch
+from flaxfit._runs.trainer_metadata import from_meta, to_meta
 
 X = np.random.default_rng(0).normal(size=(16, 4)).astype(np.float32)
 Y = np.random.default_rng(1).integers(0, 3, 16).astype(np.int32)

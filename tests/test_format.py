@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from flax import serialization
 
-from flaxfit import _format, checkpoint
-from flaxfit._errors import CheckpointCorruptError, CheckpointError
-from flaxfit._types import TrainState
+from flaxfit import checkpoint
+from flaxfit._core.errors import CheckpointCorruptError, CheckpointError
+from flaxfit._core.types import TrainState
+from flaxfit.checkpoint import file_format as _format
 
 
 def make_state():

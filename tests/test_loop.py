@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import flaxfit._loop
+import flaxfit._loops.fit_loop
 from flaxfit import LambdaCallback, Trainer
 
 RNG = np.random.default_rng(0)
@@ -365,9 +365,9 @@ def test_batches_on_a_device_are_not_read_back(monkeypatch):
 
 def test_the_display_reads_at_most_ten_times_a_second(monkeypatch):
     reads = []
-    original = flaxfit._loop.read
+    original = flaxfit._loops.fit_loop.read
     monkeypatch.setattr(
-        flaxfit._loop,
+        flaxfit._loops.fit_loop,
         "read",
         lambda tree: (reads.append(time.perf_counter()), original(tree))[1],
     )

@@ -10,9 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from flaxfit._errors import DataError, DetectionError
-from flaxfit._objective import Objective, check_targets, resolve_objective
-from flaxfit.losses import Loss
+from flaxfit._core.errors import DataError, DetectionError
+from flaxfit.losses.loss import Loss
+from flaxfit.losses.objective import Objective, check_targets, resolve_objective
 
 INTEGER = "softmax_cross_entropy_with_integer_labels"
 

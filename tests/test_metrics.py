@@ -6,10 +6,10 @@ import optax
 import pytest
 import sklearn.metrics
 
-from flaxfit._confusion import ClassRatio, RocCurve
-from flaxfit._objective import resolve_objective
-from flaxfit.losses import Loss
-from flaxfit.metrics import metric_direction, resolve_metrics
+from flaxfit.losses.loss import Loss
+from flaxfit.losses.objective import resolve_objective
+from flaxfit.metrics.accumulators import ClassRatio, RocCurve
+from flaxfit.metrics.resolve import metric_direction, resolve_metrics
 
 INTEGER = "softmax_cross_entropy_with_integer_labels"
 

@@ -106,7 +106,7 @@ def test_steps_and_time_within_an_epoch(freq, tmp_path):
 def test_writing_is_in_the_background_in_order_and_over_when_fit_returns(
     tmp_path, monkeypatch
 ):
-    from flaxfit import _disk
+    from flaxfit.checkpoint import disk as _disk
 
     threads, replace = [], _disk.replace_file
 
@@ -122,7 +122,7 @@ def test_writing_is_in_the_background_in_order_and_over_when_fit_returns(
 
 def test_what_is_written_is_the_state_when_it_was_asked_for(tmp_path, monkeypatch):
     """A step that is given the state's memory writes over it meanwhile."""
-    from flaxfit import _disk
+    from flaxfit.checkpoint import disk as _disk
 
     go_on, replace = threading.Event(), _disk.replace_file
 
@@ -154,7 +154,7 @@ def test_what_is_written_is_the_state_when_it_was_asked_for(tmp_path, monkeypatc
 
 
 def test_what_a_failed_write_would_have_been_is_not_the_best(tmp_path, monkeypatch):
-    from flaxfit import _disk
+    from flaxfit.checkpoint import disk as _disk
 
     replace, failed = _disk.replace_file, []
 

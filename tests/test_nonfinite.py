@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxfit import EarlyStopping, LambdaCallback, Trainer, _run_folder
+from flaxfit import EarlyStopping, LambdaCallback, Trainer
+from flaxfit._runs import checkpoint_manager as _run_folder
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(24, 4)).astype("float32")

@@ -10,7 +10,7 @@ import optax.contrib
 import pytest
 
 from flaxfit import checkpoint
-from flaxfit._types import TrainState
+from flaxfit._core.types import TrainState
 
 # Their defaults are for a single array.
 NOT_FOR_TREES = ("scale_by_muon",)

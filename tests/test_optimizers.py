@@ -10,7 +10,7 @@ import optax
 import optax.contrib
 import pytest
 
-from flaxfit.optimizers import _known, needs_total_steps, resolve_optimizer
+from flaxfit.optimizers.resolve import _known, needs_total_steps, resolve_optimizer
 
 NAMES = sorted(set(_known()) - {"dpsgd"})
 

@@ -6,8 +6,8 @@ import types
 import numpy as np
 import pytest
 
-import flaxfit._pace
-from flaxfit._pace import Pace
+import flaxfit._loops.dispatch_queue
+from flaxfit._loops.dispatch_queue import Pace
 
 
 class Token:
@@ -50,7 +50,7 @@ def make_device(monkeypatch):
     def make(*args, **kwargs):
         device = Device(*args, **kwargs)
         clock = types.SimpleNamespace(perf_counter=lambda: device.now)
-        monkeypatch.setattr(flaxfit._pace, "time", clock)
+        monkeypatch.setattr(flaxfit._loops.dispatch_queue, "time", clock)
         return device
 
     return make

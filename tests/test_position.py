@@ -5,11 +5,11 @@ import itertools
 import numpy as np
 import pytest
 
-from flaxfit._position import Bookmarks, Position, epochs_of
-from flaxfit._types import CallSpec
-from flaxfit.data import stream_source
-from flaxfit.data.batch import Binding
-from flaxfit.data.dispatch import as_source
+from flaxfit._core.types import CallSpec
+from flaxfit.data.binding.binding import Binding
+from flaxfit.data.open import as_source
+from flaxfit.data.sources import stream_source
+from flaxfit.data.sources.position import Bookmarks, Position, epochs_of
 
 BINDING = Binding(CallSpec(("x",), (), ("x",)))
 LENGTH = 5

@@ -12,10 +12,12 @@ import jax
 import numpy as np
 import pytest
 
-from flaxfit import Trainer, _reader, _types
-from flaxfit._errors import DataError
-from flaxfit._segments import empty_array
+from flaxfit import Trainer
+from flaxfit._core import types as _types
+from flaxfit._core.arrays import empty_array
+from flaxfit._core.errors import DataError
 from flaxfit.data import Batches, Examples
+from flaxfit.trainer import data as _reader
 
 ROOT = Path(__file__).parents[1]
 X = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)

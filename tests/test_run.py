@@ -20,9 +20,9 @@ from flaxfit import (
     LambdaCallback,
     ModelCheckpoint,
     Trainer,
-    _run_folder,
     checkpoint,
 )
+from flaxfit._runs import checkpoint_manager as _run_folder
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(22, 4)).astype("float32")
@@ -548,7 +548,7 @@ def test_a_folder_that_cannot_be_is_an_error_before_the_first_step(tmp_path):
 
 
 def test_a_full_disk_costs_no_training(tmp_path, monkeypatch, whole):
-    from flaxfit import _disk
+    from flaxfit.checkpoint import disk as _disk
 
     replace, failing = _disk.replace_file, []
 

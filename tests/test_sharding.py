@@ -11,11 +11,11 @@ import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 from test_loop import count_reads
 
-import flaxfit._sharding
+import flaxfit._programs.placement
 from flaxfit import LambdaCallback, Trainer
-from flaxfit._segments import Resident, Stack
-from flaxfit._sharding import Placement, find_placement, free_memory
-from flaxfit._types import Batch, copy_state
+from flaxfit._core.types import Batch, copy_state
+from flaxfit._programs.chunks import Resident, Stack
+from flaxfit._programs.placement import Placement, find_placement, free_memory
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(64, 5)).astype(np.float32)
@@ -205,7 +205,9 @@ def test_a_copied_state_is_one_in_its_place_and_in_buffers_of_its_own(devices):
 
 
 def test_room_is_a_share_of_what_is_free(monkeypatch):
-    monkeypatch.setattr(flaxfit._sharding, "free_memory", lambda devices: 1000)
+    monkeypatch.setattr(
+        flaxfit._programs.placement, "free_memory", lambda devices: 1000
+    )
     eight, one = find_placement(8), find_placement(1)
     assert eight.room_for(250, 0.25) == "whole"
     assert eight.room_for(251, 0.25) == "divided"
@@ -237,7 +239,7 @@ def test_free_memory_where_nobody_tells(monkeypatch):
     def unknown(name):
         raise ValueError(name)
 
-    monkeypatch.setattr(flaxfit._sharding.os, "sysconf", unknown)
+    monkeypatch.setattr(flaxfit._programs.placement.os, "sysconf", unknown)
     assert free_memory([Chip(None)] * 2) == 2**30
 
 
@@ -338,7 +340,9 @@ def test_data_that_fits_by_rows_only_gives_the_same_bits(monkeypatch, run_on_eig
 
     monkeypatch.setattr(Placement, "put_data", put_data)
     # 60 rows of 28 bytes, on 8 devices 64 of them.
-    monkeypatch.setattr(flaxfit._sharding, "free_memory", lambda devices: 1000)
+    monkeypatch.setattr(
+        flaxfit._programs.placement, "free_memory", lambda devices: 1000
+    )
     trainer = make(devices=8, metrics=["accuracy"])
     history = fit(trainer, validation_data=None)
     assert how == [("divided", {8})]

@@ -9,10 +9,10 @@ import flax.linen as nn
 import numpy as np
 import pytest
 
-import flaxfit._timing
+import flaxfit._reporting.timing
 import flaxfit.checkpoint
 from flaxfit import Callback, LambdaCallback, Trainer
-from flaxfit._timing import PHASES, Clock, Timing
+from flaxfit._reporting.timing import PHASES, Clock, Timing
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(64, 5)).astype(np.float32)
@@ -24,7 +24,7 @@ def now(monkeypatch):
     """A clock that stands still unless it is moved."""
     made_up = types.SimpleNamespace(seconds=10.0)
     made_up.perf_counter = lambda: made_up.seconds
-    monkeypatch.setattr(flaxfit._timing, "time", made_up)
+    monkeypatch.setattr(flaxfit._reporting.timing, "time", made_up)
     return made_up
 
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxfit._types import Average, StateHolder, Sum, TrainState
+from flaxfit._core.types import Average, StateHolder, Sum, TrainState
 
 
 def make_state():
@@ -77,7 +77,7 @@ def test_an_empty_holder_says_so():
 
 @pytest.mark.parametrize("name", ["step", "params", "rng"])
 def test_copies_share_no_buffer(name):
-    from flaxfit._types import copy_state
+    from flaxfit._core.types import copy_state
 
     state = make_state()
     copied = copy_state(state)

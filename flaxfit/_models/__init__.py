@@ -4,9 +4,9 @@ from typing import Any
 
 import flax.linen as nn
 
+from flaxfit._core.types import CallSpec, Inputs, Model
 from flaxfit._models import linen
 from flaxfit._models.base import Adapted, Detected, ModelFamily, Overrides
-from flaxfit._types import CallSpec, Inputs, Model
 
 
 def model_family(model: Any) -> ModelFamily:

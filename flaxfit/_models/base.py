@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from flaxfit._types import Array, CallSpec, Inputs, Model
+from flaxfit._core.types import Array, CallSpec, Inputs, Model
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flaxfit._errors import DetectionError
+from flaxfit._core.errors import DetectionError
+from flaxfit._core.types import CallSpec, Inputs, Model, PyTree
 from flaxfit._models.base import Adapted, Detected, Overrides, stream_rngs
 from flaxfit._models.linen_flag import (
     TrainFlag,
@@ -26,7 +27,6 @@ from flaxfit._models.linen_flag import (
     parameters_of,
 )
 from flaxfit._models.linen_summary import layer_table
-from flaxfit._types import CallSpec, Inputs, Model, PyTree
 
 # Written by convention, never state: a `sow` that reduces keeps its shape.
 NEVER_CARRIED = frozenset({"losses", "metrics", "intermediates", "perturbations"})

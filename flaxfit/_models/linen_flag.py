@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 
-from flaxfit._errors import DetectionError
+from flaxfit._core.errors import DetectionError
+from flaxfit._core.types import Inputs
 from flaxfit._models.base import Overrides
-from flaxfit._types import Inputs
 
 # Name -> whether True means evaluation; in the order they are looked for.
 FLAGS: Mapping[str, bool] = MappingProxyType(

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
-from flaxfit._types import Inputs, PyTree
+from flaxfit._core.types import Inputs, PyTree
 
 _MAX_OUTPUTS = 1  # arrays shown of a nested output
 _NUMBERS_FROM = 3  # the first column that holds numbers

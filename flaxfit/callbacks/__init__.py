@@ -1,4 +1,4 @@
-"""Callbacks: one per file."""
+"""The hook contract and the built-in callbacks, one per file."""
 
 from flaxfit.callbacks.base import Callback, LoopState
 from flaxfit.callbacks.early_stopping import EarlyStopping

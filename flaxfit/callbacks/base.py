@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxfit._forms import differences
-from flaxfit._timing import Clock
-from flaxfit._types import StateHolder, TrainState
-from flaxfit.history import History
+from flaxfit._core.tree_specs import differences
+from flaxfit._core.types import StateHolder, TrainState
+from flaxfit._reporting.history import History
+from flaxfit._reporting.timing import Clock
 
 
 class SaveRequest(NamedTuple):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from flaxfit._types import TrainState
+from flaxfit._core.types import TrainState
 from flaxfit.callbacks.base import Callback, LoopState
 from flaxfit.callbacks.monitor import Monitor, check_mode
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from flaxfit._errors import did_you_mean
+from flaxfit._core.errors import did_you_mean
 from flaxfit.callbacks.base import Callback, LoopState
 
 

@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from flaxfit import _disk, checkpoint
-from flaxfit._errors import CheckpointError, did_you_mean
-from flaxfit._intervals import as_interval
+from flaxfit import checkpoint
+from flaxfit._core.errors import CheckpointError, did_you_mean
+from flaxfit._core.intervals import as_interval
 from flaxfit.callbacks.base import Callback, LoopState
 from flaxfit.callbacks.monitor import Monitor, check_mode
+from flaxfit.checkpoint import disk as _disk
 
 _PLACES = ("epoch", "batch", "step")
 

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from flaxfit._errors import did_you_mean
-from flaxfit.metrics import metric_direction
+from flaxfit._core.errors import did_you_mean
+from flaxfit.metrics.resolve import metric_direction
 
 
 class Monitor:

@@ -27,12 +27,12 @@ from race import race
 from tables import Report, number, ratio, spread, watched
 
 from flaxfit import Trainer
-from flaxfit._feed import Execution, _StreamFeed
-from flaxfit._sharding import find_placement
-from flaxfit._types import CallSpec
-from flaxfit.data.batch import Binding
-from flaxfit.data.dispatch import as_source
-from flaxfit.data.workers import OrderedMap
+from flaxfit._core.types import CallSpec
+from flaxfit._loops.feeder import Execution, _StreamFeed
+from flaxfit._programs.placement import find_placement
+from flaxfit.data.binding.binding import Binding
+from flaxfit.data.datasets.workers import OrderedMap
+from flaxfit.data.open import as_source
 
 SECTIONS = ("prefetch", "workers", "fits")
 

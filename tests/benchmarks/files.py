@@ -119,7 +119,7 @@ def _actions(
 
     if rival == "flaxfit":
         from flaxfit import checkpoint
-        from flaxfit._types import TrainState
+        from flaxfit._core.types import TrainState
 
         def restored() -> Any:
             fields = {"collections": {}, "opt_state": (), "rng": None, "step": None}

@@ -28,7 +28,9 @@ from power import disks_after, record
 from tracing import Traced, file_calls
 
 import flaxfit
-from flaxfit import _disk, _run_folder, checkpoint
+from flaxfit import checkpoint
+from flaxfit._runs import checkpoint_manager as _run_folder
+from flaxfit.checkpoint import disk as _disk
 
 _PER_FOLDER = 10
 

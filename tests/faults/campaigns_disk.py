@@ -14,7 +14,7 @@ from harness import Child, Outcome, Tally, fill, fresh, read_only, tmpfs
 from tracing import Traced, file_calls
 
 import flaxfit
-from flaxfit import _disk
+from flaxfit.checkpoint import disk as _disk
 
 _ERRORS = (errno.EIO, errno.EDQUOT, errno.ENOSPC)
 _STORES = (ONE_FILE, STEPS)

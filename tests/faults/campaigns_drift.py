@@ -17,7 +17,7 @@ from make_golden import golden_state
 
 import flaxfit
 from flaxfit import checkpoint
-from flaxfit._types import TrainState
+from flaxfit._core.types import TrainState
 
 GOLDEN = HERE / "golden"
 _PARAMS = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(2, "f4")}

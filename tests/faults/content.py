@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import serialization
 
-from flaxfit import _run_folder, checkpoint
-from flaxfit._types import TrainState
+from flaxfit import checkpoint
+from flaxfit._core.types import TrainState
+from flaxfit._runs import checkpoint_manager as _run_folder
 
 SMALL, LARGE = 2**14, 2**22
 

@@ -11,7 +11,7 @@ import numpy as np
 from harness import HERE
 
 from flaxfit import checkpoint
-from flaxfit._types import TrainState
+from flaxfit._core.types import TrainState
 
 _META = {"step": 7, "history": {"loss": [0.5, 0.25, None]}, "name": "é"}
 

@@ -22,7 +22,7 @@ from registry import Fault
 
 import flaxfit
 from flaxfit import Callback, EarlyStopping, LoopState, Trainer
-from flaxfit._compilation_cache import use_compilation_cache
+from flaxfit.trainer.compilation_cache import use_compilation_cache
 
 FAULTS = (
     Fault("F1b", "kill -9 at any time of a training that saves each step",

@@ -1,0 +1,196 @@
+"""What `python -m flaxfit` says about checkpoints, as text. Knows no models."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flaxfit import checkpoint
+from flaxfit._core.errors import CheckpointCorruptError, CheckpointError
+from flaxfit._reporting.display import format_bytes
+from flaxfit.checkpoint import corruption as _damage
+from flaxfit.checkpoint import file_format as _format
+from flaxfit.checkpoint.encoding import DTYPES, Key, joined, leaves_of, spec_of
+
+_MOST_LINES = 40
+_POSITION = ("step", "epoch", "batch")
+
+
+class _File(NamedTuple):
+    """What lies in a file of flaxfit or of plain Flax."""
+
+    kind: str
+    size: int
+    meta: dict[str, Any]
+    leaves: dict[str, Any]
+
+
+def inspect_text(path: str) -> str:
+    """Returns what a file holds: its kind, versions, position and a table of leaves.
+
+    Raises:
+      CheckpointError: it cannot be read.
+    """
+    file = _open(path)
+    lines = [path, f"  {file.kind}, {format_bytes(file.size)}"]
+    versions = file.meta.get("versions")
+    if isinstance(versions, dict):
+        text = ", ".join(f"{name} {version}" for name, version in versions.items())
+        lines.append(f"  written by {text}")
+    position = [f"{name} {value}" for name, value in _position(file)]
+    lines += ["  " + ", ".join(position)] if position else []
+    rows = [(name, _line(leaf), _nbytes(leaf)) for name, leaf in file.leaves.items()]
+    width = max((len(name) for name, _, _ in rows), default=0)
+    middle = max((len(line) for _, line, _ in rows), default=0)
+    lines.append("")
+    lines += [
+        f"  {name:<{width}}  {line:<{middle}}  {format_bytes(size):>9}"
+        for name, line, size in rows
+    ]
+    lines.append("")
+    for part in dict.fromkeys(name.partition("/")[0] for name in file.leaves):
+        own = [row for row in rows if row[0].partition("/")[0] == part]
+        size = format_bytes(sum(row[2] for row in own))
+        count = f"{len(own):,} {'leaf' if len(own) == 1 else 'leaves'}"
+        lines.append(f"  {part:<{width}}  {count:<{middle}}  {size:>9}")
+    size = format_bytes(sum(row[2] for row in rows))
+    lines.append(
+        f"  {'total':<{width}}  {f'{len(rows):,} leaves':<{middle}}  {size:>9}"
+    )
+    return "\n".join(lines)
+
+
+def verify_text(paths: Sequence[str]) -> tuple[str, bool]:
+    """Returns one line for each file, and whether all of them are whole.
+
+    Args:
+      paths: files, or folders whose `*.msgpack` files are meant.
+    """
+    lines, good = [], True
+    for path in _files(paths):
+        try:
+            checkpoint.verify(path)
+        except CheckpointCorruptError as err:
+            lines.append(f"{path}: DAMAGED: {_reason(str(err), path)}")
+            good = False
+        except CheckpointError as err:
+            lines.append(f"{path}: NOT READ: {_reason(str(err), path)}")
+            good = False
+        else:
+            lines.append(f"{path}: ok")
+    return "\n".join(lines), good
+
+
+def diff_text(one: str, other: str) -> tuple[str, bool]:
+    """Returns in what two files differ, and whether they are equal.
+
+    Raises:
+      CheckpointError: one of them cannot be read.
+    """
+    a, b = _open(one), _open(other)
+    lines = list(_meta_differences(a.meta, b.meta, ()))
+    lines += [f"only in {one}: {name}" for name in a.leaves if name not in b.leaves]
+    lines += [f"only in {other}: {name}" for name in b.leaves if name not in a.leaves]
+    same = [name for name in a.leaves if name in b.leaves]
+    width = max(map(len, same), default=0)
+    for name in same:
+        found = _leaf_difference(a.leaves[name], b.leaves[name])
+        lines += [f"{name:<{width}}  {found}"] if found else []
+    return "\n".join(lines or ["equal"]), not lines
+
+
+def _open(path: str) -> _File:
+    """Returns what any of the files we know holds."""
+    try:
+        file = checkpoint.load(path)
+    except CheckpointCorruptError:
+        raise
+    except CheckpointError:
+        data = Path(path).read_bytes() if os.path.isfile(path) else b""
+        if not data or _damage.is_ours(data):
+            raise
+        content = _format.read_plain(data, path)
+        leaves = _named(content, ())
+        return _File("plain flax.serialization file", len(data), {}, leaves)
+    kind = f"flaxfit checkpoint, format {file.meta.get('format')}, checksums right"
+    leaves = {**_named(file.state, ()), **_named(file.extra, ("extra",))}
+    return _File(kind, os.path.getsize(path), file.meta, leaves)
+
+
+def _named(tree: Any, path: tuple[str, ...]) -> dict[str, Any]:
+    return {joined(where): leaf for where, leaf in leaves_of(tree, path)}
+
+
+def _position(file: _File) -> Iterator[tuple[str, Any]]:
+    """Yields step, epoch and batch, where the file tells."""
+    for name in _POSITION:
+        value = file.meta.get(name)
+        if value is None and name == "step":
+            step = file.leaves.get("step")
+            value = int(step) if step is not None and np.size(step) == 1 else None
+        if isinstance(value, (int, float)):
+            yield name, value
+
+
+def _line(leaf: Any) -> str:
+    return str(spec_of(leaf))
+
+
+def _nbytes(leaf: Any) -> int:
+    return int(np.asarray(leaf.data if isinstance(leaf, Key) else leaf).nbytes)
+
+
+def _files(paths: Sequence[str]) -> Iterator[str]:
+    for path in paths:
+        if os.path.isdir(path):
+            yield from map(str, sorted(Path(path).glob("*.msgpack")))
+        else:
+            yield path
+
+
+def _reason(text: str, path: str) -> str:
+    """Returns the middle of an error's text, without path and advice."""
+    return (
+        text.removeprefix(f"{path!r} ")
+        .removeprefix("is damaged: ")
+        .removesuffix(f" {_damage.AGAIN}")
+    )
+
+
+def _meta_differences(one: Any, other: Any, path: tuple[str, ...]) -> Iterator[str]:
+    """Yields a line for each part of meta in which two files differ."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        for name in dict.fromkeys([*one, *other]):
+            if path or name != "leaves":  # The leaves themselves are compared.
+                a, b = (side.get(name, "nothing") for side in (one, other))
+                yield from _meta_differences(a, b, (*path, name))
+    elif repr(one) != repr(other):  # NaN equals NaN here.
+        yield f"meta {joined(path)}: {_short(one)} | {_short(other)}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 30 else f"{text[:27]}..."
+
+
+def _leaf_difference(one: Any, other: Any) -> str | None:
+    """Returns how two leaves differ, None if they do not."""
+    if str(spec_of(one)) != str(spec_of(other)):
+        return f"{spec_of(one)} | {spec_of(other)}"
+    a, b = (np.asarray(x.data if isinstance(x, Key) else x) for x in (one, other))
+    if a.tobytes() == b.tobytes():
+        return None
+    if a.dtype.name not in DTYPES or isinstance(one, Key):
+        return "another value"
+    wide = np.complex128 if a.dtype.kind == "c" else np.float64
+    with np.errstate(all="ignore"):
+        distance = np.abs(a.astype(wide) - b.astype(wide))
+        differing = (a != b) & ~((a != a) & (b != b))
+    count = int(differing.sum())
+    if not count:
+        return None  # 0 and -0, or NaNs of other bits.
+    real = distance[differing & np.isfinite(distance)]
+    most = f", max |difference| {real.max():.3g}" if real.size else ""
+    return f"{count:,} of {a.size:,} differ{most}"

@@ -1,0 +1,1 @@
+"""Types, errors, tree specs and argument checks that every room uses."""

@@ -1,0 +1,1 @@
+"""The host side of a run: feeders, dispatch, and the fit, eval and predict loops."""

@@ -1,0 +1,130 @@
+"""Arrays of the user's that predictions are written into, call by call."""
+
+from collections.abc import Generator
+from contextlib import closing
+from typing import Any
+
+import jax
+import numpy as np
+
+from flaxfit._core.types import PyTree
+from flaxfit._loops.predict_loop import Part, real_rows
+
+
+class Destination:
+    """Where outputs go: arrays in memory, mapped from a file, or written by slices.
+
+    Args:
+      out: arrays `[examples, ...]`, nested as the outputs are; anything that has a
+        shape, a dtype of NumPy's and takes `out[start:stop] = rows`.
+      outputs: the outputs of one batch, with shapes and dtypes.
+      examples: how many there will be, None if only reading tells.
+
+    Raises:
+      TypeError: what cannot be written into.
+      ValueError: arrays nested otherwise, of another shape or length, of different
+        lengths, of a dtype that cannot hold the outputs, or that are read-only.
+    """
+
+    def __init__(self, out: PyTree, outputs: PyTree, examples: int | None) -> None:
+        targets: list[Any] = []
+        try:
+            jax.tree.map(lambda output, target: targets.append(target), outputs, out)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"out is nested as {jax.tree.structure(out)}, the outputs as "
+                f"{jax.tree.structure(outputs)}: give one array for each of them."
+            ) from error
+        for target, output in zip(targets, jax.tree.leaves(outputs), strict=True):
+            _check(target, output, examples)
+        if len(lengths := {target.shape[0] for target in targets}) > 1:
+            raise ValueError(
+                f"the arrays of out have {', '.join(map(str, sorted(lengths)))} rows: "
+                "give all of them one row for each example."
+            )
+        self._out = out
+        self._targets = targets
+
+    def write(self, parts: Generator[Part]) -> PyTree:
+        """Writes what `predict_loop` yields; returns the arrays.
+
+        Raises:
+          ValueError: there are more examples than rows, or fewer.
+        """
+        done, room = 0, self._targets[0].shape[0]
+        try:
+            with closing(parts):
+                for outputs, examples in parts:
+                    rows = sum(examples)
+                    if done + rows > room:
+                        raise ValueError(
+                            f"out has {room} rows, and there are more examples. Give "
+                            "more rows, or say how many batches: "
+                            f"steps={max(1, room // max(examples))}."
+                        )
+                    leaves = jax.tree.leaves(outputs)
+                    for target, leaf in zip(self._targets, leaves, strict=True):
+                        start = done
+                        for piece in real_rows(leaf, examples):
+                            target[start : start + len(piece)] = piece
+                            start += len(piece)
+                    done += rows
+            if done < room:
+                raise ValueError(
+                    f"out has {room} rows, and there were {done} examples: the rows "
+                    f"from {done} on are as they were. Give out[:{done}]."
+                )
+        except Exception as error:
+            error.add_note(f"the first {done} rows of out are written")
+            raise
+        return self._out
+
+
+def _check(target: Any, output: Any, examples: int | None) -> None:
+    shape = getattr(target, "shape", None)
+    writable = hasattr(target, "__setitem__") and not isinstance(target, jax.Array)
+    if shape is None or not writable:
+        raise TypeError(
+            f"out is a {type(target).__name__}, which cannot be written into by rows. "
+            f"Write {_advice(output, examples)}."
+        )
+    flags = getattr(target, "flags", None)
+    if getattr(target, "read_only", False) or not getattr(flags, "writeable", True):
+        raise ValueError(
+            f"out is a {type(target).__name__} that is read-only: open it for "
+            "writing, a memory-mapped array with mode='r+'."
+        )
+    if tuple(shape[1:]) != output.shape[1:] or not len(shape):
+        raise ValueError(
+            f"out has the shape {tuple(shape)}, and the outputs are {output.dtype}"
+            f"[examples{''.join(f', {n}' for n in output.shape[1:])}]. Write "
+            f"{_advice(output, examples)}."
+        )
+    if examples is not None and shape[0] != examples:
+        raise ValueError(
+            f"out has {shape[0]} rows, and there are {examples} examples. Give "
+            f"{f'out[:{examples}]' if shape[0] > examples else 'more rows'}."
+        )
+    try:
+        dtype = np.dtype(getattr(target.dtype, "numpy_dtype", target.dtype))
+    except (AttributeError, TypeError) as error:
+        raise TypeError(
+            f"out is a {type(target).__name__}, whose dtype is none of NumPy's. Give "
+            "its NumPy view, as out=out.numpy() of torch."
+        ) from error
+    # Whole numbers that are too large would wrap around; others are rounded.
+    exact = np.issubdtype(dtype, np.integer)
+    if not np.can_cast(output.dtype, dtype, "safe" if exact else "same_kind"):
+        raise ValueError(
+            f"out is {dtype}, and the outputs are {output.dtype}, which it cannot "
+            f"hold. Write {_advice(output, examples)}."
+        )
+
+
+def _advice(output: Any, examples: int | None) -> str:
+    rows = "examples" if examples is None else str(examples)
+    shape = ", ".join([rows, *map(str, output.shape[1:])])
+    return (
+        f"out=np.lib.format.open_memmap('out.npy', 'w+', np.dtype('{output.dtype}'), "
+        f"({shape}{',' if len(output.shape) == 1 else ''}))"
+    )

@@ -1,0 +1,1 @@
+"""What is compiled: steps, the one `jax.jit` file, chunks and placement."""

@@ -1,0 +1,82 @@
+"""What a program reads its batches from: one batch, a stack of them, or all data."""
+
+from typing import TypeAlias
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from flaxfit._core.types import Array, Batch, HostArray, PyTree
+
+# A stack of batches is one transfer and serves one call: large enough to make the
+# call worth its while, small enough to stay in a cache and to be had at once.
+_STACK_BYTES = 4 * 2**20
+_STACK_BATCHES = 256
+_ORDER_BYTES = 2**18
+
+
+class Stack(flax.struct.PyTreeNode):
+    """Several batches that follow each other.
+
+    Attributes:
+      batches: arrays `[capacity, batch, ...]`; the last ones may be without meaning.
+    """
+
+    batches: Batch
+
+
+class Resident(flax.struct.PyTreeNode):
+    """All examples, and which of them make the batches.
+
+    Attributes:
+      data: arrays `[rows, ...]`, those beyond the last example without meaning.
+      order: `int32[capacity, batch]`: rows of `data`. Where a batch is only filled
+        up, at weight 0, the row `r` is written as `~r`.
+    """
+
+    data: Batch
+    order: Array | HostArray
+
+
+Segment: TypeAlias = Batch | Stack | Resident
+
+
+def batch_at(segment: Segment, index: Array | int) -> Batch:
+    """Returns the batch number `index`; traceable, and the same to the last bit."""
+    if isinstance(segment, Batch):
+        return segment
+    if isinstance(segment, Stack):
+        return take(segment.batches, index)
+    coded: Array = take(segment.order, index)
+    is_fill = coded < 0
+    rows = jnp.where(is_fill, ~coded, coded)
+    batch: Batch = jax.tree.map(
+        lambda leaf: leaf.at[rows].get(mode="promise_in_bounds"), segment.data
+    )
+    spread = is_fill.reshape(is_fill.shape + (1,) * (batch.weights.ndim - 1))
+    return batch.replace(weights=jnp.where(spread, 0.0, batch.weights))
+
+
+def take(tree: PyTree, index: Array | int) -> PyTree:
+    """Returns entry `index` of the first axis of every leaf."""
+    return jax.tree.map(
+        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), tree
+    )
+
+
+def stack_capacity(bytes_per_batch: int, asked: int | None = None) -> int:
+    """Returns how many batches of this size go into one `Stack`.
+
+    Args:
+      bytes_per_batch: of the larger of what goes in and what comes out.
+      asked: the number that a user wants, as far as it fits.
+    """
+    most = _STACK_BATCHES if asked is None else asked
+    return max(1, min(most, _STACK_BYTES // max(bytes_per_batch, 1)))
+
+
+def order_capacity(batch_size: int, asked: int | None = None) -> int:
+    """Returns how many batches one `Resident.order` names, as `stack_capacity`."""
+    most = 2 * _STACK_BATCHES if asked is None else asked
+    room = _ORDER_BYTES if asked is None else _STACK_BYTES
+    return max(1, min(most, room // (4 * batch_size)))

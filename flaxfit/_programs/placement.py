@@ -1,0 +1,251 @@
+"""Which devices there are to train on, and what of a step lies where on them."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from flaxfit._core.types import Batch, HostArray, PyTree, copy_array
+from flaxfit._programs.chunks import Segment, Stack
+
+_AXIS = "data"
+# Where nothing tells how much memory is free.
+_ASSUMED_FREE_BYTES = 2**31
+
+
+class Placement(NamedTuple):
+    """Data-parallel training on some devices.
+
+    The state lies on all of them, each has its share of the rows of every batch.
+
+    Attributes:
+      devices: those to train on.
+      mesh: they as a mesh, all axes of it for the rows of a batch.
+      chosen: whether a user chose them, so that no other number will do.
+    """
+
+    devices: tuple[Any, ...]
+    mesh: Mesh
+    chosen: bool = False
+
+    def __deepcopy__(self, memo: Any) -> "Placement":
+        return self  # devices are what they are
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """The sharding of what every device has whole."""
+        return self._sharding()
+
+    def for_rows(self, rows: int, most: int | None = None) -> "Placement":
+        """Returns the placement for training on batches of `rows`.
+
+        A batch is never filled up for the sake of devices: batch statistics would
+        then depend on their number. So it takes as many as divide it.
+
+        Args:
+          rows: the batch size.
+          most: the examples there are, None if that is unknown.
+
+        Raises:
+          ValueError: the devices were chosen, and do not divide the batch.
+        """
+        count = len(self.devices)
+        if rows % count == 0:
+            return self
+        fewer = max(n for n in range(1, count) if rows % n == 0)
+        if self.chosen:
+            size = even_size(rows, count, most)
+            line = f"batch_size={size}, or " if size else ""
+            raise ValueError(
+                f"batch_size={rows} cannot be split evenly over {count} devices. "
+                f"Write {line}Trainer(model, devices={fewer})."
+            )
+        return _on(self.devices[:fewer])
+
+    def put(self, tree: PyTree) -> PyTree:
+        """Returns the arrays on every device, whole; buffers of their own."""
+
+        def put(leaf: Any) -> Any:
+            if isinstance(leaf, jax.Array):
+                # Onto other devices, `may_alias=False` shares what is there already.
+                return jax.device_put(copy_array(leaf), self.replicated)
+            return jax.device_put(leaf, self.replicated, may_alias=False)
+
+        return jax.tree.map(put, tree)
+
+    def put_host(self, host: HostArray, like: Any = None) -> jax.Array:
+        """Returns an array of the host on every device, whole."""
+        del like
+        array: jax.Array = jax.device_put(host, self.replicated)
+        return array
+
+    def put_keys(self, tree: PyTree) -> PyTree:
+        """Returns the tree with its random keys on every device, whole."""
+
+        def put(leaf: Any) -> Any:
+            is_key = jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            return jax.device_put(leaf, self.replicated) if is_key else leaf
+
+        return jax.tree.map(put, tree)
+
+    def put_segment(self, segment: Segment) -> Segment:
+        """Returns a segment's batches on the devices, their rows divided among them.
+
+        Batches whose rows the devices do not divide go to each of them whole, and so
+        do those whose inputs have no rows. The arrays may be shared with the device:
+        they must not be written to again.
+        """
+        if isinstance(segment, Batch):
+            return self._put_rows(segment, len(segment.weights), ())
+        if isinstance(segment, Stack):
+            rows = segment.batches.weights.shape[1]
+            return Stack(self._put_rows(segment.batches, rows, (None,)))
+        order = self._put_rows(segment.order, segment.order.shape[1], (None,))
+        return segment.replace(order=order)
+
+    def room_for(self, size: int, share: float) -> Literal["whole", "divided"] | None:
+        """Returns how data fits on the devices: whole on each, by rows, or not.
+
+        Args:
+          size: bytes.
+          share: what the data may take of the memory that is free.
+        """
+        room = share * free_memory(self.devices)
+        if size <= room:
+            return "whole"
+        return "divided" if size <= room * len(self.devices) else None
+
+    def put_data(self, data: PyTree, how: Literal["whole", "divided"]) -> PyTree:
+        """Returns arrays `[rows, ...]` on the devices, as `room_for` said.
+
+        The arrays may be shared with the device: they must not be written to again.
+        """
+        spec = (self._axes,) if how == "divided" else ()
+        return jax.device_put(data, self._sharding(*spec))
+
+    def rounded(self, rows: int) -> int:
+        """Returns the next number of rows that the devices divide."""
+        return -(-rows // len(self.devices)) * len(self.devices)
+
+    def _put_rows(self, tree: PyTree, rows: int, leading: tuple[None, ...]) -> PyTree:
+        divided = rows % len(self.devices) == 0 and _have_rows(tree, rows, len(leading))
+        spec = (*leading, self._axes) if divided else ()
+        return jax.device_put(tree, self._sharding(*spec))
+
+    @property
+    def _axes(self) -> tuple[str, ...]:
+        axes: tuple[str, ...] = self.mesh.axis_names
+        return axes
+
+    def _sharding(self, *spec: Any) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(*spec))
+
+
+def has_rows(batch: Batch) -> bool:
+    """Whether all arrays of a batch have its rows, as those of a graph do not."""
+    return _have_rows(batch, batch.weights.shape[0], 0)
+
+
+def _have_rows(tree: PyTree, rows: int, axis: int) -> bool:
+    return all(leaf.shape[axis : axis + 1] == (rows,) for leaf in jax.tree.leaves(tree))
+
+
+def find_placement(devices: Any = None) -> Placement:
+    """Returns where to train.
+
+    Args:
+      devices: None for all local devices (or for `jax_default_device` alone, where
+        it is set), their number, a list of them, or a `jax.sharding.Mesh`.
+
+    Raises:
+      ValueError: more devices than there are, or none.
+      TypeError: something else.
+    """
+    if devices is None:
+        default = jax.config.jax_default_device  # type: ignore[attr-defined]
+        if default is not None:
+            return _on((_as_device(default),))
+        return _on(tuple(jax.local_devices()))
+    if isinstance(devices, Mesh):
+        # Of explicit axes, Flax's layers would have to say shardings themselves.
+        shape = devices.devices.shape
+        auto = Mesh(devices.devices, devices.axis_names, (AxisType.Auto,) * len(shape))
+        return Placement(tuple(devices.devices.flat), auto, chosen=True)
+    if isinstance(devices, int | np.integer) and not isinstance(devices, bool):
+        there = jax.local_devices()
+        if not 1 <= devices <= len(there):
+            raise ValueError(
+                f"devices={devices}: there are {len(there)} ({there[0].platform}). "
+                f"Write devices={len(there)}, or leave it out for all of them."
+            )
+        return _on(tuple(there[:devices]), chosen=True)
+    if isinstance(devices, Sequence) and not isinstance(devices, str) and devices:
+        if all(isinstance(device, jax.Device) for device in devices):
+            if len(set(devices)) < len(devices):
+                raise ValueError(f"devices={devices!r}: name every device once.")
+            return _on(tuple(devices), chosen=True)
+    raise TypeError(
+        f"devices={devices!r}: write their number, devices=1; a list, "
+        "devices=jax.devices()[:2]; a jax.sharding.Mesh; or None for all."
+    )
+
+
+def free_memory(devices: Sequence[Any]) -> int:
+    """Returns the bytes that are free on each of the devices.
+
+    The host's memory is shared among the devices of a CPU.
+    """
+    stats = [device.memory_stats() for device in devices]
+    told = [s for s in stats if s and "bytes_limit" in s]
+    if told:
+        return min(int(s["bytes_limit"]) - int(s["bytes_in_use"]) for s in told)
+    try:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on every system
+        free = _ASSUMED_FREE_BYTES
+    return min(free, _container_memory()) // len(devices)
+
+
+def _container_memory() -> int:
+    """Returns the bytes a container has left, which may be fewer than the machine.
+
+    What the kernel only keeps of files it gives back when asked; see
+    https://docs.kernel.org/admin-guide/cgroup-v2.html#memory.
+    """
+    root = Path("/sys/fs/cgroup")
+    try:
+        limit = int((root / "memory.max").read_text())
+        used = int((root / "memory.current").read_text())
+        stat = dict(map(str.split, (root / "memory.stat").read_text().splitlines()))
+        return max(0, limit - used + int(stat["inactive_file"]))
+    except (OSError, ValueError, KeyError):  # no container, or without a limit: "max"
+        return sys.maxsize
+
+
+def _on(devices: tuple[Any, ...], *, chosen: bool = False) -> Placement:
+    mesh = Mesh(np.array(devices), (_AXIS,), (AxisType.Auto,))
+    return Placement(devices, mesh, chosen)
+
+
+def even_size(rows: int, devices: int, most: int | None) -> int:
+    """Returns a batch size near `rows` that `devices` divide, 0 if there is none.
+
+    Args:
+      rows: the batch size.
+      devices: how many devices.
+      most: the examples there are, which no batch exceeds; None if that is unknown.
+    """
+    size = -(-rows // devices) * devices
+    return size if most is None or size <= most else size - devices
+
+
+def _as_device(default: Any) -> Any:
+    """Returns a device for what `jax_default_device` may be: one, or a platform."""
+    return (
+        jax.local_devices(backend=default)[0] if isinstance(default, str) else default
+    )

@@ -1,0 +1,1 @@
+"""Progress, timing and history: numbers for people."""

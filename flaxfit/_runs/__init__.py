@@ -1,0 +1,1 @@
+"""Run directories: session, checkpoints, resume and trainer metadata."""

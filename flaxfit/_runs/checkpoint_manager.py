@@ -1,0 +1,137 @@
+"""A folder of checkpoints without an index: scan, verify, take the newest good one."""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flaxfit import checkpoint
+from flaxfit._core.errors import CheckpointCorruptError, CheckpointError
+from flaxfit.checkpoint import disk as _disk
+
+BEST = "best.msgpack"
+HISTORY = "history.json"
+LOG = "log.jsonl"
+_STEPS = "step-*.msgpack"
+# With one alone, damage to it would be the end.
+KEEP = 2
+
+
+def step_file(folder: Path, step: int) -> Path:
+    """Returns the path of the checkpoint of a step."""
+    return folder / f"step-{step:010d}.msgpack"
+
+
+def newest(folder: Path) -> checkpoint.Checkpoint | None:
+    """Returns the checkpoint of the highest step that is whole, None without any.
+
+    Those that are damaged are passed over with a warning. What a file is called does
+    not matter, only what it says.
+
+    Raises:
+      CheckpointError: there are checkpoints, and none of them can be read.
+    """
+    while True:
+        found, damaged, vanished = _scan(folder)
+        if found is not None:
+            return found
+        if damaged:
+            raise CheckpointError(
+                f"Of the {len(damaged)} checkpoints in {os.fspath(folder)!r} none can "
+                'be read. fit(..., resume="never") begins anew, and keeps them in a '
+                f"folder below; the last error was: {damaged[-1]}"
+            )
+        if not vanished:
+            return None
+        # Its writer has removed them all meanwhile, and has newer ones.
+
+
+def _scan(folder: Path) -> tuple[checkpoint.Checkpoint | None, list[str], bool]:
+    """Returns the newest one that can be read, what is damaged, and if any is gone."""
+    candidates: list[tuple[int, bool, Path]] = []
+    damaged: list[str] = []
+    vanished = False
+    for file in sorted(folder.glob("*.msgpack")):
+        try:
+            meta = checkpoint.read_meta(file)
+            step = resumable_step(meta)
+            # Nothing was verified yet: a damaged step would sort the file wrongly.
+            named = step is not None and file == step_file(folder, step)
+            if not named and (step is None or file.match(_STEPS)):
+                checkpoint.verify(file)
+        except CheckpointError as error:
+            vanished |= not _passed_over(file, error, damaged)
+            continue
+        if step is not None:
+            candidates.append((step, file.match(_STEPS), file))
+    for *_, file in sorted(candidates, reverse=True):
+        try:
+            return checkpoint.load(file), damaged, vanished
+        except CheckpointError as error:
+            vanished |= not _passed_over(file, error, damaged)
+    return None, damaged, vanished
+
+
+def resumable_step(meta: dict[str, Any]) -> int | None:
+    """Returns the step of a checkpoint that a training can go on from, else None."""
+    loop = meta.get("loop")
+    if not isinstance(loop, dict) or meta.get("contents") == "weights":
+        return None
+    step = loop.get("step")
+    return step if isinstance(step, int) else None
+
+
+def _passed_over(file: Path, error: CheckpointError, damaged: list[str]) -> bool:
+    """Warns of a file that cannot be read; False if it is not there any more."""
+    if not file.exists():
+        return False
+    damaged.append(str(error))
+    kind = "damaged" if isinstance(error, CheckpointCorruptError) else "unreadable"
+    warnings.warn(
+        f"{os.fspath(file)!r} is {kind} and passed over: {error}",
+        UserWarning,
+        stacklevel=4,
+    )
+    return True
+
+
+def prune(folder: Path, keep: int = KEEP) -> None:
+    """Removes all but the checkpoints of the `keep` highest steps.
+
+    Called when the newest is safe on the disk, so that there is never none.
+    """
+    for file in sorted(folder.glob(_STEPS))[:-keep]:
+        _disk.remove(file)
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Moves what an earlier run left into a folder of its own, `old-1`, `old-2`, …"""
+    names = (HISTORY, LOG)
+    files = [f for f in folder.glob("*.msgpack")] + [
+        folder / name for name in names if (folder / name).exists()
+    ]
+    if not files:
+        return None
+    number = 1
+    while (folder / f"old-{number}").exists():
+        number += 1
+    aside = folder / f"old-{number}"
+    aside.mkdir()
+    for file in files:
+        os.replace(file, aside / file.name)
+    return aside
+
+
+@contextlib.contextmanager
+def opened(folder: Path) -> Iterator[None]:
+    """Keeps a run's folder to this process, and clears what a killed one left.
+
+    Raises:
+      CheckpointError: another process writes there, or nobody can.
+    """
+    _disk.probe(folder)
+    with _disk.lock_folder(folder):
+        _disk.remove_stale(folder)
+        yield

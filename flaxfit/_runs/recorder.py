@@ -1,0 +1,133 @@
+"""Keeps a run on the disk: its last checkpoints, the best, the history and a log."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from flaxfit._core.intervals import as_interval
+from flaxfit._runs import checkpoint_manager as _run_folder
+from flaxfit._runs.saver import BackgroundWriter
+from flaxfit.callbacks.base import Callback, LoopState
+from flaxfit.callbacks.monitor import Monitor
+from flaxfit.checkpoint import disk as _disk
+
+
+class RunRecorder(Callback):
+    """Writes what `fit(run_dir=...)` promises. It is called after all other callbacks.
+
+    Args:
+      folder: the run's folder, which is this process's alone.
+      writer: does the writing, in order.
+      save_every: steps or time between checkpoints within an epoch.
+      monitor: the log that decides which epoch is the best; None for `val_loss`, or
+        `loss` without a validation.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        writer: BackgroundWriter,
+        save_every: int | str | None,
+        monitor: str | None,
+    ) -> None:
+        self.folder = folder
+        self._writer = writer
+        steps, self.every_seconds = as_interval("save_every", save_every)
+        self.every_steps = steps
+        if save_every is None:
+            self.every_seconds = math.inf  # never within an epoch
+        self._asked = monitor
+        self._saves_steps = save_every is not None
+        self._monitor: Monitor | None = None
+        self._began = False
+        self.best: float | None = None
+
+    def on_train_begin(self, loop: LoopState) -> None:
+        """Finds the monitored log; saves once, so that what fails does so now."""
+        default = "val_loss" if "val_loss" in loop.log_names else "loss"
+        name = self._asked or default
+        if name in loop.log_names or self._asked:
+            self._monitor = Monitor("fit", name, "auto", loop.log_names)
+
+    def begin(self, loop: LoopState, event: Mapping[str, Any]) -> None:
+        """Notes where the run begins or goes on; called once the memory is back."""
+        if self.best is not None and not (self.folder / _run_folder.BEST).exists():
+            self.best = None
+        self._log(event)
+        if event["event"] == "start":
+            self._save(loop, background=False)
+
+    def on_train_batch_end(self, loop: LoopState) -> None:
+        """Saves within an epoch."""
+        if self._saves_steps:
+            self._save(loop)
+
+    def on_epoch_end(self, loop: LoopState) -> None:
+        """Saves the epoch, and once more if it is the best."""
+        monitor = self._monitor
+        if monitor is not None and monitor.name in loop.logs:
+            value, before = float(loop.logs[monitor.name]), self.best
+            if monitor.is_better(value, before):
+                self.best = value
+                loop.save(self.folder / _run_folder.BEST, failed=self._back_to(before))
+        self._save(loop, history=True)
+        self._log({"event": "epoch", "epoch": loop.epoch + 1, **_place(loop)})
+
+    def on_train_end(self, loop: LoopState) -> None:
+        """Saves where the training was broken off."""
+        if loop.broken_off and not (loop.epoch_is_closing or loop.nonfinite):
+            self._save(loop)
+        reason = {"reason": loop.stop_reason} if loop.stop_reason else {}
+        self._log({"event": "end", **_place(loop), **reason})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the best value."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on with what `state_dict` returned."""
+        self.best = state["best"]
+
+    def _save(
+        self, loop: LoopState, *, history: bool = False, background: bool = True
+    ) -> None:
+        # The history is complete when all callbacks have added to it.
+        loop.save(
+            _run_folder.step_file(self.folder, loop.step),
+            background=background,
+            saved=lambda: self._saved(loop.history.state_dict() if history else None),
+        )
+
+    def _saved(self, history: dict[str, Any] | None) -> None:
+        _run_folder.prune(self.folder)
+        if history is not None:
+            text = json.dumps(history, indent=1).encode()
+            path = self.folder / _run_folder.HISTORY
+
+            def write(file: BinaryIO) -> None:
+                file.write(text)
+
+            _disk.replace_file(path, write)
+
+    def _back_to(self, best: float | None) -> Callable[[Exception], None]:
+        def failed(error: Exception) -> None:
+            del error
+            self.best = best
+
+        return failed
+
+    def _log(self, event: Mapping[str, Any]) -> None:
+        line = json.dumps({"time": time.strftime("%FT%T%z"), **event}) + "\n"
+        path = self.folder / _run_folder.LOG
+        self._writer.submit(
+            lambda: _disk.append(path, line.encode()),
+            f"Writing {os.fspath(path)!r}",
+        )
+
+
+def _place(loop: LoopState) -> dict[str, Any]:
+    return {"step": loop.step, "logs": dict(loop.logs)}

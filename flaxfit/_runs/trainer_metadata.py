@@ -1,0 +1,196 @@
+"""What a saved trainer says about itself: its arguments and the shapes of a batch.
+
+Only names, numbers and lists of them fit into a file; for anything else a note is
+left that it has to be given again.
+"""
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from flaxfit._core.errors import CheckpointError, did_you_mean
+from flaxfit._core.types import Batch, PyTree
+from flaxfit.data.datasets.columns import Columns
+
+_OBJECT = "__object__"
+_PACKAGES = ("flaxfit", "jax", "flax", "optax")
+
+
+def to_meta(
+    config: Mapping[str, Any],
+    example: Batch,
+    *,
+    batch_size: int,
+    opt_state: PyTree,
+    class_names: Sequence[str] = (),
+    columns: Columns | None = None,
+) -> dict[str, Any]:
+    """Returns the description of a trainer, in plain msgpack types.
+
+    Args:
+      config: the trainer's arguments.
+      example: the shapes of the batch it was built from.
+      batch_size: that of its last fit.
+      opt_state: the shapes of the optimizer's state.
+      class_names: the names of the classes, where the data had names for them.
+      columns: what the columns of its tables are read as.
+    """
+    # Structures of other kinds have no name in a file: the first data tells them.
+    plain = all(_is_plain(tree) for tree in (example.inputs, example.targets))
+    fields = ("inputs", "targets", "weights")
+    shapes = {name: _pack_shapes(getattr(example, name)) for name in fields if plain}
+    return {
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "config": {name: _pack(value) for name, value in config.items()},
+        "batch_size": batch_size,
+        "example": shapes or None,
+        "optimizer": _outline(opt_state),
+        "contents": "state",
+        "class_names": list(class_names),
+        "columns": columns and columns.to_plain(),
+    }
+
+
+def example_of(meta: Mapping[str, Any]) -> Batch | None:
+    """Returns the shapes of the batch a trainer was built from, None if untold."""
+    shapes = meta.get("example")
+    if not shapes:
+        return None
+    return Batch(**{name: _unpack_shapes(packed) for name, packed in shapes.items()})
+
+
+def from_meta(
+    meta: Mapping[str, Any], changes: Mapping[str, Any], path: str
+) -> tuple[dict[str, Any], Batch | None, int]:
+    """Returns the trainer's arguments, the shapes of its batch, and its batch size.
+
+    The shapes are None where they are of a structure that a file cannot hold.
+
+    Args:
+      meta: what `to_meta` returned.
+      changes: arguments that replace the saved ones.
+      path: the file, for messages.
+
+    Raises:
+      CheckpointError: an argument was a function or an object and is not given, or
+        the file was not saved by a trainer.
+      TypeError: an argument in `changes` that `Trainer` does not have.
+    """
+    try:
+        saved, example = dict(meta["config"]), example_of(meta)
+        batch_size = int(meta["batch_size"])
+    except KeyError as error:
+        raise CheckpointError(
+            f"{path!r} does not say what trainer it belongs to ({error} is missing). "
+            f"Trainer.load reads what trainer.save wrote."
+        ) from error
+    for name in changes:
+        if name not in saved:
+            raise TypeError(
+                f"Trainer.load(..., {name}=...): Trainer has no such argument."
+                f"{did_you_mean(name, saved)}"
+            )
+    config = {**{n: _unpack(v) for n, v in saved.items()}, **changes}
+    missing = {n: v.text for n, v in config.items() if isinstance(v, _Missing)}
+    if missing:
+        raise CheckpointError(
+            f"{path!r} was saved by a Trainer with "
+            + ", ".join(f"{name}={text}" for name, text in missing.items())
+            + ", which a file does not hold. Give it again: "
+            + f"Trainer.load({path!r}, model, "
+            + ", ".join(f"{name}=..." for name in missing)
+            + ")."
+        )
+    return config, example, batch_size
+
+
+def _outline(node: Any) -> str:
+    """Returns the names of an optimizer's parts: `"(ScaleByAdamState, EmptyState)"`."""
+    if isinstance(node, Mapping):
+        children, name = list(node.values()), ""
+    elif isinstance(node, tuple | list):
+        children, name = (
+            list(node),
+            type(node).__name__ if hasattr(node, "_fields") else "",
+        )
+    else:
+        return ""
+    inner = ", ".join(filter(None, map(_outline, children)))
+    return (
+        f"{name}({inner})" if inner and (name or len(children) > 1) else name or inner
+    )
+
+
+class _Missing:
+    """Stands for an argument that the file could not hold."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+def _pack(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, np.integer | np.floating):
+        return value.item()
+    packed: Any = {_OBJECT: _text(value)}
+    if isinstance(value, list | tuple):
+        items = [_pack(item) for item in value]
+        packed = items if not any(map(_is_object, items)) else packed
+    elif isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        fields = {key: _pack(item) for key, item in value.items()}
+        packed = fields if not any(map(_is_object, fields.values())) else packed
+    return packed
+
+
+def _is_object(packed: Any) -> bool:
+    return isinstance(packed, dict) and _OBJECT in packed
+
+
+def _unpack(value: Any) -> Any:
+    return _Missing(value[_OBJECT]) if _is_object(value) else value
+
+
+def _text(value: Any) -> str:
+    name = getattr(value, "__name__", None)
+    return name if isinstance(name, str) else f"<{type(value).__name__}>"
+
+
+def _is_plain(tree: PyTree) -> bool:
+    if type(tree) is dict:
+        return all(isinstance(k, str) and _is_plain(v) for k, v in tree.items())
+    if type(tree) in (tuple, list):
+        return all(map(_is_plain, tree))
+    return tree is None or isinstance(tree, jax.ShapeDtypeStruct)
+
+
+def _pack_shapes(tree: PyTree) -> Any:
+    if tree is None:
+        return None
+    if isinstance(tree, Mapping):
+        return {"dict": {key: _pack_shapes(value) for key, value in tree.items()}}
+    if isinstance(tree, tuple | list):
+        kind = "tuple" if isinstance(tree, tuple) else "list"
+        return {kind: [_pack_shapes(value) for value in tree]}
+    return {"shape": list(tree.shape), "dtype": str(tree.dtype)}
+
+
+def _unpack_shapes(packed: Any) -> PyTree:
+    if packed is None:
+        return None
+    if "dict" in packed:
+        return {key: _unpack_shapes(value) for key, value in packed["dict"].items()}
+    for kind, make in (("tuple", tuple), ("list", list)):
+        if kind in packed:
+            return make(_unpack_shapes(value) for value in packed[kind])
+    return jax.ShapeDtypeStruct(tuple(packed["shape"]), np.dtype(packed["dtype"]))
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,375 @@
+"""TrainState ↔ one file, atomic and strict. Knows nothing of models.
+
+The file is a msgpack map `{"meta": ..., "state": ..., "crc32": ...}` whose `state` is
+what `flax.serialization` writes, so Flax alone can read it too.
+"""
+
+import math
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxfit._core.errors import CheckpointError
+from flaxfit._core.types import PyTree, TrainState
+from flaxfit.checkpoint import (
+    corruption as _damage,
+)
+from flaxfit.checkpoint import (
+    disk as _disk,
+)
+from flaxfit.checkpoint import (
+    encoding as _codec,
+)
+from flaxfit.checkpoint import (
+    file_format as _format,
+)
+from flaxfit.checkpoint.encoding import DTYPES, joined
+from flaxfit.checkpoint.msgpack_reader import SLACK
+from flaxfit.checkpoint.restore import FIELDS, Put, RestoreReport, restore
+
+__all__ = [
+    "Checkpoint",
+    "Put",
+    "RestoreReport",
+    "Snapshot",
+    "check_writable",
+    "load",
+    "load_params",
+    "load_variables",
+    "nonfinite_leaf",
+    "read_meta",
+    "restore",
+    "save",
+    "snapshot",
+    "verify",
+    "write",
+]
+
+_FRONT = 2**16
+_PIECE = 2**23
+# The reader may build so much for each leaf, see `_msgpack`.
+_PER_LEAF = 1024
+
+
+class Snapshot(NamedTuple):
+    """A state on the host, ready to be written by any thread.
+
+    Attributes:
+      state: nested dicts with NumPy arrays, scalars and None in them; a typed key is
+        `{"key_data": ..., "key_impl": ...}`.
+      extra: the same, of whatever else is saved in arrays.
+      leaves: a line for each leaf in the order of the file, such as
+        `"float32[784,128] params/Dense_0/kernel"`, with a `~` before weak types.
+      nbytes: the size of all arrays together.
+    """
+
+    state: dict[str, Any]
+    extra: dict[str, Any]
+    leaves: tuple[str, ...]
+    nbytes: int
+
+
+class Checkpoint(NamedTuple):
+    """What lies in a file: plain nested dicts with NumPy arrays."""
+
+    path: str
+    meta: dict[str, Any]
+    state: dict[str, Any]
+    extra: dict[str, Any]
+
+
+def snapshot(
+    state: TrainState | Mapping[str, PyTree],
+    extra: Mapping[str, PyTree] | None = None,
+    *,
+    copy: bool,
+) -> Snapshot:
+    """Brings a state to the host.
+
+    Args:
+      state: a `TrainState`, or some of its fields by name. Its leaves must be numeric
+        arrays, scalars or typed PRNG keys.
+      extra: more arrays, by name.
+      copy: whether the snapshot has memory of its own, so that it stays what it is
+        when the state is donated to a step. Without, it has to be written first.
+
+    Raises:
+      CheckpointError: something cannot be written, named by its path.
+    """
+    fields = _fields(state)
+    others = dict(extra or {})
+    _codec.start_copies((fields, others))
+    encoder = _codec.Encoder(copy=copy)
+    encoded = encoder.encode(fields, ())
+    more = encoder.encode(others, ("extra",)) if others else {}
+    _check_count(encoder)
+    return Snapshot(encoded, more, tuple(encoder.leaves), encoder.nbytes)
+
+
+def check_writable(state_template: TrainState | Mapping[str, PyTree]) -> None:
+    """Tries to write a state without its values, and to find its leaves again.
+
+    Args:
+      state_template: a state of arrays or `jax.ShapeDtypeStruct`s.
+
+    Raises:
+      CheckpointError: something could not be written or could not come back, named
+        by its path.
+    """
+    fields = _fields(state_template)
+    encoder = _codec.Encoder(abstract=True)
+    encoded = encoder.encode(fields, ())
+    written = {path for path, _ in _codec.leaves_of(encoded, ())}
+    leaves, _ = jax.tree_util.tree_flatten_with_path(fields)
+    wanted = {_codec.path_of(path) for path, _ in leaves}
+    for path in sorted(written ^ wanted):
+        where = "Flax writes" if path in written else "jax has"
+        raise CheckpointError(
+            f"Cannot write {joined(path)}: {where} a leaf of this name and the other "
+            "does not, so it could not come back. Keep it outside of the state."
+        )
+
+
+def _fields(state: TrainState | Mapping[str, PyTree]) -> dict[str, Any]:
+    if isinstance(state, TrainState):
+        return {name: getattr(state, name) for name in FIELDS}
+    return dict(state)
+
+
+def _check_count(encoder: _codec.Encoder) -> None:
+    """Refuses what the reader would take for a bomb."""
+    if len(encoder.leaves) * _PER_LEAF > encoder.nbytes + SLACK:
+        raise CheckpointError(
+            f"Cannot write {len(encoder.leaves):,} leaves of {encoder.nbytes:,} bytes "
+            "together: these are too many small ones. Stack them into larger arrays."
+        )
+
+
+def nonfinite_leaf(snapshot: Snapshot) -> str | None:
+    """Returns the path of the first leaf that training has broken, None if none is.
+
+    That is a NaN among parameters, collections and the optimizer's state, or an
+    infinity among parameters; optimizers may hold infinities that mean something.
+    """
+    for field in ("params", "collections", "opt_state"):
+        for path, leaf in _codec.leaves_of(snapshot.state.get(field), (field,)):
+            if _is_broken(leaf, infinite=field == "params"):
+                return joined(path)
+    return None
+
+
+def _is_broken(leaf: Any, *, infinite: bool) -> bool:
+    if isinstance(leaf, (float, complex)):
+        leaf = np.asarray(leaf)
+    if not isinstance(leaf, np.ndarray) or leaf.dtype.kind in "biu":
+        return False
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return False
+    with np.errstate(all="ignore"):
+        for piece in _format.pieces(leaf):
+            small = leaf.dtype.kind == "V" or leaf.dtype.itemsize < 4
+            values = piece.astype(np.float32) if small else piece
+            # A finite sum has finite terms; the converse needs a closer look.
+            total = values.sum()
+            if math.isfinite(total.real) and math.isfinite(total.imag):
+                continue
+            bad = ~np.isfinite(values) if infinite else np.isnan(values)
+            if bad.any():
+                return True
+    return False
+
+
+def write(
+    path: str | os.PathLike[str], snapshot: Snapshot, meta: Mapping[str, Any]
+) -> None:
+    """Writes a snapshot into one file, all of it or nothing.
+
+    Args:
+      path: the file; missing folders above it are made, an old file is replaced
+        only once the new one is safe on the disk.
+      snapshot: what `snapshot` returned.
+      meta: `dict`, `list`, `str`, `bytes`, numbers, `bool` and `None`, in any
+        nesting. A tuple comes back as a list. The writer adds "format" and "leaves".
+
+    Raises:
+      CheckpointError: something cannot be written, named by its path, or `path`
+        is a folder.
+      OSError: the disk is full or the like.
+    """
+    name = os.fspath(path)
+    if os.path.isdir(name):
+        raise CheckpointError(
+            f"{name!r} is a folder; give the file to write, for example "
+            f"{os.path.join(name, 'run.msgpack')!r}."
+        )
+    described = _codec.encode_meta(meta, ("meta",))
+    described |= {"format": _format.FORMAT, "leaves": list(snapshot.leaves)}
+    try:
+        _disk.replace_file(
+            Path(name),
+            lambda file: _format.write(file, described, snapshot.state, snapshot.extra),
+        )
+    except UnicodeEncodeError as err:
+        raise CheckpointError(
+            f"Cannot write the text {err.object!r}: it is no Unicode."
+        ) from err
+
+
+def save(
+    path: str | os.PathLike[str],
+    state: TrainState | Mapping[str, PyTree],
+    meta: Mapping[str, Any],
+    *,
+    extra: Mapping[str, PyTree] | None = None,
+) -> None:
+    """Writes `state`, `meta` and `extra` into one file; see `snapshot` and `write`."""
+    write(path, snapshot(state, extra, copy=False), meta)
+
+
+def load(path: str | os.PathLike[str]) -> Checkpoint:
+    """Reads a file `save` has written; `restore` makes a state of its `state`.
+
+    The arrays are views into the file's bytes. Beyond these, the reader builds at
+    most as much as the file is long and 40 MiB more, whatever is in the file.
+
+    Raises:
+      CheckpointCorruptError: the file is damaged or cut off; it says where.
+      CheckpointError: there is no such file, or it is something else; the message
+        says what it looks like.
+    """
+    name = os.fspath(path)
+    return Checkpoint(name, *_format.read(_read(name), name))
+
+
+def read_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads the description at the front of a file, however long that is.
+
+    Its checksum is not looked at, see `verify`.
+
+    Raises:
+      CheckpointCorruptError: the description is damaged or cut off.
+      CheckpointError: there is no such file, or it is something else.
+    """
+    name = os.fspath(path)
+    length = _FRONT
+    while True:
+        data, size = _read_some(name, length)
+        if not data.startswith(_damage.START):
+            return _format.read(_read(name), name).meta  # It raises, and says why.
+        meta = _format.read_front(data, size, name)
+        if meta is not None:
+            return meta
+        if length >= size:
+            raise _damage.damage(data, name)
+        length *= 8
+
+
+def verify(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads all of a file and looks at its checksums, in little memory.
+
+    Returns:
+      Its meta.
+
+    Raises:
+      CheckpointCorruptError: the file is damaged or cut off; it says where.
+      CheckpointError: there is no such file, or it is something else.
+    """
+    name = os.fspath(path)
+    meta = read_meta(name)
+    crc, last = 0, b""
+    try:
+        with open(name, "rb") as file:
+            while piece := file.read(_PIECE):
+                # The last four bytes are no part of what they are the checksum of.
+                piece = last + piece
+                crc = zlib.crc32(memoryview(piece)[:-4], crc)
+                last = piece[-4:]
+    except OSError as err:
+        raise _unreadable(name, err) from err
+    if crc.to_bytes(4, "big") != last:
+        raise _damage.damage(_read(name), name)
+    return meta
+
+
+def load_params(path: str | os.PathLike[str]) -> PyTree:
+    """Reads the parameters of a checkpoint or of a file of plain Flax.
+
+    Args:
+      path: a file of flaxfit, or `flax.serialization.to_bytes` of a tree of
+        parameters, of `{"params": ..., "batch_stats": ...}` or of a `TrainState`.
+
+    Returns:
+      Nested dicts with NumPy arrays of their own.
+
+    Raises:
+      CheckpointCorruptError: a file of flaxfit that is damaged.
+      CheckpointError: it is something else.
+    """
+    return load_variables(path)["params"]
+
+
+def load_variables(path: str | os.PathLike[str]) -> dict[str, PyTree]:
+    """Reads what `module.apply` takes, as `load_params` does.
+
+    Returns:
+      `{"params": ..., "collections": {"batch_stats": ...}}`; a file of plain parameters
+      has no collections.
+    """
+    name = os.fspath(path)
+    data = _read(name)
+    collections: dict[str, PyTree] = {}
+    if _damage.is_ours(data):
+        content: Any = _format.read(data, name).state
+        collections = content.get("collections", {})
+        content = content.get("params")
+    else:
+        content = _format.read_plain(data, name)
+    # Some keep all variables in the params of their TrainState.
+    while isinstance(content, dict) and isinstance(content.get("params"), dict):
+        others = content.keys() - {"params", "opt_state", "tx"}
+        collections |= {n: content[n] for n in others if isinstance(content[n], dict)}
+        content = content["params"]
+    leaves = dict(_codec.leaves_of(content, ()))
+    foreign = [path for path, leaf in leaves.items() if not _is_array(leaf)]
+    if foreign or not leaves or not isinstance(content, dict):
+        what = joined(foreign[0]) if foreign else "a file without any"
+        raise CheckpointError(
+            f"{name!r} holds no parameters: {what} is no array. Expected nested dicts "
+            "of arrays, alone or under 'params'."
+        )
+    variables: dict[str, PyTree] = jax.tree.map(
+        np.array, {"params": content, "collections": collections}
+    )
+    return variables
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype.name in DTYPES
+
+
+def _read(name: str) -> bytes:
+    return _read_some(name, None)[0]
+
+
+def _read_some(name: str, length: int | None) -> tuple[bytes, int]:
+    """Returns the first bytes of a file, None for all, and its size."""
+    if os.path.isdir(name):
+        raise CheckpointError(f"{name!r} is a folder; give the file that was saved.")
+    try:
+        with open(name, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            return file.read(-1 if length is None else length), size
+    except FileNotFoundError as err:
+        raise CheckpointError(f"There is no file {name!r}.") from err
+    except (OSError, MemoryError, ValueError) as err:
+        raise _unreadable(name, err) from err
+
+
+def _unreadable(name: str, err: BaseException) -> CheckpointError:
+    return CheckpointError(f"{name!r} cannot be read: {err or type(err).__name__}.")

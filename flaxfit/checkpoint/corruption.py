@@ -1,0 +1,110 @@
+"""Tells a damaged file of ours from a file of something else, and where it is damaged.
+
+Looks at checksums only, never into bytes that may be wrong.
+"""
+
+import struct
+import zlib
+from itertools import pairwise
+from types import MappingProxyType
+
+from flaxfit._core.errors import CheckpointCorruptError, CheckpointError
+from flaxfit.checkpoint.msgpack_reader import Reader
+
+START = (b"\x83\xa4meta", b"\x84\xa4meta")
+TABLE = b"\xa5crc32\x82\xa6leaves"
+END = b"\xa5whole\xce"
+ENTRY = struct.Struct("<QI")
+AGAIN = "Take an older checkpoint, or copy the file again from where it is whole."
+_FOREIGN = MappingProxyType(
+    {
+        b"\x80\x02": "a Python pickle",
+        b"\x80\x03": "a Python pickle",
+        b"\x80\x04": "a Python pickle",
+        b"\x80\x05": "a Python pickle",
+        b"PK\x03\x04": "a zip file (as .keras, .npz and PyTorch's files are)",
+        b"\x89HDF": "an HDF5 file",
+        b"\x93NUMPY": "a .npy file",
+        b"version https://git-lfs": "a Git LFS pointer: run `git lfs pull`",
+        b"<": "an HTML or XML page: a download that failed",
+        b"{": "a JSON file",
+    }
+)
+
+
+def is_ours(data: bytes) -> bool:
+    """Tells whether `data` is a file of this kind, whole or damaged."""
+    cut = bool(data) and any(start.startswith(data) for start in START)
+    # Damage of the first bytes leaves the last ones.
+    return cut or data.startswith(START) or data[-len(END) - 4 : -4] == END
+
+
+def whole(data: bytes) -> bool:
+    """Tells whether the last four bytes are the checksum of all others."""
+    stored = int.from_bytes(data[-4:], "big")
+    return len(data) > 4 and zlib.crc32(memoryview(data)[:-4]) == stored
+
+
+def looks_like(data: bytes) -> str | None:
+    """Returns what else a file is by its first bytes, None if they say nothing."""
+    if data and not data.strip(b"\0"):
+        return "nothing: all its bytes are zero, as after a crash or on a full disk"
+    known = (kind for start, kind in _FOREIGN.items() if data.startswith(start))
+    return next(known, None)
+
+
+def damage(data: bytes, path: str) -> CheckpointCorruptError:
+    """Returns the error that says where a file of ours is damaged."""
+    table_at = data.rfind(TABLE)
+    if table_at < 0:
+        return _error(path, *_without_table(data))
+    reader = Reader(data, at=table_at + len(TABLE))
+    try:
+        table = reader.meta()
+    except CheckpointError:
+        return _error(path, *_without_table(data))
+    end = reader.at + len(END) + 4
+    if end > len(data):
+        return _error(path, *_without_table(data))
+    if end < len(data) and whole(data[:end]):
+        return _error(path, f"{len(data) - end} bytes follow its end")
+    marks = [(0, 0)]
+    if isinstance(table, bytes) and len(table) % ENTRY.size == 0:
+        marks += ENTRY.iter_unpack(table)
+    ends = [at for at, _ in marks]
+    if len(marks) < 2 or ends != sorted(ends) or ends[-1] > table_at:
+        return _error(path, "its checksums are not what was written")
+    view = memoryview(data)
+    bad = [
+        i
+        for i, ((start, before), (stop, after)) in enumerate(pairwise(marks))
+        if zlib.crc32(view[start:stop], before) != after
+    ]
+    if not bad or zlib.crc32(view[: ends[-1]]) == marks[-1][1]:
+        return _error(path, "its checksums are not what was written")
+    if bad[0] == 0:
+        return _error(path, "its description is not what was written")
+    first = _leaf(data, bad[0] - 1)
+    more = f", nor are {len(bad) - 1} more" if len(bad) > 1 else ""
+    span = f"bytes {ends[bad[0]]:,} to {ends[bad[0] + 1]:,}"
+    return _error(path, f"leaf {first} ({span}) is not what was written{more}", first)
+
+
+def _without_table(data: bytes) -> tuple[str]:
+    if data[-len(END) - 4 : -4] == END:
+        return ("its checksums are not what was written",)
+    return (f"it is cut off: {len(data):,} bytes, of which the last ones are missing",)
+
+
+def _leaf(data: bytes, index: int) -> str:
+    """Returns the path of a leaf; the description is known to be right."""
+    try:
+        leaves = Reader(data, at=len(START[0])).meta()["leaves"]
+        return str(leaves[index]).partition(" ")[2]
+    except (CheckpointError, LookupError, TypeError):
+        return f"number {index + 1}"
+
+
+def _error(path: str, found: str, leaf: str | None = None) -> CheckpointCorruptError:
+    text = f"{path!r} is damaged: {found}. {AGAIN}"
+    return CheckpointCorruptError(text, path=path, leaf=leaf)

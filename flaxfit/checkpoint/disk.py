@@ -1,0 +1,204 @@
+"""All effects on the file system: atomic replacement, locks, free space.
+
+Knows nothing of what the files hold. Nothing else in flaxfit opens a file to write.
+"""
+
+import contextlib
+import importlib
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from flaxfit._core.errors import CheckpointError
+
+_BUFFER = 2**20
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.tmp", re.DOTALL)
+_LOCK = ".lock"
+
+
+def replace_file(target: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Makes `target` hold what `write` writes, all of it or nothing.
+
+    A link stays a link: what it points to is replaced. Missing folders are made.
+
+    Args:
+      target: the file; an old one stays until the new one is safe on the disk.
+      write: called with a file open for writing. What it raises comes through, and
+        leaves the old file and nothing else.
+    """
+    target = Path(os.path.realpath(target))
+    _make_folder(target.parent)
+    temporary, file = _open_temporary(target)
+    try:
+        with file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first error is the one to report
+            remove(temporary)
+        raise
+    _sync_folder(target.parent)
+    remove_stale(target.parent, target.name)
+
+
+def remove_stale(folder: Path, name: str | None = None) -> None:
+    """Removes the temporary files of writers that died.
+
+    A writer holds a lock on its file, which dies with it; where the system has no
+    such locks, everything is left.
+
+    Args:
+      folder: where to look.
+      name: the file they were meant to become; None for any.
+    """
+    for path in sorted(folder.glob(".*.tmp")):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match is None or name not in (None, match["name"]):
+            continue
+        # Somebody else may be removing it, or it may belong to somebody else.
+        with contextlib.suppress(OSError), open(path, "r+b") as file:
+            if _try_lock(file):
+                remove(path)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Holds `folder` for this process for the time inside.
+
+    Systems without `fcntl` have no such locks: there this does nothing.
+
+    Raises:
+      CheckpointError: another process holds it.
+    """
+    _make_folder(folder)
+    # Not "w": the file must not be emptied before the lock is ours.
+    with open(folder / _LOCK, "a+b") as file:
+        if _try_lock(file) is False:
+            file.seek(0)
+            holder = file.read(20).decode("ascii", "replace") or "unknown"
+            whose = "this process" if holder == str(os.getpid()) else "another process"
+            raise CheckpointError(
+                f"The folder {str(folder)!r} is being written by {whose} (pid "
+                f"{holder}). Wait for it to end, or give another folder."
+            )
+        file.truncate(0)
+        file.write(str(os.getpid()).encode())
+        file.flush()
+        try:
+            yield
+        finally:
+            _unlock(file)
+
+
+def free_bytes(folder: Path) -> int:
+    """Returns how much can still be written into `folder`, which may not exist yet."""
+    for existing in (folder, *folder.absolute().parents):
+        if existing.is_dir():
+            return shutil.disk_usage(existing).free
+    raise FileNotFoundError(folder)
+
+
+def probe(folder: Path) -> None:
+    """Makes `folder` and tries to write into it.
+
+    Raises:
+      CheckpointError: nothing can be written there; with the system's reason.
+    """
+    try:
+        _make_folder(folder)
+        path = folder / f".probe.{uuid.uuid4().hex[:8]}.tmp"
+        try:
+            with open(path, "xb") as file:
+                file.write(b"flaxfit")
+        finally:
+            remove(path)
+    except OSError as err:
+        raise CheckpointError(
+            f"Nothing can be written into {str(folder)!r}: {err.strerror or err}. Give "
+            "a folder that can be written to."
+        ) from err
+
+
+def _open_temporary(target: Path) -> tuple[Path, BinaryIO]:
+    """Returns a new file beside `target`, locked where the system can."""
+    while True:
+        path = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+        file = open(path, "xb", buffering=_BUFFER)
+        try:
+            _try_lock(file)
+            # Between opening and locking, another process may have taken it for stale.
+            if os.name != "posix" or os.fstat(file.fileno()).st_nlink:
+                return path, file
+        except BaseException:
+            file.close()
+            remove(path)
+            raise
+        file.close()
+
+
+def _make_folder(folder: Path) -> None:
+    """Makes `folder` and those above it, each safe on the disk."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the names in `folder` safe on the disk."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(file: BinaryIO) -> bool | None:
+    """Returns whether `file` is now locked, None where that cannot be done."""
+    fcntl = _fcntl()
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # Some network file systems know no locks.
+        return None
+    return True
+
+
+def _unlock(file: BinaryIO) -> None:
+    # Closing alone would leave it to a forked child that still has the descriptor.
+    fcntl = _fcntl()
+    if fcntl is not None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file.fileno(), fcntl.LOCK_UN)
+
+
+def _fcntl() -> Any:
+    """Returns the module, None on systems that have none."""
+    try:
+        return importlib.import_module("fcntl")
+    except ImportError:
+        return None
+
+
+def append(path: Path, data: bytes) -> None:
+    """Adds `data` to the end of a file, in one call; a log, not worth an fsync."""
+    with open(path, "ab", buffering=0) as file:
+        file.write(data)

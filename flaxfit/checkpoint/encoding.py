@@ -1,0 +1,334 @@
+"""The state of a training as plain nested dicts of NumPy arrays, and back.
+
+What `flax.serialization` cannot write is turned into what it can. Knows no files.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import serialization
+
+from flaxfit._core.errors import CheckpointError
+from flaxfit._core.types import HostArray, PyTree
+
+MAX_DEPTH = 64
+"""How deeply a state or meta may be nested."""
+
+CHUNKED = "__msgpack_chunked_array__"
+_KEY_FIELDS = frozenset({"key_data", "key_impl"})
+# Flax once wrote namedtuples so, and still takes whatever looks like it for one.
+_OLD_NAMEDTUPLE = frozenset({"name", "fields", "values"})
+_DTYPE_NAMES = (
+    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"),
+    *("uint64", "float16", "float32", "float64", "complex64", "complex128"),
+    *("bfloat16", "float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz"),
+    *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"),
+    *("float8_e8m0fnu", "float4_e2m1fn", "int2", "int4", "uint2", "uint4"),
+)
+DTYPES = MappingProxyType(
+    {
+        name: np.dtype(getattr(jnp, name, None) or name)
+        for name in _DTYPE_NAMES
+        if hasattr(jnp, name) or hasattr(np, name)
+    }
+)
+"""The dtypes a file may hold, by their canonical names."""
+
+# NumPy makes up the name anew whenever it is asked for.
+NAMES = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
+
+Path: TypeAlias = tuple[str, ...]
+
+
+class Key(NamedTuple):
+    """A typed PRNG key as it lies in a file."""
+
+    data: Any
+    impl: str
+
+
+class Spec(NamedTuple):
+    """What has to agree between a leaf of the file and one of the template."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+def joined(path: Path) -> str:
+    """Returns `"params/Dense_0/kernel"`."""
+    return "/".join(path) or "the state"
+
+
+def is_key_node(node: Mapping[str, Any]) -> bool:
+    """Tells whether a dict of a file is a typed key written out."""
+    return node.keys() == _KEY_FIELDS and isinstance(node["key_impl"], str)
+
+
+class Encoder:
+    """Makes Flax's state dict of a tree, and describes its leaves on the way.
+
+    Args:
+      copy: whether every array gets memory of its own.
+      abstract: whether leaves may be shapes, which stay what they are.
+
+    Attributes:
+      leaves: a line for every leaf so far.
+      nbytes: the size of their data together.
+    """
+
+    def __init__(self, *, copy: bool = False, abstract: bool = False) -> None:
+        self._copy = copy
+        self._abstract = abstract
+        self.leaves: list[str] = []
+        self.nbytes = 0
+
+    def encode(self, node: PyTree, path: Path) -> Any:
+        """Returns nested dicts with NumPy arrays, scalars and None in them.
+
+        Raises:
+          CheckpointError: something cannot be written, or could not come back.
+        """
+        content = _children(node, path)
+        if isinstance(content, dict):
+            # A split array or a key nests up to three levels more.
+            if len(path) > MAX_DEPTH - 4:
+                most = MAX_DEPTH - 4
+                raise _refused(path, "a dict", f"nested more than {most} deep")
+            if CHUNKED in content:
+                reason = f"the name {CHUNKED!r} means a large array"
+                raise _refused(path, "a dict", reason)
+            return {k: self.encode(v, (*path, k)) for k, v in content.items()}
+        return None if content is None else self._leaf(content, path)
+
+    def _leaf(self, leaf: Any, path: Path) -> Any:
+        if type(leaf) in (bool, int, float, complex):
+            if isinstance(leaf, int) and not -(2**63) <= leaf < 2**64:
+                raise _refused(path, "an int", "an integer of more than 64 bits")
+            if type(leaf) is int and not _fits(leaf):
+                held = jnp.result_type(int)
+                raise _refused(path, "an int", f"{held} cannot hold {leaf}")
+            self._describe(spec_of(leaf), path, is_weak(leaf), 16)
+            return leaf
+        abstract = self._abstract and isinstance(leaf, jax.ShapeDtypeStruct)
+        if not abstract and not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
+            raise _refused(path, f"a {type(leaf).__qualname__}", "it is no array")
+        if _is_key(leaf):
+            return self._key(leaf, path)
+        if leaf.dtype not in NAMES and leaf.dtype.newbyteorder("=") not in NAMES:
+            reason = "it holds no numbers that jax has"
+            raise _refused(path, f"an array of dtype {leaf.dtype}", reason)
+        if not abstract:
+            weak = is_weak(leaf)
+            leaf = _on_host(leaf, path, copy=self._copy)
+            self._describe(spec_of(leaf), path, weak, leaf.nbytes)
+        return leaf
+
+    def _key(self, key: Any, path: Path) -> Any:
+        if isinstance(key, jax.ShapeDtypeStruct):
+            return key
+        impl = str(jax.random.key_impl(key))
+        data = _on_host(jax.random.key_data(_usable(key, path)), path, copy=self._copy)
+        self._describe(Spec(key.shape, f"key<{impl}>"), path, False, data.nbytes)
+        return {"key_data": data, "key_impl": impl}
+
+    def _describe(self, spec: Spec, path: Path, weak: bool, nbytes: int) -> None:
+        self.leaves.append(f"{'~' if weak else ''}{spec} {joined(path)}")
+        self.nbytes += nbytes
+
+
+def _children(node: Any, path: Path) -> Any:
+    """Returns the children of `node` by the names Flax gives them, or a leaf."""
+    kind = type(node)
+    if isinstance(node, dict):  # Flax knows no subclasses of it.
+        content = {str(k): v for k, v in node.items()}
+        if len(content) != len(node):
+            reason = "Dict keys do not have a unique string representation"
+            raise _refused(path, f"a {kind.__qualname__}", reason)
+        return content
+    if isinstance(node, tuple) and hasattr(node, "_fields"):
+        if set(node._fields) == _OLD_NAMEDTUPLE:
+            reason = "Flax cannot read one whose fields are name, fields and values"
+            raise _refused(path, f"a {kind.__qualname__}", reason)
+        return {name: getattr(node, name) for name in node._fields}
+    if kind in (list, tuple):
+        return {str(i): child for i, child in enumerate(node)}
+    if isinstance(node, (jax.Array, np.ndarray)):
+        return node
+    try:
+        return serialization.to_state_dict(node)
+    except ValueError as err:
+        # The rest of Flax's message prints the arrays.
+        reason, _, _ = str(err).partition(":")
+        raise _refused(path, f"a {kind.__qualname__}", reason) from err
+
+
+def start_copies(tree: PyTree) -> None:
+    """Lets all arrays of an accelerator come to the host at the same time."""
+    try:
+        leaves: list[Any] = jax.tree.leaves(tree)
+    except ValueError:  # Keys of a dict that jax cannot sort: the encoder names them.
+        return
+    for leaf in leaves:
+        if isinstance(leaf, jax.Array) and not _is_key(leaf) and not leaf.is_deleted():
+            devices: Any = leaf.devices()
+            local = leaf.is_fully_addressable
+            if local and next(iter(devices)).platform != "cpu":
+                leaf.copy_to_host_async()
+
+
+def _usable(array: Any, path: Path) -> Any:
+    """Returns `array`; refuses one whose values are gone or on another host."""
+    if isinstance(array, jax.Array):
+        kind = f"a {type(array).__name__}"
+        if isinstance(array, jax.core.Tracer):
+            raise _refused(path, kind, "it is traced, inside jax.jit or the like")
+        if array.is_deleted():
+            reason = "it has been deleted, as a step's donated input is"
+            raise _refused(path, kind, reason)
+        if not (array.is_fully_addressable or array.is_fully_replicated):
+            reason = "its parts lie on several hosts; use orbax-checkpoint there"
+            raise _refused(path, kind, reason)
+    return array
+
+
+def _on_host(array: Any, path: Path, *, copy: bool) -> HostArray:
+    """Returns `array` on the host in the machine's byte order."""
+    if type(array) is not np.ndarray:
+        try:
+            host = np.asarray(_usable(array, path))
+        except (RuntimeError, TypeError) as err:
+            raise _refused(path, f"a {type(array).__name__}", str(err)) from err
+        if isinstance(array, np.ma.MaskedArray):
+            raise _refused(path, "a masked array", "its mask would be lost")
+    else:
+        host = array
+    if not host.dtype.isnative:  # Flax writes the dtype's name, which tells no order.
+        return host.astype(host.dtype.newbyteorder("="))
+    # On a CPU `host` is the device's own buffer, which a donated step overwrites.
+    return np.array(host) if copy and _may_alias(array) else host
+
+
+def _may_alias(array: Any) -> bool:
+    """Tells whether the host's view of `array` may change under it."""
+    if not isinstance(array, jax.Array):
+        return True
+    sharding = array.sharding
+    if len(sharding.device_set) > 1 and not array.is_fully_replicated:
+        return False  # Its parts have just been put together in new memory.
+    device: Any = next(iter(sharding.device_set))
+    platform = device.platform
+    return platform == "cpu" or sharding.memory_kind not in (None, "device")
+
+
+def _fits(number: int) -> bool:
+    limits = jnp.iinfo(jnp.result_type(int))
+    return bool(limits.min <= number <= limits.max)
+
+
+def _refused(path: Path, kind: str, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"Cannot write {joined(path)}, {kind}: {reason}. A state holds numeric "
+        "arrays, scalars and typed PRNG keys; keep anything else outside of it."
+    )
+
+
+def encode_meta(value: Any, path: Path) -> Any:
+    """Returns `value` in msgpack's own types."""
+    kind = type(value).__qualname__
+    if len(path) > MAX_DEPTH:
+        raise _refused_meta(path, f"{kind} nested more than {MAX_DEPTH} deep")
+    if isinstance(value, Mapping):
+        content = {str(k): encode_meta(v, (*path, str(k))) for k, v in value.items()}
+        if len(content) != len(value):
+            raise _refused_meta(path, f"{kind} with two keys of the same text")
+        return content
+    if isinstance(value, (list, tuple)):
+        return [encode_meta(v, (*path, str(i))) for i, v in enumerate(value)]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if type(value) is int and not -(2**63) <= value < 2**64:
+        raise _refused_meta(path, "integer of more than 64 bits")
+    if value is None or type(value) in (bool, int, float, str, bytes):
+        return value
+    raise _refused_meta(path, kind)
+
+
+def _refused_meta(path: Path, kind: str) -> CheckpointError:
+    article = "an" if kind[0] in "aeiou" else "a"
+    return CheckpointError(
+        f"Cannot write {joined(path)}, {article} {kind}: meta holds dicts, lists, "
+        "strings, bytes, numbers of at most 64 bits, bools and None."
+    )
+
+
+def leaves_of(node: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+    """Yields every leaf of a file's state with its path; None is no leaf."""
+    if isinstance(node, Mapping):
+        if is_key_node(node):
+            yield path, Key(node["key_data"], node["key_impl"])
+            return
+        for name, child in node.items():
+            yield from leaves_of(child, (*path, str(name)))
+    elif node is not None:
+        yield path, node
+
+
+def path_of(key_path: tuple[Any, ...]) -> Path:
+    """Returns the names Flax's state dict gives to the steps of jax's key path."""
+
+    def name(step: Any) -> str:
+        for attribute in ("key", "name", "idx"):
+            if hasattr(step, attribute):
+                return str(getattr(step, attribute))
+        return str(step)
+
+    return tuple(map(name, key_path))
+
+
+def _is_key(leaf: Any) -> bool:
+    """Tells whether `leaf` is an array, real or abstract, of typed PRNG keys."""
+    dtype: Any = getattr(leaf, "dtype", None)
+    # NumPy's own dtypes, nearly all there are, need no look at jax's hierarchy.
+    known = dtype is None or isinstance(dtype, np.dtype)
+    return not known and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def is_weak(leaf: Any) -> bool:
+    """Tells whether jax gives way to other dtypes where it meets `leaf`."""
+    return bool(getattr(leaf, "weak_type", type(leaf) in (int, float, complex)))
+
+
+def as_key(data: Any, impl: str) -> jax.Array:
+    """Returns a typed key of what lies in a file.
+
+    Raises:
+      TypeError, ValueError: there is no such implementation, or the data is of none.
+    """
+    key: jax.Array = jax.random.wrap_key_data(data, impl=impl)
+    return key
+
+
+def spec_of(leaf: Any) -> Spec:
+    """Returns shape and dtype of an array, a scalar, a key or anything else."""
+    if isinstance(leaf, Key):
+        try:
+            key = jax.eval_shape(partial(as_key, impl=leaf.impl), leaf.data)
+        except (TypeError, ValueError):
+            return Spec((), f"unreadable key of {leaf.impl}")
+        return Spec(key.shape, str(key.dtype))
+    if isinstance(leaf, (bool, int, float, complex)):
+        dtype = jnp.result_type(leaf)
+        if dtype.kind == "i" and abs(int(leaf.real)) > jnp.iinfo(dtype).max:
+            return Spec((), "int64")
+        return Spec((), dtype.name)
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        return Spec(tuple(leaf.shape), NAMES.get(leaf.dtype) or leaf.dtype.name)
+    return Spec((), type(leaf).__name__)

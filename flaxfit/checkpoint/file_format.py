@@ -1,0 +1,346 @@
+"""One file: its parts in order, its checksums, and what is wrong with a damaged one.
+
+A file is a msgpack map of "meta", "state", perhaps "extra", and "crc32", where
+"state" is what `flax.serialization` writes. Knows neither folders nor templates.
+
+The last four bytes are the CRC-32 of everything before them, in every format there
+may ever be. Before them is a table: for the end of meta, then of every leaf, its
+offset and the CRC-32 of the file up to there, so one pass over the file serves all,
+and a damaged leaf is found without a look into damaged bytes.
+"""
+
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO, NamedTuple
+
+import msgpack
+import numpy as np
+from flax import serialization
+
+from flaxfit._core.errors import CheckpointCorruptError, CheckpointError
+from flaxfit._core.types import HostArray
+from flaxfit.checkpoint.corruption import (
+    AGAIN,
+    END,
+    ENTRY,
+    START,
+    TABLE,
+    damage,
+    is_ours,
+    looks_like,
+    whole,
+)
+from flaxfit.checkpoint.encoding import CHUNKED, NAMES, is_key_node
+from flaxfit.checkpoint.msgpack_reader import SLACK, CutOffError, Reader
+
+FORMAT = 1
+_SMALL = 2**16
+_PIECE = 2**20
+
+
+class _NewerError(CheckpointError):
+    """The file is whole, but of a format that came later."""
+
+
+class Content(NamedTuple):
+    """What lies in a file; arrays are views into its bytes."""
+
+    meta: dict[str, Any]
+    state: dict[str, Any]
+    extra: dict[str, Any]
+
+
+def write(
+    file: BinaryIO,
+    meta: Mapping[str, Any],
+    state: Mapping[str, Any],
+    extra: Mapping[str, Any],
+) -> None:
+    """Writes a file leaf by leaf; the arrays are not copied.
+
+    Args:
+      file: open for writing, best with a buffer.
+      meta: in msgpack's own types, with "format" and "leaves".
+      state: nested dicts with NumPy arrays, scalars and None in them.
+      extra: the same; left out of the file if empty.
+    """
+    writer = _Writer(file)
+    writer.say(START[1] if extra else START[0])
+    writer.value(meta)
+    writer.mark()
+    writer.value("state")
+    writer.tree(state)
+    if extra:
+        writer.value("extra")
+        writer.tree(extra)
+    writer.end()
+
+
+class _Writer:
+    """Writes, and keeps the checksum of what it has written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._pack = msgpack.Packer(strict_types=True, default=_pack_complex).pack
+        self._map_head = msgpack.Packer().pack_map_header
+        self._pending = bytearray()
+        self._at = 0
+        self._crc = 0
+        self._table = bytearray()
+
+    def say(self, raw: bytes) -> None:
+        self._pending += raw
+
+    def value(self, value: Any) -> None:
+        self._pending += self._pack(value)
+
+    def mark(self) -> None:
+        """Notes the checksum up to here."""
+        self._flush()
+        self._table += ENTRY.pack(self._at, self._crc)
+
+    def tree(self, node: Any) -> None:
+        if isinstance(node, dict):
+            self._pending += self._map_head(len(node))
+            is_key = is_key_node(node)
+            for name, child in node.items():
+                self._pending += self._pack(name)
+                if is_key:
+                    self._leaf(child)
+                else:
+                    self.tree(child)
+            if is_key:
+                self.mark()
+        elif node is None:
+            self.value(None)
+        else:
+            self._leaf(node)
+            self.mark()
+
+    def end(self) -> None:
+        self.say(TABLE + _head(_BIN, len(self._table)) + self._table)
+        self.say(END)
+        self._flush()
+        self.say(self._crc.to_bytes(4, "big"))
+        self._flush()
+
+    def _leaf(self, leaf: Any) -> None:
+        if not isinstance(leaf, np.ndarray):
+            self.value(leaf)
+        elif leaf.nbytes > serialization.MAX_CHUNK_SIZE:
+            self._chunks(leaf)
+        else:
+            self._array(leaf, leaf.shape)
+
+    def _array(self, array: HostArray, shape: tuple[int, ...]) -> None:
+        """Writes an array of any layout under `shape`."""
+        nbytes = array.nbytes
+        inner = b"\x93" + self._pack(list(shape)) + self._pack(NAMES[array.dtype])
+        inner += _head(_BIN, nbytes)
+        self.say(_head(_EXT, len(inner) + nbytes) + b"\x01" + inner)
+        if nbytes <= _SMALL:
+            self.say(array.tobytes())
+            return
+        self._flush()
+        for piece in pieces(array):
+            self._put(piece.view(np.uint8).data)
+
+    def _chunks(self, array: HostArray) -> None:
+        """Writes an array as Flax splits it."""
+        size = max(1, int(serialization.MAX_CHUNK_SIZE / array.dtype.itemsize))
+        shape = {str(i): n for i, n in enumerate(array.shape)}
+        self.say(self._map_head(3) + self._pack(CHUNKED) + self._pack(True))
+        self.say(self._pack("shape") + self._pack(shape) + self._pack("chunks"))
+        flat = array.reshape(-1)
+        starts = range(0, flat.size, size)
+        self.say(self._map_head(len(starts)))
+        for i, start in enumerate(starts):
+            chunk = flat[start : start + size]
+            self.say(self._pack(str(i)))
+            self._array(chunk, chunk.shape)
+
+    def _put(self, raw: Any) -> None:
+        self._crc = zlib.crc32(raw, self._crc)
+        self._file.write(raw)
+        self._at += len(raw)
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._put(bytes(self._pending))
+            self._pending.clear()
+
+
+def pieces(array: HostArray) -> Iterator[HostArray]:
+    """Yields the elements in C order, in one-dimensional arrays of about 1 MiB.
+
+    Small pieces stay in the processor's cache from one use to the next.
+    """
+    if array.flags.c_contiguous:
+        flat = array.reshape(-1)
+        step = max(1, _PIECE // array.dtype.itemsize)
+        for start in range(0, flat.size, step):
+            yield flat[start : start + step]
+    elif array.size:
+        parts: Any = np.nditer(
+            array,
+            ("external_loop", "buffered"),
+            order="C",
+            buffersize=max(1, _PIECE // array.dtype.itemsize),
+        )
+        yield from parts
+
+
+_BIN = ((1, b"\xc4"), (2, b"\xc5"), (4, b"\xc6"))
+_EXT = ((1, b"\xc7"), (2, b"\xc8"), (4, b"\xc9"))
+
+
+def _head(kind: tuple[tuple[int, bytes], ...], size: int) -> bytes:
+    """Returns the head of binary data or an extension, as msgpack writes it."""
+    if kind is _EXT and size in (1, 2, 4, 8, 16):
+        return bytes([0xD3 + size.bit_length()])
+    for width, byte in kind:
+        if size < 1 << (8 * width):
+            return byte + size.to_bytes(width, "big")
+    raise OverflowError(f"{size} bytes in one piece")
+
+
+def _pack_complex(value: Any) -> Any:
+    if isinstance(value, complex):
+        return msgpack.ExtType(2, msgpack.packb((value.real, value.imag)))
+    return value
+
+
+def read(data: bytes, path: str) -> Content:
+    """Returns what a file holds; all of its checksums are right.
+
+    The reader may build, beside the file's own bytes, at most as much as the file is
+    long and `_msgpack.SLACK` more; what wants more is refused before it is built.
+
+    Raises:
+      CheckpointCorruptError: the file is damaged or cut off.
+      CheckpointError: it is something else, or of a newer format.
+    """
+    if not is_ours(data):
+        raise _foreign(data, path)
+    if not whole(data):
+        raise damage(data, path)
+    reader = Reader(data)
+    try:
+        parts: dict[str, Any] = {}
+        for i in range(reader.map_size()):
+            name = reader.name()
+            if i == 0 and name == "meta":
+                parts["meta"] = _checked_format(reader.meta(), path)
+            elif name == "crc32" and name not in parts:
+                parts["crc32"] = reader.meta()
+            elif name in ("state", "extra") and name not in parts:
+                parts[name] = reader.state()
+            else:
+                raise CheckpointError(f"it has a part {name[:80]!r} where none belongs")
+        if reader.at != len(data):
+            raise CheckpointError(f"{len(data) - reader.at} bytes follow its end")
+        contents = [parts.get("meta"), parts.get("state"), parts.get("extra", {})]
+        if not all(isinstance(part, dict) for part in contents):
+            raise CheckpointError("its meta, state or extra is no map")
+    except CheckpointError as err:
+        if isinstance(err, _NewerError):
+            raise
+        raise CheckpointError(
+            f"{path!r} has right checksums, but was not written by flaxfit: {err}."
+        ) from err
+    return Content(*contents)
+
+
+def read_front(data: bytes, size: int, path: str) -> dict[str, Any] | None:
+    """Returns meta of the first bytes of a file, None if they do not hold all of it.
+
+    Args:
+      data: the first bytes.
+      size: that of the whole file.
+      path: the file, for messages.
+
+    Raises:
+      CheckpointCorruptError: what is there is damaged.
+      CheckpointError: the format is newer.
+    """
+    reader = Reader(data, at=len(START[0]), budget=size + SLACK)
+    try:
+        meta = reader.meta()
+    except CutOffError:
+        return None
+    except CheckpointError as err:
+        raise CheckpointCorruptError(
+            f"{path!r} is damaged: its description cannot be read ({err}). {AGAIN}",
+            path=path,
+        ) from err
+    if not isinstance(meta, dict):
+        text = f"{path!r} is damaged: its description is no map. {AGAIN}"
+        raise CheckpointCorruptError(text, path=path)
+    return _checked_format(meta, path)
+
+
+def read_plain(data: bytes, path: str) -> Any:
+    """Returns what a file of plain `flax.serialization` holds.
+
+    Raises:
+      CheckpointError: it is no such file.
+    """
+    known = looks_like(data)
+    if known:
+        raise CheckpointError(
+            f"{path!r} is no checkpoint; it looks like {known}. Expected a file "
+            "written by trainer.save(path)."
+        )
+    if data and (0x90 <= data[0] < 0xA0 or data[0] in (0xDC, 0xDD)):
+        raise CheckpointError(
+            f"{path!r} is no checkpoint: it holds a list, not a map with 'meta' and "
+            "'state'."
+        )
+    reader = Reader(data)
+    try:
+        content = reader.state()
+        if reader.at != len(data):
+            raise CheckpointError(f"{len(data) - reader.at} bytes follow its end")
+    except CheckpointError as err:
+        raise CheckpointError(
+            f"{path!r} cannot be read: {len(data)} bytes that are no whole msgpack "
+            f"file ({err}). It is cut off, damaged, or was not written by "
+            "trainer.save(path)."
+        ) from err
+    return content
+
+
+def _foreign(data: bytes, path: str) -> CheckpointError:
+    """Returns the error for a file of something else."""
+    try:
+        content = read_plain(data, path)
+    except CheckpointError as err:
+        return err
+    if not isinstance(content, dict):
+        return CheckpointError(
+            f"{path!r} is no checkpoint: it holds a {type(content).__name__}, not a "
+            "map with 'meta' and 'state'."
+        )
+    return CheckpointError(
+        f"{path!r} was not written by trainer.save(path): it holds "
+        f"{_some(content)}, as a file of plain flax.serialization.to_bytes does. Read "
+        "its parameters with flaxfit.load_params(path), or all of it with "
+        "flax.serialization.from_bytes(target, data) and assign trainer.state."
+    )
+
+
+def _some(content: Mapping[str, Any]) -> str:
+    names = sorted(content)
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f"{[name[:40] for name in names[:8]]}{more}"
+
+
+def _checked_format(meta: Any, path: str) -> Any:
+    """Returns `meta` unless a newer flaxfit has written it."""
+    found = meta.get("format") if isinstance(meta, dict) else None
+    if type(found) is int and found > FORMAT:
+        raise _NewerError(
+            f"{path!r} was written by a newer flaxfit (format {found}; this one reads "
+            f"{FORMAT}): pip install -U flaxfit"
+        )
+    return meta

@@ -1,0 +1,1 @@
+"""One adapter for each kind of dataset, and the registry of all kinds."""

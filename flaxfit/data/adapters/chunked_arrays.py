@@ -1,0 +1,379 @@
+"""Arrays that are read by slices: zarr, HDF5, tensorstore, and others like them.
+
+Such an array is larger than memory, or far away. Nothing is read but the rows of a
+batch; where the array is stored in chunks of several rows, whole chunks, which are
+kept while other rows of theirs are still to come.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from flaxfit._core.errors import DataError
+from flaxfit._core.lazy_types import comes_from
+from flaxfit._core.types import Batch, HostArray
+from flaxfit.data.binding.binding import WEIGHT_NAMES
+from flaxfit.data.datasets.example_dataset import ExampleSet, take_rows
+from flaxfit.data.datasets.shuffling import order_of_pass, seeded
+from flaxfit.data.host.arrays import as_host, is_array
+from flaxfit.data.host.checks import check_lengths
+
+# What is read ahead of the rows that are asked for, and kept. A shuffle mixes as much.
+_WINDOW_BYTES = 2**27
+# A slice that is not worth the call is made larger.
+_BLOCK_BYTES = 2**18
+# Beside larger arrays, one as small as that is read as a whole: labels, mostly.
+_SMALL_BYTES = 2**24
+_IN_MEMORY = frozenset(
+    (
+        "cupy",
+        "jax",
+        "jaxlib",
+        "numpy",
+        "pandas",
+        "polars",
+        "pyarrow",
+        "scipy",
+        "tensorflow",
+        "torch",
+    )
+)
+
+
+def is_sliced(value: Any) -> bool:
+    """Whether a value is an array that is not in memory."""
+    if isinstance(value, np.ndarray | jax.Array | np.generic | type):
+        return False
+    if not all(hasattr(value, name) for name in ("shape", "dtype", "__getitem__")):
+        return False
+    packages = {cls.__module__.split(".")[0] for cls in type(value).__mro__}
+    return not (packages & _IN_MEMORY or hasattr(value, "__dlpack__"))
+
+
+def recognizes(x: Any) -> bool:
+    """Whether `x` is such an array, or a nesting with one in it."""
+    if comes_from(x, "zarr", "Group"):
+        return True
+    if isinstance(x, Mapping):
+        return any(map(recognizes, x.values()))
+    if isinstance(x, tuple | list) and not is_array(x):
+        return any(map(recognizes, x))
+    return is_sliced(x)
+
+
+def as_dataset(x: Any, *, what: str, data_dir: Any = None) -> ExampleSet:
+    """Returns the rows of arrays as examples.
+
+    Args:
+      x: arrays in any nesting, all of the same length.
+      what: the method it was given to, for messages.
+      data_dir: not for arrays.
+
+    Raises:
+      DataError: arrays of different length, or of a dtype of no numbers or text.
+        Nothing is read to find out.
+    """
+    del what, data_dir
+    nest = _as_nest(x)
+    length = check_lengths(_forms(nest))
+    leaves, structure = jax.tree.flatten(nest, is_leaf=is_array)
+    leaves = _with_small_ones_read([as_leaf(leaf) for leaf in leaves])
+    layout = _layout_of([leaf for leaf in leaves if is_sliced(leaf)])
+    rows = _Rows(leaves, structure, layout)
+    kind = next(_kind_of(leaf) for leaf in leaves if is_sliced(leaf))
+    if layout.block > 1 and length > layout.window:
+        kind = f"{kind} in windows of {layout.window:,} rows"
+    return ExampleSet(
+        kind,
+        length,
+        take=rows.singly,
+        take_batch=rows,
+        order=partial(_order_of_pass, layout=layout),
+    )
+
+
+def gathered(x: Any, y: Any, sample_weight: Any) -> ExampleSet:
+    """Returns arrays that were given apart as one dataset.
+
+    Raises:
+      DataError: as `as_dataset`.
+      ValueError: weights that are given twice.
+    """
+    if y is not None:
+        x = (x, y) if sample_weight is None else (x, y, sample_weight)
+    elif sample_weight is not None:
+        x = _as_nest(x)
+        by_name = isinstance(x, Mapping)
+        parts = x if isinstance(x, tuple) and not hasattr(x, "_fields") else (x,)
+        if len(parts) > 2 or (by_name and any(name in x for name in WEIGHT_NAMES)):
+            raise ValueError(
+                "sample_weight is given twice: as an argument and inside the data. "
+                "Leave one of them out."
+            )
+        x = (
+            {**x, WEIGHT_NAMES[1]: sample_weight}
+            if by_name
+            else (*(*parts, None)[:2], sample_weight)
+        )
+    return as_dataset(x, what="fit")
+
+
+def as_leaf(value: Any) -> Any:
+    """Returns a NumPy array, or an array that is read by slices as it is."""
+    return value if is_sliced(value) else as_host(value)
+
+
+def dtype_of(array: Any) -> np.dtype[Any]:
+    """Returns the NumPy dtype of an array.
+
+    Raises:
+      TypeError: it has none.
+    """
+    return np.dtype(getattr(array.dtype, "numpy_dtype", array.dtype))
+
+
+def rows_of_chunk(array: Any) -> int:
+    """Returns how many rows are stored together; 1 where that does not matter."""
+    chunks = getattr(array, "chunks", None)
+    if chunks is None and hasattr(array, "chunk_layout"):  # of tensorstore
+        chunks = array.chunk_layout.read_chunk.shape
+    if not chunks:
+        return 1
+    # dask lists the rows of every chunk.
+    rows = max(chunks[0]) if isinstance(chunks[0], Sequence) else chunks[0]
+    return max(1, min(int(rows or 1), int(array.shape[0])))
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What is known of an array without reading it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How rows are read.
+
+    Attributes:
+      block: the rows that are read together, 1 for those that are asked for.
+      window: the rows of as many blocks as are kept.
+    """
+
+    block: int
+    window: int
+
+
+class _Rows:
+    """Rows of arrays: each block of them is read once, and kept for a while.
+
+    Args:
+      leaves: the arrays, at least one of them read by slices.
+      structure: how they are nested.
+      layout: what is read together.
+    """
+
+    def __init__(self, leaves: list[Any], structure: Any, layout: _Layout) -> None:
+        self._leaves = leaves
+        self._sliced = [leaf for leaf in leaves if is_sliced(leaf)]
+        self._structure = structure
+        self._layout = layout
+        self._begin()
+
+    def _begin(self) -> None:
+        self._blocks: OrderedDict[int, list[HostArray]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k not in ("_blocks", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._begin()
+
+    def __call__(self, rows: HostArray) -> Any:
+        """Returns these rows of all arrays, nested as they are."""
+        read = iter(
+            self._by_block(rows)
+            if self._layout.block > 1
+            else [_by_run(array, rows) for array in self._sliced]
+        )
+        columns = [
+            next(read) if is_sliced(leaf) else leaf[rows] for leaf in self._leaves
+        ]
+        return jax.tree.unflatten(self._structure, columns)
+
+    def singly(self, rows: HostArray) -> Sequence[Any]:
+        """Returns these rows one by one."""
+        return take_rows(self(rows))(np.arange(len(rows)))
+
+    def _by_block(self, rows: HostArray) -> list[HostArray]:
+        block = self._layout.block
+        columns = [
+            np.empty((len(rows), *array.shape[1:]), dtype_of(array))
+            for array in self._sliced
+        ]
+        places = np.argsort(rows, kind="stable")
+        numbers, starts = np.unique(rows[places] // block, return_index=True)
+        asked = dict(zip(numbers.tolist(), np.split(places, starts[1:]), strict=True))
+        with self._lock:
+            # Those that are there first: reading others may push them out.
+            for number in sorted(asked, key=lambda number: number not in self._blocks):
+                # By a number and not by a list of one, which takes longer.
+                at = asked[number] if len(asked[number]) > 1 else asked[number][0]
+                for column, part in zip(columns, self._block(number), strict=True):
+                    column[at] = part[rows[at] - number * block]
+        return columns
+
+    def _block(self, number: int) -> list[HostArray]:
+        if number in self._blocks:
+            self._blocks.move_to_end(number)
+            return self._blocks[number]
+        start = number * self._layout.block
+        stop = start + self._layout.block
+        found = [
+            _read(array, start, min(stop, array.shape[0])) for array in self._sliced
+        ]
+        self._blocks[number] = found
+        if len(self._blocks) * self._layout.block > self._layout.window:
+            self._blocks.popitem(last=False)
+        return found
+
+
+def _by_run(array: Any, rows: HostArray) -> HostArray:
+    """Returns rows of an array; those that follow each other are one slice."""
+    sought, places = np.unique(rows, return_inverse=True)
+    runs = np.split(sought, np.flatnonzero(np.diff(sought) > 1) + 1)
+    parts = [_read(array, int(run[0]), int(run[-1]) + 1) for run in runs]
+    found = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    return found[places]
+
+
+def _read(array: Any, start: int, stop: int) -> HostArray:
+    try:
+        part = np.asarray(array[start:stop])
+    except Exception as error:
+        error.add_note(
+            f"while reading the rows {start} to {stop - 1} of a {_kind_of(array)}"
+        )
+        raise
+    if part.shape != (stop - start, *array.shape[1:]):
+        raise DataError(
+            f"a {_kind_of(array)} of shape {tuple(array.shape)} gave "
+            f"{part.dtype}{list(part.shape)} for its rows {start} to {stop - 1}."
+        )
+    return part
+
+
+def _order_of_pass(
+    total: int,
+    pass_index: int,
+    *,
+    shuffle: bool,
+    seed: Sequence[int],
+    layout: _Layout,
+) -> HostArray:
+    """Returns the rows of one pass, `int64[total]`.
+
+    Where the rows of a block are stored together, and not all of them fit into a
+    window, the blocks are shuffled, and then the rows of each window of blocks: any
+    other order would read a block for every row.
+    """
+    block, window = layout.block, layout.window
+    if not shuffle or block == 1 or total <= window:
+        return order_of_pass(total, pass_index, shuffle=shuffle, seed=seed)
+    random = seeded(*seed, pass_index)
+    firsts = random.permutation(-(-total // block)) * block
+    windows = []
+    for start in range(0, len(firsts), window // block):
+        chosen = firsts[start : start + window // block]
+        rows = (chosen[:, None] + np.arange(block)).reshape(-1)
+        windows.append(random.permutation(rows[rows < total]))
+    return np.concatenate(windows)
+
+
+def _layout_of(arrays: Sequence[Any]) -> _Layout:
+    row_bytes = sum(_nbytes(array) // max(array.shape[0], 1) for array in arrays)
+    largest = max(arrays, key=_nbytes)
+    chunk = rows_of_chunk(largest)
+    if chunk == 1:
+        return _Layout(1, 1)
+    block = chunk * max(1, _BLOCK_BYTES // max(row_bytes * chunk, 1))
+    window = block * max(1, _WINDOW_BYTES // max(row_bytes * block, 1))
+    return _Layout(block, window)
+
+
+def _with_small_ones_read(leaves: list[Any]) -> list[Any]:
+    most = max(map(_nbytes, filter(is_sliced, leaves)))
+    return [
+        _read(leaf, 0, leaf.shape[0])
+        if is_sliced(leaf) and _nbytes(leaf) < min(most, _SMALL_BYTES)
+        else leaf
+        for leaf in leaves
+    ]
+
+
+def _nbytes(array: Any) -> int:
+    size = dtype_of(array).itemsize
+    for length in array.shape:
+        size *= int(length)
+    return size
+
+
+def _forms(nest: Any) -> Any:
+    """Returns the nesting with what is known of each array, named as a batch is."""
+    # Of what has names, some may be text of which nothing is read: a batch will tell.
+    form_of = partial(_form_of, named=isinstance(nest, Mapping))
+    forms = jax.tree.map(form_of, nest, is_leaf=is_array)
+    if not isinstance(forms, tuple) or hasattr(forms, "_fields") or len(forms) > 3:
+        return forms
+    x, y, weights = (*forms, None, None)[:3]
+    return Batch((x,), y, weights)
+
+
+def _form_of(leaf: Any, named: bool) -> Any:
+    leaf = as_leaf(leaf)
+    if not is_sliced(leaf):
+        return leaf
+    try:
+        dtype = dtype_of(leaf)
+    except TypeError as error:
+        raise DataError(
+            f"a {_kind_of(leaf)} has the dtype {leaf.dtype!r}, which is none of "
+            "NumPy's: slices of it cannot be trained on."
+        ) from error
+    if named and dtype.kind in "OSUT":
+        dtype = np.dtype(np.float32)
+    return _Form(tuple(map(int, leaf.shape)), dtype)
+
+
+def _as_nest(x: Any) -> Any:
+    """Returns mappings, and groups of arrays, as dicts."""
+    if comes_from(x, "zarr", "Group"):
+        return dict(x.arrays())
+    if isinstance(x, Mapping):
+        return {key: _as_nest(part) for key, part in x.items()}
+    if isinstance(x, tuple | list) and not is_array(x):
+        parts = map(_as_nest, x)
+        return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
+    return x
+
+
+def _kind_of(array: Any) -> str:
+    package = type(array).__module__.split(".")[0]
+    name = type(array).__name__
+    return name if package == "__main__" else f"{package} {name}"

@@ -1,0 +1,292 @@
+"""Datasets of Hugging Face's `datasets`, which whoever made them has imported.
+
+Columns of numbers are read from Arrow as they are, in their own dtypes; pictures and
+whatever else has to be decoded is read by the dataset itself.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
+from typing import Any, NoReturn
+
+import numpy as np
+
+from flaxfit._core.lazy_types import comes_from
+from flaxfit._core.types import HostArray
+from flaxfit.data.binding.binding import TARGET_NAMES
+from flaxfit.data.datasets.example_dataset import ExampleSet, take_items
+from flaxfit.data.datasets.stream import Facts
+from flaxfit.data.host.arrays import call_text
+from flaxfit.data.host.collate import collate
+
+# With their modules: many have classes and folders of these names.
+_TABLE = ("datasets.arrow_dataset", "Dataset")
+_STREAM = ("datasets.iterable_dataset", "IterableDataset")
+_SPLITS = (
+    ("datasets.dataset_dict", "DatasetDict"),
+    ("datasets.dataset_dict", "IterableDatasetDict"),
+)
+_ARRAYS = ("numpy", "torch", "tensorflow", "jax")
+_TABLES = ("arrow", "pandas", "polars")
+
+
+def recognizes(x: Any) -> bool:
+    """Whether `x` is a dataset of Hugging Face, or a dict of its splits."""
+    return _is(x, _TABLE, _STREAM, *_SPLITS)
+
+
+def as_dataset(x: Any, *, what: str, data_dir: Any = None) -> ExampleSet:
+    """Returns a dataset as examples: each row is one, a dict.
+
+    A format or transform that the user has set stays.
+
+    Args:
+      x: what `recognizes`.
+      what: the method it was given to, for messages.
+      data_dir: not for datasets that are open.
+
+    Raises:
+      TypeError: several splits at once.
+    """
+    del data_dir
+    if _is(x, *_SPLITS):
+        _refuse_splits(x, what)
+    if _is(x, _STREAM):
+        return ExampleSet(
+            "Hugging Face IterableDataset",
+            iterate=partial(_iterate, x),
+            collate=_collate,
+            facts=_facts(x.features, x.column_names or ())
+            if x.features
+            else Facts(pictures=_begins_with_pictures(x)),
+        )
+    shown = x.format
+    if shown["type"] in _TABLES:  # whose rows are no dicts
+        x = x.with_format(None, columns=shown["columns"])
+    take_batch: Any = None
+    if shown["type"] in _ARRAYS:
+        take_batch = _Rows(x)
+    elif shown["type"] != "custom":
+        take_batch = _Columns.of(x, shown["columns"])
+    own = shown["type"] == "custom"
+    facts = _facts(x.features, x.column_names if own else shown["columns"])
+    return ExampleSet(
+        "Hugging Face Dataset",
+        len(x),
+        take_items(x),
+        take_batch,
+        collate=_collate,
+        # What a transform makes has its own keys.
+        facts=replace(facts, keys=(), targets=None) if own else facts,
+    )
+
+
+def _is(x: Any, *classes: tuple[str, str]) -> bool:
+    return any((cls.__module__, cls.__name__) in classes for cls in type(x).__mro__)
+
+
+def _refuse_splits(splits: Mapping[str, Any], what: str) -> NoReturn:
+    names = list(splits) or ["train"]
+    train = "train" if "train" in splits else names[0]
+    rest = [name for name in names if name != train]
+    tests = [name for name in rest if name.startswith(("val", "dev", "test"))]
+    held_out = (*tests, *rest, train)[0]
+    line = f'ds["{train if what == "fit" else held_out}"]'
+    if what == "fit" and rest:
+        line = f'{line}, validation_data=ds["{held_out}"]'
+    line = f"fit({line})" if what == "fit" else call_text(what, line)
+    raise TypeError(
+        f"a {type(splits).__name__} given to {what} holds several datasets: "
+        f"{', '.join(names)}. Write {line}."
+    )
+
+
+def _facts(features: Mapping[str, Any] | None, columns: Sequence[str]) -> Facts:
+    known = {name: features[name] for name in columns} if features else {}
+    classes = [name for name, f in known.items() if type(f).__name__ == "ClassLabel"]
+    named = [name for name in TARGET_NAMES if name in columns]
+    # The first name decides what the targets are; a lone class does where there is none
+    target = (*named, *(classes if len(classes) == 1 else ()), None)[0]
+    return Facts(
+        keys=tuple(columns),
+        targets=target if not named else None,
+        class_names=tuple(known[target].names) if target in classes else (),
+        pictures=any(type(f).__name__ == "Image" for f in known.values()),
+    )
+
+
+def _begins_with_pictures(dataset: Any) -> bool:
+    """Whether a stream that does not say what it yields begins with pictures."""
+    first = next(iter(dataset), None)
+    values = first.values() if isinstance(first, Mapping) else ()
+    return any(comes_from(value, "PIL", "Image") for value in values)
+
+
+def _iterate(dataset: Any, pass_index: int) -> Iterator[Any]:
+    if not _is_shuffled(dataset):
+        return _Examples(dataset) if hasattr(dataset, "state_dict") else iter(dataset)
+    # No state: it would leave out what waits to be shuffled.
+    dataset.set_epoch(pass_index)
+    return iter(dataset)
+
+
+class _Examples:
+    """The examples of one pass of a stream, which tells where it stands.
+
+    The dataset knows that of its latest reader only.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+        self._iterator: Iterator[Any] | None = None
+        self._start: Any = None
+        self._token = object()
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if self._iterator is not None:
+            return next(self._iterator)
+        self._dataset.flaxfit_reader = self._token
+        self._iterator = iter(self._dataset)
+        if self._start is None:
+            return next(self._iterator)
+        self._dataset.load_state_dict(self._start)
+        try:
+            return next(self._iterator)
+        finally:
+            self._dataset.load_state_dict({})  # or every pass would begin there
+
+    def get_state(self) -> Any:
+        """Returns where the stream stands; None if somebody else reads it too."""
+        latest = getattr(self._dataset, "flaxfit_reader", None) is self._token
+        return self._dataset.state_dict() if latest else None
+
+    def set_state(self, state: Any) -> None:
+        """Makes the stream begin there."""
+        self._start, self._iterator = state, None
+
+
+def _is_shuffled(dataset: Any) -> bool:
+    """Whether each pass has an order of its own.
+
+    The parts of one that is not would change places as well.
+    """
+    links = [getattr(dataset, "_ex_iterable", None)]
+    for link in links:
+        if link is None or "Shuffle" in type(link).__name__:
+            return True
+        inner = getattr(link, "ex_iterable", None)
+        links += getattr(link, "ex_iterables", [] if inner is None else [inner])
+    return getattr(dataset, "_shuffling", None) is not None
+
+
+def _collate(examples: Sequence[Any]) -> Any:
+    """Returns a raw batch; a column may lack values if nothing is read of it."""
+    first = examples[0]
+    dicts = all(isinstance(each, Mapping) for each in examples)
+    if not dicts or any(each.keys() != first.keys() for each in examples):
+        return collate(examples)
+    return {key: _column([each[key] for each in examples]) for key in first}
+
+
+def _column(values: Sequence[Any]) -> Any:
+    if all(value is not None for value in values):
+        return collate(values)
+    column = np.empty(len(values), object)
+    column[:] = values
+    return column
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Takes rows as the user has formatted them."""
+
+    dataset: Any
+
+    def __call__(self, rows: HostArray) -> Any:
+        return self.dataset[rows.tolist()]
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Takes rows column by column.
+
+    Attributes:
+      names: all columns in their order.
+      plain: the dataset's columns of numbers and text, as a table; None without any.
+      decoded: its other columns, as arrays; None without any.
+    """
+
+    names: tuple[str, ...]
+    plain: Any
+    decoded: Any
+
+    @classmethod
+    def of(cls, dataset: Any, names: Sequence[str]) -> "_Columns":
+        schema = dataset.features.arrow_schema
+        plain = [name for name in names if _is_plain(schema.field(name).type)]
+        decoded = [name for name in names if name not in plain]
+        return cls(
+            tuple(names),
+            dataset.with_format("arrow", columns=plain) if plain else None,
+            dataset.with_format("numpy", columns=decoded) if decoded else None,
+        )
+
+    def __call__(self, rows: HostArray) -> dict[str, HostArray]:
+        columns: dict[str, HostArray] = {}
+        if self.plain is not None:
+            table = self.plain[rows.tolist()]
+            for name in table.column_names:
+                columns[name] = _as_array(table[name].combine_chunks())
+        if self.decoded is not None:
+            columns |= self.decoded[rows.tolist()]
+        return {name: columns[name] for name in self.names}
+
+
+def _is_plain(arrow_type: Any) -> bool:
+    """Whether an Arrow type is numbers or text, or lists of them."""
+    types = import_module("pyarrow").types
+    while True:
+        if hasattr(arrow_type, "storage_type"):
+            arrow_type = arrow_type.storage_type
+        elif _is_list(arrow_type):
+            arrow_type = arrow_type.value_type
+        else:
+            return not (types.is_nested(arrow_type) or types.is_dictionary(arrow_type))
+
+
+def _is_list(arrow_type: Any) -> bool:
+    types = import_module("pyarrow").types
+    kinds = types.is_list, types.is_large_list, types.is_fixed_size_list
+    return any(is_kind(arrow_type) for is_kind in kinds)
+
+
+def _as_array(column: Any) -> HostArray:
+    """Returns an Arrow column as an array.
+
+    Returns:
+      `[rows, ...]`; an array of objects of lists that differ in length, and of numbers
+      some of which are missing, with None for those.
+    """
+    if hasattr(column, "storage"):
+        column = column.storage
+    if not _is_list(column.type):
+        array: HostArray = column.to_numpy(zero_copy_only=False)
+        if column.null_count and array.dtype != object:
+            # As NaN, whole numbers would be floats in this batch.
+            array = array.astype(object)
+            array[column.is_null().to_numpy(zero_copy_only=False)] = None
+        return array
+    rows = len(column)
+    values = _as_array(column.flatten())
+    lengths = column.value_lengths().fill_null(0).to_numpy()
+    if (lengths == lengths[0]).all() and not column.null_count:
+        return values.reshape(rows, int(lengths[0]), *values.shape[1:])
+    ragged = np.empty(rows, object)
+    ragged[:] = np.split(values, np.cumsum(lengths)[:-1])
+    if column.null_count:
+        ragged[column.is_null().to_numpy(zero_copy_only=False)] = None
+    return ragged

@@ -1,0 +1,332 @@
+"""Folders of pictures, one sub-folder per class, decoded by Pillow as they are needed.
+
+The items are paths and labels; nothing but the list of files is kept in memory.
+"""
+
+import importlib
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from flaxfit._core.counts import as_count
+from flaxfit._core.errors import DataError, did_you_mean
+from flaxfit._core.types import HostArray
+from flaxfit.data.datasets.example_dataset import ExampleSet, take_items
+from flaxfit.data.datasets.examples import Examples
+from flaxfit.data.datasets.stream import Facts
+
+_SUFFIXES = frozenset(
+    (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+)
+_MODES = ((1, "L"), (3, "RGB"), (4, "RGBA"))  # channels -> mode of Pillow
+_SIDECARS = frozenset(("desktop.ini", "thumbs.db"))
+_SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
+# 0..65535 -> 0..255
+_WIDE_TO_BYTE = 257
+
+
+@dataclass(frozen=True)
+class ImageFiles(Sequence[Any]):
+    """The files of a folder.
+
+    Attributes:
+      items: `(path, label)` of each, or its path where there are no classes.
+      class_names: the names of the classes 0, 1, …
+    """
+
+    items: tuple[Any, ...]
+    class_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        """Returns how many files there are."""
+        return len(self.items)
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Any]: ...
+
+    def __getitem__(self, index: int | slice) -> Any:
+        """Returns one of the items."""
+        return self.items[index]
+
+
+def image_folder(
+    path: str | os.PathLike[str],
+    size: tuple[int, int] | None,
+    *,
+    channels: int = 3,
+    classes: Sequence[str] | None = None,
+    threads: int = 0,
+    processes: int = 0,
+) -> Examples:
+    """Returns the pictures of a folder as examples for `fit`, `evaluate`, `predict`.
+
+    `path/cat/1.jpg`, `path/dog/2.jpg`, …: every sub-folder is a class, numbered in the
+    order of their names, with all pictures below it. A folder without sub-folders has
+    no classes, for `predict`. Hidden files are passed over, others that are no
+    pictures warned of.
+
+    A picture becomes `uint8[height, width, channels]`, upright as its EXIF data say;
+    16 bits per channel are brought to 8. It is resized to `size` whatever its
+    proportions, bilinearly, and smoothed where it shrinks. Transparency is dropped
+    unless `channels` is 4. `fit` has the model see `float32` from 0 to 1.
+
+    Args:
+      path: the folder.
+      size: `(height, width)`, or None for pictures that are all of one size.
+      channels: 3 for RGB, 1 for gray, 4 for RGB and transparency.
+      classes: the sub-folders to take, in the order of their numbers.
+        `image_folder(test, size, classes=image_folder(train, size).class_names)` gives
+        two folders the same numbers.
+      threads: how many threads decode at once. Two or more are worth it for photos.
+      processes: how many processes decode instead.
+
+    Returns:
+      `Examples` whose items are `(path, label)`. `Examples(image_folder(...), augment)`
+      augments what was decoded: `augment((image, label), rng)`.
+
+    Raises:
+      DataError: there is no such folder, no picture in it, or not in one of its
+        classes; pictures beside the folders of classes; folders `train` and `test`
+        where classes should be.
+      ImportError: Pillow is not installed.
+      ValueError: a size or number of channels that cannot be.
+
+    Example:
+      `trainer.fit(image_folder("flowers/train", (128, 128), threads=4))`
+    """
+    if channels not in dict(_MODES):
+        raise ValueError(
+            f"channels={channels!r}: 3 is RGB, 1 is gray, 4 is RGB and transparency."
+        )
+    decode = _Decode(_as_size(size), channels)
+    _import_pillow()
+    files = _find_files(Path(path), classes)
+    if size is None:
+        first = files[0]
+        name = first[0] if isinstance(first, tuple) else first
+        decode = _Decode(decode.pixels(name).shape[:2], channels, like=name)
+    return Examples(
+        files,
+        decode,
+        threads=threads,
+        processes=processes,
+        class_names=files.class_names,
+    )
+
+
+def open_image_files(x: ImageFiles, *, what: str, data_dir: Any = None) -> ExampleSet:
+    """Returns the files as items of a dataset of pictures."""
+    del what, data_dir
+    facts = Facts(class_names=x.class_names, pictures=True)
+    return ExampleSet("image folder", len(x), take_items(x), facts=facts)
+
+
+@dataclass(frozen=True)
+class _Decode:
+    """Item -> example.
+
+    Attributes:
+      size: `(height, width)`.
+      channels: of the pictures.
+      like: the picture whose size all others must have; None to resize them.
+    """
+
+    size: Any
+    channels: int
+    like: str | None = None
+
+    def __call__(self, item: Any) -> Any:
+        """Returns `(pixels, label)`, or the pixels where there are no classes."""
+        if isinstance(item, tuple):
+            path, label = item
+            return self.pixels(path), np.int32(label)
+        return self.pixels(item)
+
+    def pixels(self, path: str) -> HostArray:
+        """Returns a picture as `uint8[height, width, channels]`.
+
+        Raises:
+          DataError: the file holds no picture, a damaged one, or one of another size.
+        """
+        try:
+            found = self._decoded(path)
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(
+                f"{path!r} cannot be read as a picture: {error}. Remove the file, or "
+                "replace it."
+            ) from error
+        if self.like is not None and found.shape[:2] != self.size:
+            one, other = (f"{h} x {w}" for h, w in (found.shape[:2], self.size))
+            raise DataError(
+                f"{path!r} is {one} pixels (height x width), {self.like!r} is {other}: "
+                f"write size={self.size} to resize all pictures to one size."
+            )
+        return found
+
+    def _decoded(self, path: str) -> HostArray:
+        image_module, operations = _import_pillow()
+        with image_module.open(path) as file:
+            image = operations.exif_transpose(file)
+            image = _in_eight_bits(image, path, image_module)
+            if "transparency" in image.info:
+                image = image.convert("RGBA")
+            image = image.convert(dict(_MODES)[self.channels])
+            if self.size is not None and self.like is None:
+                height, width = self.size
+                image = image.resize((width, height), image_module.Resampling.BILINEAR)
+        pixels = np.array(image)
+        return pixels.reshape(*pixels.shape[:2], self.channels)
+
+
+def _in_eight_bits(image: Any, path: str, image_module: Any) -> Any:
+    """Returns a picture that Pillow converts without cutting values off."""
+    if image.mode.startswith("I;16"):
+        wide = np.asarray(image).astype(np.uint32)
+        narrow = (wide + _WIDE_TO_BYTE // 2) // _WIDE_TO_BYTE
+        return image_module.fromarray(narrow.astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise DataError(
+            f"{path!r} holds 32 bits per pixel, whose range is not known. Decode such "
+            "files yourself: flaxfit.data.Examples(paths, load), with a function that "
+            "returns (pixels, label)."
+        )
+    return image
+
+
+def _refuse_splits(path: Path, names: Sequence[str]) -> None:
+    """Refuses a folder of folders of classes, whose parts would be the classes."""
+    parts = [name for name in names if name.lower() in _SPLITS]
+    deeper = [each for name in parts for each in (path / name).iterdir()]
+    if parts and len(parts) == len(names) and any(each.is_dir() for each in deeper):
+        train = next((name for name in parts if name.lower() == "train"), parts[0])
+        raise DataError(
+            f"{str(path)!r} holds the folders {', '.join(names)}, which are parts of a "
+            f"dataset and not its classes. Write image_folder({str(path / train)!r}, "
+            "size), or classes=[...] if they are classes."
+        )
+
+
+def _find_files(path: Path, classes: Sequence[str] | None) -> ImageFiles:
+    if not path.is_dir():
+        raise DataError(
+            f"there is no folder {str(path)!r} (the working directory is "
+            f"{os.getcwd()})."
+        )
+    inside = sorted(each for each in path.iterdir() if not _is_hidden(each.name))
+    folders = [each.name for each in inside if each.is_dir()]
+    others = [each for each in inside if not each.is_dir()]
+    pictures = [str(each) for each in others if _is_picture(each.name)]
+    names = _class_names(path, folders, classes)
+    if classes is None:
+        _refuse_splits(path, names)
+    if pictures and names:
+        raise DataError(
+            f"{str(path)!r} holds pictures, such as {Path(pictures[0]).name!r}, beside "
+            f"the folders of classes, such as {names[0]!r}: they would belong to no "
+            "class. Move them into one, or elsewhere."
+        )
+    left_out = [str(each) for each in others if not _is_picture(each.name)]
+    items: list[Any] = list(pictures)
+    for label, name in enumerate(names):
+        found, more = _walk(path / name)
+        if not found and classes is None:
+            raise DataError(
+                f"there is no picture in {str(path / name)!r}, so that a class has no "
+                "example. Remove the folder, or name the classes: "
+                f"image_folder(..., classes={[n for n in names if n != name]!r})."
+            )
+        items += [(file, label) for file in found]
+        left_out += more
+    if not items:
+        raise DataError(
+            f"there is no picture in {str(path)!r}, nor in its folders; pictures are "
+            f"files named {', '.join(sorted(_SUFFIXES))}."
+        )
+    if left_out:
+        warnings.warn(
+            f"{len(left_out)} file{'s' if len(left_out) > 1 else ''} in {str(path)!r} "
+            f"left out, which by their names are no pictures: {left_out[0]!r}"
+            f"{', …' if len(left_out) > 1 else ''}",
+            UserWarning,
+            stacklevel=3,
+        )
+    return ImageFiles(tuple(items), tuple(names))
+
+
+def _class_names(
+    path: Path, folders: list[str], classes: Sequence[str] | None
+) -> list[str]:
+    if classes is None:
+        return folders
+    names = [classes] if isinstance(classes, str) else list(classes)
+    for name in names:
+        if name not in folders:
+            raise DataError(
+                f"classes={names!r}, but there is no folder {name!r} in "
+                f"{str(path)!r}.{did_you_mean(name, folders)} A class without "
+                "pictures has an empty folder."
+            )
+    if not names or len(set(names)) < len(names):
+        raise DataError(f"classes={names!r}: name every class once, at least one.")
+    return names
+
+
+def _walk(folder: Path) -> tuple[list[str], list[str]]:
+    """Returns the pictures below a folder, and the other files."""
+    found: list[str] = []
+    others: list[str] = []
+    for where, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not _is_hidden(name))
+        for name in sorted(names):
+            if not _is_hidden(name):
+                kind = found if _is_picture(name) else others
+                kind.append(os.path.join(where, name))
+    return found, others
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _SIDECARS
+
+
+def _is_picture(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in _SUFFIXES
+
+
+def _as_size(size: Any) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    if not isinstance(size, tuple | list) or len(size) != 2:
+        raise ValueError(
+            f"size={size!r}: expected (height, width), e.g. size=(128, 128), or None "
+            "for pictures that are all of one size."
+        )
+    height, width = size
+    return as_count("size[0]", height, least=1), as_count("size[1]", width, least=1)
+
+
+def _import_pillow() -> tuple[Any, Any]:
+    """Returns Pillow's modules `Image` and `ImageOps`.
+
+    Raises:
+      ImportError: it is not installed.
+    """
+    try:
+        return (
+            importlib.import_module("PIL.Image"),
+            importlib.import_module("PIL.ImageOps"),
+        )
+    except ImportError as error:
+        raise ImportError(
+            "image_folder decodes pictures with Pillow, which is not installed: "
+            "pip install pillow"
+        ) from error

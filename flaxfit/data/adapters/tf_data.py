@@ -1,0 +1,96 @@
+"""`tf.data` datasets, read as NumPy arrays by the TensorFlow that made them."""
+
+from functools import partial
+from typing import Any
+
+import jax
+
+from flaxfit._core.errors import DataError
+from flaxfit._core.lazy_types import comes_from
+from flaxfit.data.datasets.example_dataset import ExampleSet
+from flaxfit.data.datasets.stream import Facts, Stream
+from flaxfit.data.host.arrays import call_text
+
+_ENDLESS = -1
+_LINES = (
+    ("RaggedTensorSpec", "ragged", "x.to_tensor()"),
+    ("SparseTensorSpec", "sparse", "tf.sparse.to_dense(x)"),
+)
+
+
+def recognizes(x: Any) -> bool:
+    """Whether `x` is a `tf.data.Dataset`."""
+    return comes_from(x, "tensorflow", "DatasetV2", "DatasetV1")
+
+
+def as_dataset(x: Any, *, what: str, data_dir: Any = None) -> Stream | ExampleSet:
+    """Returns a dataset as batches, or as single examples where it has no batches.
+
+    Args:
+      x: what `recognizes`.
+      what: the method it was given to, for messages.
+      data_dir: not for datasets that are open.
+
+    Raises:
+      DataError: elements that are no arrays.
+    """
+    del data_dir
+    leaves = jax.tree.leaves(x.element_spec)
+    _check(leaves, what)
+    number = int(x.cardinality())
+    known = number if number >= 0 else None
+    fields = _fields(x.element_spec)
+    facts = Facts(keys=fields)
+    read = partial(_read, x)
+    if _is_batched(leaves):
+        return Stream(
+            "tf.data.Dataset",
+            read,
+            num_batches=known,
+            endless=number == _ENDLESS,
+            facts=facts,
+        )
+    return ExampleSet(
+        "tf.data.Dataset",
+        known,
+        iterate=read,
+        endless=number == _ENDLESS,
+        facts=facts,
+    )
+
+
+def _read(dataset: Any, *unused: int) -> Any:
+    return dataset.as_numpy_iterator()
+
+
+def _fields(spec: Any) -> tuple[str, ...]:
+    return tuple(spec) if isinstance(spec, dict) else ()
+
+
+def _check(leaves: list[Any], what: str) -> None:
+    for leaf in leaves:
+        kind = type(leaf).__name__
+        for name, word, line in _LINES:
+            if kind == name:
+                raise DataError(
+                    f"the tf.data.Dataset given to {what} has {word} tensors, which "
+                    f"are no arrays. Write dataset.map(lambda x, y: ({line}, y))."
+                )
+        if not hasattr(leaf, "shape"):
+            raise DataError(
+                f"the tf.data.Dataset given to {what} has elements of a {kind}: "
+                "expected tensors, (x, y) or a dict. A dataset of windows becomes one "
+                "of tensors with dataset.flat_map(lambda w: w.batch(size)); then "
+                f"{call_text(what, 'dataset.batch(32)')}."
+            )
+
+
+def _is_batched(leaves: list[Any]) -> bool:
+    """Whether elements are batches: all have an axis of rows, of one length.
+
+    Where the length is not known, they are taken for batches.
+    """
+    shapes = [leaf.shape for leaf in leaves if leaf.shape.rank is not None]
+    if any(shape.rank == 0 for shape in shapes):
+        return False
+    return len({shape[0] for shape in shapes if shape[0] is not None}) <= 1

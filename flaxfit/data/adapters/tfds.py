@@ -1,0 +1,186 @@
+"""Datasets of TFDS: by name, as builders and as data sources, read by index.
+
+Examples are decoded as they are needed, without TensorFlow. How a dataset is found and
+prepared is the business of `data/tfds_builders`.
+"""
+
+import importlib
+import os
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+
+from flaxfit._core.errors import DataError, did_you_mean
+from flaxfit._core.lazy_types import comes_from
+from flaxfit.data.adapters.npy_files import SUFFIXES
+from flaxfit.data.adapters.tfds_builders import find_builder, open_source, prepare
+from flaxfit.data.binding.binding import TARGET_NAMES
+from flaxfit.data.datasets.example_dataset import ExampleSet, take_items
+from flaxfit.data.datasets.stream import NO_FACTS, Facts
+from flaxfit.data.host.arrays import call_text
+
+# Methods that say how good a model is, or what it makes of the data: which data that
+# is must be said.
+_NAME_A_SPLIT = ("evaluate", "predict", "validation")
+
+
+def recognizes(x: Any) -> bool:
+    """Whether `x` is the name or the folder of a dataset, a builder or a data source.
+
+    A dict of data sources is, too.
+    """
+    if isinstance(x, str | PurePath):
+        return not str(x).endswith(SUFFIXES)
+    if isinstance(x, Mapping):
+        return bool(x) and all(map(_is_data_source, x.values()))
+    return _is_data_source(x) or comes_from(x, "tensorflow_datasets", "DatasetBuilder")
+
+
+def as_dataset(
+    x: Any, *, what: str, data_dir: str | os.PathLike[str] | None = None
+) -> ExampleSet:
+    """Returns the examples of one split.
+
+    A dataset that is not prepared is, first. Without a split, `fit` takes `train`.
+
+    Args:
+      x: see `recognizes`; a name is `name[/config][:version][/split]`.
+      what: the method it was given to.
+      data_dir: where datasets by name lie; None for TFDS's own folder.
+
+    Raises:
+      ValueError: there is no such dataset or split, or the split is not named.
+      DataError: the dataset cannot be prepared or read, or the split is empty.
+    """
+    if isinstance(x, Mapping):
+        counts = {str(split): len(source) for split, source in x.items()}
+        split = _suggested(counts, what)
+        raise ValueError(
+            f"tfds.data_source(...) without split= is a dict of {_listed(counts)}. "
+            f"Write {call_text(what, f'sources[{split!r}]')}."
+        )
+    if _is_data_source(x):
+        return _example_set(x)
+    named = isinstance(x, str | PurePath)
+    builder, split = find_builder(x, data_dir) if named else (x, "")
+    prepare(builder)
+    split = _checked_split(builder, split, what, str(x) if named else "")
+    return _example_set(open_source(builder, split))
+
+
+def _is_data_source(x: Any) -> bool:
+    return comes_from(x, "tensorflow_datasets", "BaseDataSource")
+
+
+def _checked_split(builder: Any, split: str, what: str, given: str) -> str:
+    """Returns the split to read.
+
+    Raises:
+      ValueError: it is not named, or the dataset has no such split.
+      DataError: it is empty.
+    """
+    info = builder.info
+    counts = {name: each.num_examples for name, each in info.splits.items()}
+    has = f"{_title(info)} has {_listed(counts)}"
+    stem = given.removesuffix(f"/{split}")
+    default = "" if what.startswith(_NAME_A_SPLIT) else "train"
+    if not (split or default in counts):
+        wanted = _suggested(counts, what)
+        line = f"{stem}/{wanted}" if given else ""
+        argument = repr(line) if line else f"builder.as_data_source({wanted!r})"
+        call = call_text(what, repr(given) if given else "builder")
+        raise ValueError(
+            f"{call} does not say which split: {has}. Write "
+            f"{call_text(what, argument)}."
+        )
+    split = split or default
+    try:
+        total = info.splits[split].num_examples
+    except ValueError as error:
+        reason = str(error).splitlines()[-1]
+        raise ValueError(
+            f"{split!r} is no split of it: {has}.{did_you_mean(split, counts)} Parts "
+            f"are written {f'{stem}/train[:90%]'!r} and {f'{stem}/train[90%:]'!r}. "
+            f"TFDS says: {reason}"
+        ) from error
+    if total <= 0:
+        raise DataError(f"no examples in the split {split!r}: {has}.")
+    return split
+
+
+def _suggested(counts: Mapping[str, int], what: str) -> str:
+    """Returns the split a user most likely means, which may be none of the usual."""
+    wanted = ["test", "validation"] if what.startswith(_NAME_A_SPLIT) else ["train"]
+    if what == "validation_data":
+        wanted.reverse()
+    return next((name for name in (*wanted, *counts) if name in counts), "train")
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    if not counts:
+        return "no splits"
+    first, *others = (
+        f"{name} ({count:,}{'' if index else ' examples'})"
+        for index, (name, count) in enumerate(counts.items())
+    )
+    return first + "".join(f", {each}" for each in others)
+
+
+def _title(info: Any, split: Any = "") -> str:
+    """Returns what a dataset is called in words: `digits/train 1.0.0`."""
+    names = (info.name, info.config_name, str(split))
+    return f"{'/'.join(filter(None, names))} {info.version}"
+
+
+def _example_set(source: Any) -> ExampleSet:
+    return ExampleSet(
+        f"{_title(source.dataset_info, source.split)} (TFDS)",
+        len(source),
+        take_items(source),
+        facts=_facts(source),
+    )
+
+
+def _facts(source: Any) -> Facts:
+    """Returns what the dataset says of itself, for examples that are decoded."""
+    features = importlib.import_module("tensorflow_datasets").features
+    info = source.dataset_info
+    decoded = source.deserialize_method.name == "DESERIALIZE_AND_DECODE"
+    if not decoded or not isinstance(info.features, features.FeaturesDict):
+        return NO_FACTS
+    kinds = dict(info.features.items())
+    inputs, targets = (_keys(nest) for nest in (info.supervised_keys or ("", ""))[:2])
+    labels = targets or next(((key,) for key in TARGET_NAMES if key in kinds), ())
+    candidates = inputs or tuple(key for key in kinds if key not in labels)
+    label: Any = kinds[labels[0]] if len(labels) == 1 else None
+    labelled = isinstance(label, features.ClassLabel) and label.num_classes is not None
+    names = tuple(label.names) if labelled else ()
+    in_bytes = [kinds[key] for key in candidates if kinds[key].np_dtype == np.uint8]
+    return Facts(
+        keys=tuple(kinds),
+        inputs=_one_or_more(inputs),
+        targets=_one_or_more(targets),
+        class_names=() if names == tuple(map(str, range(len(names)))) else names,
+        pictures=bool(in_bytes)
+        and all(_is_picture(each, features) for each in in_bytes),
+    )
+
+
+def _keys(nest: Any) -> tuple[str, ...]:
+    """Returns the keys in a part of `supervised_keys`, in their order."""
+    if isinstance(nest, str):
+        return (nest,) if nest else ()
+    parts = nest.values() if isinstance(nest, Mapping) else nest
+    return tuple(key for part in parts for key in _keys(part))
+
+
+def _one_or_more(keys: tuple[str, ...]) -> str | tuple[str, ...] | None:
+    return keys[0] if len(keys) == 1 else keys or None
+
+
+def _is_picture(feature: Any, features: Any) -> bool:
+    # The numbers in a `LabeledImage` are classes.
+    picture = isinstance(feature, features.Image | features.Video)
+    return picture and not isinstance(feature, features.LabeledImage)

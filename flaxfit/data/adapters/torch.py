@@ -1,0 +1,374 @@
+"""Datasets and loaders of torch, which whoever made them has imported.
+
+A loader decides itself which examples make a batch. What it draws at random is made a
+function of seed and pass here, so that two runs are alike and one can be resumed.
+"""
+
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+from flaxfit._core.errors import DataError
+from flaxfit._core.lazy_types import comes_from
+from flaxfit.data.datasets.example_dataset import ExampleSet, take_items
+from flaxfit.data.datasets.iterables import length_of
+from flaxfit.data.datasets.shuffling import seeded
+from flaxfit.data.datasets.stream import Facts, Open, Stream
+from flaxfit.data.host.arrays import as_array, call_text
+from flaxfit.data.host.collate import looks_single
+from flaxfit.data.host.torch_tensors import is_tensor
+
+# Generators are exchanged for a while: a loader at a time. Reentrant, for a dataset
+# that itself reads another loader.
+_EXCHANGE = threading.RLock()
+_BYTES = "torch.uint8"
+
+
+def recognizes(x: Any) -> bool:
+    """Whether `x` is a loader or a dataset of torch."""
+    return comes_from(x, "torch", "DataLoader", "Dataset")
+
+
+def as_dataset(x: Any, *, what: str, data_dir: Any = None) -> Any:
+    """Returns a loader as batches, a dataset as examples, tensors as arrays.
+
+    Args:
+      x: what `recognizes`.
+      what: the method it was given to, for messages.
+      data_dir: not for torch.
+
+    Raises:
+      TypeError: a dataset without a length.
+    """
+    del data_dir
+    if comes_from(x, "torch", "DataLoader"):
+        return _from_loader(x, what)
+    tensors = _tensors(x)
+    if tensors is not None:
+        return tensors
+    length = length_of(x)
+    if comes_from(x, "torch", "IterableDataset"):
+        iterate = partial(_iterate, x)
+        return ExampleSet(
+            "torch IterableDataset", length, iterate=iterate, drawing=_Drawing
+        )
+    if length is None:
+        raise TypeError(
+            f"the torch Dataset given to {what}, a {type(x).__name__}, has no length. "
+            "Add def __len__(self) to it, or make it an IterableDataset."
+        )
+    return ExampleSet(
+        "torch Dataset",
+        length,
+        take_items(x),
+        drawing=_Drawing,
+        facts=_facts(x, length),
+    )
+
+
+def _tensors(dataset: Any) -> tuple[Any, ...] | None:
+    """Returns the arrays of a `TensorDataset`, or of a part of one; None for others."""
+    data = import_module("torch.utils.data")
+    # A class made of it may return something else than the tensors hold.
+    if type(dataset) is data.TensorDataset:
+        return tuple(map(as_array, dataset.tensors))
+    if type(dataset) is not data.Subset:
+        return None
+    whole = _tensors(dataset.dataset)
+    return whole and tuple(array[list(dataset.indices)] for array in whole)
+
+
+def _iterate(dataset: Any, pass_index: int) -> Iterator[Any]:
+    _set_epoch([dataset], pass_index)
+    return iter(dataset)
+
+
+def _facts(dataset: Any, length: int) -> Facts:
+    with _Drawing((0,)):
+        try:
+            first = dataset[0] if length else ()
+        except Exception as error:
+            error.add_note("while reading item 0")
+            raise
+    parts = first.values() if hasattr(first, "values") else first
+    items = parts if isinstance(first, tuple | list | dict) else (first,)
+    pictures = any(comes_from(item, "PIL", "Image") for item in items)
+    return Facts(class_names=_class_names(dataset), pictures=pictures)
+
+
+def _class_names(dataset: Any) -> tuple[str, ...]:
+    """Returns the `classes` of torchvision's datasets, also of a part of one."""
+    while not hasattr(dataset, "classes") and hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    names = getattr(dataset, "classes", ())
+    listed = isinstance(names, tuple | list)
+    return tuple(names) if listed and all(isinstance(n, str) for n in names) else ()
+
+
+def _from_loader(loader: Any, what: str) -> Stream:
+    _warn_of_fork(loader, what)
+    _warn_of_order(loader, what)
+
+    def open_with(seed: Sequence[int]) -> Open:
+        kind = _StatefulBatches if hasattr(loader, "load_state_dict") else _Batches
+        return lambda pass_index, start: kind(loader, what, seed, pass_index)
+
+    return Stream(
+        "torch DataLoader",
+        open_with((0,)),
+        num_batches=_num_batches(loader),
+        num_examples=_num_examples(loader),
+        facts=Facts(class_names=_class_names(loader.dataset)),
+        seeded=open_with,
+    )
+
+
+def _warn_of_order(loader: Any, what: str) -> None:
+    """Warns where outputs would come in another order than the dataset's."""
+    shuffles = comes_from(loader.sampler, "torch", "RandomSampler")
+    if what.startswith("predict") and loader.batch_size is not None and shuffles:
+        warnings.warn(
+            f"{what} got a DataLoader(..., shuffle=True): the outputs come in its "
+            "order, which is not the dataset's. Write DataLoader(..., shuffle=False), "
+            f"or give the dataset: {call_text(what, 'dataset')}.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _num_batches(loader: Any) -> int | None:
+    # Of a stream each worker has a last batch of its own, which len() does not count.
+    streams = comes_from(loader.dataset, "torch", "IterableDataset")
+    return None if streams and loader.num_workers > 1 else length_of(loader)
+
+
+def _num_examples(loader: Any) -> int | None:
+    """Returns the examples of a pass where nothing but the loader decides on them."""
+    # A function of the user's may leave examples out.
+    default = import_module("torch.utils.data").default_collate
+    streams = comes_from(loader.dataset, "torch", "IterableDataset")
+    if streams or loader.batch_size is None or loader.collate_fn is not default:
+        return None
+    total = length_of(loader.sampler)
+    if total is None or not loader.drop_last:
+        return total
+    return total // int(loader.batch_size) * int(loader.batch_size)
+
+
+def _warn_of_fork(loader: Any, what: str) -> None:
+    if not loader.num_workers:
+        return
+    import multiprocessing
+
+    context = loader.multiprocessing_context
+    method = (
+        # Not without `allow_none`: to ask would decide for the whole process.
+        multiprocessing.get_start_method(allow_none=True)
+        or multiprocessing.get_all_start_methods()[0]
+        if context is None
+        else context.get_start_method()
+    )
+    if method == "fork":
+        workers = f"num_workers={loader.num_workers}"
+        warnings.warn(
+            f"the DataLoader(..., {workers}) given to {what} starts its workers by "
+            "fork, and they can hang: jax has threads, which may hold a lock at that "
+            f"moment. Write DataLoader(..., {workers}, "
+            'multiprocessing_context="forkserver", persistent_workers=True), and in a '
+            'script call fit below if __name__ == "__main__":.',
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+class _Batches:
+    """The batches of one pass of a loader, which draws by seed and pass alone.
+
+    torch's generators, its default one and those of the loader and its samplers, are
+    as they were before whenever this is not being asked for a batch.
+    """
+
+    def __init__(
+        self, loader: Any, what: str, seed: Sequence[int], pass_index: int
+    ) -> None:
+        self._loader = loader
+        self._what = what
+        self._pass = pass_index
+        self._iterator: Any = None
+        self._restored: Any = None
+        self._token = object()
+        torch = import_module("torch")
+        own = _generators(loader)
+        # Each is given a state of its own, which goes on from batch to batch.
+        self._states = {torch.default_generator: _state(torch, *seed, pass_index)}
+        for generator in own:
+            first = 0 if _unseeded(loader) else generator.initial_seed()
+            self._states[generator] = _state(torch, first % 2**64, *seed, pass_index)
+        # Workers draw by themselves what the items need.
+        self._later = own if loader.num_workers else list(self._states)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if self._iterator is not None:
+            with self._drawing(self._later):
+                self._refuse_two_readers()
+                return next(self._iterator)
+        with self._drawing(list(self._states)):
+            self._iterator = self._start()
+            if self._restored is not None:
+                import_module("torch").default_generator.set_state(self._restored)
+            raw = next(self._iterator)
+        if self._loader.batch_sampler is None and looks_single(raw):
+            raise DataError(
+                f"the DataLoader(..., batch_size=None) given to {self._what} yields "
+                "single examples. Write DataLoader(dataset, batch_size=32), or give "
+                f"the dataset: {call_text(self._what, 'dataset')}."
+            )
+        return raw
+
+    def _start(self) -> Any:
+        loader = self._loader
+        samplers = loader.sampler, loader.batch_sampler
+        inner = getattr(loader.batch_sampler, "sampler", None)
+        _set_epoch([loader.dataset, *samplers, inner], self._pass)
+        if getattr(loader, "_iterator", None) is not None:
+            # Workers that stay are not seeded again; the order must not show it.
+            torch = import_module("torch")
+            torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+        iterator: Any = iter(loader)
+        if loader.persistent_workers:
+            iterator.flaxfit_reader = self._token
+        return iterator
+
+    def _refuse_two_readers(self) -> None:
+        # All who read such a loader are given one iterator, which begins anew.
+        if not self._loader.persistent_workers:
+            return
+        if self._iterator.flaxfit_reader is not self._token:
+            raise DataError(
+                "a DataLoader(..., persistent_workers=True) is read by two at once, "
+                f"and one of them is {self._what}: its workers can serve only one. "
+                "Give validation a DataLoader of its own."
+            )
+
+    @contextmanager
+    def _drawing(self, generators: Sequence[Any]) -> Iterator[None]:
+        with _EXCHANGE:
+            before = [generator.get_state() for generator in generators]
+            for generator in generators:
+                generator.set_state(self._states[generator])
+            try:
+                yield
+            finally:
+                for generator, state in zip(generators, before, strict=True):
+                    self._states[generator] = generator.get_state()
+                    generator.set_state(state)
+
+
+class _Drawing:
+    """Gives torch's default generator a state of its own while inside.
+
+    It goes on where it was when it is entered again; outside all is as it was before.
+    """
+
+    def __init__(self, seed: Sequence[int]) -> None:
+        self._generator = import_module("torch").default_generator
+        self._seed = seed
+        self._state: Any = None
+        self._before: Any = None
+
+    def __enter__(self) -> None:
+        _EXCHANGE.acquire()
+        self._before = self._generator.get_state()
+        if self._state is None:
+            self._generator.manual_seed(_number(*self._seed))
+        else:
+            self._generator.set_state(self._state)
+
+    def __exit__(self, *unused: object) -> None:
+        self._state = self._generator.get_state()
+        self._generator.set_state(self._before)
+        _EXCHANGE.release()
+
+
+class _StatefulBatches(_Batches):
+    """Batches of a loader that tells where it stands, as torchdata's does."""
+
+    def get_state(self) -> Any:
+        """Returns where the loader stands, and what its items draw from."""
+        drawn = self._states[import_module("torch").default_generator]
+        return _as_plain({"loader": self._loader.state_dict(), "drawn": drawn})
+
+    def set_state(self, state: Any) -> None:
+        """Makes the loader go on from there."""
+        state = _from_plain(state)
+        self._loader.load_state_dict(state["loader"])
+        # Samplers without a state draw the order of the pass once more, at first.
+        if not self._loader.num_workers and _samples_from_state(self._loader):
+            self._restored = state["drawn"]
+
+
+def _generators(loader: Any) -> list[Any]:
+    """Returns the generators that a user gave to a loader and its samplers."""
+    inner = getattr(loader.batch_sampler, "sampler", None)
+    holders = (loader, loader.sampler, loader.batch_sampler, inner)
+    found = (getattr(holder, "generator", None) for holder in holders)
+    return list(dict.fromkeys(g for g in found if comes_from(g, "torch", "Generator")))
+
+
+def _samples_from_state(loader: Any) -> bool:
+    """Whether the order of a pass comes from the loader's state, or from no draws."""
+    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    return (
+        hasattr(sampler, "state_dict")
+        or comes_from(sampler, "torch", "SequentialSampler")
+        or comes_from(sampler, "torchdata", "RandomSampler")
+    )
+
+
+def _unseeded(loader: Any) -> bool:
+    """Whether torchdata has made up a seed, since the user gave no generator."""
+    return loader.generator is None and comes_from(
+        loader.sampler, "torchdata", "RandomSampler"
+    )
+
+
+def _state(torch: Any, *seed: int) -> Any:
+    return torch.Generator().manual_seed(_number(*seed)).get_state()
+
+
+def _number(*seed: int) -> int:
+    return int(seeded(*seed).integers(2**63))
+
+
+def _set_epoch(parts: Sequence[Any], pass_index: int) -> None:
+    for part in {id(part): part for part in parts}.values():
+        if callable(getattr(part, "set_epoch", None)):
+            part.set_epoch(pass_index)
+
+
+def _as_plain(state: Any) -> Any:
+    """Returns a state with the states of generators in it as bytes."""
+    if isinstance(state, dict):
+        return {key: _as_plain(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return list(map(_as_plain, state))
+    if is_tensor(state) and state.ndim == 1:
+        array = as_array(state)
+        return {_BYTES: array.tobytes()} if array.dtype == "uint8" else state
+    return state
+
+
+def _from_plain(state: Any) -> Any:
+    if isinstance(state, dict):
+        if set(state) == {_BYTES}:
+            torch = import_module("torch")
+            return torch.frombuffer(bytearray(state[_BYTES]), dtype=torch.uint8)
+        return {key: _from_plain(value) for key, value in state.items()}
+    return list(map(_from_plain, state)) if isinstance(state, list) else state

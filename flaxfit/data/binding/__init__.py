@@ -1,0 +1,1 @@
+"""Binds fields of raw batches to the inputs of a model's call."""

@@ -1,0 +1,364 @@
+"""Which part of a raw batch is input, target and weight, by the model's call.
+
+Looks at structure and names only, never at values: it works on tracers too.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from flaxfit._core.errors import DataError, did_you_mean
+from flaxfit._core.types import Batch, CallSpec, Inputs, PyTree
+from flaxfit.data.datasets.columns import Columns
+from flaxfit.data.datasets.stream import NO_FACTS, Facts
+
+TARGET_NAMES = ("label", "labels", "target", "targets", "y")
+WEIGHT_NAMES = ("weights", "sample_weight", "sample_weights")
+
+
+class _Plan(NamedTuple):
+    """What becomes of the keys of a dict batch.
+
+    Attributes:
+      inputs: keys by position, or the call's parameter -> key.
+      targets: key, keys or None.
+      weights: key or None.
+      unused: the keys left over.
+    """
+
+    inputs: tuple[str, ...] | dict[str, str]
+    targets: str | tuple[str, ...] | None
+    weights: str | None
+    unused: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Whole:
+    """All examples that arrays or a table hold, read.
+
+    Attributes:
+      batch: the examples; `weights` may be None.
+      unused: the keys or columns of which nothing was read.
+      facts: what the data says of itself.
+    """
+
+    batch: Batch
+    unused: tuple[str, ...] = ()
+    facts: Facts = NO_FACTS
+
+
+@dataclasses.dataclass(frozen=True)
+class Binding:
+    """How a raw batch is read.
+
+    A tuple or list is `(x,)`, `(x, y)` or `(x, y, weights)`. A dict goes by the
+    names of the model's call; its targets are under the first of `label`, `labels`,
+    `target`, `targets`, `y`, its weights under `weights`, `sample_weight` or
+    `sample_weights`. Where the call wants one more input and the batch has one more
+    key, they belong together, whatever they are called.
+
+    Attributes:
+      call: the inputs of the model's call.
+      inputs: overrides what the inputs are: a key of a dict batch, several keys, a
+        dict from the call's parameter to key, or a function of the raw batch that
+        returns a tuple (inputs by position), a dict (by name) or one input.
+      targets: overrides where a dict has its targets: a key or several keys.
+      columns: what earlier tables were read as; see `data/table_batch`.
+      outputs: inputs -> the shapes of the model's outputs, None if it cannot tell.
+    """
+
+    call: CallSpec
+    inputs: str | Sequence[str] | Mapping[str, str] | Callable[[Any], Any] | None = None
+    targets: str | Sequence[str] | None = None
+    columns: Columns | None = None
+    outputs: Callable[[Inputs], PyTree] | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the parameters that `inputs` names.
+
+        Raises:
+          ValueError: one of them is not in the model's call.
+        """
+        if not isinstance(self.inputs, Mapping) or self.call.var_keyword:
+            return
+        for name in self.inputs:
+            if name not in self.call.names:
+                raise ValueError(
+                    f"inputs={dict(self.inputs)!r} names the parameter {name!r}, but "
+                    f"the model's call takes {listed(self.call.names)}."
+                    f"{did_you_mean(name, self.call.names)} Write "
+                    "Trainer(model, inputs={parameter: key of the batch})."
+                )
+
+    def guided_by(self, facts: Facts) -> "Binding":
+        """Returns the binding with what a dataset says of itself where nothing is said.
+
+        Names of the call that the dataset has go before its word.
+        """
+        inputs, targets = self.inputs, self.targets
+        if inputs is None and facts.inputs is not None:
+            keys = (facts.inputs,) if isinstance(facts.inputs, str) else facts.inputs
+            wanted = self.call.required  # nothing, of nn.Sequential
+            named = bool(wanted) and all(name in facts.keys for name in wanted)
+            inputs = None if named else keys
+        if targets is None:
+            targets = facts.targets
+        return dataclasses.replace(self, inputs=inputs, targets=targets)
+
+    def split(self, raw: Any) -> Batch:
+        """Splits a raw batch; `weights` is None where it has none.
+
+        Raises:
+          DataError: inputs the call requires are missing, or the tuple is too long.
+        """
+        if isinstance(raw, Batch):
+            return raw
+        if has_fields(raw):
+            fields = _fields(raw)
+            plan = self._plan(fields)
+            weights = None if plan.weights is None else fields[plan.weights]
+            inputs = (
+                _called(self.inputs(raw), self.call)
+                if callable(self.inputs)
+                else self._picked(fields, plan.inputs)
+            )
+            return Batch(inputs, _pick(fields, plan.targets), weights)
+        x, y, weights = _unpacked(raw)
+        if isinstance(y, Mapping) and self.targets is not None:
+            y = _pick(y, _known_keys("targets", self.targets, y))
+        inputs = (
+            _called(self.inputs(raw), self.call)
+            if callable(self.inputs)
+            else self.bind(x)
+        )
+        return Batch(inputs, y, weights)
+
+    def targets_of(self, raw: Any) -> PyTree:
+        """Returns what a raw batch has where the targets are, nested like them."""
+        return dataclasses.replace(self, inputs=lambda raw: ()).split(raw).targets
+
+    def bind(self, x: Any) -> Inputs:
+        """Returns what the model is called with for `x` alone, without targets.
+
+        A tuple or list goes in by position where the call takes several inputs, a
+        dict by name where it has the names of the call; else they are one input.
+        Unlike a whole batch, a dict of inputs may hold nothing else.
+
+        Raises:
+          DataError: `x` has not the parts that the call requires, or others.
+        """
+        if callable(self.inputs):
+            return _called(self.inputs(x), self.call)
+        if _is_sequence(x):
+            return self.by_position(tuple(x) if self.takes_several else (tuple(x),))
+        if not isinstance(x, Mapping):
+            return self.by_position((x,))
+        if self.inputs is not None:
+            return self._picked(x, self._chosen(self.inputs, x))
+        names = list(x) if self.call.var_keyword else self.call.names
+        named = {name: x[name] for name in names if name in x}
+        if named and all(name in named for name in self.call.required):
+            if len(named) < len(x):
+                raise self._unknown(x, named)
+            return tuple(named.values()) if self._lone(named) else named
+        if self.takes_several:
+            raise self._missing(x, tuple(x))
+        return self.by_position((dict(x),))
+
+    def unused(self, raw: Any) -> tuple[str, ...]:
+        """Returns the keys of a raw dict batch of which nothing is read."""
+        if isinstance(raw, Batch) or not has_fields(raw):
+            return ()
+        return self._plan(_fields(raw)).unused
+
+    @property
+    def takes_several(self) -> bool:
+        """Whether the call takes more than one input."""
+        call = self.call
+        single = len(call.positional or call.keyword_only) <= 1
+        return call.var_positional or not single
+
+    def _lone(self, names: Mapping[str, Any]) -> bool:
+        """Whether these are the one input of a call: then a name changes nothing."""
+        return not self.takes_several and tuple(names) == self.call.positional
+
+    def _plan(self, fields: Mapping[str, Any]) -> _Plan:
+        names = self.call.names
+        weights = _first(k for k in WEIGHT_NAMES if k in fields and k not in names)
+        targets: str | tuple[str, ...] | None
+        if self.targets is not None:
+            targets = _known_keys("targets", self.targets, fields)
+        else:
+            targets = _first(key for key in TARGET_NAMES if key in fields)
+        taken = {weights, *((targets,) if isinstance(targets, str) else targets or ())}
+        if callable(self.inputs):
+            return _Plan((), targets, weights, ())
+        if self.inputs is not None:
+            inputs = self._chosen(self.inputs, fields)
+        else:
+            inputs = self._matched(fields, taken)
+        used = set(inputs.values() if isinstance(inputs, dict) else inputs)
+        unused = tuple(key for key in fields if key not in taken | used)
+        return _Plan(inputs, targets, weights, unused)
+
+    def _matched(
+        self, fields: Mapping[str, Any], taken: set[str | None]
+    ) -> tuple[str, ...] | dict[str, str]:
+        """Finds the call's inputs among the keys that are not `taken`."""
+        call = self.call
+        free = [key for key in fields if key not in taken]
+        if not call.names and call.var_positional and len(free) == 1:
+            return (free[0],)  # nn.Sequential, which names none of its inputs
+        # A target the call requires too (a decoder's) is both.
+        found = {
+            name: name
+            for name in (*call.names, *(free if call.var_keyword else ()))
+            if name in free or (name in call.required and name in fields)
+        }
+        missing = [name for name in call.required if name not in found]
+        left = [key for key in free if key not in call.names]
+        if not missing and found:
+            return tuple(found) if self._lone(found) else found
+        if len(missing) <= 1 and len(left) == 1:
+            if not set(found) - set(left):
+                return (left[0],)
+            return {**{k: k for k in found if k not in left}, missing[0]: left[0]}
+        raise self._missing(fields, tuple(free))
+
+    def _chosen(
+        self, inputs: Any, fields: Mapping[str, Any]
+    ) -> tuple[str, ...] | dict[str, str]:
+        """Returns the keys that the override `inputs` names."""
+        keys = tuple(inputs.values()) if isinstance(inputs, Mapping) else inputs
+        known = _known_keys("inputs", keys, fields)
+        if isinstance(known, str):
+            return (known,)
+        if isinstance(inputs, Mapping):
+            return dict(zip(inputs, known, strict=True))
+        if all(key in self.call.names for key in known):
+            return {key: key for key in known}
+        return known
+
+    def _picked(
+        self, fields: Mapping[str, Any], keys: tuple[str, ...] | dict[str, str]
+    ) -> Inputs:
+        if isinstance(keys, dict):
+            return {name: fields[key] for name, key in keys.items()}
+        return self.by_position(tuple(fields[key] for key in keys))
+
+    def by_position(self, values: tuple[Any, ...]) -> Inputs:
+        """Returns `values` as positional inputs, checked against the call."""
+        call = self.call
+        by_name = not call.positional and not call.var_positional
+        names = (call.required or call.keyword_only) if by_name else call.positional
+        fewest = len(names) if by_name else len(call.required)
+        most = len(values) if call.var_positional else len(names)
+        if not fewest <= len(values) <= most:
+            example = ", ".join(call.required or names)
+            raise DataError(
+                f"x has {len(values)} part{'s' * (len(values) != 1)}, but the model's "
+                f"call takes {listed(call.names)} and requires "
+                f"{listed(call.required)}. Give x as a tuple ({example},), or as a "
+                "dict with these names."
+            )
+        return dict(zip(names, values, strict=True)) if by_name else values
+
+    def _unknown(self, x: Mapping[str, Any], named: Mapping[str, Any]) -> DataError:
+        unknown = [key for key in x if key not in named]
+        absent = [name for name in self.call.names if name not in named]
+        return DataError(
+            f"x has the keys {listed(x)}, but the model's call takes "
+            f"{listed(self.call.names)} and knows no {unknown[0]!r}."
+            f"{did_you_mean(str(unknown[0]), absent)} Rename it or leave it out, or "
+            f"say what the inputs are: Trainer(model, inputs={list(named)!r})."
+        )
+
+    def _missing(self, fields: Mapping[str, Any], free: tuple[str, ...]) -> DataError:
+        lacking = [name for name in self.call.required if name not in fields]
+        name = (*lacking, *self.call.names, "x")[0]
+        spare = [key for key in free if key not in self.call.names]
+        first = (*spare, *free, "key")[0]
+        return DataError(
+            f"the batch has the keys {listed(fields)}; the model's call takes "
+            f"{listed(self.call.names)} and requires {listed(self.call.required)}. "
+            "Say which key is which input: "
+            f"Trainer(model, inputs={{{name!r}: {first!r}}})."
+        )
+
+
+def _called(inputs: Any, call: CallSpec) -> Inputs:
+    """Returns what the function `inputs` gave as inputs of a call."""
+    if isinstance(inputs, tuple) and not hasattr(inputs, "_fields"):
+        return inputs
+    by_name = isinstance(inputs, Mapping) and (
+        call.var_keyword or all(name in call.names for name in inputs)
+    )
+    return dict(inputs) if by_name else (inputs,)
+
+
+def _unpacked(raw: Any) -> tuple[Any, Any, Any]:
+    """Returns `(x, y, weights)`, None for what is not there."""
+    if not _is_sequence(raw):
+        return raw, None, None
+    if not 1 <= len(raw) <= 3:
+        raise DataError(
+            f"a {type(raw).__name__} of {len(raw)} items: a batch is x, (x,), (x, y) "
+            "or (x, y, weights). Several inputs go into one tuple, ((a, b), y); a list "
+            "of examples into one array, np.stack(x)."
+        )
+    x, y, weights = (*raw, None, None)[:3]
+    return x, y, weights
+
+
+def _is_sequence(value: object) -> bool:
+    return isinstance(value, tuple | list) and not hasattr(value, "_fields")
+
+
+def has_fields(raw: object) -> bool:
+    """Whether a raw batch is read by names: a mapping, or a named tuple.
+
+    A dataclass is, too, where it has targets; without them it is an input.
+    """
+    if isinstance(raw, Mapping) or hasattr(raw, "_asdict"):
+        return True
+    if not dataclasses.is_dataclass(raw) or isinstance(raw, type | Batch):
+        return False
+    return any(field.name in TARGET_NAMES for field in dataclasses.fields(raw))
+
+
+def _fields(raw: Any) -> dict[str, Any]:
+    if isinstance(raw, Mapping):
+        return dict(raw)
+    if hasattr(raw, "_asdict"):
+        return dict(raw._asdict())
+    return {field.name: getattr(raw, field.name) for field in dataclasses.fields(raw)}
+
+
+def _known_keys(
+    argument: str, keys: str | Sequence[str], fields: Mapping[str, Any]
+) -> str | tuple[str, ...]:
+    for key in (keys,) if isinstance(keys, str) else keys:
+        if key not in fields:
+            raise DataError(
+                f"{argument}={keys!r}, but the batch has the keys {listed(fields)}."
+                f"{did_you_mean(str(key), map(str, fields))} Write "
+                f"Trainer(model, {argument}=...) with keys of the batch."
+            )
+    return keys if isinstance(keys, str) else tuple(keys)
+
+
+def _pick(fields: Mapping[str, Any], keys: str | tuple[str, ...] | None) -> PyTree:
+    if keys is None:
+        return None
+    if isinstance(keys, str):
+        return fields[keys]
+    return {key: fields[key] for key in keys}
+
+
+def _first(keys: Any) -> str | None:
+    return next(iter(keys), None)
+
+
+def listed(names: Any) -> str:
+    """Returns names as a message lists them."""
+    return ", ".join(map(str, names)) or "nothing"

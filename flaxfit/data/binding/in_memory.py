@@ -1,0 +1,162 @@
+"""Arrays and tables as a whole: whether data is such, and how it is read."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from flaxfit._core.errors import DataError
+from flaxfit._core.types import Batch
+from flaxfit.data.binding import dataframes as tables
+from flaxfit.data.binding.binding import Binding, Whole, has_fields
+from flaxfit.data.binding.table_binding import (
+    holds_column,
+    holds_table,
+    read_column,
+    read_table,
+    refuse_inner_tables,
+    refuse_other_order,
+)
+from flaxfit.data.datasets.example_dataset import ExampleSet
+from flaxfit.data.datasets.stream import Facts, Stream
+from flaxfit.data.host.arrays import as_host, call_text, is_array, is_nest, narrow
+from flaxfit.data.host.checks import check_lengths
+from flaxfit.data.host.weights import with_weights
+
+
+def is_arrays(x: Any, y: Any, sample_weight: Any, what: str) -> bool:
+    """Whether the data is arrays; False for a dataset, which has its targets inside.
+
+    Raises:
+      TypeError: no data, a name, or a tuple that holds something else than arrays.
+      ValueError: `y` or `sample_weight` beside data that has its own.
+    """
+    if x is None or isinstance(x, bytes):
+        arrays = "x" if what.startswith("predict") else "x, y"
+        raise TypeError(
+            f"{call_text(what, repr(x))} gives no data. Write "
+            f"{call_text(what, arrays)} with arrays, {call_text(what, repr('mnist'))} "
+            "for a dataset by name, or pass an iterable of batches."
+        )
+    name = "y" if y is not None else "sample_weight"
+    given = y is not None or sample_weight is not None
+    if isinstance(x, Batch | Whole):
+        if given:
+            raise ValueError(f"a Batch has its {name} inside: write {what}(batch).")
+        return True
+    if tables.is_table(x) or is_array(x):
+        return True
+    if not is_batch_list(x, y) and is_nest(x):
+        return True
+    if given:
+        raise ValueError(
+            f"{name} is given beside a {kind_text(x)}, which brings its targets and "
+            "weights itself. Let its items be (x, y), (x, y, weights) or dicts, and "
+            f"write {call_text(what, 'dataset')}; what is one column of a dataset is "
+            "made an array by np.asarray(column)."
+        )
+    if isinstance(x, ExampleSet | Stream):
+        return False
+    if isinstance(x, Mapping) or (isinstance(x, tuple) and len(x) <= 3):
+        parts = x.values() if isinstance(x, Mapping) else x
+        raise TypeError(
+            f"a {type(x).__name__} of "
+            f"{', '.join(type(part).__name__ for part in parts) or 'nothing'}: a dict "
+            "or tuple is read as one dataset, {name: array}, (x, y) or (x, y, "
+            "weights), arrays in any nesting. For several batches pass a list of them."
+        )
+    return False
+
+
+def kind_text(x: Any) -> str:
+    """Returns what data is, in words, for messages."""
+    return x.kind if isinstance(x, ExampleSet | Stream) else type(x).__name__
+
+
+def is_batch_list(x: Any, y: Any) -> bool:
+    """Whether `x` lists batches: a list of tuples, dicts or lists of arrays."""
+    if not isinstance(x, list | tuple) or hasattr(x, "_fields"):
+        return False
+    # A tuple of two or three is one dataset, ((a, b), y) as well as ((a, b), (c, d)).
+    if isinstance(x, tuple) and (len(x) <= 3 or y is not None):
+        return False
+    return bool(x) and all(_is_nested(part) or has_fields(part) for part in x)
+
+
+def is_several_inputs(x: Any, binding: Binding) -> bool:
+    """Whether a tuple given to `predict` has one input in each of its parts."""
+    plain = isinstance(x, tuple | list) and not hasattr(x, "_fields")
+    if not plain or _is_nested(x[0]) or callable(binding.inputs):
+        return False
+    return binding.takes_several
+
+
+def _is_nested(value: Any) -> bool:
+    nested = isinstance(value, tuple | list | Mapping | Batch)
+    return (nested and not is_array(value)) or tables.is_table(value)
+
+
+def read_arrays(x: Any, y: Any, sample_weight: Any, binding: Binding) -> Whole:
+    """Returns all examples; `weights` is None where none are given."""
+    whole = x if isinstance(x, Whole) else _read(x, y, binding)
+    data = whole.batch
+    if sample_weight is not None:
+        if data.weights is not None:
+            raise ValueError(
+                "sample_weight is given twice: as an argument and inside the data. "
+                "Leave one of them out."
+            )
+        refuse_other_order(x, sample_weight, "sample_weight")
+        data = data.replace(weights=as_host(sample_weight))
+    check_lengths(data)
+    data = narrow(data, keep_mapped=True)
+    data = data if data.weights is None else with_weights(data)
+    return replace(whole, batch=data)
+
+
+def _read(x: Any, y: Any, binding: Binding) -> Whole:
+    """Reads arrays or a table, with their targets."""
+    raw = x if y is None else (x, y)
+    if holds_table(raw):
+        return read_table(raw, binding)
+    if holds_column(raw):
+        return read_column(raw, binding)
+    refuse_inner_tables(raw, "x")
+    unused = binding.unused(x) if y is None else ()
+    return Whole(binding.split(as_host(raw)), unused, Facts(columns=binding.columns))
+
+
+def read_inputs(x: Any, binding: Binding) -> Whole:
+    """Reads arrays or a table given to `predict`."""
+    if holds_table(x):
+        return read_table(x, binding, targets=False)
+    refuse_inner_tables(x, "x")
+    return Whole(
+        _whole_inputs(as_host(x), binding), facts=Facts(columns=binding.columns)
+    )
+
+
+def _whole_inputs(raw: Any, binding: Binding) -> Batch:
+    """Reads arrays given to `predict`."""
+    if is_several_inputs(raw, binding):
+        return Batch(binding.bind(raw), None, None)
+    apart = isinstance(raw, list) and not callable(binding.inputs)
+    if apart and len(raw) > 1 and not _is_nested(raw[0]):
+        raise DataError(
+            f"a list of {len(raw)} arrays for a model with one input. For a list of "
+            "examples write np.stack(x); for (x, y) a tuple; for batches "
+            "iter(batches)."
+        )
+    return stream_inputs(raw, binding)
+
+
+def stream_inputs(raw: Any, binding: Binding) -> Batch:
+    """Reads a raw batch for its inputs alone."""
+    if has_fields(raw):
+        try:
+            inputs = binding.split(raw).inputs
+        except DataError:
+            # Not a batch with names for the call: then it is one input as it is.
+            inputs = binding.bind(raw)
+    else:
+        inputs = binding.split(raw).inputs
+    return Batch(inputs, None, None)

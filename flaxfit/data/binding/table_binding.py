@@ -1,0 +1,449 @@
+"""Which columns of a table are input, target and weight, by the model's call.
+
+The first table decides; what it was read as is remembered, and every later one is read
+by the names of its columns, whatever their order.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flaxfit._core.errors import DataError, did_you_mean
+from flaxfit._core.lazy_types import comes_from
+from flaxfit._core.types import Batch, CallSpec, HostArray, Inputs, PyTree
+from flaxfit.data.binding.binding import (
+    TARGET_NAMES,
+    WEIGHT_NAMES,
+    Binding,
+    Whole,
+    listed,
+)
+from flaxfit.data.binding.dataframes import (
+    Column,
+    Table,
+    as_column,
+    as_table,
+    is_column,
+    is_table,
+    labels,
+    numbers,
+)
+from flaxfit.data.datasets.columns import Columns, Name, Part, names_in
+from flaxfit.data.datasets.stream import Facts
+from flaxfit.data.host.arrays import as_host, narrow
+
+_MOST_NAMES = 6
+
+
+class _Targets(NamedTuple):
+    """Targets, and what is remembered of them; see `Columns`."""
+
+    values: PyTree = None
+    names: Part | Mapping[str, Part] | None = None
+    axis: bool = False
+    class_names: tuple[str, ...] = ()
+
+
+def holds_table(raw: Any) -> bool:
+    """Whether data is a table, alone or as the `x` of `(x, y)`."""
+    if isinstance(raw, tuple | list) and 1 <= len(raw) <= 3:
+        raw = raw[0]
+    return is_table(raw)
+
+
+def read_table(raw: Any, binding: Binding, *, targets: bool = True) -> Whole:
+    """Reads a table that `holds_table`.
+
+    Args:
+      raw: the table, `(table, y)` or `(table, y, weights)`. Without `y`, the targets
+        and weights are columns of the table.
+      binding: how data is read, and what earlier tables were read as.
+      targets: False to read inputs alone.
+
+    Returns:
+      The examples; `facts.columns` is what to remember.
+
+    Raises:
+      DataError: columns that are missing, without a number, ambiguous, or targets
+        among the inputs.
+    """
+    parts = tuple(raw) if isinstance(raw, tuple | list) else (raw,)
+    x, y, weights = (*parts, None, None)[:3]
+    table, whole = as_table(x), y is None
+    known = binding.columns or Columns()
+    taken = _target_names(table, binding, known, whole)
+    if targets and whole and taken is not None:
+        _require(table, taken, "its targets")
+    weight = _weight_name(table, binding, known) if whole else None
+    free = [n for n in table.names if n not in {*names_in(taken), weight}]
+    parts_of = known.inputs
+    if not callable(binding.inputs):
+        if parts_of is None:
+            parts_of = _choose(table, free, binding)
+        _require(table, parts_of, "the model's inputs")
+    inputs = _inputs(x, table, parts_of, binding)
+    found = _Targets()
+    if targets and not whole:
+        refuse_other_order(x, y, "y")
+        found = _apart(y, inputs, binding, known, parts_of)
+        _refuse_leak(table, y, found, parts_of)
+    elif targets and taken is not None:
+        found = _from_table(table, taken, inputs, binding)
+    if targets and weight is not None:
+        weights = numbers(table.column(weight), floats=True)
+    elif weights is not None:
+        refuse_other_order(x, weights, "weights")
+        weights = as_host(weights)
+    batch = Batch(inputs, found.values, weights if targets else None)
+    columns = Columns(parts_of, found.names, found.axis, found.class_names)
+    used = {*names_in(parts_of), *names_in(taken), weight}
+    unused = () if parts_of is None else [n for n in table.names if n not in used]
+    return Whole(
+        batch,
+        tuple(map(str, unused)),
+        Facts(
+            class_names=found.class_names,
+            columns=binding.columns or columns,
+            table=_in_words(parts_of, found.names, weight),
+        ),
+    )
+
+
+class TableReader:
+    """Reads raw batches that are tables, all of them like the first.
+
+    Args:
+      binding: how data is read.
+      targets: False to read inputs alone.
+
+    Attributes:
+      unused: the columns of which nothing was read.
+    """
+
+    def __init__(self, binding: Binding, *, targets: bool = True) -> None:
+        self._binding = binding
+        self._targets = targets
+        self.unused: tuple[str, ...] = ()
+        self._table = ""
+
+    def __call__(self, raw: Any) -> Batch:
+        """Returns a table as a batch; see `read_table`."""
+        whole = read_table(raw, self._binding, targets=self._targets)
+        self._binding = replace(self._binding, columns=whole.facts.columns)
+        self.unused = whole.unused
+        self._table = whole.facts.table
+        return whole.batch
+
+    def told(self, facts: Facts) -> Facts:
+        """Returns what a dataset says of itself with what its tables say."""
+        columns = self._binding.columns
+        names = facts.class_names or (columns.class_names if columns else ())
+        return replace(facts, columns=columns, class_names=names, table=self._table)
+
+
+def holds_column(raw: Any) -> bool:
+    """Whether data is `(x, y)` or `(x, y, weights)` with a column or table as `y`."""
+    if not isinstance(raw, tuple | list) or hasattr(raw, "_fields"):
+        return False
+    return 2 <= len(raw) <= 3 and (is_column(raw[1]) or is_table(raw[1]))
+
+
+def read_column(raw: Any, binding: Binding) -> Whole:
+    """Reads arrays with targets that `holds_column`.
+
+    Raises:
+      DataError: targets that are text, have no value, or are none of the classes.
+    """
+    x, y, weights = (*raw, None)[:3]
+    refuse_inner_tables(x, "x")
+    known = binding.columns or Columns()
+    batch = binding.split((as_host(x), None, as_host(weights)))
+    found = _apart(y, batch.inputs, binding, known, known.inputs)
+    columns = Columns(None, found.names, found.axis, found.class_names)
+    return Whole(
+        batch.replace(targets=found.values),
+        facts=Facts(class_names=found.class_names, columns=binding.columns or columns),
+    )
+
+
+def refuse_inner_tables(data: Any, where: str) -> None:
+    """Refuses tables inside of other data, whose columns would lose their names.
+
+    Raises:
+      DataError: there is one.
+    """
+    if is_table(data):
+        kind = type(data).__name__
+        raise DataError(
+            f"{where} holds a {kind} beside other inputs, where the order of its "
+            "columns would count, and not their names. Give one table with all the "
+            "columns, and say which are which input: Trainer(model, inputs={'left': "
+            "['a', 'b'], 'right': ['c']}); or give arrays, df[['a', 'b']].to_numpy()."
+        )
+    values: Sequence[Any] = ()
+    if isinstance(data, list) and not data:
+        return
+    if isinstance(data, Mapping):
+        values = list(data.values())
+    elif isinstance(data, tuple) or (isinstance(data, list) and is_table(data[0])):
+        values = data
+    for value in values:
+        refuse_inner_tables(value, where)
+
+
+def _target_names(
+    table: Table, binding: Binding, known: Columns, whole: bool
+) -> Part | Mapping[str, Part] | None:
+    """Returns the columns that are targets; those said may be missing."""
+    if known.targets is not None:
+        return known.targets
+    said = binding.targets
+    if said is not None:
+        return _part(said)
+    names = [n for n in TARGET_NAMES if n in table.names and whole]
+    return next((n for n in names if n not in known.input_names), None)
+
+
+def _weight_name(table: Table, binding: Binding, known: Columns) -> str | None:
+    inputs = {*known.input_names, *binding.call.names}
+    names = (n for n in WEIGHT_NAMES if n in table.names and n not in inputs)
+    return next(names, None)
+
+
+def _choose(
+    table: Table, free: Sequence[Name], binding: Binding
+) -> tuple[Part, ...] | dict[str, Part]:
+    """Finds the call's inputs among the columns that are `free`."""
+    call, said = binding.call, binding.inputs
+    if isinstance(said, Mapping):
+        return {name: _part(columns) for name, columns in said.items()}
+    if isinstance(said, str | int):
+        return (said,)
+    if said is not None:
+        columns = tuple(said)  # type: ignore[arg-type]
+        if _takes_one(call):
+            return (columns,)
+        by_name = all(name in call.names for name in columns)
+        return {name: name for name in columns} if by_name else columns
+    named = [name for name in call.names if name in free]
+    complete = all(name in table.names for name in call.required)
+    sequential = not call.names and call.var_positional  # names none of its inputs
+    if call.var_keyword and complete and not sequential:
+        return {str(name): name for name in (*call.required, *free)}
+    if _takes_one(call):
+        if free and (not named or list(free) == named[:1]):
+            return (tuple(free),)
+    elif complete and named:
+        return {name: name for name in dict.fromkeys((*call.required, *named))}
+    raise _unclear(table, free, named, call)
+
+
+def _part(columns: Any) -> Part:
+    return columns if isinstance(columns, str | int) else tuple(columns)
+
+
+def _takes_one(call: CallSpec) -> bool:
+    """Whether one input is all that a call needs."""
+    return not call.names or len(call.required) < 2
+
+
+def _unclear(
+    table: Table, free: Sequence[Name], named: Sequence[Name], call: CallSpec
+) -> DataError:
+    kind, columns = table.kind, listed(free)
+    if not free:
+        return DataError(
+            f"the {kind} has no column left for the inputs: {listed(table.names)} "
+            "are targets or weights."
+        )
+    if _takes_one(call):
+        return DataError(
+            f"the model's call takes {listed(call.names)}, and the {kind} has a "
+            f"column {named[0]!r} among {columns}: is it the input, or all of them? "
+            f"Write Trainer(model, inputs={named[0]!r}) for that column alone, or "
+            f"Trainer(model, inputs={list(free)!r}) for a matrix of them."
+        )
+    example = {name: free[i % len(free)] for i, name in enumerate(call.required)}
+    return DataError(
+        f"the {kind} has the columns {columns}; the model's call takes "
+        f"{listed(call.names)} and requires {listed(call.required)}. Say which "
+        f"column or columns are which input: Trainer(model, inputs={example!r})."
+    )
+
+
+def _require(table: Table, parts: Any, what: str) -> None:
+    missing = [name for name in names_in(parts) if name not in table.names]
+    if missing:
+        near = did_you_mean(str(missing[0]), map(str, table.names))
+        raise DataError(
+            f"the {table.kind} has no column {', '.join(map(repr, missing))}, which "
+            f"{'is' if len(missing) == 1 else 'are'} among {what}; it has "
+            f"{listed(table.names)}.{near} Columns go by their names, in any order; "
+            "others are left out."
+        )
+
+
+def _inputs(x: Any, table: Table, parts: Any, binding: Binding) -> Inputs:
+    if callable(binding.inputs):
+        made = binding.inputs(x)
+        if isinstance(made, tuple):
+            return binding.by_position(tuple(_own(each) for each in made))
+        if isinstance(made, Mapping):
+            return {name: _own(each) for name, each in made.items()}
+        return binding.by_position((_own(made),))
+    if isinstance(parts, Mapping):
+        return {name: _values(table, part) for name, part in parts.items()}
+    return binding.by_position(tuple(_values(table, part) for part in parts))
+
+
+def _own(made: Any) -> Any:
+    """Returns what the user's function made of a table as arrays."""
+    if is_table(made):
+        table = as_table(made)
+        return _values(table, table.names)
+    return numbers(as_column(made)) if is_column(made) else as_host(made)
+
+
+def _values(table: Table, part: Part) -> HostArray:
+    """Returns a column `[rows]`, or a matrix `float32[rows, columns]`."""
+    if not isinstance(part, tuple):
+        return numbers(table.column(part))
+    columns = [numbers(table.column(name), floats=True) for name in part]
+    matrix = np.empty((len(columns[0]) if columns else 0, len(columns)), np.float32)
+    for place, column in enumerate(columns):
+        matrix[:, place] = column
+    return matrix
+
+
+def _from_table(table: Table, names: Any, inputs: Inputs, binding: Binding) -> _Targets:
+    """Returns targets that are columns of the table, or of a table of their own."""
+    known = binding.columns
+    if not isinstance(names, tuple | Mapping):
+        return _lone(table.column(names), names, inputs, binding)
+    if known is None or known.targets is None:
+        outputs = _outputs(binding, inputs)
+        if isinstance(outputs, Mapping):
+            names = {
+                name: (name,) if _is_column(outputs.get(name)) else name
+                for name in names
+            }
+    if isinstance(names, Mapping):
+        values: Any = {k: _matrix(table, part) for k, part in names.items()}
+    else:
+        values = _matrix(table, names)
+    return _Targets(values, names)
+
+
+def _matrix(table: Table, part: Part) -> HostArray:
+    if not isinstance(part, tuple):
+        return numbers(table.column(part))
+    columns = [numbers(table.column(name)) for name in part]
+    whole = all(column.dtype.kind in "iub" for column in columns)
+    return np.stack(columns, axis=1, dtype=None if whole else np.float32)
+
+
+def _lone(
+    column: Column, name: Name | None, inputs: Inputs, binding: Binding
+) -> _Targets:
+    """Returns one column of targets, `[rows]` or `[rows, 1]` as the output is."""
+    known = binding.columns
+    values, class_names = labels(column, known.class_names if known else ())
+    if known is None:
+        axis = _is_column(_outputs(binding, inputs))
+    else:
+        axis = known.target_axis
+    return _Targets(values[:, None] if axis else values, name, axis, class_names)
+
+
+def _apart(
+    y: Any, inputs: Inputs, binding: Binding, known: Columns, parts: Any
+) -> _Targets:
+    """Returns targets that are given beside the table."""
+    if is_table(y):
+        table = as_table(y)
+        names: Any = known.targets
+        if names is None:
+            names = table.names[0] if len(table.names) == 1 else table.names
+        elif len(table.names) == 1 and not isinstance(names, tuple | Mapping):
+            names = table.names[0]
+        _require(table, names, "its targets")
+        found = _from_table(table, names, inputs, binding)
+    elif is_column(y):
+        column = as_column(y)
+        found = _lone(column, column.name, inputs, binding)
+    else:
+        values = as_host(y)
+        return _Targets(values, axis=_is_column(values))
+    # A column of that name which is an input is not what these targets are.
+    clash = {*names_in(parts)} & {*names_in(found.names)}
+    return found._replace(names=None) if clash else found
+
+
+def _outputs(binding: Binding, inputs: Inputs) -> PyTree:
+    """Returns the shapes of the model's outputs; None if they are not known."""
+    return None if binding.outputs is None else binding.outputs(narrow(inputs))
+
+
+def _is_column(output: Any) -> bool:
+    shape: tuple[int, ...] = getattr(output, "shape", ())
+    return len(shape) == 2 and shape[1] == 1
+
+
+def _refuse_leak(table: Table, y: Any, found: _Targets, parts: Any) -> None:
+    """Refuses targets that are an input as well, by name and by values.
+
+    Raises:
+      DataError: they are.
+    """
+    target = found.values
+    if not isinstance(target, np.ndarray) or target.size != len(target):
+        return
+    own = {getattr(y, "name", None), *getattr(y, "columns", ())} if _named(y) else set()
+    for name in names_in(parts):
+        if name not in own and name not in TARGET_NAMES:
+            continue
+        if np.array_equal(table.column(name).values, target.reshape(-1)):
+            raise DataError(
+                f"the column {name!r} of x is y: the model would be given what it is "
+                f"to predict. Write fit(df) with Trainer(model, targets={name!r}), or "
+                f"leave the column out of x: df.drop(columns={name!r})."
+            )
+
+
+def _named(y: Any) -> bool:
+    return comes_from(y, "pandas", "Series", "DataFrame") or comes_from(
+        y, "polars", "Series", "DataFrame"
+    )
+
+
+def refuse_other_order(x: Any, y: Any, name: str) -> None:
+    """Refuses rows that pandas's index says are the same, in another order.
+
+    Raises:
+      DataError: they are.
+    """
+    framed = [comes_from(each, "pandas", "Series", "DataFrame") for each in (x, y)]
+    if not all(framed) or len(x) != len(y) or x.index.equals(y.index):
+        return
+    if x.index.is_unique and y.index.is_unique and x.index.isin(y.index).all():
+        row = int(np.argmin(np.asarray(x.index == y.index)))
+        raise DataError(
+            f"{name} has the rows of x in another order: row {row} is "
+            f"{x.index[row]!r} in x and {y.index[row]!r} in {name}. Rows are taken as "
+            f"they come: write {name}.loc[x.index], or {name}.to_numpy() if they "
+            "belong together as they are."
+        )
+
+
+def _in_words(inputs: Any, targets: Any, weight: Name | None) -> str:
+    """Returns which columns were read as what: `"a, b, c · targets: d"`."""
+    names = [str(name) for name in names_in(inputs)]
+    more = f", … ({len(names)})" if len(names) > _MOST_NAMES else ""
+    parts = [", ".join(names[:_MOST_NAMES]) + more]
+    if targets is not None:
+        parts.append(f"targets: {listed(names_in(targets))}")
+    if weight is not None:
+        parts.append(f"weights: {weight}")
+    return " · ".join(filter(None, parts))

@@ -1,0 +1,1 @@
+"""Datasets of examples and streams of raw batches, before any model is known."""

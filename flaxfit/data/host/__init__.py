@@ -1,0 +1,1 @@
+"""Operations on host arrays: conversion, checks, weights, padding."""

@@ -1,0 +1,226 @@
+"""Host arrays: converts, narrows, fills and names raw values. Knows no models."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from flaxfit._core.errors import DataError
+from flaxfit._core.types import Batch, HostArray, PyTree
+from flaxfit.data.host.torch_tensors import as_numpy, is_tensor
+
+
+def fill(batch: Batch, size: int) -> Batch:
+    """Fills a short batch up to `size` rows with its own rows at weight 0.
+
+    Real rows, not zeros: BatchNorm then sees real data only.
+
+    Args:
+      batch: arrays `[rows, ...]`, `weights` `float32[rows, ...]`. Those on a device
+        stay there.
+      size: rows wanted; a batch that has them is returned as it is.
+    """
+    rows = len(batch.weights)
+    if rows >= size:
+        return batch
+    order = np.arange(size) % rows
+    filled: Batch = jax.tree.map(lambda leaf: leaf[order], batch)
+    if isinstance(filled.weights, jax.Array):
+        return filled.replace(weights=filled.weights.at[rows:].set(0.0))
+    filled.weights[rows:] = 0.0
+    return filled
+
+
+def own(batch: Batch) -> Batch:
+    """Returns the batch with copies of its NumPy arrays; jax arrays cannot change."""
+    copied: Batch = jax.tree.map(
+        lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, batch
+    )
+    return copied
+
+
+def as_host(nest: PyTree, *, but_device: bool = False) -> PyTree:
+    """Returns a nesting with every array-like in it as a NumPy array.
+
+    jax arrays come to the host, lists of numbers become one array, anything with
+    `__array__` (pandas, torch) is asked for it. dtypes stay as they are.
+
+    Args:
+      nest: array-likes in any nesting.
+      but_device: leave jax arrays on their device. Those that are committed to one
+        come to the host nevertheless, as they would have every program compiled a
+        second time, or run on that device.
+
+    Raises:
+      DataError: a list of numbers whose rows differ in length.
+    """
+    if isinstance(nest, Mapping):
+        # Not by jax.tree.map, which would sort the keys that messages list.
+        return {key: as_host(v, but_device=but_device) for key, v in nest.items()}
+    return jax.tree.map(lambda leaf: as_array(leaf, but_device), nest, is_leaf=_is_leaf)
+
+
+def is_array(value: object) -> bool:
+    """Whether `value` stands for one array: it has a shape, or lists scalars."""
+    if isinstance(value, list):
+        first = value[0] if value else 0.0
+        return is_scalar(first) or (isinstance(first, list) and is_array(first))
+    if isinstance(value, type):
+        return False
+    return hasattr(value, "__array__") or (
+        hasattr(value, "shape") and hasattr(value, "dtype")
+    )
+
+
+def is_scalar(value: object) -> bool:
+    """Whether `value` is one number or one piece of text."""
+    if isinstance(value, bool | int | float | complex | str | bytes | np.generic):
+        return True
+    return getattr(value, "ndim", None) == 0 and is_array(value)
+
+
+def is_nest(value: object) -> bool:
+    """Whether `value` is arrays in any nesting, at least one."""
+    if isinstance(value, Mapping):
+        parts = [part for part in value.values() if part is not None]
+        return bool(parts) and all(map(is_nest, parts))
+    leaves = jax.tree.leaves(value, is_leaf=_is_leaf)
+    return bool(leaves) and all(
+        is_nest(leaf) if isinstance(leaf, Mapping) else is_array(leaf)
+        for leaf in leaves
+    )
+
+
+def narrow(nest: PyTree, *, keep_mapped: bool = False) -> PyTree:
+    """Returns a nesting of NumPy arrays in the dtypes jax computes in.
+
+    Without 64-bit mode that is float32 for float64 and int32 for int64.
+
+    Args:
+      nest: NumPy arrays in any nesting.
+      keep_mapped: leave arrays mapped from a file as they are, to be narrowed batch
+        by batch instead of read as a whole.
+
+    Raises:
+      DataError: an integer that the narrower dtype cannot hold.
+    """
+    leaves, structure = jax.tree.flatten(nest)
+    wanted = [
+        leaf.dtype
+        if keep_mapped and isinstance(leaf, np.memmap)
+        else native(leaf.dtype)
+        for leaf in leaves
+    ]
+    if all(leaf.dtype == dtype for leaf, dtype in zip(leaves, wanted, strict=True)):
+        return nest
+    names = (name for name, _ in named_leaves(nest))
+    narrowed = [as_dtype(*given) for given in zip(names, leaves, wanted, strict=True)]
+    return jax.tree.unflatten(structure, narrowed)
+
+
+def named_leaves(nest: PyTree) -> list[tuple[str, Any]]:
+    """Returns every leaf with its path, in words a user knows: `x/image`, `y`."""
+    if not isinstance(nest, Batch):
+        return _paths(nest, "")
+    inputs: Any = nest.inputs
+    if isinstance(inputs, tuple) and len(inputs) == 1:
+        inputs = inputs[0]
+    parts = {"x": inputs, "y": nest.targets, "weights": nest.weights}
+    return [leaf for name, part in parts.items() for leaf in _paths(part, name)]
+
+
+def call_text(what: str, arguments: str) -> str:
+    """Returns how data is given to `what`: a method, or an argument of `fit`."""
+    if what == "validation_data":
+        return f"{what}=({arguments})" if "," in arguments else f"{what}={arguments}"
+    return f"{what}({arguments})"
+
+
+def _is_leaf(value: object) -> bool:
+    # jax warns of iterables that are no pytrees, unless they are declared leaves.
+    return is_array(value) or (
+        jax.tree_util.default_registry.flatten_one_level(value) is None
+    )
+
+
+def _paths(nest: PyTree, prefix: str) -> list[tuple[str, Any]]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(nest)
+    named = []
+    for path, leaf in flat:
+        key = jax.tree_util.keystr(path, simple=True, separator="/")
+        named.append(("/".join(filter(None, (prefix, key))) or "x", leaf))
+    return named
+
+
+def as_array(leaf: Any, but_device: bool = False) -> Any:
+    """Returns an array-like as a NumPy array; see `as_host`."""
+    # A memmap keeps its type, so that `narrow` can tell it is one.
+    if type(leaf) is np.ndarray or isinstance(leaf, np.memmap):
+        return leaf
+    if but_device and isinstance(leaf, jax.Array) and not leaf.committed:
+        # A weak type, as `jnp.full(shape, 1.0)` has, would be compiled for anew.
+        return leaf.astype(leaf.dtype) if leaf.weak_type else leaf
+    if isinstance(leaf, Mapping):
+        return as_host(leaf, but_device=but_device)
+    if isinstance(leaf, np.ma.MaskedArray) and np.ma.is_masked(leaf):
+        raise DataError(
+            f"a masked array hides {np.ma.count_masked(leaf)} of its values, and "
+            "training would see what is below the mask. Write x.filled(0), and "
+            "sample_weight for rows that do not count."
+        )
+    if is_tensor(leaf):
+        return as_numpy(leaf)
+    try:
+        return np.asarray(leaf)
+    except ValueError as error:
+        if not isinstance(leaf, list):
+            raise
+        raise DataError(
+            f"a list of {len(leaf)} rows that differ in length is no array. Pad "
+            "them to one length, then write np.array(rows)."
+        ) from error
+
+
+def native(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Returns the dtype that jax computes in."""
+    wanted: np.dtype[Any] = jax.dtypes.canonicalize_dtype(dtype)
+    return wanted.newbyteorder("=")
+
+
+def as_dtype(name: str, leaf: HostArray, dtype: np.dtype[Any]) -> HostArray:
+    """Returns an array in a dtype of the same kind.
+
+    Args:
+      name: what it is called in messages.
+      leaf: the array.
+      dtype: see `native`.
+
+    Raises:
+      DataError: an integer that the dtype cannot hold.
+    """
+    if leaf.dtype == dtype:
+        return leaf
+    if leaf.dtype.kind in "iu" and leaf.size:
+        limits = np.iinfo(dtype)
+        low, high = leaf.min(), leaf.max()
+        if low < limits.min or high > limits.max:
+            worst = high if high > limits.max else low
+            raise DataError(
+                f"{name} is {leaf.dtype} and holds {worst}, which {dtype} cannot "
+                f"({limits.min} to {limits.max}); jax would cut it off silently. "
+                "Renumber the values, or turn 64-bit mode on before anything else: "
+                "jax.config.update('jax_enable_x64', True)"
+            )
+    with np.errstate(over="ignore"):
+        return np.asarray(leaf).astype(dtype)
+
+
+def spread(mask: HostArray, ndim: int) -> HostArray:
+    """Returns a mask `bool[rows, ...]` with axes of 1 up to `ndim` behind its own."""
+    return mask.reshape(mask.shape + (1,) * (ndim - mask.ndim))
+
+
+def on_device(nest: PyTree) -> bool:
+    """Whether any array of a nesting is one of jax."""
+    return any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(nest))

@@ -1,0 +1,250 @@
+"""Checks of host arrays before anything is compiled: rows, dtypes, NaN, weights."""
+
+import dataclasses
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxfit._core.errors import DataError
+from flaxfit._core.types import Batch, HostArray, PyTree
+from flaxfit.data.host.arrays import named_leaves, spread
+
+LONG_DOUBLES = frozenset("gG")
+_MOST_NAMED = 8
+
+
+def check_lengths(nest: PyTree) -> int:
+    """Returns the number of rows all arrays of a nesting share.
+
+    Args:
+      nest: NumPy or jax arrays `[rows, ...]` in a `Batch` or any other nesting.
+
+    Raises:
+      DataError: arrays of different length, no rows or no array at all, a single
+        value without batch axis, text or objects instead of numbers.
+    """
+    leaves = jax.tree.leaves(nest)
+    inputs = nest.inputs if isinstance(nest, Batch) else nest
+    if not jax.tree.leaves(inputs):
+        raise DataError("no inputs: x holds no array. Write x, (x, y) or a dict.")
+    if all(_is_plain(leaf) for leaf in leaves):
+        rows = len(leaves[0])
+        if rows and all(len(leaf) == rows for leaf in leaves):
+            return rows
+    named = named_leaves(nest)
+    for name, leaf in named:
+        _check_dtype(name, leaf)
+        if np.ndim(leaf) == 0:
+            raise DataError(
+                f"{name} is a single value (shape ()): every array needs a leading "
+                "batch axis. Of single examples write fit(dataset, batch_size=32), or "
+                "make a batch: np.stack([x for x, _ in examples])."
+            )
+    lengths = {len(leaf) for _, leaf in named}
+    if len(lengths) > 1:
+        listed = ", ".join(f"{name}: {len(leaf)}" for name, leaf in named[:_MOST_NAMED])
+        if len(named) > _MOST_NAMED:
+            name, leaf = named[-1]
+            listed = f"{listed}, ... {name}: {len(leaf)}"
+        raise DataError(
+            f"arrays of different length: {listed}. Every array holds one row per "
+            "example, so cut them to the same number of rows; a list of examples is "
+            "made an array by np.stack(x); batches of graphs are given as "
+            "flaxfit.data.Batches(batches, size=...)."
+        )
+    if lengths == {0}:
+        raise DataError(
+            f"no examples: {named[0][0]} has shape {np.shape(named[0][1])}. Pass "
+            "at least one row."
+        )
+    return lengths.pop()
+
+
+def check_sized(batch: Batch, given: Any) -> int:
+    """Returns the rows of a batch whose inputs are arrays of any shapes.
+
+    Args:
+      batch: NumPy or jax arrays; targets and weights `[rows, ...]`.
+      given: the rows, as a user's function returned them.
+
+    Raises:
+      DataError: it returned no whole number of at least 1, or another one than there
+        are targets or weights; text or objects, or no inputs at all.
+    """
+    try:
+        size = operator.index(given if isinstance(given, int) else given.item())
+    except (AttributeError, TypeError, ValueError):
+        size = 0
+    if size < 1:
+        raise DataError(
+            f"the function size returned {given!r}: expected the number of examples in "
+            "a batch, at least 1, such as len(labels) or graph.n_node.shape[0]."
+        )
+    if not jax.tree.leaves(batch.inputs):
+        raise DataError("no inputs: x holds no array. Write (x, y) or a dict.")
+    for name, leaf in named_leaves(batch):
+        _check_dtype(name, leaf)
+        of_rows = name.split("/")[0] in ("y", "weights")
+        if of_rows and np.shape(leaf)[:1] != (size,):
+            raise DataError(
+                f"the function size returned {size}, but {name} has shape "
+                f"{np.shape(leaf)}: targets, weights and outputs hold one row for each "
+                "of them."
+            )
+    return size
+
+
+def check_finite(example: Batch) -> None:
+    """Checks the values of one batch: what is NaN here is NaN in every result.
+
+    Targets of weight 0 may hold anything: they do not count.
+
+    Raises:
+      DataError: NaN or infinity in inputs, targets or weights, negative weights,
+        weights that are all zero.
+    """
+    check_weights(example.weights)
+    check_values(example)
+
+
+def check_values(batch: Batch) -> None:
+    """Checks inputs and targets as `check_finite` does, and no weights.
+
+    Arrays mapped from a file are passed over: all of the file would be read.
+
+    Raises:
+      DataError: NaN or infinity in inputs, or in targets whose weight is not 0.
+    """
+    for name, leaf in named_leaves(batch.replace(weights=None)):
+        if not jnp.issubdtype(leaf.dtype, np.inexact) or isinstance(leaf, np.memmap):
+            continue
+        # One pass without a second array: a sum is finite only if all of it is.
+        with np.errstate(over="ignore", invalid="ignore"):
+            if np.isfinite(leaf.sum()):
+                continue
+        bad = ~np.isfinite(leaf)
+        if name.split("/")[0] == "y":
+            bad &= spread(batch.weights != 0, leaf.ndim)
+        if bad.any():
+            place = tuple(int(i) for i in np.argwhere(bad)[0])
+            raise DataError(
+                f"{name} holds {leaf[place]} at row {place[0]}: one such value makes "
+                "the loss and then every parameter NaN. Drop such rows or replace "
+                "the values, e.g. np.nan_to_num(x); a target of weight 0 does not "
+                "count."
+            )
+
+
+def check_weights(weights: HostArray, *, all_zero: bool = False) -> None:
+    """Checks sample weights `float32[rows, ...]`.
+
+    Args:
+      weights: those of all examples, or of a batch.
+      all_zero: whether they may all be 0, as in one batch of many.
+
+    Raises:
+      DataError: NaN, infinity, negative weights, or nothing but zeros.
+    """
+    if not np.isfinite(weights).all():
+        row = int(np.argwhere(~np.isfinite(weights))[0][0])
+        raise DataError(
+            f"weights hold {weights[row]} at row {row}; weights are finite numbers, "
+            "0 leaves an example out."
+        )
+    if (weights < 0).any():
+        row = int(np.argwhere(weights < 0)[0][0])
+        raise DataError(
+            f"weights hold {weights[row]} at row {row}; weights are at least 0, "
+            "0 leaves an example out."
+        )
+    if not all_zero and not weights.any():
+        raise DataError(
+            "the weights are all zero, so there is nothing to average over. Leave "
+            "the weights out, or give the examples that count a weight above 0."
+        )
+
+
+def check_tokens(batch: Batch, vocabularies: Mapping[str, int]) -> None:
+    """Checks inputs that are looked up in a table of embeddings.
+
+    Args:
+      batch: host arrays.
+      vocabularies: the path of an input in `batch.inputs` -> the table's rows.
+
+    Raises:
+      DataError: a number that the table has no row for.
+    """
+    if not vocabularies:
+        return
+    flat, _ = jax.tree_util.tree_flatten_with_path(batch.inputs)
+    for (path, tokens), (name, _) in zip(
+        flat, named_leaves(batch.replace(targets=None, weights=None)), strict=True
+    ):
+        rows = vocabularies.get(jax.tree_util.keystr(path, simple=True, separator="/"))
+        if rows is None or not tokens.size:
+            continue
+        if tokens.min() >= 0 and tokens.max() < rows:
+            continue
+        place = tuple(int(i) for i in np.argwhere((tokens < 0) | (tokens >= rows))[0])
+        advice = (
+            f"For padding write np.maximum({name}, 0), and mask those places."
+            if tokens[place] < 0
+            else f"Write nn.Embed({tokens.max() + 1}, ...), or correct the tokens."
+        )
+        raise DataError(
+            f"{name} holds the token {tokens[place]} at row {place[0]}; the model's "
+            f"nn.Embed has {rows} rows, 0..{rows - 1}, and gives NaN or another "
+            f"token's row for others. {advice}"
+        )
+
+
+def _is_plain(leaf: Any) -> bool:
+    if not isinstance(leaf, np.ndarray | jax.Array) or leaf.ndim == 0:
+        return False
+    return leaf.dtype.kind in "biufc" and leaf.dtype.char not in LONG_DOUBLES
+
+
+def _is_missing(cell: Any) -> bool:
+    if isinstance(cell, np.ndarray):
+        return cell.dtype == np.object_ and any(map(_is_missing, cell.ravel()))
+    nested = isinstance(cell, list | tuple)
+    return any(map(_is_missing, cell)) if nested else cell is None
+
+
+def _check_dtype(name: str, leaf: Any) -> None:
+    dtype = leaf.dtype
+    number = dtype == np.bool_ or jnp.issubdtype(dtype, np.number)
+    if number and dtype.char not in LONG_DOUBLES:
+        return
+    if dtype == np.object_ and np.ndim(leaf) == 0:
+        value = np.asarray(leaf).item()
+        advice = f"write np.asarray({name}), or {name}.toarray() where it is sparse."
+        if dataclasses.is_dataclass(value):
+            advice = "give a dict, or tell jax: jax.tree_util.register_dataclass."
+        raise DataError(f"{name} is a {type(value).__name__}, not an array: {advice}")
+    missing = map(_is_missing, leaf) if dtype == np.object_ else ()
+    row = next((row for row, is_missing in enumerate(missing) if is_missing), None)
+    if row is not None:
+        raise DataError(
+            f"{name} has no value at row {row} (None): it would make the loss NaN. "
+            "Leave such rows out, dataset.filter(lambda row: row[key] is not None), or "
+            "give them a value and weight 0. A column that the model does not need can "
+            "be left out: Trainer(model, inputs=...)."
+        )
+    if dtype.kind in "OUST":
+        hint = (
+            f"For numbers write {name}.astype('float32'); classes by name: "
+            "np.unique(labels, return_inverse=True)[1]; rows of different length: "
+            "pad them."
+        )
+    else:
+        hint = f"Turn it into numbers jax knows, e.g. {name}.astype('float32')."
+    raise DataError(
+        f"{name} has dtype {dtype}, shape {np.shape(leaf)}: only numbers can be "
+        f"trained on. {hint} A column that the model does not need can be left "
+        "out: Trainer(model, inputs=...)."
+    )

@@ -1,0 +1,146 @@
+"""Single examples -> one raw batch of NumPy arrays, nested as they are."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from flaxfit._core.errors import DataError
+from flaxfit._core.types import HostArray
+from flaxfit.data.host.arrays import as_array, is_scalar
+from flaxfit.data.host.torch_tensors import is_tensor, stack_tensors
+
+
+def collate(
+    examples: Sequence[Any], join: Callable[[Sequence[Any]], HostArray] | None = None
+) -> Any:
+    """Returns a raw batch of examples that are nested alike.
+
+    Args:
+      examples: at least one; dicts, tuples, named tuples or any other pytrees of
+        arrays, numbers and text.
+      join: the values of a leaf -> their array, in place of `stack`.
+
+    Returns:
+      The same nesting of arrays `[len(examples), ...]`; a leaf whose examples differ
+      in shape is an array of objects.
+
+    Raises:
+      DataError: examples of different nesting.
+    """
+    first = examples[0]
+    kind = type(first)
+    same = all(type(example) is kind for example in examples)
+    if not same and not all(map(is_scalar, examples)):
+        raise DataError(
+            "examples differ in kind: "
+            f"{', '.join(sorted({type(e).__name__ for e in examples}))}. Every example "
+            "needs the same nesting."
+        )
+    if isinstance(first, Mapping):
+        if any(example.keys() != first.keys() for example in examples):
+            raise DataError(_other_keys(examples))
+        return {key: collate([e[key] for e in examples], join) for key in first}
+    if isinstance(first, tuple | list) and not is_list_of_numbers(first):
+        if any(len(example) != len(first) for example in examples):
+            raise DataError(
+                f"examples differ in length: a {kind.__name__} of {len(first)} and one "
+                f"of {next(len(e) for e in examples if len(e) != len(first))} parts."
+            )
+        parts = [collate(part, join) for part in zip(*examples, strict=True)]
+        return kind(*parts) if hasattr(first, "_fields") else kind(parts)
+    if first is None:
+        return None
+    join = join or stack
+    leaf = kind is np.ndarray or is_scalar(first) or is_tensor(first)
+    if leaf or isinstance(first, list):
+        return join(examples)
+    leaves, structure = jax.tree.flatten(first)
+    others = (jax.tree.flatten(each)[1] for each in examples)
+    if any(bool(other != structure) for other in others):  # type: ignore[operator]
+        raise DataError(f"examples differ in nesting: {structure} is the first one's.")
+    if len(leaves) == 1 and leaves[0] is first:
+        return join(examples)
+    columns = zip(*(jax.tree.leaves(each) for each in examples), strict=True)
+    return jax.tree.unflatten(structure, [join(column) for column in columns])
+
+
+def stack(values: Sequence[Any]) -> HostArray:
+    """Returns `[len(values), ...]`, in a dtype that holds all of them."""
+    if isinstance(values[0], bool | int | float | str | bytes | np.generic):
+        return np.array(values)
+    if is_tensor(values[0]) and (whole := stack_tensors(values)) is not None:
+        return whole
+    arrays = [as_array(value) for value in values]
+    first = arrays[0]
+    shape, dtype = first.shape, first.dtype
+    if any(array.shape != shape for array in arrays):
+        ragged = np.empty(len(arrays), object)
+        ragged[:] = arrays
+        return ragged
+    if any(array.dtype != dtype for array in arrays):
+        return np.stack(arrays)
+    if not shape:
+        return np.array(arrays)
+    stacked = np.empty((len(arrays), *shape), dtype)
+    for row, array in enumerate(arrays):
+        stacked[row] = array
+    return stacked
+
+
+def own_item(item: Any) -> Any:
+    """Returns an item with copies of its NumPy arrays: the next may be in their place.
+
+    Of tuples, lists, dicts and arrays; others are as they are.
+    """
+    if isinstance(item, np.ndarray):
+        return item.copy()
+    kind = type(item)
+    if isinstance(item, tuple) and hasattr(item, "_fields"):
+        return kind(*map(own_item, item))
+    if kind is tuple or kind is list:
+        return kind(map(own_item, item))
+    if kind is dict or kind is OrderedDict:
+        return kind((key, own_item(part)) for key, part in item.items())
+    return item
+
+
+def looks_single(item: Any) -> bool:
+    """Whether an item is one example, and no batch of them.
+
+    It is where a part of it is a single value, or its parts differ in length: a batch
+    has one row for each example in all of its parts.
+    """
+    if is_list_of_numbers(item):
+        parts: tuple[Any, ...] = (item,)
+    elif isinstance(item, Mapping):
+        parts = tuple(item.values())
+    elif isinstance(item, tuple | list):
+        parts = tuple(item)
+    else:
+        parts = tuple(jax.tree.leaves(item))
+    lengths = set()
+    for leaf in jax.tree.leaves(parts, is_leaf=is_list_of_numbers):
+        if is_scalar(leaf):
+            return True
+        if hasattr(leaf, "__len__"):
+            lengths.add(len(leaf))
+    return len(lengths) > 1
+
+
+def is_list_of_numbers(value: Any) -> bool:
+    """Whether a list stands for one array."""
+    return isinstance(value, list) and all(
+        is_scalar(each) or is_list_of_numbers(each) for each in value
+    )
+
+
+def _other_keys(examples: Sequence[Mapping[str, Any]]) -> str:
+    first = examples[0].keys()
+    other = next(e.keys() for e in examples if e.keys() != first)
+    return (
+        f"examples differ in their keys: {', '.join(map(str, first))} and "
+        f"{', '.join(map(str, other))}. Every example needs the same ones."
+    )

@@ -1,0 +1,412 @@
+"""Rows of different length -> arrays of a few lengths, and which places are real.
+
+The lengths to pad to are called buckets: each of them is compiled for once. What is
+padded travels as `Padded` until targets are told from inputs.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from flaxfit._core.errors import DataError
+from flaxfit._core.types import HostArray, PyTree
+from flaxfit.data.host.arrays import as_array, as_host
+from flaxfit.data.host.collate import collate, stack
+from flaxfit.data.host.fields import parts_of, rebuilt, with_entry
+
+# In place of the names of parts.
+EVERY_PART = None
+
+
+@dataclass(frozen=True)
+class Padded:
+    """A raw batch that was padded; no pytree, so that nobody takes it for one.
+
+    Attributes:
+      raw: the batch.
+      real: nested like it: of a padded array `bool[rows, length]`, False where it is
+        padding, and of any other `bool[rows]`.
+    """
+
+    raw: Any
+    real: Any
+
+
+@dataclass(frozen=True)
+class Padding:
+    """To which lengths what is padded.
+
+    A part is an entry of a dict, or the position in a tuple; its padded axis is the
+    first one of an example and the second one of a batch.
+
+    Attributes:
+      lengths: part -> its length in every bucket; None stands for all parts that have
+        such an axis, which then is of the same length in all of them.
+      values: part -> what it is padded with.
+      value: what other parts are padded with.
+      truncate: whether what is too long for the last bucket is cut off.
+      masks: key under which the real places go into a dict batch -> their part, None
+        where all parts have the same ones.
+    """
+
+    lengths: Mapping[Any, tuple[int, ...]]
+    values: Mapping[Any, Any] = field(default_factory=dict)
+    value: Any = 0
+    truncate: bool = False
+    masks: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def buckets(self) -> int:
+        """How many buckets there are."""
+        return len(next(iter(self.lengths.values())))
+
+    def bucket_of(self, row: int, example: Any) -> int:
+        """Returns the smallest bucket that an example fits in.
+
+        Args:
+          row: its index, for messages.
+          example: the example.
+
+        Raises:
+          DataError: it is too long, or it cannot be padded.
+        """
+        place = f"item {row}"
+        return self._smallest(self._counts(_hosted(example), 0, place), place)
+
+    def buckets_of(self, lengths: Any, total: int | None) -> HostArray:
+        """Returns the bucket of every example whose lengths are known.
+
+        Args:
+          lengths: `int[total]`, or part -> `int[total]`.
+          total: how many there should be.
+
+        Raises:
+          ValueError: another number of lengths, or other parts.
+          DataError: one is too long.
+        """
+        given = lengths if isinstance(lengths, Mapping) else None
+        if given is not None and given.keys() != self.lengths.keys():
+            raise ValueError(
+                f"lengths={list(given)} for pad_to={written(self.lengths)}: give the "
+                "lengths of the same parts, or one array for all."
+            )
+        buckets = np.zeros(0 if total is None else total, np.int64)
+        for part, ends in self.lengths.items():
+            known = np.asarray(lengths if given is None else given[part])
+            if known.shape != buckets.shape or known.dtype.kind not in "iu":
+                raise ValueError(
+                    f"lengths is {known.dtype}{list(known.shape)} for {total} items: "
+                    "give one whole number for each, "
+                    "lengths=np.array([len(item) for item in items])."
+                )
+            found = np.searchsorted(ends, known)
+            if found.max(initial=0) == len(ends):
+                if not self.truncate:
+                    row = int(np.argmax(known > ends[-1]))
+                    raise self._too_long(part, int(known[row]), f"item {row}")
+                found = np.minimum(found, len(ends) - 1)
+            buckets = np.maximum(buckets, found)
+        return buckets
+
+    def collate(self, examples: Sequence[Any], rows: Sequence[int]) -> Padded:
+        """Returns a batch, padded to the smallest bucket that holds all of them.
+
+        Args:
+          examples: nested alike.
+          rows: their indices, for messages.
+
+        Raises:
+          DataError: one is too long, cannot be padded, or is nested in another way.
+        """
+        hosts = [_hosted(example) for example in examples]
+        parts, counts, bucket = [parts_of(host) for host in hosts], [], 0
+        for row, host in zip(rows, hosts, strict=True):
+            counts.append(self._counts(host, 0, f"item {row}"))
+            bucket = max(bucket, self._smallest(counts[-1], f"item {row}"))
+        kinds = {(type(host), *part) for host, part in zip(hosts, parts, strict=True)}
+        if len(kinds) > 1:
+            collate(hosts)  # raises, and says how they differ
+        for row, count in zip(rows, counts, strict=True):
+            if count.keys() != counts[0].keys():
+                raise DataError(
+                    f"item {row} has an axis to pad in {', '.join(map(repr, count))}, "
+                    f"item {rows[0]} in {', '.join(map(repr, counts[0]))}: examples "
+                    "are nested alike."
+                )
+
+        def join(part: Any, values: Sequence[Any]) -> PyTree:
+            if part not in counts[0]:
+                return collate(values)
+            length, value = self._length(part, bucket), self._value(part)
+            return collate(values, partial(_pad_and_stack, length=length, value=value))
+
+        raw = rebuilt(parts, join, hosts[0])
+        real = {part: np.array([count[part] for count in counts]) for part in counts[0]}
+        return self._padded(raw, real, bucket, len(hosts))
+
+    def pad_batch(self, raw: Any) -> Padded:
+        """Returns a batch whose rows have one length, padded to the next bucket.
+
+        Raises:
+          DataError: it is too long, or it cannot be padded.
+        """
+        host = as_host(raw)
+        counts = self._counts(host, 1, "a batch")
+        bucket = self._smallest(counts, "a batch")
+
+        def pad(part: Any, values: Sequence[Any]) -> PyTree:
+            (value,) = values
+            if part not in counts:
+                return value
+            length, fill = self._length(part, bucket), self._value(part)
+
+            def pad_leaf(leaf: HostArray) -> HostArray:
+                if not _has_axis(leaf, 1):
+                    return leaf
+                shape = (len(leaf), length, *leaf.shape[2:])
+                padded = _filled(shape, leaf.dtype, fill)
+                padded[:, : leaf.shape[1]] = leaf[:, :length]
+                return padded
+
+            return jax.tree.map(pad_leaf, value)
+
+        parts = parts_of(host)
+        padded = rebuilt([parts], pad, host)
+        rows = next(
+            len(leaf)
+            for part in counts
+            for leaf in _leaves(parts[part])
+            if _has_axis(leaf, 1)
+        )
+        real = {part: np.full(rows, count) for part, count in counts.items()}
+        return self._padded(padded, real, bucket, rows)
+
+    def in_buckets(
+        self, examples: Iterable[tuple[int, Any]], batch_size: int
+    ) -> Iterator[Padded]:
+        """Yields batches of examples of one bucket each, as soon as they are full.
+
+        Args:
+          examples: index and example, in the order of the pass.
+          batch_size: rows of a batch; the last ones of the buckets may be shorter.
+        """
+        waiting: list[list[tuple[int, Any]]] = [[] for _ in range(self.buckets)]
+        for row, example in examples:
+            same = waiting[self.bucket_of(row, example)]
+            same.append((row, example))
+            if len(same) == batch_size:
+                yield self._batch(same)
+                same.clear()
+        for rest in waiting:
+            if rest:
+                yield self._batch(rest)
+
+    def _batch(self, numbered: Sequence[tuple[int, Any]]) -> Padded:
+        rows, examples = zip(*numbered, strict=True)
+        return self.collate(examples, rows)
+
+    def _padded(
+        self, raw: Any, counts: Mapping[Any, HostArray], bucket: int, rows: int
+    ) -> Padded:
+        masks = {
+            part: np.arange(self._length(part, bucket)) < count[:, None]
+            for part, count in counts.items()
+        }
+        whole = np.ones(rows, np.bool_)
+
+        def real(part: Any, values: Sequence[Any]) -> PyTree:
+            mask = masks.get(part)
+            return jax.tree.map(
+                lambda leaf: whole if mask is None or leaf.ndim < 2 else mask, values[0]
+            )
+
+        told = rebuilt([parts_of(raw)], real, raw)
+        for key, part in self.masks.items():
+            mask = _one_mask(key, masks) if part is None else masks[part]
+            raw, told = with_entry(raw, key, mask), with_entry(told, key, whole)
+        return Padded(raw, told)
+
+    def _counts(self, host: Any, axis: int, place: str) -> dict[Any, int]:
+        """Returns the length of every part that is to be padded."""
+        parts = parts_of(host)
+        lengths = {
+            part: {leaf.shape[axis] for leaf in _leaves(nest) if _has_axis(leaf, axis)}
+            for part, nest in parts.items()
+        }
+        if EVERY_PART in self.lengths:
+            found = {part: one for part, one in lengths.items() if one}
+            if len(set().union(*found.values())) != 1:
+                raise DataError(_uneven(place, found, self.lengths[EVERY_PART]))
+        else:
+            found = {part: lengths.get(part, set()) for part in self.lengths}
+            for part, one in found.items():
+                if len(one) != 1:
+                    raise DataError(_unpaddable(place, part, one, list(parts)))
+        return {part: min(one) for part, one in found.items()}
+
+    def _smallest(self, counts: Mapping[Any, int], place: str) -> int:
+        smallest = 0
+        for part, count in counts.items():
+            ends = self._ends(part)
+            bucket = bisect_left(ends, count)
+            if bucket == len(ends):
+                if not self.truncate:
+                    raise self._too_long(part, count, place)
+                bucket -= 1
+            smallest = max(smallest, bucket)
+        return smallest
+
+    def _ends(self, part: Any) -> tuple[int, ...]:
+        return self.lengths.get(part) or self.lengths[EVERY_PART]
+
+    def _length(self, part: Any, bucket: int) -> int:
+        return self._ends(part)[bucket]
+
+    def _value(self, part: Any) -> Any:
+        return self.values.get(part, self.value)
+
+    def _too_long(self, part: Any, length: int, place: str) -> DataError:
+        what = "" if EVERY_PART in self.lengths else f" in {part!r}"
+        ends = self._ends(part)
+        longer = [*ends, length] if len(set(ends)) > 1 else length
+        line = longer if what == "" else f"{{{part!r}: {longer}}}"
+        return DataError(
+            f"{place} has the length {length}{what}, and the longest bucket of "
+            f"pad_to={written(self.lengths)} is {ends[-1]}. Write pad_to={line}, or "
+            "truncate=True to cut off what is too long."
+        )
+
+
+def plan_buckets(
+    order: HostArray, buckets: HostArray, batch_size: int
+) -> list[HostArray]:
+    """Returns the rows of every batch of a pass, as `Padding.in_buckets` makes them.
+
+    Args:
+      order: the rows of the pass, `int[examples]`.
+      buckets: the bucket of every row, `int[examples]`; of rows beyond, those of the
+        pass before.
+      batch_size: rows of a batch; the last ones of the buckets may be shorter.
+    """
+    found: list[tuple[int, HostArray]] = []
+    for bucket in np.unique(buckets):
+        places = np.flatnonzero(buckets[order % len(buckets)] == bucket)
+        for first in range(0, len(places), batch_size):
+            chosen = places[first : first + batch_size]
+            full = len(chosen) == batch_size
+            when = int(chosen[-1]) if full else len(order) + int(bucket)
+            found.append((when, order[chosen]))
+    return [rows for _, rows in sorted(found, key=lambda batch: batch[0])]
+
+
+def raw_of(raw: Any) -> Any:
+    """Returns a raw batch, padded or not, as a user would have it."""
+    return raw.raw if isinstance(raw, Padded) else raw
+
+
+def written(lengths: Mapping[Any, tuple[int, ...]]) -> str:
+    """Returns lengths as a user writes them in `pad_to`."""
+    texts = {
+        part: str(ends[0] if len(set(ends)) == 1 else list(ends))
+        for part, ends in lengths.items()
+    }
+    if EVERY_PART in texts:
+        return texts[EVERY_PART]
+    return "{" + ", ".join(f"{part!r}: {text}" for part, text in texts.items()) + "}"
+
+
+def _one_mask(key: str, masks: Mapping[Any, HostArray]) -> HostArray:
+    first = next(iter(masks.values()))
+    if not all(np.array_equal(first, mask) for mask in masks.values()):
+        raise DataError(
+            f"mask={key!r}, but {' and '.join(map(repr, masks))} differ in length. Say "
+            f"of which part it is: mask={{{key!r}: {next(iter(masks))!r}}}."
+        )
+    return first
+
+
+def _pad_and_stack(values: Sequence[Any], *, length: int, value: Any) -> HostArray:
+    """Returns `[len(values), length, ...]` of arrays `[any length, ...]`."""
+    arrays = [as_array(each) for each in values]
+    if not _has_axis(arrays[0], 0):
+        return stack(arrays)
+    if len({array.shape[1:] for array in arrays}) > 1:
+        shapes = ", ".join(sorted({str(array.shape) for array in arrays}))
+        raise DataError(
+            f"examples of the shapes {shapes}: only their first axis is padded, and "
+            "the others have to be alike."
+        )
+    # An empty list has no dtype of its own.
+    told = {array.dtype for array in arrays if array.size} or {arrays[0].dtype}
+    shape = (len(arrays), length, *arrays[0].shape[1:])
+    padded = _filled(shape, np.result_type(*told), value)
+    for row, array in zip(padded, arrays, strict=True):
+        row[: len(array)] = array[:length]
+    return padded
+
+
+def _filled(shape: tuple[int, ...], dtype: Any, value: Any) -> HostArray:
+    try:
+        with np.errstate(invalid="ignore"):
+            held = np.asarray(value).astype(dtype)
+        if held.ndim or held != value:
+            raise ValueError(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(
+            f"pad_value={value!r} for {np.dtype(dtype)}, which cannot hold it. Write "
+            "pad_value=0, or pad_value={part: value}."
+        ) from error
+    return np.full(shape, held, dtype)
+
+
+def _hosted(example: Any) -> Any:
+    """Returns an example on the host; one that is there is not looked through."""
+    parts = parts_of(example).values()
+    here = all(isinstance(part, np.ndarray | np.generic | int) for part in parts)
+    return example if here else as_host(example)
+
+
+def _leaves(nest: PyTree) -> list[Any]:
+    return [nest] if isinstance(nest, np.ndarray) else jax.tree.leaves(nest)
+
+
+def _has_axis(leaf: Any, axis: int) -> bool:
+    return np.ndim(leaf) > axis and leaf.dtype.kind not in "OUST"
+
+
+def _uneven(place: str, found: Mapping[Any, set[int]], ends: tuple[int, ...]) -> str:
+    text = written({EVERY_PART: ends})
+    if not found:
+        return (
+            f"{place} has nothing to pad: every part of it is a single value. Leave "
+            f"pad_to={text} out."
+        )
+    listed = ", ".join(
+        f"{part!r}: {' and '.join(map(str, sorted(one)))}"
+        for part, one in found.items()
+    )
+    return (
+        f"{place} has parts of different length, {listed}, and pad_to={text} is for "
+        "all of them. Name the parts that are to be padded: "
+        f"pad_to={{{next(iter(found))!r}: {text}}}."
+    )
+
+
+def _unpaddable(place: str, part: Any, one: set[int], parts: list[Any]) -> str:
+    if part not in parts:
+        return (
+            f"pad_to names the part {part!r}, and {place} has "
+            f"{', '.join(map(repr, parts))}. Name a key of it, or a position in a "
+            "tuple."
+        )
+    if not one:
+        return f"{part!r} of {place} has no axis to pad: leave it out of pad_to."
+    return (
+        f"{part!r} of {place} has arrays of the lengths "
+        f"{', '.join(map(str, sorted(one)))}: what is padded together has one length."
+    )

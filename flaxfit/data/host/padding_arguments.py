@@ -1,0 +1,81 @@
+"""What a user says about padding, checked and read."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from flaxfit.data.host.padding import EVERY_PART, Padding, written
+
+
+def as_padding(
+    pad_to: Any, pad_value: Any = 0, truncate: Any = False, mask: Any = None
+) -> Padding | None:
+    """Returns what the arguments of `Examples` and `Batches` ask for, or None.
+
+    Raises:
+      TypeError: an argument of another kind.
+      ValueError: lengths that cannot be, or an argument that needs `pad_to`.
+    """
+    if not isinstance(truncate, bool):
+        raise TypeError(f"truncate={truncate!r}: write True or False.")
+    if pad_to is None:
+        for name, given in (("truncate", truncate or None), ("mask", mask)):
+            if given is not None:
+                raise ValueError(
+                    f"{name}={given!r} is about rows that are padded: write "
+                    f"pad_to=[32, 64, 128], {name}={given!r}."
+                )
+        return None
+    named = pad_to if isinstance(pad_to, Mapping) else {EVERY_PART: pad_to}
+    lengths = {part: _as_lengths(given) for part, given in named.items()}
+    several = {len(ends) for ends in lengths.values() if len(ends) > 1}
+    if not lengths or len(several) > 1:
+        raise ValueError(
+            f"pad_to={pad_to!r}: the parts of an example go into one bucket together, "
+            "so give each of them a list of equally many lengths, or one length."
+        )
+    buckets = several.pop() if several else 1
+    lengths = {
+        part: ends * buckets if len(ends) == 1 else ends
+        for part, ends in lengths.items()
+    }
+    by_part = isinstance(pad_value, Mapping)
+    return Padding(
+        lengths,
+        values=dict(pad_value) if by_part else {},
+        value=0 if by_part else pad_value,
+        truncate=truncate,
+        masks=_as_masks(mask, lengths),
+    )
+
+
+def _as_lengths(given: Any) -> tuple[int, ...]:
+    several = isinstance(given, Sequence | np.ndarray) and not isinstance(given, str)
+    ends = tuple(given) if several else (given,)
+    whole = all(
+        isinstance(end, int | np.integer) and not isinstance(end, bool) for end in ends
+    )
+    if not ends or not whole or ends[0] < 1 or list(ends) != sorted(set(ends)):
+        raise ValueError(
+            f"pad_to={given!r}: expected a length of at least 1, pad_to=128, or "
+            "ascending ones, pad_to=[32, 64, 128]."
+        )
+    return tuple(map(int, ends))
+
+
+def _as_masks(mask: Any, lengths: Mapping[Any, Any]) -> dict[str, Any]:
+    if mask is None or isinstance(mask, str):
+        return {} if mask is None else {mask: None}
+    if not isinstance(mask, Mapping) or not all(isinstance(key, str) for key in mask):
+        raise TypeError(
+            f"mask={mask!r}: write the key under which the model is given the mask, "
+            'mask="attention_mask".'
+        )
+    for key, part in mask.items():
+        if part not in lengths:
+            raise ValueError(
+                f"mask={dict(mask)!r}: {part!r} is not padded. Write "
+                f"mask={{{key!r}: part}} with a part of pad_to={written(lengths)}."
+            )
+    return dict(mask)

@@ -1,0 +1,60 @@
+"""torch's tensors as NumPy arrays, which share their memory where that is possible."""
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from flaxfit._core.errors import DataError
+from flaxfit._core.lazy_types import comes_from
+from flaxfit._core.types import HostArray
+
+
+def is_tensor(value: object) -> bool:
+    """Whether a value is a tensor of torch, which is not imported."""
+    return comes_from(value, "torch", "Tensor")
+
+
+def stack_tensors(tensors: Sequence[Any]) -> HostArray | None:
+    """Returns tensors as `[len(tensors), ...]`; None where they differ in form."""
+    if any(is_tensor(each) and each.is_nested for each in tensors):
+        return None
+    first = tensors[0]
+    form = first.shape, first.dtype, first.device
+    for each in tensors:
+        if not is_tensor(each) or (each.shape, each.dtype, each.device) != form:
+            return None
+    return as_numpy(import_module("torch").stack(list(tensors)))
+
+
+def as_numpy(tensor: Any) -> HostArray:
+    """Returns a tensor as an array of its dtype, bfloat16 and float8 among them.
+
+    Args:
+      tensor: of any device, with or without gradient.
+
+    Raises:
+      DataError: a sparse or nested tensor.
+    """
+    if tensor.is_nested:
+        raise DataError(
+            "a nested tensor of torch has rows of different length, and is no array. "
+            "Write torch.nested.to_padded_tensor(x, 0.0), and weights for what is "
+            "padding."
+        )
+    if str(tensor.layout) != "torch.strided":
+        raise DataError(
+            f"a tensor of layout {tensor.layout} is sparse, and is no array. Write "
+            "x.to_dense() where the batches are made."
+        )
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
+    # NumPy has no such floats of its own, and torch does not know jax's.
+    float_type = getattr(ml_dtypes, str(tensor.dtype).removeprefix("torch."), None)
+    if float_type is None:
+        array: HostArray = tensor.numpy()
+        return array
+    torch = import_module("torch")
+    bits = torch.uint8 if tensor.element_size() == 1 else torch.int16
+    return np.asarray(tensor.view(bits).numpy()).view(float_type)

@@ -1,0 +1,230 @@
+"""Sample weights and class weights, brought to one float32 array per batch."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxfit._core.errors import DataError
+from flaxfit._core.types import Batch, HostArray, PyTree
+from flaxfit.data.host.arrays import named_leaves, spread
+
+
+def with_weights(batch: Batch, rows: int | None = None) -> Batch:
+    """Returns the batch with `float32[rows, ...]` weights, 1 where it has none.
+
+    Args:
+      batch: arrays of equal length; `weights` may be None. On a device they stay.
+      rows: that length, where it is known, or where the inputs do not have it.
+
+    Raises:
+      DataError: weights whose shape is not the leading part of every target's.
+    """
+    if batch.weights is None:
+        rows = len(jax.tree.leaves(batch)[0]) if rows is None else rows
+        return batch.replace(weights=np.ones(rows, np.float32))
+    if not isinstance(batch.weights, np.ndarray | jax.Array):
+        raise DataError(
+            f"weights are a {type(batch.weights).__name__}: give one array of shape "
+            "[rows] or [rows, ...], it counts for every output."
+        )
+    weights = batch.weights.astype(np.float32, copy=False)
+    for name, target in named_leaves(batch.replace(weights=None)):
+        if name.split("/")[0] != "y":
+            continue
+        if weights.shape != target.shape[: weights.ndim]:
+            raise DataError(
+                f"weights have shape {weights.shape}, {name} has {target.shape}: "
+                "weights hold one number per row, or one per element of the "
+                "targets' leading axes. Write weights.reshape(len(weights)) for "
+                "one per row."
+            )
+    return batch.replace(weights=weights)
+
+
+def apply_mask(
+    batch: Batch, real: PyTree, weigh: Callable[[Batch], Batch] | None = None
+) -> Batch:
+    """Returns the batch with weight 0 for the padding of its targets.
+
+    Args:
+      batch: host arrays; `weights` may be None.
+      real: `Padded.real` of the targets.
+      weigh: gives a batch weights by its targets. It is shown real targets only.
+
+    Raises:
+      DataError: some targets are padded, and others are not, or in other places.
+    """
+    masks = jax.tree.leaves(real)
+    mask = next((mask for mask in masks if mask.ndim == 2), None)
+    if mask is None:
+        return batch if weigh is None else weigh(batch)
+    if not all(np.array_equal(mask, other) for other in masks):
+        raise DataError(
+            "some of the targets are padded and others are not, or to another length, "
+            "and one array of weights counts for all of them. Pad all of them alike, "
+            "pad_to={...}, or leave padding out of the loss by a label, "
+            'Loss("softmax_cross_entropy_with_integer_labels", ignore_label=-1) and '
+            "pad_value=-1."
+        )
+    if weigh is not None:
+        shown = jax.tree.map(partial(_without_padding, mask=mask), batch.targets)
+        batch = weigh(batch.replace(targets=shown)).replace(targets=batch.targets)
+    weights = mask.astype(np.float32)
+    if batch.weights is not None:
+        given = np.asarray(batch.weights, np.float32)
+        if not given.ndim or given.shape[:2] != mask.shape[: given.ndim]:
+            return batch  # whose weights are refused where all weights are checked
+        if given.ndim == 1:
+            given = given[:, None]
+        weights = np.where(spread(mask, given.ndim), given, np.float32(0))
+    return batch.replace(weights=weights)
+
+
+def _without_padding(target: Any, mask: HostArray) -> HostArray:
+    """Returns the target with a real value of its own in place of padding."""
+    target = np.asarray(target)
+    places = np.argwhere(mask)
+    if not len(places):
+        return target
+    return np.where(spread(mask, target.ndim), target, target[tuple(places[0])])
+
+
+class ClassWeighting:
+    """Weights every example by the class of its target.
+
+    What the first targets are, one-hot rows or classes, all later ones of the source
+    have to be: a single batch can look like the other by chance.
+
+    Args:
+      class_weight: class to weight; a class that is missing weighs 1.
+
+    Raises:
+      ValueError: a key is not a class or a value not a weight.
+    """
+
+    def __init__(self, class_weight: Mapping[Any, float]) -> None:
+        self._classes, self._values = _read_class_weight(class_weight)
+        self._one_hot: bool | None = None
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Returns the batch with `float32[rows, ...]` weights.
+
+        Args:
+          batch: arrays; one target: classes `[rows, ...]`, or one-hot
+            `[rows, ..., classes]`. A target on a device is read back.
+
+        Raises:
+          ValueError: weights are given twice, there is no or more than one target,
+            or it holds no classes.
+        """
+        if batch.weights is not None and np.any(np.asarray(batch.weights) != 1):
+            raise ValueError(
+                "both class_weight and sample weights are given. Multiply them into "
+                "one: sample_weight=sample_weight * np.array([class_weight[c] for c in "
+                "y])."
+            )
+        targets = jax.tree.leaves(batch.targets)
+        if len(targets) != 1:
+            raise ValueError(
+                f"class_weight needs exactly one target, there are {len(targets)}. "
+                "Give the weights per example instead: fit(x, y, "
+                "sample_weight=weights)."
+            )
+        labels = self._labels(np.asarray(targets[0]))
+        at = np.minimum(np.searchsorted(self._classes, labels), len(self._classes) - 1)
+        weights = np.where(self._classes[at] == labels, self._values[at], np.float32(1))
+        return batch.replace(weights=weights)
+
+    def _labels(self, target: HostArray) -> HostArray:
+        """Returns the class of every example as integers `[rows, ...]`."""
+        if target.ndim > 1 and target.shape[-1] == 1:
+            target = target[..., 0]
+        elif target.ndim > 1:
+            first = self._one_hot is None
+            if first:
+                self._one_hot = _is_one_hot(target)
+            if self._one_hot:
+                if not first and not _is_one_hot(target):
+                    raise ValueError(_mixed(target))
+                return np.asarray(target.argmax(axis=-1))
+            if first:
+                _refuse_several_labels(target)
+        labels = target.astype(np.int64)
+        if np.any(labels != target):
+            raise ValueError(
+                f"class_weight needs classes, but the targets are {target.dtype} "
+                f"values such as {target[labels != target][0]}. Give the weights per "
+                "example instead: fit(x, y, sample_weight=weights)."
+            )
+        return labels
+
+
+def _read_class_weight(class_weight: Any) -> tuple[HostArray, HostArray]:
+    """Returns sorted classes `int64[n]` and their weights `float32[n]`."""
+    if not isinstance(class_weight, Mapping) or not class_weight:
+        raise ValueError(
+            f"class_weight={class_weight!r}: expected a dict from class to weight, "
+            "e.g. class_weight={0: 1.0, 1: 5.0}."
+        )
+    for key, value in class_weight.items():
+        number = isinstance(key, int | float | np.number) and not isinstance(key, bool)
+        if not number or key != int(key):
+            raise ValueError(
+                f"class_weight has the key {key!r} ({type(key).__name__}): keys are "
+                "the integer classes, e.g. class_weight={0: 1.0, 1: 5.0}."
+            )
+        if not isinstance(value, int | float | np.number) or not (
+            0 <= value < float("inf")
+        ):
+            raise ValueError(
+                f"class_weight gives class {key} the weight {value!r}: weights are "
+                "finite numbers of at least 0."
+            )
+    pairs = sorted((int(key), float(value)) for key, value in class_weight.items())
+    classes, values = zip(*pairs, strict=True)
+    return np.array(classes, np.int64), np.array(values, np.float32)
+
+
+def _refuse_several_labels(target: HostArray) -> None:
+    """Refuses `[rows, ..., n]` that is not one-hot and may not be one class each."""
+    floating = jnp.issubdtype(target.dtype, np.inexact)
+    # In pictures, 0 and 1 are two classes; in `[rows, n]` also labels of one row.
+    binary = target.ndim == 2 and target.min() >= 0 and target.max() <= 1
+    if not floating and not binary:
+        return
+    shape = list(target.shape)
+    advice = (
+        "For class probabilities write sample_weight=weights[y.argmax(-1)], for "
+        "classes y.astype('int32'), for several labels of one row "
+        if floating
+        else "If a row has several labels, or a class of 0 or 1 at every place, write "
+    )
+    raise ValueError(
+        f"class_weight needs one class per example, but the targets are {target.dtype}"
+        f"{shape} and not all rows are one-hot. {advice}"
+        "sample_weight=np.where(y == 1, 5.0, 1.0)."
+    )
+
+
+def _mixed(target: HostArray) -> str:
+    row = int(np.argwhere(~_one_hot_rows(target))[0][0])
+    return (
+        f"class_weight took the targets for one-hot, as all rows of the first batch "
+        f"were, but row {row} of {target.dtype}{list(target.shape)} is not. Leave "
+        "class_weight out, and let the data yield (x, y, weights)."
+    )
+
+
+def _is_one_hot(target: HostArray) -> bool:
+    return bool(_one_hot_rows(target).all())
+
+
+def _one_hot_rows(target: HostArray) -> HostArray:
+    """Returns which rows `[..., classes]` are a 1 among 0s, `bool[...]`."""
+    binary = ((target == 0) | (target == 1)).all(axis=-1)
+    ones: HostArray = binary & ((target == 1).sum(axis=-1) == 1)
+    return ones

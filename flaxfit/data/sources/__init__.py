@@ -1,0 +1,1 @@
+"""Sources of fixed-shape batches: in memory and streamed."""

@@ -1,0 +1,272 @@
+"""Arrays in memory (or mapped from a file) as a source of batches."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from flaxfit._core.arrays import empty_array
+from flaxfit._core.types import Batch, HostArray
+from flaxfit.data.datasets.shuffling import batches_of_pass, order_of_pass, rows_of
+from flaxfit.data.datasets.stream import NO_FACTS, Facts
+from flaxfit.data.host.arrays import named_leaves, narrow
+from flaxfit.data.host.weights import with_weights
+
+
+class ArraySource:
+    """Batches cut out of whole arrays, in order or by a seeded permutation.
+
+    Args:
+      data: all examples, host arrays `[examples, ...]` of equal length;
+        `weights` may be None, then every example weighs 1.
+      batch_size: rows of every batch. More than there are examples fills every batch
+        up, and the fill counts in batch statistics: for training cap it.
+      shuffle: whether each pass has an order of its own.
+      seed: decides the orders, together with the index of the pass.
+      check: called by `check` with all examples.
+      unused: see `Source`.
+      facts: what the data says of itself.
+
+    Attributes:
+      shuffle: whether each pass has an order of its own.
+
+    Batches are copies: steps that are still under way read them while a callback may
+    already write into the arrays they were cut from. Later batches then hold what it
+    wrote.
+    """
+
+    kind = "arrays"
+    one_shot = False
+    seeks = True
+    lends = False
+    shapes = 1
+    bookmark = None
+
+    def __init__(
+        self,
+        data: Batch,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        seed: Sequence[int] = (0,),
+        check: Callable[[Batch], None] | None = None,
+        unused: tuple[str, ...] = (),
+        facts: Facts = NO_FACTS,
+    ) -> None:
+        data = with_weights(data)
+        self.num_examples: int = len(data.weights)
+        self.num_batches: int = math.ceil(self.num_examples / batch_size)
+        self.batch_size = batch_size
+        self._weights: HostArray = data.weights
+        self._leaves, self._structure = jax.tree.flatten(data)
+        self._mapped = any(isinstance(leaf, np.memmap) for leaf in self._leaves)
+        self.shuffle = shuffle
+        self._seed = tuple(seed)
+        self.pad = True
+        self.unused = unused
+        self.facts = facts
+        self._check = check
+
+    @property
+    def example(self) -> Batch:
+        """The first rows in their given order."""
+        first = np.arange(self.batch_size)
+        rows = first % self.num_examples
+        return self._cut(np.where(first < self.num_examples, rows, ~rows))
+
+    def check(self) -> None:
+        """Checks all examples."""
+        if self._check is not None:
+            self._check(jax.tree.unflatten(self._structure, self._leaves))
+
+    def batches(
+        self, pass_index: int, start: int = 0, bookmark: Any = None
+    ) -> Iterator[Batch]:
+        """Yields the batches of one pass, the same for the same `pass_index`."""
+        del bookmark
+        for coded in self.order(pass_index)[start:]:
+            yield self._cut(coded)
+
+    def order(self, pass_index: int) -> HostArray:
+        """Returns the rows of the batches of one pass.
+
+        Returns:
+          `int64[batches, batch]`; where a batch is only filled up, at weight 0, the
+          row `r` is written as `~r`.
+        """
+        order = order_of_pass(
+            self.num_examples, pass_index, shuffle=self.shuffle, seed=self._seed
+        )
+        return batches_of_pass(order, self.batch_size)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all examples; those mapped from a file may be narrowed."""
+        return sum(leaf.nbytes for leaf in self._leaves)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether no array is mapped from a file."""
+        return not self._mapped
+
+    @property
+    def counted(self) -> HostArray | None:
+        """Which examples have any weight, `bool[examples]`; None if all have."""
+        weights = self._weights
+        counted = (weights != 0).reshape(len(weights), -1).any(axis=1)
+        return None if counted.all() else counted
+
+    def padded(self, rows: int) -> Batch:
+        """Returns a copy of all examples in arrays `[rows, ...]`; the rest is void."""
+
+        def copy(leaf: HostArray) -> HostArray:
+            wide = empty_array((rows, *leaf.shape[1:]), leaf.dtype)
+            wide[: len(leaf)] = leaf
+            return wide
+
+        data: Batch = jax.tree.unflatten(self._structure, map(copy, self._leaves))
+        return data
+
+    def stack(
+        self, first: int, count: int, capacity: int, *, own: bool
+    ) -> tuple[Batch, tuple[int, ...]]:
+        """Returns batches in the given order of the examples, in one go.
+
+        Args:
+          first: the number of the first batch.
+          count: how many batches.
+          capacity: how many there is room for; what is beyond `count` is void.
+          own: whether they must be copies, to be kept.
+
+        Returns:
+          Arrays `[capacity, batch, ...]`, and how many rows of each batch are no fill.
+        """
+        start, stop = first * self.batch_size, (first + count) * self.batch_size
+        real = min(stop, self.num_examples) - start
+        fill = np.arange(stop - start - real) % self.num_examples
+        whole = not own and count == capacity and not len(fill)
+
+        def copy(leaf: HostArray) -> HostArray:
+            shape = (capacity, self.batch_size, *leaf.shape[1:])
+            if whole and leaf.flags.c_contiguous:
+                return leaf[start:stop].reshape(shape)
+            stacked = empty_array(shape, leaf.dtype)
+            rows = stacked.reshape(-1, *leaf.shape[1:])
+            rows[:real] = leaf[start : start + real]
+            rows[real : real + len(fill)] = leaf[fill]
+            return stacked
+
+        batches: Batch = jax.tree.unflatten(self._structure, map(copy, self._leaves))
+        weights = batches.weights
+        if len(fill):
+            weights.reshape(-1, *weights.shape[2:])[real : real + len(fill)] = 0.0
+        ends = np.minimum((np.arange(count) + 1) * self.batch_size, real)
+        examples = np.diff(ends, prepend=0)
+        return batches, tuple(examples.tolist())
+
+    def _cut(self, coded: HostArray) -> Batch:
+        """Returns the batch of these rows."""
+        rows, real = rows_of(coded)
+        if not self.pad:
+            rows = rows[:real]
+        leaves = [_rows(leaf, rows, self.shuffle) for leaf in self._leaves]
+        cut: Batch = jax.tree.unflatten(self._structure, leaves)
+        if self._mapped:
+            cut = narrow(cut)
+        cut.weights[real:] = 0.0
+        return cut
+
+
+def split_validation(data: Batch, fraction: float) -> tuple[Batch, Batch]:
+    """Splits the last `fraction` of the examples off, before any shuffling.
+
+    Like Keras: the first `floor(n * (1 - fraction))` examples are for training.
+
+    Args:
+      data: all examples, host arrays `[examples, ...]`; `weights` may be None.
+      fraction: between 0 and 1, both excluded.
+
+    Returns:
+      `(train, validation)`, views of `data`.
+
+    Raises:
+      ValueError: `fraction` is out of range or leaves one side empty.
+    """
+    train = train_rows(len(jax.tree.leaves(data)[0]), fraction)
+    warn_if_sorted(
+        data,
+        "Shuffle first: order = np.random.default_rng(0).permutation(len(x)); "
+        "fit(x[order], y[order], validation_split=...)",
+    )
+    return (
+        jax.tree.map(lambda leaf: leaf[:train], data),
+        jax.tree.map(lambda leaf: leaf[train:], data),
+    )
+
+
+def train_rows(total: int, fraction: float) -> int:
+    """Returns how many of `total` examples are for training: `floor(n * (1 - f))`.
+
+    Raises:
+      ValueError: `fraction` is out of range or leaves one side empty.
+    """
+    real = isinstance(fraction, float | int | np.floating)
+    real = real and not isinstance(fraction, bool)
+    if not real or not 0 < fraction < 1:
+        raise ValueError(
+            f"validation_split={fraction!r}: expected a fraction between 0 and 1, "
+            "e.g. validation_split=0.1. To validate on data of its own write "
+            "validation_data=(x_val, y_val)."
+        )
+    train = math.floor(total * (1 - fraction))
+    if not 0 < train < total:
+        raise ValueError(
+            f"validation_split={fraction!r} of {total} examples leaves {train} to "
+            f"train on and {total - train} to validate on: both need at least one. "
+            "Pass more examples, another fraction, or validation_data=(x_val, y_val)."
+        )
+    return train
+
+
+def warn_if_sorted(data: Batch, advice: str) -> None:
+    """Warns where the targets are classes in their order.
+
+    Args:
+      data: NumPy arrays.
+      advice: what to write to shuffle such data.
+    """
+    for name, leaf in named_leaves(data.replace(weights=None)):
+        labels = leaf.reshape(-1) if leaf.size == len(leaf) else leaf
+        if (
+            name.split("/")[0] != "y"
+            or labels.ndim > 1
+            or labels.dtype.kind not in "iub"
+        ):
+            continue
+        # Compared, not subtracted: unsigned labels would wrap around.
+        ascending = bool(np.all(labels[1:] >= labels[:-1]))
+        descending = bool(np.all(labels[1:] <= labels[:-1]))
+        if ascending != descending:
+            warnings.warn(
+                f"validation_split takes the last examples, and {name} is sorted: "
+                f"training and validation see different classes. {advice}",
+                UserWarning,
+                stacklevel=3,
+            )
+            return
+
+
+def _rows(leaf: HostArray, rows: HostArray, shuffled: bool) -> HostArray:
+    """Returns a copy of these rows."""
+    leaf = np.asarray(leaf)
+    first, last = int(rows[0]), int(rows[-1])
+    if not shuffled and last - first == len(rows) - 1:
+        return leaf[first : last + 1].copy()
+    # take() copies row by row, twice as fast as an index where rows are long, but
+    # would first copy all of an array that is not contiguous.
+    if leaf.ndim == 1 or not leaf.flags.c_contiguous:
+        return leaf[rows]
+    return leaf.take(rows, axis=0)

@@ -1,0 +1,93 @@
+"""How the raw batches of a stream become batches, learned from one of them.
+
+Nearly all that is found out about a batch is the same for the next. Of one with the
+same nesting, dtypes and shapes of rows, little is left to do.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from flaxfit._core.errors import DataError
+from flaxfit._core.types import Batch
+from flaxfit.data.host.arrays import as_dtype, native
+
+
+class _Part(NamedTuple):
+    """An array of a batch: the place of the raw one that it is, and its dtype."""
+
+    place: int
+    dtype: np.dtype[Any]
+
+
+class Recipe(NamedTuple):
+    """How a raw batch is made a batch, if it is like the one this was learned from.
+
+    Attributes:
+      nesting: that of the raw batch.
+      kinds: axes, shape of a row and dtype of every raw array.
+      parts: the arrays of the batch.
+      batch: the nesting of the batch without weights.
+    """
+
+    nesting: Any
+    kinds: tuple[tuple[int, tuple[int, ...], np.dtype[Any]], ...]
+    parts: tuple[_Part, ...]
+    batch: Any
+
+    def make(self, raw: Any) -> Batch | None:
+        """Returns the batch, with weights of 1; it may share the memory of `raw`.
+
+        None for a raw batch that is not alike, or not right.
+        """
+        leaves, nesting = jax.tree.flatten(raw)
+        if nesting != self.nesting:
+            return None
+        rows = None
+        for leaf, (axes, row, dtype) in zip(leaves, self.kinds, strict=True):
+            if type(leaf) is not np.ndarray or leaf.dtype != dtype:
+                return None
+            if leaf.ndim != axes or leaf.shape[1:] != row:
+                return None
+            rows = leaf.shape[0] if rows is None else rows
+            if leaf.shape[0] != rows:
+                return None
+        if not rows:
+            return None
+        try:
+            converted = [as_dtype("", leaves[place], to) for place, to in self.parts]
+        except DataError:
+            return None
+        batch: Batch = jax.tree.unflatten(self.batch, converted)
+        return Batch(batch.inputs, batch.targets, np.ones(rows, np.float32))
+
+
+def learn(raw: Any, read: Callable[[Any], Batch]) -> Recipe | None:
+    """Learns from a raw batch how those like it are read.
+
+    Args:
+      raw: a batch that was found right.
+      read: raw batch -> `Batch`, by structure and names alone.
+
+    Returns:
+      The recipe; None where `read` does more than to arrange NumPy arrays, or there
+      are weights, whose values are checked.
+    """
+    leaves, nesting = jax.tree.flatten(raw)
+    if not all(type(leaf) is np.ndarray and leaf.ndim for leaf in leaves):
+        return None
+    given = read(raw)
+    arranged, batch = jax.tree.flatten(given)
+    places = {id(leaf): place for place, leaf in enumerate(leaves)}
+    if len(places) < len(leaves):
+        return None  # one array in two places, which need not be so in the next batch
+    if given.weights is not None or any(id(leaf) not in places for leaf in arranged):
+        return None
+    return Recipe(
+        nesting,
+        tuple((leaf.ndim, leaf.shape[1:], leaf.dtype) for leaf in leaves),
+        tuple(_Part(places[id(leaf)], native(leaf.dtype)) for leaf in arranged),
+        batch,
+    )

@@ -1,0 +1,158 @@
+"""Where a fit stands in its data, and how to get there again."""
+
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from itertools import count, islice
+from typing import Any, NamedTuple
+
+from flaxfit._core.types import Batch
+from flaxfit.data.sources.base import Source
+
+_MOST_BOOKMARKS = 512
+
+
+class Position(NamedTuple):
+    """Where a fit stands in its data.
+
+    Attributes:
+      epoch: the epochs of the fit that are over.
+      batch: the batches of the epoch under way that were trained on.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+
+    def in_passes(self, steps: int | None, length: int | None) -> tuple[int, int]:
+        """Returns the pass over the data, and the batch of it to go on with.
+
+        Args:
+          steps: batches of an epoch that does not go by passes, else None.
+          length: batches of a pass, None if that is unknown.
+        """
+        if steps is None:
+            return self.epoch, self.batch
+        return divmod(self.epoch * steps + self.batch, length or sys.maxsize)
+
+
+class Bookmarks:
+    """Where an iterator that has a state of its own stood, at positions of a fit.
+
+    The data is read ahead of the steps in another thread, so its state now is not that
+    of the last batch trained on. States are noted now and then: from one of them on,
+    the batches up to a position are read again, and left out.
+
+    Args:
+      source: the data.
+      saved: what `at` returned in an earlier process.
+    """
+
+    def __init__(self, source: Source, saved: Mapping[str, Any] | None = None) -> None:
+        self._source = source
+        self._lock = threading.Lock()
+        self._latest: Mapping[str, Any] | None = None
+        self._marks: list[tuple[Position, Mapping[str, Any]]] = []
+        if saved is not None:
+            self._marks.append((Position(saved["epoch"], saved["batch"]), saved))
+
+    def note(self, position: Position) -> None:
+        """Notes where the source stands; called after each batch, as it is read."""
+        mark = self._source.bookmark
+        if mark is None or mark is self._latest:
+            return
+        self._latest = mark
+        with self._lock:
+            self._marks.append((position, mark))
+            if len(self._marks) > _MOST_BOOKMARKS:
+                # Those in the past are seldom needed: it only is further from there.
+                del self._marks[1 : _MOST_BOOKMARKS // 2 : 2]
+
+    def leave_out(self) -> None:
+        """Takes no note of where the source stands: it is at no position of the fit."""
+        self._latest = self._source.bookmark
+
+    def begin(self, position: Position) -> dict[str, Any] | None:
+        """Returns `at(position)`, from where the data is read again.
+
+        What was noted beyond it, by a reading ahead that is over, is forgotten.
+        """
+        with self._lock:
+            self._marks = [mark for mark in self._marks if mark[0] <= position]
+        return self.at(position)
+
+    def at(self, position: Position) -> dict[str, Any] | None:
+        """Returns the last bookmark up to a position, None where there is none.
+
+        Those before it are forgotten: a fit does not go back beyond a checkpoint.
+        """
+        with self._lock:
+            past = sum(where <= position for where, _ in self._marks)
+            if not past:
+                return None
+            del self._marks[: past - 1]
+            where, mark = self._marks[0]
+        return {**mark, "epoch": where.epoch, "batch": where.batch}
+
+
+def epochs_of(
+    source: Source,
+    steps: int | None,
+    position: Position,
+    bookmarks: Bookmarks | None = None,
+) -> Iterator[Iterator[Batch]]:
+    """Yields the batches of each epoch: a pass each, or `steps` of endless passes.
+
+    Args:
+      source: the data.
+      steps: batches of an epoch, from endless passes; None for one pass.
+      position: where to begin.
+      bookmarks: how to get there, and where to note how to get there again.
+    """
+    bookmarks = bookmarks or Bookmarks(source)
+    mark = bookmarks.begin(position)
+    if steps is None:
+        if mark is not None and mark["epoch"] != position.epoch:
+            mark = None  # a pass begins, as any other
+        batches = source.batches(position.epoch, position.batch, mark)
+        yield _noting(batches, bookmarks, position)
+        for index in count(position.epoch + 1):
+            yield _noting(source.batches(index), bookmarks, Position(index))
+        return
+    first, start, skipped = _way(source, steps, position, mark)
+    endless = (
+        batch
+        for index in count(first)
+        for batch in (
+            source.batches(index, start, mark)
+            if index == first
+            else source.batches(index)
+        )
+    )
+    for _ in islice(endless, skipped):
+        bookmarks.leave_out()
+    yield _noting(islice(endless, steps - position.batch), bookmarks, position)
+    for index in count(position.epoch + 1):
+        yield _noting(islice(endless, steps), bookmarks, Position(index))
+
+
+def _way(
+    source: Source, steps: int, position: Position, mark: Mapping[str, Any] | None
+) -> tuple[int, int, int]:
+    """Returns the pass to begin with, its first batch, and how many to leave out."""
+    if mark is not None:
+        since = (position.epoch - mark["epoch"]) * steps
+        return mark["pass"], mark["number"], since + position.batch - mark["batch"]
+    first, start = position.in_passes(steps, source.num_batches)
+    # Only reading tells where a pass of unknown length ends; an iterator has but one.
+    if source.num_batches is None and not source.one_shot:
+        return first, 0, start
+    return first, start, 0
+
+
+def _noting(
+    batches: Iterator[Batch], bookmarks: Bookmarks, position: Position
+) -> Iterator[Batch]:
+    """Yields the batches of an epoch, the first of them after `position`."""
+    for number, batch in enumerate(batches, position.batch + 1):
+        bookmarks.note(Position(position.epoch, number))
+        yield batch

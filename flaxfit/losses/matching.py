@@ -1,0 +1,269 @@
+"""Which loss goes with which output: what was asked for, or the rules of "auto".
+
+Reads nestings, shapes and dtypes only; nothing is traced here.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from flaxfit._core.errors import DetectionError, did_you_mean
+from flaxfit._core.types import PyTree
+from flaxfit.losses.catalog import loss_names
+from flaxfit.losses.loss import Loss
+from flaxfit.losses.target_checks import describe, is_array, is_integer
+
+Path: TypeAlias = tuple[str | int, ...]
+"""Where an output is in the model's nesting: `()`, `("name",)`, `(0,)`."""
+
+LossSpec: TypeAlias = (
+    str | Callable[..., Any] | Loss | Mapping[Any, Any] | Sequence[Any] | None
+)
+"""What a user gives as a loss: one, or a dict or list of them, one per output."""
+
+
+def pick(tree: PyTree, path: Path) -> PyTree:
+    """Returns the output at `path`."""
+    for key in path:
+        tree = children(tree)[key]
+    return tree
+
+
+def pick_targets(targets: PyTree, path: Path) -> PyTree:
+    """Returns the targets of the output at `path`; one array serves all outputs.
+
+    Raises:
+      ValueError: targets in a nesting without such an entry.
+    """
+    below = targets
+    for key in path:
+        entries = children(below)
+        if not entries:
+            break
+        if key not in entries:
+            raise ValueError(
+                f"There are no targets{where(path)}: the targets are "
+                f"{describe(targets)}. Nest the targets like the outputs."
+            )
+        below = entries[key]
+    return below
+
+
+def children(tree: PyTree) -> dict[str | int, PyTree]:
+    """Returns the entries of a nesting by key; `{}` for an array.
+
+    A dict's keys are its own; those of a NamedTuple or of a dataclass that jax knows
+    are its fields' names; those of a tuple or list are positions.
+    """
+    if isinstance(tree, Mapping):
+        return dict(tree)
+    if isinstance(tree, tuple | list) and not hasattr(tree, "_fields"):
+        return dict(enumerate(tree))
+    nodes, _ = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda node: node is not tree
+    )
+    named = jax.tree_util.GetAttrKey
+    return {
+        path[0].name: node
+        for path, node in nodes
+        if path and isinstance(path[0], named)
+    }
+
+
+def is_named(tree: PyTree) -> bool:
+    """Returns whether the entries of a nesting have names, as a dict's do."""
+    positional = isinstance(tree, tuple | list) and not hasattr(tree, "_fields")
+    return isinstance(tree, Mapping) or (not positional and bool(children(tree)))
+
+
+def main_output(outputs: PyTree, targets: PyTree) -> Path | None:
+    """Returns where the one array is that a single array of targets belongs to.
+
+    That is the output itself, its only entry, or the entry `"logits"` of a dict;
+    None if it cannot be told.
+    """
+    if is_array(outputs):
+        return ()
+    entries = children(outputs)
+    if not is_array(targets):
+        return None
+    key = "logits" if "logits" in entries else next(iter(entries), None)
+    if key is None or (len(entries) > 1 and key != "logits"):
+        return None
+    below = main_output(entries[key], targets)
+    return None if below is None else (key, *below)
+
+
+def where(path: Path) -> str:
+    """Returns `""` or `" of output 'a'"`, to be put into messages."""
+    return f" of output {'/'.join(map(str, path))!r}" if path else ""
+
+
+def pair_losses(
+    spec: LossSpec, outputs: PyTree, targets: PyTree, path: Path = ()
+) -> Iterator[tuple[Path, Loss]]:
+    """Yields an output's path and its loss, for every output with a loss.
+
+    Args:
+      spec: what was asked for.
+      outputs: shapes and dtypes of the outputs below `path`.
+      targets: shapes and dtypes of their targets.
+      path: the way down to here.
+
+    Raises:
+      DetectionError: "auto" and no rule fits.
+      ValueError: names, keys or lengths that do not fit.
+    """
+    if spec is None:
+        return
+    if isinstance(spec, Mapping | list | tuple):
+        entries, wanted = children(outputs), children(spec)
+        _check_keys(spec, outputs, path)
+        for key in [key for key in entries if wanted.get(key) is not None]:
+            below = _targets_below(outputs, targets, key, path)
+            yield from pair_losses(wanted[key], entries[key], below, (*path, key))
+    elif isinstance(spec, str) and spec == "auto":
+        yield from _auto(outputs, targets, path)
+    else:
+        one: Any = spec
+        loss = one if isinstance(one, Loss) else Loss(one)
+        yield from _spread(loss, outputs, targets, path)
+
+
+def _spread(
+    loss: Loss, outputs: PyTree, targets: PyTree, path: Path
+) -> Iterator[tuple[Path, Loss]]:
+    if targets is None and loss.kind != "custom":
+        raise ValueError(_no_targets(loss.name))
+    main = main_output(outputs, targets)
+    if loss.kind == "custom":
+        # A function of the user's own may want all outputs at once, as a VAE does.
+        yield path, loss
+    elif main is not None:
+        yield (*path, *main), loss
+    else:
+        for key, below in children(outputs).items():
+            chosen = _targets_below(outputs, targets, key, path)
+            yield from _spread(loss, below, chosen, (*path, key))
+
+
+def _auto(outputs: PyTree, targets: PyTree, path: Path) -> Iterator[tuple[Path, Loss]]:
+    if targets is None:
+        raise DetectionError(_no_targets("auto"))
+    main = main_output(outputs, targets)
+    if main is not None and is_array(targets):
+        yield (*path, *main), _auto_loss(pick(outputs, main), targets, (*path, *main))
+    elif _same_keys(outputs, targets):
+        for key, below in children(outputs).items():
+            yield from _auto(below, pick(targets, (key,)), (*path, key))
+    else:
+        raise DetectionError(_no_rule(outputs, targets, path))
+
+
+def _auto_loss(outputs: Any, targets: Any, path: Path) -> Loss:
+    shape, labels = tuple(outputs.shape), tuple(targets.shape)
+    near = (shape, (*shape, 1), shape[:-1] if shape[-1:] == (1,) else shape)
+    if jnp.issubdtype(outputs.dtype, jnp.complexfloating):
+        if labels == shape:
+            return Loss("squared_error")
+    elif is_integer(targets):
+        # Shapes off by an axis of 1 get their loss, and then its own message.
+        if (len(shape) == 1 or shape[-1] == 1) and labels in near:
+            return Loss("sigmoid_binary_cross_entropy")
+        if shape and labels in (shape[:-1], (*shape[:-1], 1)):
+            return Loss("softmax_cross_entropy_with_integer_labels")
+    elif jnp.issubdtype(targets.dtype, jnp.floating) and labels in near:
+        return Loss("squared_error")
+    raise DetectionError(_no_rule(outputs, targets, path))
+
+
+def _no_rule(outputs: PyTree, targets: PyTree, path: Path) -> str:
+    advice = ""
+    keys = children(outputs)
+    if is_named(outputs) and children(targets):
+        advice = " Nest the targets like the outputs, in a dict by their names."
+    elif not is_array(outputs) and not keys:
+        advice = " Let the model return an array, or a dict or tuple of arrays."
+    elif not is_array(outputs):
+        if is_named(outputs):
+            parts = ", ".join(f"{k!r}: None" for k in list(keys)[1:])
+            example = f"{{{next(iter(keys), 'name')!r}: 'auto', {parts}}}"
+        else:
+            example = f"[{', '.join([repr('auto')] + ['None'] * (len(keys) - 1))}]"
+        advice = f" Say which output has a loss: loss={example}."
+    elif is_array(targets) and tuple(targets.shape) == tuple(outputs.shape[:-1]):
+        advice = " For labels of classes write y.astype('int32')."
+    elif is_array(targets) and tuple(targets.shape) == tuple(outputs.shape):
+        advice = (
+            " For one-hot labels write loss='softmax_cross_entropy', for several "
+            "labels per example 'sigmoid_binary_cross_entropy'."
+        )
+    return (
+        f"loss='auto' finds no loss{where(path)} for outputs {describe(outputs)} and "
+        f"targets {describe(targets)}.{advice} Or choose one: Trainer(model, "
+        f"loss=...) takes a function (outputs, targets) -> float[batch], or a name: "
+        f"{', '.join(loss_names())}."
+    )
+
+
+def _no_targets(name: str) -> str:
+    return (
+        f"There are no targets for loss={name!r}: pass fit(x, y) or a dataset of "
+        "(x, y), or Trainer(model, loss=None) for a model that sows its losses, or a "
+        "function (outputs, targets) that needs no targets."
+    )
+
+
+def _same_keys(a: PyTree, b: PyTree) -> bool:
+    alike = is_named(a) == is_named(b)
+    return alike and bool(children(a)) and set(children(a)) == set(children(b))
+
+
+def _targets_below(outputs: PyTree, targets: PyTree, key: str | int, path: Path) -> Any:
+    if targets is None or is_array(targets):
+        return targets
+    if is_named(outputs) != is_named(targets) or key not in children(targets):
+        raise ValueError(
+            f"There are no targets{where((*path, key))}: the outputs are "
+            f"{describe(outputs)}, the targets {describe(targets)}. Nest the targets "
+            "like the outputs, or give that output the loss None."
+        )
+    return pick(targets, (key,))
+
+
+def _check_keys(spec: Any, outputs: PyTree, path: Path) -> None:
+    entries = children(outputs)
+    if is_array(outputs) or is_named(spec) != is_named(outputs):
+        form = (
+            "one array: give one loss, loss='auto'"
+            if is_array(outputs)
+            else f"a {type(outputs).__name__} of {list(entries)}: nest the losses alike"
+        )
+        raise ValueError(
+            f"The losses are a {type(spec).__name__}, but what the model "
+            f"returns{where(path)} is {form}."
+        )
+    if is_named(spec):
+        check_known(children(spec), entries, "loss")
+    elif len(spec) != len(entries):
+        raise ValueError(
+            f"{len(spec)} losses for {len(entries)} outputs{where(path)}; give one per "
+            "output, None for an output without a loss."
+        )
+
+
+def check_known(given: Iterable[Any], entries: Mapping[Any, Any], what: str) -> None:
+    """Checks that every key of a dict of losses or weights is an output's.
+
+    Raises:
+      ValueError: with the nearest names.
+    """
+    for key in given:
+        if key not in entries:
+            near = did_you_mean(str(key), [str(k) for k in entries])
+            raise ValueError(
+                f"There is no output {key!r} for this {what}.{near} The outputs are "
+                f"{list(entries)}."
+            )

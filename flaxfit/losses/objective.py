@@ -1,0 +1,336 @@
+"""The loss over all outputs of a model: pairs outputs, targets and losses up.
+
+What a single loss is, `losses` knows; nothing here reads data but `check_targets`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxfit._core.tree_specs import shapes_of
+from flaxfit._core.types import Array, Average, PyTree
+from flaxfit.losses.loss import Loss
+from flaxfit.losses.matching import (
+    LossSpec,
+    Path,
+    check_known,
+    children,
+    pair_losses,
+    pick,
+    pick_targets,
+    where,
+)
+from flaxfit.losses.target_checks import (
+    check_shapes,
+    check_values,
+    describe,
+    is_array,
+    pairs_rows,
+)
+
+
+class Term(NamedTuple):
+    """One loss in the sum.
+
+    Attributes:
+      path: the output it takes.
+      loss: the loss.
+      scale: its factor in the sum.
+      scalar_loss: whether it gives one number for a whole batch.
+    """
+
+    path: Path
+    loss: Loss
+    scale: float
+    scalar_loss: bool = False
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What training minimizes: a sum of losses, each of one output.
+
+    Attributes:
+      terms: the losses in the order of the outputs; none if only sown losses count.
+    """
+
+    terms: tuple[Term, ...]
+
+    @property
+    def single(self) -> bool:
+        """Whether there is exactly one term, which then needs no name."""
+        return len(self.terms) == 1
+
+    @property
+    def scalar_loss(self) -> bool:
+        """Whether any term gives one number for a whole batch."""
+        return any(term.scalar_loss for term in self.terms)
+
+    @property
+    def name(self) -> str:
+        """The losses' names for display, e.g. `"a: squared_error + 0.5 b: ..."`."""
+        if self.single:
+            return self.terms[0].loss.name
+        texts = (
+            f"{'' if term.scale == 1 else f'{term.scale:g} '}"
+            f"{path_name(term.path)}: {term.loss.name}"
+            for term in self.terms
+        )
+        return " + ".join(texts) or "none"
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """The terms' factors, under the names `term_averages` gives them."""
+        return {self._term_name(term.path): term.scale for term in self.terms}
+
+    @property
+    def log_names(self) -> tuple[str, ...]:
+        """What the terms are logged under beside `loss`: `("a_loss", ...)`."""
+        if self.single:
+            return ()
+        return tuple(f"{path_name(term.path)}_loss" for term in self.terms)
+
+    def loss_at(self, path: Path) -> Loss | None:
+        """Returns the loss of the output at `path`, if it has one."""
+        return next((term.loss for term in self.terms if term.path == path), None)
+
+    def loss_around(self, path: Path) -> Loss | None:
+        """Returns the loss of the output at `path`, or of the nesting it is in."""
+        around = [term for term in self.terms if term.path == path[: len(term.path)]]
+        return max(around, key=lambda term: len(term.path)).loss if around else None
+
+    def objective_weights(self, path: Path, targets: PyTree, weights: Array) -> Array:
+        """Returns `weights` for the output at `path`, 0 where its loss ignores.
+
+        Args:
+          path: the output's place.
+          targets: the whole nesting of targets.
+          weights: `float32[batch]` up to `float32[batch, ...]`.
+        """
+        loss = self.loss_at(path)
+        if loss is None:
+            return weights
+        return loss.weights(pick_targets(targets, path), weights)
+
+    def term_averages(
+        self, outputs: PyTree, targets: PyTree, weights: Array
+    ) -> dict[str, Average]:
+        """Returns the mean loss of every term, without its scale.
+
+        Args:
+          outputs: what the model returned.
+          targets: their targets.
+          weights: `float32[batch]` up to `float32[batch, ...]`. A term with
+            `scalar_loss` counts rows, so weights must be 1 then.
+
+        Returns:
+          By the output's name, or `""` if there is a single term.
+
+        Raises:
+          ValueError: weights have more axes than the values of a loss.
+        """
+        averages = {}
+        for path, loss, _, scalar_loss in self.terms:
+            chosen = pick_targets(targets, path)
+            values = loss.values(pick(outputs, path), chosen)
+            name = self._term_name(path)
+            if scalar_loss:
+                rows = jnp.full(1, weights.shape[0], jnp.float32)
+                averages[name] = Average.of(values.reshape(1), rows)
+            else:
+                spread = loss.weights(chosen, weights)
+                check_weights(values.shape, spread.shape, f"the loss {loss.name}")
+                averages[name] = Average.of(values, spread)
+        return averages
+
+    def _term_name(self, path: Path) -> str:
+        return "" if self.single else path_name(path)
+
+
+def path_name(path: Path) -> str:
+    """Returns the name of an output: `"logits"`, `"0"`."""
+    return "_".join(map(str, path))
+
+
+def check_weights(values: Sequence[int], weights: Sequence[int], what: str) -> None:
+    """Checks that weights of one shape can be spread over values of another.
+
+    Raises:
+      ValueError: weights have an axis that the values have not.
+    """
+    if len(weights) > len(values):
+        raise ValueError(
+            f"Weights of shape {list(weights)} do not fit {what}, whose values have "
+            f"shape {list(values)}: give one weight for each of them, e.g. "
+            "sample_weight.mean(-1), or a function that returns one value per weight."
+        )
+
+
+def resolve_objective(
+    loss: LossSpec,
+    loss_weights: float | Mapping[Any, Any] | Sequence[Any] | None,
+    outputs: PyTree,
+    targets: PyTree,
+    rows: int,
+) -> Objective:
+    """Pairs the losses asked for with the outputs of a model.
+
+    A function of the user's own takes the whole outputs and targets as they are; a
+    name takes one array, and of several outputs each.
+
+    Args:
+      loss: "auto", a name, a function, a `Loss`, a dict or list of these, one per
+        output (None for an output without a loss), or None: sown losses only.
+      loss_weights: a factor per loss, nested as the losses are.
+      outputs: the shapes and dtypes of what the model returns.
+      targets: the shapes and dtypes of the targets, or None.
+      rows: the number of examples in the batch they are of.
+
+    Returns:
+      The terms, each checked against the shapes.
+
+    Raises:
+      DetectionError: "auto" and no rule fits.
+      ValueError: an unknown name or output, shapes that do not fit, or outputs whose
+        losses would share a name in the logs.
+      TypeError: a loss weight that is no number, a function that takes
+        `(targets, outputs)`.
+    """
+    # NumPy's numbers are numbers too, and so is what jax makes of them.
+    loss_weights = jax.tree.map(
+        lambda x: np.asarray(x).tolist() if is_array(x) else x, loss_weights
+    )
+    pairs = list(pair_losses(loss, outputs, targets))
+    if loss is not None and not pairs:
+        raise ValueError(
+            f"loss={loss!r} has no loss for any output; name one, or write loss=None "
+            "for a model that sows its losses."
+        )
+    _check_scales(loss_weights, outputs, [path for path, _ in pairs])
+    terms = []
+    for path, one in pairs:
+        chosen = pick(outputs, path), pick_targets(targets, path)
+        check_shapes(one, *chosen, where(path))
+        scalar_loss = _is_scalar(one, *chosen, where(path), rows)
+        terms.append(Term(path, one, _scale(loss_weights, path), scalar_loss))
+    objective = Objective(tuple(terms))
+    _check_log_names(objective.log_names)
+    return objective
+
+
+def check_targets(
+    objective: Objective, outputs: PyTree, targets: PyTree, weights: Any = None
+) -> None:
+    """Checks the values of targets on the host: range of labels, NaN.
+
+    Args:
+      objective: the losses that take them.
+      outputs: the model's outputs, or their shapes.
+      targets: arrays, on the host or a device.
+      weights: `float[batch, ...]`, or None where all count alike.
+
+    Raises:
+      DataError: what was found, at which row, and what to write.
+    """
+    for path, loss, _, _ in objective.terms:
+        chosen = pick_targets(targets, path)
+        if loss.kind != "custom":
+            check_values(loss, pick(outputs, path), chosen, where(path), weights)
+
+
+def _check_log_names(names: Sequence[str]) -> None:
+    for name in names:
+        if name.startswith("val_"):
+            problem = "which is the name of a value of validation data"
+        elif names.count(name) > 1:
+            problem = "as would the loss of another one"
+        else:
+            continue
+        output = name.removesuffix("_loss")
+        raise ValueError(
+            f"The loss of output {output!r} would be logged as {name!r}, {problem}; "
+            "give the output another name in the model, e.g. "
+            f"'my_{output}'."
+        )
+
+
+def _check_scales(loss_weights: Any, outputs: PyTree, paths: list[Path]) -> None:
+    if loss_weights is None or isinstance(loss_weights, int | float):
+        if loss_weights is not None and len(paths) > 1:
+            raise ValueError(
+                f"loss_weights={loss_weights} is one number for several outputs; "
+                "write loss_weights={'name': 0.5} or a list."
+            )
+        return
+    entries = children(outputs)
+    if paths == [()]:
+        raise ValueError(
+            f"loss_weights={loss_weights} for a single loss; write one number, or "
+            "loss={'name': ...} with a loss per output."
+        )
+    if isinstance(loss_weights, Mapping):
+        check_known(loss_weights, entries, "loss weight")
+    elif len(loss_weights) != len(entries):
+        raise ValueError(
+            f"{len(loss_weights)} loss_weights for {len(entries)} outputs; give one "
+            "number per output."
+        )
+
+
+def _scale(loss_weights: Any, path: Path) -> float:
+    if loss_weights is None or isinstance(loss_weights, int | float):
+        return 1.0 if loss_weights is None else float(loss_weights)
+    if not path:
+        raise TypeError(
+            f"loss_weights holds {loss_weights!r} for one loss; write a number, e.g. "
+            "loss_weights={'name': 0.5}."
+        )
+    factor = children(loss_weights).get(path[0])
+    return _scale(factor, path[1:])
+
+
+def _is_scalar(
+    loss: Loss, outputs: PyTree, targets: PyTree, place: str, rows: int
+) -> bool:
+    """Traces the loss abstractly and returns whether it gives a single number."""
+    structs = shapes_of((outputs, targets))
+    if loss.ignore_label is not None and not is_array(targets):
+        raise ValueError(
+            f"ignore_label of {loss.name}{place} needs one array of targets, not "
+            f"{describe(targets)}; leave targets out in the function instead."
+        )
+    try:
+        values = jax.eval_shape(loss.values, *structs)
+    except Exception as err:
+        err.add_note(
+            f"while tracing the loss {loss.name}{place} with outputs "
+            f"{describe(outputs)} and targets {describe(targets)}"
+        )
+        raise
+    what = f"The loss {loss.name}{place}"
+    if not is_array(values) or not jnp.issubdtype(values.dtype, jnp.floating):
+        raise ValueError(
+            f"{what} returned {describe(values)}; return real numbers, "
+            "float[batch, ...], one per example."
+        )
+    if values.shape and values.shape[0] != rows:
+        raise ValueError(
+            f"{what} returned shape {list(values.shape)} for a batch of {rows}; return "
+            "one value per example, float[batch], e.g. by .mean(axis=-1)."
+        )
+    if loss.ignore_label is not None and targets.ndim > len(values.shape):
+        raise ValueError(
+            f"{what} returned shape {list(values.shape)} for targets "
+            f"{describe(targets)}; with ignore_label it must give one value per target."
+        )
+    if loss.kind == "custom" and pairs_rows(loss.values, structs, values):
+        raise ValueError(
+            f"{what} returned shape {list(values.shape)} for outputs "
+            f"{describe(outputs)} and targets {describe(targets)}: it compares every "
+            "output with every target of the batch. Give both one shape, e.g. "
+            "y[:, None] or outputs[:, 0], and return one value per example."
+        )
+    return not values.shape

@@ -1,0 +1,1 @@
+"""Streaming metrics by name, function or object of clu and metrax."""

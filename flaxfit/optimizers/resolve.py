@@ -1,0 +1,339 @@
+"""Optimizers: names, factories and optax objects become one transformation.
+
+Nothing here computes an update: every option is optax's own code. What is added is
+that the learning rate can be read, and that each optimizer fits one compiled loop.
+"""
+
+import functools
+import inspect
+import math
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+import optax.contrib
+
+from flaxfit._core.errors import did_you_mean
+from flaxfit._core.types import Array, PyTree
+from flaxfit.optimizers import transforms as _transforms
+
+UNKNOWN_TOTAL_STEPS = (
+    "learning_rate is a function of total_steps, and the number of steps is not known "
+    "before the data ends. Pass steps_per_epoch= to fit, or a schedule of the step "
+    "count."
+)
+_DEFAULT_RATE = 1e-3
+_RATE = "learning_rate"
+# Without a rate optax's adadelta climbs; 1 is the paper's (arXiv:1212.5701).
+_OWN_RATES = MappingProxyType({"adadelta": 1.0})
+
+
+class Optimizer(NamedTuple):
+    """An optimizer, ready for a step.
+
+    Attributes:
+      name: what to call it in the display.
+      tx: takes `update(grads, opt_state, params, value=..., grad=..., value_fn=...,
+        grad_fn=...)` whether or not the optimizer needs them. The state that comes
+        back has the dtypes and weak types of the state that went in.
+      learning_rate: `opt_state -> scalar`, the rate last used, or None where the
+        state holds none. Of several, the first in the state's order.
+      evaluation_params: `(opt_state, params) -> params` to evaluate with; other
+        ones than `params` only for `optax.contrib.schedule_free`.
+    """
+
+    name: str
+    tx: _transforms.Tx
+    learning_rate: Callable[[PyTree], Array | None]
+    evaluation_params: Callable[[PyTree, PyTree], PyTree]
+
+
+def resolve_optimizer(
+    optimizer: Any,
+    learning_rate: Any,
+    total_steps: int | None,
+    *,
+    weight_decay: float | None = None,
+    clip_norm: float | None = None,
+    accumulate_steps: int | None = None,
+    freeze: str | Sequence[str] | None = None,
+) -> Optimizer:
+    """Finds and builds an optimizer.
+
+    Args:
+      optimizer: a name in `optax` or `optax.contrib`, in any case; a function that
+        takes `learning_rate`, such as `optax.adamw` or a `functools.partial` of it;
+        or a finished `optax.GradientTransformation`.
+      learning_rate: a positive float; a schedule `count -> rate`; a function of
+        `total_steps`, known by the name of its parameter, that returns either; or
+        None for the optimizer's own default, else 0.001.
+      total_steps: the length of the training in steps (batches), if it is known.
+      weight_decay: given to the optimizer under that name.
+      clip_norm: the largest global norm of the gradient, as in
+        `optax.clip_by_global_norm`.
+      accumulate_steps: the number of batches whose gradients make one update, as in
+        `optax.MultiSteps`. Schedules count updates, and `total_steps` is divided.
+      freeze: patterns of parameter paths that are not trained: `"encoder"` or
+        `"encoder/**"` is all of it, `"*/bias"` every bias; `*` matches slashes too.
+
+    Raises:
+      ValueError: an unknown name, an option out of range or one that the optimizer
+        does not have. `tx.init` raises it for a pattern that matches nothing.
+      TypeError: an argument of a wrong kind.
+    """
+    every = _at_least_one("accumulate_steps", accumulate_steps)
+    updates = None if total_steps is None else max(1, total_steps // every)
+    if isinstance(optimizer, (optax.GradientTransformation, optax.MultiSteps)):
+        _refuse_options(learning_rate=learning_rate, weight_decay=weight_decay)
+        name, tx = "optax transformation", _transforms.with_extra_args(optimizer)
+    else:
+        name, factory = _as_factory(optimizer)
+        tx = _build(name, factory, learning_rate, updates, weight_decay)
+    if clip_norm is not None:
+        norm = _as_float("clip_norm", clip_norm)
+        tx = optax.chain(optax.clip_by_global_norm(norm), tx)
+    if every > 1:
+        tx = _transforms.accumulate(tx, every)
+    if freeze is not None:
+        patterns = (freeze,) if isinstance(freeze, str) else tuple(freeze)
+        tx = _transforms.freeze_matching(tx, patterns)
+    return Optimizer(
+        name,
+        _transforms.keep_dtypes(tx),
+        _transforms.read_learning_rate,
+        _transforms.evaluation_params,
+    )
+
+
+def needs_total_steps(learning_rate: Any) -> bool:
+    """Tells whether `learning_rate` is a function of `total_steps`."""
+    return callable(learning_rate) and "total_steps" in _parameters(learning_rate)
+
+
+def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Returns the parameters by name, none for what cannot be looked into."""
+    try:
+        return dict(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return {}
+
+
+# Arguments
+
+
+def _as_float(name: str, value: Any, *, zero: bool = False) -> float:
+    """Returns a finite float above zero, or from zero on where `zero`."""
+    given = f"{name}={value!r}"
+    expected = "a number of at least 0" if zero else "a positive number"
+    if isinstance(value, (bool, str)) or np.ndim(value) != 0:
+        raise TypeError(f"{given} is a {type(value).__name__}; give {expected}.")
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as err:
+        raise TypeError(
+            f"{given} is a {type(value).__name__}; give {expected}."
+        ) from err
+    if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
+        raise ValueError(f"{given} is not {expected}.")
+    return number
+
+
+def _at_least_one(name: str, value: int | None) -> int:
+    if value is None:
+        return 1
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(
+            f"{name}={value!r} is a {type(value).__name__}; give an integer."
+        )
+    count = operator.index(value)
+    if count < 1:
+        raise ValueError(f"{name}={value!r} is too small; give 1 or more.")
+    return count
+
+
+def _refuse_options(**options: Any) -> None:
+    """Raises for options of a factory that were given with a finished optimizer."""
+    given = [f"{name}=..." for name, value in options.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"{' and '.join(given)} cannot be put into a finished optax "
+            "transformation, which has its own. Give the function instead: "
+            f"optimizer=optax.adamw, {', '.join(given)}"
+        )
+
+
+def _as_rate(rate: Any, updates: int | None) -> Any:
+    """Returns a float or a schedule that can be traced."""
+    if needs_total_steps(rate):
+        if updates is None:
+            raise ValueError(UNKNOWN_TOTAL_STEPS)
+        rate = rate(total_steps=updates)
+    if isinstance(rate, optax.schedules.StatefulSchedule):
+        return rate
+    if not callable(rate):
+        return _as_float(_RATE, rate)
+    try:
+        value = jax.eval_shape(rate, np.int32(0))
+        fits = value.shape == () and value.dtype.kind in "iufV"
+    except Exception as err:
+        raise ValueError(
+            "learning_rate is a function, but not a schedule `count -> rate` that jax "
+            f"can trace ({type(err).__name__}: {err}). Give what such a function "
+            "makes, for example optax.cosine_decay_schedule(1e-3, 1000), or lambda "
+            "total_steps: optax.cosine_decay_schedule(1e-3, total_steps); where the "
+            "rate depends on the count write jnp.where, not `if`."
+        ) from err
+    if not fits:
+        raise ValueError(
+            f"learning_rate is a schedule that returns {value}; expected one number."
+        )
+    # An integer schedule is no float to optax, and would stay an integer.
+    return lambda count: rate(count) * 1.0
+
+
+# Names and factories
+
+
+def _is_factory(function: Any) -> bool:
+    """Tells an optimizer from the other functions of optax."""
+    if inspect.isclass(function) or not callable(function):
+        return False
+    first = next(iter(_parameters(function)), "")
+    return first in (_RATE, "max_learning_rate")
+
+
+def _known() -> Iterator[str]:
+    """Yields the names of all optimizers in optax and optax.contrib."""
+    for module in (optax, optax.contrib):
+        for name in dir(module):
+            public = not name.startswith(("_", "scale_by_"))
+            if public and _is_factory(getattr(module, name)):
+                yield name
+
+
+def _as_factory(optimizer: Any) -> tuple[str, Callable[..., Any]]:
+    """Returns name and function of an optimizer given by either."""
+    if not isinstance(optimizer, str):
+        if not callable(optimizer) or inspect.isclass(optimizer):
+            raise TypeError(
+                f"optimizer is a {type(optimizer).__qualname__}; expected a name such "
+                "as 'adam', a function such as optax.adam, or an optax transformation "
+                "such as optax.adam(1e-3)."
+            )
+        function = getattr(optimizer, "func", optimizer)
+        name = getattr(function, "__name__", type(function).__name__)
+        return name, _by_keyword(optimizer)
+    name, known = optimizer.lower(), set(_known())
+    # Not getattr: it warns about the names optax has moved to optax.contrib.
+    found: Any = vars(optax).get(name) or vars(optax.contrib).get(name)
+    if name in known:
+        return name, found
+    if callable(found):
+        raise ValueError(
+            f"optimizer={optimizer!r} is a function of optax but no optimizer of its "
+            "own. Give a finished transformation, for example optimizer=optax.chain("
+            "optax.clip_by_global_norm(1.0), optax.adam(1e-3))."
+        )
+    raise ValueError(
+        f"There is no optimizer {optimizer!r} in optax or optax.contrib."
+        f"{did_you_mean(name, known)} Known: {', '.join(sorted(known))}."
+    )
+
+
+def _by_keyword(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a partial that names the learning rate it was given by position."""
+    if not isinstance(factory, functools.partial) or not factory.args:
+        return factory
+    names = list(_parameters(factory.func))
+    if names[:1] != [_RATE]:
+        return factory
+    positional = dict(zip(names, factory.args, strict=False))
+    return functools.partial(factory.func, **positional, **factory.keywords)
+
+
+def _build(
+    name: str,
+    factory: Callable[..., Any],
+    rate: Any,
+    updates: int | None,
+    weight_decay: float | None,
+) -> _transforms.Tx:
+    """Calls `factory` so that its learning rate lies in the optimizer's state."""
+    parameters = _parameters(factory)
+    values: dict[str, Any] = {}
+    if weight_decay is not None:
+        if "weight_decay" not in parameters:
+            raise ValueError(
+                f"{name} has no weight_decay. Take an optimizer that has one, for "
+                "example optimizer='adamw'."
+            )
+        values["weight_decay"] = _as_float("weight_decay", weight_decay, zero=True)
+    if "key" in parameters and parameters["key"].default is None:
+        # optax warns where noise has no key, and means to require one.
+        values["key"] = jax.random.key(0)
+    rate = _choose_rate(name, factory, rate)
+    if rate is not None:
+        values[_RATE] = _as_rate(rate, updates)
+    _check_complete(name, parameters, values)
+    tx = _transforms.with_extra_args(_called(name, factory, values))
+    if rate is None:
+        return tx
+
+    def rebuild(learning_rate: Any) -> _transforms.Tx:
+        return _transforms.with_extra_args(factory(**{**values, _RATE: learning_rate}))
+
+    return _transforms.with_injected_rate(rebuild, values[_RATE])
+
+
+def _choose_rate(name: str, factory: Callable[..., Any], rate: Any) -> Any:
+    """Returns the rate given, the factory's own, or None where it has none."""
+    parameter = _parameters(factory).get(_RATE)
+    if rate is None:
+        if parameter is None:
+            return None
+        if parameter.default is inspect.Parameter.empty:
+            return _DEFAULT_RATE
+        return _OWN_RATES.get(name, parameter.default)
+    if parameter is None:
+        raise ValueError(
+            f"{name} takes no learning_rate. Leave it out, or write optimizer="
+            f"functools.partial({name}, ...) with the arguments it does take."
+        )
+    if _RATE in getattr(factory, "keywords", {}):
+        raise ValueError(
+            f"The learning_rate is given twice, to {name} and beside it. Write "
+            f"optimizer={name}, learning_rate=..."
+        )
+    return rate
+
+
+def _check_complete(
+    name: str, parameters: Mapping[str, inspect.Parameter], values: dict[str, Any]
+) -> None:
+    """Raises if `factory(**values)` would lack arguments."""
+    missing = [
+        f"{parameter.name}=..."
+        for parameter in parameters.values()
+        if parameter.default is inspect.Parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        and parameter.name not in values
+    ]
+    if missing:
+        raise ValueError(
+            f"{name} needs more arguments. Write optimizer=functools.partial({name}, "
+            f"{', '.join(missing)})."
+        )
+
+
+def _called(name: str, factory: Callable[..., Any], values: dict[str, Any]) -> Any:
+    tx = factory(**values)
+    if not isinstance(tx, (optax.GradientTransformation, optax.MultiSteps)):
+        raise TypeError(
+            f"optimizer={name} returned a {type(tx).__qualname__}; expected an optax "
+            "transformation, as optax.adam(1e-3) is."
+        )
+    return tx

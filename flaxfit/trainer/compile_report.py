@@ -1,0 +1,100 @@
+"""What a person is told of compiles: how long they took, and why there was another."""
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from flaxfit._core.tree_specs import describe_array
+from flaxfit._core.types import Batch
+from flaxfit._programs.chunks import Resident, Stack, batch_at
+from flaxfit._programs.compile import Program
+from flaxfit._reporting.display import Display
+from flaxfit._reporting.timing import Clock
+from flaxfit.data.host.arrays import named_leaves
+
+
+class CompileReport:
+    """Shows every compile on a display, and counts its time.
+
+    Args:
+      display: where it is shown.
+      clock: what it is counted on.
+    """
+
+    def __init__(self, display: Display, clock: Clock | None = None) -> None:
+        self._display = display
+        self._clock = clock
+        # What another thread compiles, a loader that predicts, is not of this run.
+        self._thread = threading.get_ident()
+
+    def compiling(self, program: Program) -> None:
+        """Says that it has begun."""
+        if threading.get_ident() != self._thread:
+            return
+        self._display.note(f"compiling {program.name}…")
+
+    def compiled(self, program: Program, seconds: float) -> None:
+        """Says how long it took, and for what, if it was not the first time."""
+        if threading.get_ident() != self._thread:
+            return
+        if self._clock is not None:
+            self._clock.move(seconds, "compiling")
+        again = why_again(program)
+        if program.name != "init":
+            text = f"compiling {program.name}{' again' * bool(again)}… {seconds:.1f} s"
+            self._display.say(f"{text}: {again}" if again else text)
+
+
+def why_again(program: Program) -> str | None:
+    """Returns what is different from the compile before, None for the first."""
+    if len(program.signatures) < 2:
+        return None
+    (before, data_before), (now, data_now) = map(_parts, program.signatures)
+    changed = {name for name, one in now.items() if before.get(name) != one}
+    if length := _other_length([(before.get(name), now[name]) for name in changed]):
+        return length
+    texts = [
+        f"{name} is {describe_array(one)}, was "
+        + (describe_array(before[name]) if name in before else "missing")
+        for name, one in now.items()
+        if name in changed
+    ]
+    if data_now != data_before:
+        texts.append(f"the data is {data_now}, was {data_before}")
+    return "; ".join(texts) or "the devices or the state are others"
+
+
+def _other_length(changed: Sequence[tuple[Any, Any]]) -> str | None:
+    """Returns the length of rows where that is what has changed in several arrays."""
+    lengths = set()
+    for before, now in changed:
+        alike = before is not None and before.dtype == now.dtype
+        if not alike or before.shape[2:] != now.shape[2:]:
+            return None
+        if before.shape[:1] != now.shape[:1]:
+            return None
+        lengths.add((before.shape[1], now.shape[1]))
+    if len(changed) < 2 or len(lengths) > 1:
+        return None
+    old, new = lengths.pop()
+    return f"rows of length {new}, was {old}"
+
+
+def _parts(signature: tuple[Any, ...]) -> tuple[dict[str, Any], str]:
+    """Returns the arrays a call was compiled for by name, and in what they lie."""
+    for argument in signature:
+        if isinstance(argument, Batch | Stack | Resident):
+            batch = jax.eval_shape(lambda segment: batch_at(segment, 0), argument)
+            return dict(named_leaves(batch)), _describe(argument)
+    return {}, ""
+
+
+def _describe(segment: Batch | Stack | Resident) -> str:
+    if isinstance(segment, Batch):
+        return "one batch"
+    rows = jax.tree.leaves(segment)[0].shape[0]
+    if isinstance(segment, Stack):
+        return f"{rows} batches"
+    return f"{rows:,} rows on the device"
