@@ -1,4 +1,4 @@
-"""`python -m flaxfit inspect|verify|diff FILE...`: looks at checkpoints."""
+"""The command line, `python -m flaxfit inspect|verify|diff FILE...`."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""What `python -m flaxfit` says about checkpoints, as text. Knows no models."""
+"""Text reports on checkpoints for the command line. Needs no model."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence

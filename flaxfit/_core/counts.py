@@ -1,4 +1,4 @@
-"""Checks of arguments that are whole numbers."""
+"""Argument checks for whole numbers."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Error types a caller would catch, and the text of messages used twice."""
+"""Error types that a caller may catch, and the "did you mean" hint."""
 
 import difflib
 from collections.abc import Iterable

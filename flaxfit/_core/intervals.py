@@ -1,4 +1,4 @@
-"""How often something is done: in steps, or in time."""
+"""Parses intervals given in steps or in time."""
 
 import re
 from typing import Any

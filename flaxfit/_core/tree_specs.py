@@ -1,4 +1,4 @@
-"""The forms of trees: paths, shapes and dtypes, and how two of them differ."""
+"""Paths, shapes and dtypes of a tree, and the differences between two trees."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple

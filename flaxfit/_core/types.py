@@ -1,4 +1,4 @@
-"""The central types: what a step takes and gives. Knows nothing of linen or files."""
+"""Central types: what a step takes and returns. Knows neither linen nor files."""
 
 import threading
 from collections.abc import Callable, Iterator, Mapping

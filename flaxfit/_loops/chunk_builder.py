@@ -1,4 +1,4 @@
-"""Batches -> segments on the device: stacked side by side, or alone."""
+"""Builds chunks: batches stacked on the device for one call of a program."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""What one `fit` is to do."""
+"""Everything one `fit` needs to run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

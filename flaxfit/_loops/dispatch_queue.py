@@ -1,4 +1,4 @@
-"""How many steps go into one call, and how far calls run ahead of the device."""
+"""Tunes the steps per call and bounds how far calls run ahead of the device."""
 
 import time
 from collections import deque

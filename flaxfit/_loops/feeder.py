@@ -1,4 +1,4 @@
-"""Sources of batches -> segments on the device, made ahead of the steps."""
+"""Feeds chunks to the device ahead of the steps that need them."""
 
 import time
 from collections.abc import Callable, Iterator

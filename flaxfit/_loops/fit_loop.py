@@ -1,4 +1,4 @@
-"""The host loop of a fit. It dispatches, and reads as seldom as it can."""
+"""The host loop of a fit. It dispatches steps and rarely reads from the device."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext

@@ -1,4 +1,4 @@
-"""Values of the device, read on the host: the one place of the loops that waits."""
+"""Reads device values on the host: the only place in the loops that waits."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as flags: a step that has begun is finished, its state kept."""
+"""Turns SIGINT and SIGTERM into flags, so that a running step can finish."""
 
 import signal
 import threading

@@ -1,4 +1,4 @@
-"""The lookout for a loss that is not finite."""
+"""Detects non-finite losses without blocking on the device."""
 
 import time
 import warnings

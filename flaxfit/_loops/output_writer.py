@@ -1,4 +1,4 @@
-"""Arrays of the user's that predictions are written into, call by call."""
+"""Writes predictions into arrays that the user provides, call by call."""
 
 from collections.abc import Generator
 from contextlib import closing

@@ -1,4 +1,4 @@
-"""The host loop of a prediction, and what becomes of the outputs it yields."""
+"""The host loop of a prediction; joins or splits the outputs."""
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing

@@ -1,4 +1,4 @@
-"""A background thread that prepares what is needed next. Knows nothing of batches."""
+"""A background thread that prepares the next items. Knows nothing of batches."""
 
 import contextlib
 import contextvars

@@ -1,4 +1,4 @@
-"""Whatever the user calls a model -> its family. The one place that asks its type."""
+"""Maps a model to its family; the only place that checks its type."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What the rest of the house knows of a model, whatever library it comes from."""
+"""Library-independent description of a model."""
 
 import zlib
 from collections.abc import Callable, Iterable, Mapping

@@ -1,4 +1,4 @@
-"""Pictures travel as `uint8`, and become numbers between 0 and 1 on the device."""
+"""Scales `uint8` images to floats between 0 and 1 on the device."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Flax linen modules: everything detected by abstract traces, nothing computed."""
+"""Adapts Flax linen modules; detection uses abstract traces only."""
 
 import contextlib
 import inspect

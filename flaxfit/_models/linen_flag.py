@@ -1,4 +1,4 @@
-"""How a linen module tells training from evaluation, and is put into either."""
+"""Detects and sets a linen module's train/eval flag."""
 
 import contextlib
 import inspect

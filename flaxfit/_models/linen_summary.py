@@ -1,4 +1,4 @@
-"""The table of a linen module's layers: what each returns and how much it holds."""
+"""Tabulates a linen module's layers with their outputs and parameters."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple

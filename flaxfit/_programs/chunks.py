@@ -1,4 +1,4 @@
-"""What a program reads its batches from: one batch, a stack of them, or all data."""
+"""Chunks: what a program reads its batches from in one call."""
 
 from typing import TypeAlias
 

@@ -1,4 +1,4 @@
-"""The only place that jits: what is compiled, what it donates, how often it traced."""
+"""The only file that calls `jax.jit`; counts traces and donates buffers."""
 
 import contextlib
 import time

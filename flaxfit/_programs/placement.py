@@ -1,4 +1,4 @@
-"""Which devices there are to train on, and what of a step lies where on them."""
+"""Devices to train on, and the placement of state and batches on them."""
 
 import os
 import sys

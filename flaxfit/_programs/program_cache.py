@@ -1,4 +1,4 @@
-"""When parts are made, kept or made anew, and which batches fit them."""
+"""Builds, caches and rebuilds the compiled programs; checks batches against them."""
 
 import math
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Settings and one batch -> everything resolved: model, losses, metrics, programs."""
+"""Resolves settings and one batch to a model, losses, metrics and programs."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping

@@ -1,4 +1,4 @@
-"""Sown values -> means: `losses` join the loss, `metrics` the logs."""
+"""Averages sown values: `losses` are added to the loss, `metrics` to the logs."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Pure builders of the init, train, eval and predict steps. Nothing here is jitted."""
+"""Pure builders of the init, train, eval and predict steps. Nothing is jitted here."""
 
 from collections.abc import Callable, Mapping
 from functools import partial

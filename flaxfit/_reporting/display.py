@@ -1,4 +1,4 @@
-"""Numbers -> what a person sees: the bar, the line per epoch, tables. No device."""
+"""Renders progress bars, epoch lines and tables. Reads nothing from the device."""
 
 import contextlib
 import shutil

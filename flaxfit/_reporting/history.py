@@ -1,4 +1,4 @@
-"""What `fit` returns: the values of every epoch, and a plot of them."""
+"""`History`, the return value of `fit`: logs per epoch, and a plot of them."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any

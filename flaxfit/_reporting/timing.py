@@ -1,4 +1,4 @@
-"""Where the time of a fit went. Knows nothing of devices."""
+"""Measures where the time of a fit went. Knows nothing of devices."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""A folder of checkpoints without an index: scan, verify, take the newest good one."""
+"""Scans, verifies and prunes a folder of checkpoints. Needs no index."""
 
 import contextlib
 import os

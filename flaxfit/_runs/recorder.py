@@ -1,4 +1,4 @@
-"""Keeps a run on the disk: its last checkpoints, the best, the history and a log."""
+"""A callback that writes a run's checkpoints, history and log."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Where a fit goes on that an earlier process has left, and what is not as it was."""
+"""Finds the checkpoint to resume from and reports settings that changed since."""
 
 import os
 import uuid

@@ -1,4 +1,4 @@
-"""Checkpoints of a training under way: what is in them, and who writes them."""
+"""Builds checkpoints during training and writes them in the background."""
 
 import warnings
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""One fit as part of a run: found in its folder, compared, resumed, and saved."""
+"""One fit in a run directory: opens, compares, resumes and saves it."""
 
 import contextlib
 import os

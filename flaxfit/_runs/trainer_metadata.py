@@ -1,4 +1,4 @@
-"""What a saved trainer says about itself: its arguments and the shapes of a batch.
+"""Metadata of a saved trainer: its arguments and the shapes of a batch.
 
 Only names, numbers and lists of them fit into a file; for anything else a note is
 left that it has to be given again.

@@ -1,4 +1,4 @@
-"""The contract of callbacks: the hooks, and the `LoopState` each of them is given."""
+"""The callback contract: the hooks, and the `LoopState` that each receives."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""Stopping when a logged value no longer improves."""
+"""Stops training when a logged value no longer improves."""
 
 from collections.abc import Mapping
 from typing import Any, Literal

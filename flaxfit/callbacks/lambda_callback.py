@@ -1,4 +1,4 @@
-"""A callback made of functions."""
+"""A callback made of plain functions."""
 
 from collections.abc import Callable
 

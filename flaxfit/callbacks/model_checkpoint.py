@@ -1,4 +1,4 @@
-"""Saving while training goes on: every epoch, every so often, or only the best."""
+"""Saves the state during training: every epoch, at intervals, or only the best."""
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""Watching a logged value: which way is better, and whether it is."""
+"""Compares values of a monitored log: direction, and whether it improved."""
 
 import math
 from collections.abc import Sequence

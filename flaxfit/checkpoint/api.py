@@ -1,4 +1,4 @@
-"""TrainState ↔ one file, atomic and strict. Knows nothing of models.
+"""Saves and loads a TrainState as one file. Knows nothing of models.
 
 The file is a msgpack map `{"meta": ..., "state": ..., "crc32": ...}` whose `state` is
 what `flax.serialization` writes, so Flax alone can read it too.

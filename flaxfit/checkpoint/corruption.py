@@ -1,4 +1,4 @@
-"""Tells a damaged file of ours from a file of something else, and where it is damaged.
+"""Distinguishes a damaged checkpoint from another file; locates the damage.
 
 Looks at checksums only, never into bytes that may be wrong.
 """

@@ -1,4 +1,4 @@
-"""The state of a training as plain nested dicts of NumPy arrays, and back.
+"""Encodes training state as nested dicts of NumPy arrays, and decodes it.
 
 What `flax.serialization` cannot write is turned into what it can. Knows no files.
 """

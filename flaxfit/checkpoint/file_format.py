@@ -1,4 +1,4 @@
-"""One file: its parts in order, its checksums, and what is wrong with a damaged one.
+"""The layout of a checkpoint file: its parts in order, and their checksums.
 
 A file is a msgpack map of "meta", "state", perhaps "extra", and "crc32", where
 "state" is what `flax.serialization` writes. Knows neither folders nor templates.

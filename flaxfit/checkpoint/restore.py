@@ -1,4 +1,4 @@
-"""A file's raw state → a `TrainState`: strict or lenient, with layers renamed.
+"""Matches a file's raw state to a `TrainState`: strict, lenient, or renamed.
 
 Knows no files, only what lay in one.
 """

@@ -1,4 +1,4 @@
-"""Data of any kind -> `Batch`es of fixed shape: the one door."""
+"""Opens data of any kind as a source of fixed-shape batches."""
 
 import operator
 import os
@@ -104,7 +104,7 @@ def as_source(
       what: the method the data was given to, for messages.
 
     Raises:
-      DataError: data that cannot be trained on; see `data/checks`.
+      DataError: data that cannot be trained on; see `data/host/checks`.
       TypeError: data of an unknown kind.
       ValueError: arguments that do not go together.
     """
@@ -252,7 +252,7 @@ def as_whole(
     takes the result as `x`.
 
     Raises:
-      DataError: data that cannot be trained on; see `data/checks`.
+      DataError: data that cannot be trained on; see `data/host/checks`.
       TypeError: data of an unknown kind.
       ValueError: arguments that do not go together, or a dataset.
     """

@@ -1,4 +1,4 @@
-"""The losses that have a name, and what each takes outputs and targets for."""
+"""The named losses and the targets that each expects."""
 
 import functools
 import inspect

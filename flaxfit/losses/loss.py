@@ -1,4 +1,4 @@
-"""One loss of one output: values per example, weights, what it says of outputs.
+"""One loss of one output: its values per example and its weights.
 
 Knows nothing of several outputs, of data or of the reduction to one number.
 """

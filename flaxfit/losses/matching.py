@@ -1,4 +1,4 @@
-"""Which loss goes with which output: what was asked for, or the rules of "auto".
+"""Matches losses to outputs, as requested or by the rules of "auto".
 
 Reads nestings, shapes and dtypes only; nothing is traced here.
 """

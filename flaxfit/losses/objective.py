@@ -1,4 +1,4 @@
-"""The loss over all outputs of a model: pairs outputs, targets and losses up.
+"""The total loss over all outputs of a model.
 
 What a single loss is, `losses` knows; nothing here reads data but `check_targets`.
 """

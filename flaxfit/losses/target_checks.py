@@ -1,4 +1,4 @@
-"""Whether targets fit a loss: shapes before tracing, values on the host.
+"""Checks whether targets fit a loss: shapes first, then values on the host.
 
 Knows one output and its targets only; `where` is how an error names them.
 """

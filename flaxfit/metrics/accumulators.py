@@ -1,4 +1,4 @@
-"""Accumulators beyond a plain mean: roots, confusion counts, the ROC curve.
+"""Accumulators beyond a mean: roots, confusion counts, the ROC curve.
 
 They know weights and counts, and nothing of models, losses or names.
 """

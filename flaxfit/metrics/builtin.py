@@ -1,4 +1,4 @@
-"""The metrics that have a name: how each reads outputs and targets of one output."""
+"""The named metrics and how each reads outputs and targets."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Metrics of other libraries, by clu's interface: clu's, metrax's and users' own.
+"""Adapts metrics with clu's interface: clu's, metrax's and custom ones.
 
 Known by their methods only; no such library is imported here.
 """

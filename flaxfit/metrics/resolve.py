@@ -1,4 +1,4 @@
-"""Metrics: from what was asked for to streaming accumulators of a batch.
+"""Resolves requested metrics to streaming accumulators.
 
 Named metrics are in `_named_metrics`, clu's and metrax's in `_foreign_metrics`.
 """

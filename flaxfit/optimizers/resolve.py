@@ -1,4 +1,4 @@
-"""Optimizers: names, factories and optax objects become one transformation.
+"""Resolves names, factories and optax objects to one transformation.
 
 Nothing here computes an update: every option is optax's own code. What is added is
 that the learning rate can be read, and that each optimizer fits one compiled loop.

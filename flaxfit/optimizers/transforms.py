@@ -1,4 +1,4 @@
-"""Optax transformations around an optimizer, and what is read from their state.
+"""Optax transformations around an optimizer, and readers of their state.
 
 Knows nothing of names or arguments; every transformation itself is optax's.
 """

@@ -1,4 +1,4 @@
-"""Checks of plain arguments: names, shares, lists of callbacks."""
+"""Argument checks for names, fractions and lists of callbacks."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""A run put together: the programs of a trainer, the feed of its data, and a loop."""
+"""Wires programs, data feeders and loops together."""
 
 from collections.abc import Callable, Generator
 from functools import partial

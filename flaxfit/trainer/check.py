@@ -1,4 +1,4 @@
-"""What `fit` says first and `check` says at length: everything that was understood."""
+"""Reports what was detected: the first lines of `fit`, and `Trainer.check`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

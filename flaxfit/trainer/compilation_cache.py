@@ -1,4 +1,4 @@
-"""Turns on JAX's persistent compilation cache: the only setting of a process we make.
+"""Turns on JAX's persistent compilation cache, a setting of the process.
 
 jax has no other way than `jax.config` to say where compiled programs are kept.
 """

@@ -1,4 +1,4 @@
-"""What a person is told of compiles: how long they took, and why there was another."""
+"""Reports compile times and explains recompilations."""
 
 import threading
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""How one trainer reads data, and what it has learnt from it so far."""
+"""How one trainer reads data, and what it remembers of the data it has seen."""
 
 import os
 from collections.abc import Callable, Mapping

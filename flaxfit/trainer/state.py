@@ -1,4 +1,4 @@
-"""The state of one trainer: made fresh, read from a file, assigned, trained on."""
+"""Owns the state of one trainer: initialized, restored, assigned or trained."""
 
 import os
 from collections.abc import Mapping

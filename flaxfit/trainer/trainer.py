@@ -1,4 +1,4 @@
-"""The facade: checks arguments, wires the parts, and owns the state."""
+"""The facade: checks arguments and connects data, programs, state and loops."""
 
 import os
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence

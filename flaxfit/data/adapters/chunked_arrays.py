@@ -1,4 +1,4 @@
-"""Arrays that are read by slices: zarr, HDF5, tensorstore, and others like them.
+"""Adapts arrays that are read by slices: zarr, HDF5, tensorstore.
 
 Such an array is larger than memory, or far away. Nothing is read but the rows of a
 batch; where the array is stored in chunks of several rows, whole chunks, which are

@@ -1,4 +1,4 @@
-"""Grain: datasets by index, datasets and loaders that iterate, and their iterators.
+"""Adapters for Grain's datasets, loaders and iterators.
 
 A pass over a `MapDataset` is what its own `repeat()` makes of it: shuffled anew, random
 maps drawn anew. Of all others, each pass is what iterating over them gives.

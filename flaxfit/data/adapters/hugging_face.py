@@ -1,4 +1,4 @@
-"""Datasets of Hugging Face's `datasets`, which whoever made them has imported.
+"""Adapters for Hugging Face datasets. Never imports `datasets` itself.
 
 Columns of numbers are read from Arrow as they are, in their own dtypes; pictures and
 whatever else has to be decoded is read by the dataset itself.

@@ -1,4 +1,4 @@
-"""Folders of pictures, one sub-folder per class, decoded by Pillow as they are needed.
+"""Folders of images, one subfolder per class, decoded by Pillow on demand.
 
 The items are paths and labels; nothing but the list of files is kept in memory.
 """

@@ -1,4 +1,4 @@
-"""`.npy` and `.npz` files by path: arrays mapped from the file where that can be."""
+"""Opens `.npy` and `.npz` files by path, memory-mapped where possible."""
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""Who recognizes a kind of dataset, and what each of them becomes.
+"""The registry of dataset kinds: recognizes data and picks its adapter.
 
 `KINDS` lists them in the order they are tried. Whatever nobody recognizes is arrays,
 or iterates over batches or examples.

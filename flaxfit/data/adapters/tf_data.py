@@ -1,4 +1,4 @@
-"""`tf.data` datasets, read as NumPy arrays by the TensorFlow that made them."""
+"""Adapts `tf.data` datasets. Never imports TensorFlow itself."""
 
 from functools import partial
 from typing import Any

@@ -1,7 +1,7 @@
-"""Datasets of TFDS: by name, as builders and as data sources, read by index.
+"""Adapters for TFDS: names, builders and data sources, with random access.
 
 Examples are decoded as they are needed, without TensorFlow. How a dataset is found and
-prepared is the business of `data/tfds_builders`.
+prepared is the business of `tfds_builders`.
 """
 
 import importlib

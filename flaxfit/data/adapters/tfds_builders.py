@@ -1,4 +1,4 @@
-"""Builders of TFDS datasets: found by name or folder, prepared, and opened.
+"""Finds, prepares and opens TFDS builders by name or folder.
 
 TFDS reads without TensorFlow. Some datasets take it to be prepared: those whose
 pictures come as arrays, which it writes as PNG.

@@ -1,4 +1,4 @@
-"""Which part of a raw batch is input, target and weight, by the model's call.
+"""Binds parts of a raw batch to inputs, targets and weights.
 
 Looks at structure and names only, never at values: it works on tracers too.
 """
@@ -63,7 +63,7 @@ class Binding:
         dict from the call's parameter to key, or a function of the raw batch that
         returns a tuple (inputs by position), a dict (by name) or one input.
       targets: overrides where a dict has its targets: a key or several keys.
-      columns: what earlier tables were read as; see `data/table_batch`.
+      columns: what earlier tables were read as; see `table_binding`.
       outputs: inputs -> the shapes of the model's outputs, None if it cannot tell.
     """
 

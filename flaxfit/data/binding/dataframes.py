@@ -1,7 +1,7 @@
-"""Tables of pandas, polars and pyarrow: their columns as NumPy arrays.
+"""Columns of pandas, polars and pyarrow tables as NumPy arrays.
 
 Knows their libraries, each of which is imported only for a table of its own, and
-nothing of models: which columns are inputs is the business of `data/table_batch`.
+nothing of models: which columns are inputs is the business of `table_binding`.
 """
 
 from collections.abc import Callable, Mapping

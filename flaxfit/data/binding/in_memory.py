@@ -1,4 +1,4 @@
-"""Arrays and tables as a whole: whether data is such, and how it is read."""
+"""Reads arrays and tables that are in memory as one batch."""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Which columns of a table are input, target and weight, by the model's call.
+"""Binds columns of a table to inputs, targets and weights.
 
 The first table decides; what it was read as is remembered, and every later one is read
 by the names of its columns, whatever their order.

@@ -1,4 +1,4 @@
-"""`Batches`: what a user says about batches that are not all of one shape."""
+"""`Batches`: options for batches whose shapes differ."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

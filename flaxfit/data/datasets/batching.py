@@ -1,4 +1,4 @@
-"""Single examples, put into batches: by index in any order, or one after the other."""
+"""Groups single examples into batches, by random access or in sequence."""
 
 import math
 from collections import deque

@@ -1,4 +1,4 @@
-"""What the columns of a table were read as, to read every later table alike."""
+"""Remembers how a table's columns were read, so that later tables are read alike."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Single examples of one kind of dataset, and what is done to each of them."""
+"""A dataset of single examples and the operations applied to each of them."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""`Examples`: what a user says about single examples before they become batches."""
+"""`Examples`: options for single examples before they are batched."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

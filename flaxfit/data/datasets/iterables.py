@@ -1,4 +1,4 @@
-"""Batches that someone else makes: loaders, lists of batches, generators."""
+"""Adapts iterables of ready-made batches: lists, loaders and generators."""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Processes that work for this one, and end when it does, however that comes about.
+"""Worker processes that end with their parent, however it ends.
 
 They are new interpreters which do not import the user's script: what is defined there
 travels by value, so that the script needs no `if __name__ == "__main__"`.

@@ -1,4 +1,4 @@
-"""The order of examples in a pass: a function of seed and pass alone."""
+"""The order of examples in a pass, as a function of seed and pass only."""
 
 from collections.abc import Sequence
 

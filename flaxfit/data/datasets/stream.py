@@ -1,4 +1,4 @@
-"""What one kind of dataset gives: raw batches, pass after pass.
+"""The contract of a dataset kind: raw batches, pass after pass.
 
 A new kind is one file with a function that returns a `Stream`, or an `ExampleSet` where
 batches have to be made first, and one line in `kinds`.

@@ -1,4 +1,4 @@
-"""Work on what comes next, in threads or processes: ordered, and bounded."""
+"""Runs functions ahead of time in threads or processes, in order and bounded."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator

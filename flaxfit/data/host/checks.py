@@ -1,4 +1,4 @@
-"""Checks of host arrays before anything is compiled: rows, dtypes, NaN, weights."""
+"""Checks host arrays before compilation: rows, dtypes, NaN and weights."""
 
 import dataclasses
 import operator

@@ -1,4 +1,4 @@
-"""Single examples -> one raw batch of NumPy arrays, nested as they are."""
+"""Stacks single examples into one nested batch of NumPy arrays."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The parts of an example or a raw batch: entries of a dict, positions in a tuple."""
+"""Fields of an example or raw batch: dict entries and tuple positions."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Rows of different length -> arrays of a few lengths, and which places are real.
+"""Pads rows of different length to a few lengths and builds their masks.
 
 The lengths to pad to are called buckets: each of them is compiled for once. What is
 padded travels as `Padded` until targets are told from inputs.

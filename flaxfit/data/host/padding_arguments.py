@@ -1,4 +1,4 @@
-"""What a user says about padding, checked and read."""
+"""Checks and parses the padding arguments."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

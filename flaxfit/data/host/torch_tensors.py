@@ -1,4 +1,4 @@
-"""torch's tensors as NumPy arrays, which share their memory where that is possible."""
+"""Converts torch tensors to NumPy arrays, without a copy where possible."""
 
 from collections.abc import Sequence
 from importlib import import_module

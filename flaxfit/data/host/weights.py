@@ -1,4 +1,4 @@
-"""Sample weights and class weights, brought to one float32 array per batch."""
+"""Combines sample weights and class weights into one float32 array per batch."""
 
 from collections.abc import Callable, Mapping
 from functools import partial

@@ -1,4 +1,4 @@
-"""Arrays in memory (or mapped from a file) as a source of batches."""
+"""A source of batches from arrays in memory or memory-mapped files."""
 
 import math
 import warnings

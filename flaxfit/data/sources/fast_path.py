@@ -1,4 +1,4 @@
-"""How the raw batches of a stream become batches, learned from one of them.
+"""A fast path for raw batches of the same structure as the first.
 
 Nearly all that is found out about a batch is the same for the next. Of one with the
 same nesting, dtypes and shapes of rows, little is left to do.

@@ -1,4 +1,4 @@
-"""Where a fit stands in its data, and how to get there again."""
+"""Positions of a fit in its data, and saved iterator states."""
 
 import sys
 import threading

@@ -1,4 +1,4 @@
-"""A `Stream` of raw batches as a source: read, checked, and filled up.
+"""A source that reads, checks and fills the raw batches of a `Stream`.
 
 Nothing is lost by looking ahead: the first batch is read when the source is made,
 and handed out again by the first pass.
