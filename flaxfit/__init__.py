@@ -44,3 +44,8 @@ __all__ = [
     "load_params",
     "make_train_step",
 ]
+
+# Pickles and reprs name the public path, so that they outlive moves inside the package.
+for _name in __all__:
+    globals()[_name].__module__ = __name__
+del _name

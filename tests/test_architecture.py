@@ -1,6 +1,7 @@
 """The floor plan: a room imports from rooms on strictly lower floors only."""
 
 import ast
+import pickle
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -109,6 +110,12 @@ def test_imports_in_data_go_down(name):
 
 def test_there_is_no_cycle():
     TopologicalSorter({name: imported(TREES[name]) for name in FILES}).prepare()
+
+
+@pytest.mark.parametrize("name", flaxfit.__all__)
+def test_public_objects_name_the_public_path(name):
+    assert getattr(flaxfit, name).__module__ == "flaxfit"
+    assert pickle.loads(pickle.dumps(getattr(flaxfit, name))) is getattr(flaxfit, name)
 
 
 def test_public_faces():
