@@ -11,8 +11,7 @@ from sklearn.datasets import load_digits
 from flaxfit import Trainer
 from flaxfit._core.errors import DataError
 from flaxfit._core.types import CallSpec
-from flaxfit.data import Examples
-from flaxfit.data.adapters import image_folder
+from flaxfit.data import Examples, image_folder
 from flaxfit.data.binding.binding import Binding
 from flaxfit.data.open import as_source
 

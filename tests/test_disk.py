@@ -89,7 +89,8 @@ def test_temporaries_of_the_dead_are_removed_those_of_the_living_are_not(tmp_pat
 
 def test_a_killed_writer_leaves_a_temporary_that_the_next_one_removes(tmp_path):
     code = (
-        "import os, signal, sys; from pathlib import Path; from flaxfit import _disk\n"
+        "import os, signal, sys; from pathlib import Path\n"
+        "from flaxfit.checkpoint import disk as _disk\n"
         "def write(file):\n"
         "    file.write(b'x'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
         "_disk.replace_file(Path(sys.argv[1]), write)"

@@ -7,8 +7,7 @@ from PIL import Image
 
 from flaxfit import Trainer
 from flaxfit._core.errors import DataError
-from flaxfit.data import Examples
-from flaxfit.data.adapters import image_folder
+from flaxfit.data import Examples, image_folder
 
 RNG = np.random.default_rng(0)
 X = RNG.integers(0, 256, (12, 8, 8, 1)).astype(np.uint8)
