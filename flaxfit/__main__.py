@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from flaxfit import _cli as _inspect
+from flaxfit import _cli
 from flaxfit._core.errors import CheckpointError
 
 
@@ -18,12 +18,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     try:
         if given.command == "inspect":
-            print("\n\n".join(map(_inspect.inspect_text, given.files)))
+            print("\n\n".join(map(_cli.inspect_text, given.files)))
             return 0
         if given.command == "verify":
-            text, good = _inspect.verify_text(given.files)
+            text, good = _cli.verify_text(given.files)
         else:
-            text, good = _inspect.diff_text(given.one, given.other)
+            text, good = _cli.diff_text(given.one, given.other)
     except CheckpointError as err:
         print(err, file=sys.stderr)
         return 2

@@ -10,8 +10,7 @@ import numpy as np
 from flaxfit import checkpoint
 from flaxfit._core.errors import CheckpointCorruptError, CheckpointError
 from flaxfit._reporting.display import format_bytes
-from flaxfit.checkpoint import corruption as _damage
-from flaxfit.checkpoint import file_format as _format
+from flaxfit.checkpoint import corruption, file_format
 from flaxfit.checkpoint.encoding import DTYPES, Key, joined, leaves_of, spec_of
 
 _MOST_LINES = 40
@@ -109,9 +108,9 @@ def _open(path: str) -> _File:
         raise
     except CheckpointError:
         data = Path(path).read_bytes() if os.path.isfile(path) else b""
-        if not data or _damage.is_ours(data):
+        if not data or corruption.is_ours(data):
             raise
-        content = _format.read_plain(data, path)
+        content = file_format.read_plain(data, path)
         leaves = _named(content, ())
         return _File("plain flax.serialization file", len(data), {}, leaves)
     kind = f"flaxfit checkpoint, format {file.meta.get('format')}, checksums right"
@@ -155,7 +154,7 @@ def _reason(text: str, path: str) -> str:
     return (
         text.removeprefix(f"{path!r} ")
         .removeprefix("is damaged: ")
-        .removesuffix(f" {_damage.AGAIN}")
+        .removesuffix(f" {corruption.AGAIN}")
     )
 
 

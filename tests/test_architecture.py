@@ -2,12 +2,15 @@
 
 import ast
 import pickle
+import pkgutil
 from graphlib import TopologicalSorter
+from inspect import ismodule
 from pathlib import Path
 
 import pytest
 
 import flaxfit
+import flaxfit.data
 
 ROOT = Path(flaxfit.__file__).parent
 # Room -> floor. A room imports from rooms on strictly lower floors; inside a room the
@@ -47,7 +50,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
 
 def resolve(name: str) -> str:
-    """`flaxfit.data` -> `data.__init__`, `flaxfit._core.types` -> `_types`."""
+    """`flaxfit.data` -> `data.__init__`, `flaxfit._core.types` -> `_core.types`."""
     name = name.removeprefix("flaxfit").removeprefix(".")
     if not name:
         return "__init__"
@@ -112,17 +115,38 @@ def test_there_is_no_cycle():
     TopologicalSorter({name: imported(TREES[name]) for name in FILES}).prepare()
 
 
-@pytest.mark.parametrize("name", flaxfit.__all__)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"flaxfit.{name}" for name in flaxfit.__all__),
+        *(f"flaxfit.data.{name}" for name in flaxfit.data.__all__),
+        "flaxfit.checkpoint.Checkpoint",
+        "flaxfit.checkpoint.Snapshot",
+    ],
+)
 def test_public_objects_name_the_public_path(name):
-    assert getattr(flaxfit, name).__module__ == "flaxfit"
-    assert pickle.loads(pickle.dumps(getattr(flaxfit, name))) is getattr(flaxfit, name)
+    value = pkgutil.resolve_name(name)
+    assert f"{value.__module__}.{value.__name__}" == name
+    assert pickle.loads(pickle.dumps(value)) is value
 
 
 def test_public_faces():
-    from flaxfit import callbacks, checkpoint, data, losses, trainer
+    from flaxfit import (
+        callbacks,
+        checkpoint,
+        data,
+        losses,
+        metrics,
+        optimizers,
+        trainer,
+    )
 
-    for face in (callbacks, checkpoint, data, losses, trainer):
+    faces = (callbacks, checkpoint, data, losses, metrics, optimizers, trainer)
+    for face in faces:
         assert face.__all__ == sorted(face.__all__)
+        modules = {name for name, value in vars(face).items() if ismodule(value)}
+        public = {name for name in vars(face) if not name.startswith("_")}
+        assert public - modules == set(face.__all__), face.__name__
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -14,8 +14,7 @@ from flaxfit import Trainer
 from flaxfit._core.errors import DataError
 from flaxfit._core.types import CallSpec
 from flaxfit.data import Examples
-from flaxfit.data.adapters import chunked_arrays as sliced
-from flaxfit.data.adapters import npy_files as files
+from flaxfit.data.adapters import chunked_arrays, npy_files
 from flaxfit.data.adapters.registry import adapt
 from flaxfit.data.binding.binding import Binding
 from flaxfit.data.open import as_inputs_source, as_source, split_data
@@ -159,7 +158,7 @@ def test_members_are_mapped_where_they_lie(tmp_path):
         "flags": X[:, 0] > 0,
     }
     np.savez(tmp_path / "a.npz", **arrays)
-    got = files._read_members(str(tmp_path / "a.npz"))
+    got = npy_files._read_members(str(tmp_path / "a.npz"))
     assert list(got) == list(arrays)
     loaded = np.load(tmp_path / "a.npz")
     for name, array in got.items():
@@ -188,11 +187,11 @@ def test_what_is_mapped_is_streamed_and_what_is_compressed_is_in_memory(folder):
 
 
 def test_paths_in_a_list_of_examples_are_left_alone(folder):
-    """Nor are the names of datasets taken for files."""
+    """Nor are the names of datasets taken for npy_files."""
     examples = Examples(["x.npy", "y.npy"], lambda path: (len(path), 0))
     assert as_source(examples, binding=ONE).example.inputs[0].tolist() == [5, 5]
-    assert not files.recognizes("mnist")
-    assert not files.recognizes(Path("folder"))
+    assert not npy_files.recognizes("mnist")
+    assert not npy_files.recognizes(Path("folder"))
 
 
 def write_as_npy(path):
@@ -325,8 +324,8 @@ def test_lengths_are_checked_without_reading():
 
 def small_windows(monkeypatch, block_rows=8, window_rows=32):
     row = X[0].nbytes
-    monkeypatch.setattr(sliced, "_BLOCK_BYTES", block_rows * row)
-    monkeypatch.setattr(sliced, "_WINDOW_BYTES", window_rows * row)
+    monkeypatch.setattr(chunked_arrays, "_BLOCK_BYTES", block_rows * row)
+    monkeypatch.setattr(chunked_arrays, "_WINDOW_BYTES", window_rows * row)
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -410,7 +409,7 @@ def test_errors_name_the_rows():
 
 
 def test_rows_can_be_pickled_for_processes():
-    rows = sliced.as_dataset((Lazy(X, chunk=8), Y), what="fit").take_batch
+    rows = chunked_arrays.as_dataset((Lazy(X, chunk=8), Y), what="fit").take_batch
     again = pickle.loads(pickle.dumps(rows))
     for got, want in zip(again(np.array([5, 3])), (X, Y), strict=True):
         np.testing.assert_array_equal(got, want[[5, 3]])
@@ -420,8 +419,8 @@ def test_arrays_in_memory_are_none_of_them():
     torch = pytest.importorskip("torch")
     pandas = pytest.importorskip("pandas")
     for value in (X, Y.tolist(), torch.ones(3), pandas.Series([1, 2]), "abc", 3.0):
-        assert not sliced.recognizes(value)
-    assert not sliced.recognizes([(X, Y), (X, Y)])
+        assert not chunked_arrays.recognizes(value)
+    assert not chunked_arrays.recognizes([(X, Y), (X, Y)])
 
 
 @pytest.mark.parametrize("chunk", [1, 16, 100])
@@ -460,5 +459,5 @@ def test_tensorstore(tmp_path):
         chunk_layout=tensorstore.ChunkLayout(chunk_shape=[16, 4]),
     ).result()
     x[:] = X
-    assert sliced.rows_of_chunk(x) == 16
+    assert chunked_arrays.rows_of_chunk(x) == 16
     same(losses(x, Y), losses(X, Y))

@@ -8,7 +8,7 @@ from flaxfit._core.errors import DataError
 from flaxfit._core.types import Batch, CallSpec
 from flaxfit.data.binding.binding import Binding
 from flaxfit.data.open import as_source
-from flaxfit.data.sources import fast_path as recipe
+from flaxfit.data.sources import fast_path
 from flaxfit.data.sources.fast_path import learn
 
 ONE = Binding(CallSpec(("x",), (), ("x",)))
@@ -67,12 +67,12 @@ def test_where_nothing_is_learned():
 def test_a_stream_reads_by_it_and_falls_back(monkeypatch):
     made = []
 
-    class Counted(recipe.Recipe):
+    class Counted(fast_path.Recipe):
         def make(self, raw):
             made.append(super().make(raw))
             return made[-1]
 
-    monkeypatch.setattr(recipe, "Recipe", Counted)
+    monkeypatch.setattr(fast_path, "Recipe", Counted)
     batches = [(X, Y), (X + 1, Y), [X + 2, Y], (X[:2], Y[:2])]
     found = list(as_source(batches, binding=ONE).batches(0))
     assert [batch is not None for batch in made] == [True, False, True]

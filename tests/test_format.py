@@ -16,7 +16,7 @@ from flax import serialization
 from flaxfit import checkpoint
 from flaxfit._core.errors import CheckpointCorruptError, CheckpointError
 from flaxfit._core.types import TrainState
-from flaxfit.checkpoint import file_format as _format
+from flaxfit.checkpoint import file_format
 
 
 def make_state():
@@ -76,7 +76,7 @@ def test_the_parts_and_the_checksums(data):
 
 
 def test_the_state_is_what_flax_writes(data):
-    read = _format.read(data, "run")
+    read = file_format.read(data, "run")
     assert serialization.msgpack_serialize(read.state, in_place=True) in data
     back = serialization.from_bytes({"state": make_state()}, data)["state"]
     np.testing.assert_array_equal(back.params["w"], np.arange(6.0).reshape(2, 3))
@@ -114,7 +114,7 @@ def test_every_flipped_bit_is_found_and_its_leaf_is_named(data):
             bad = bytearray(data)
             bad[at] ^= 1 << bit
             with pytest.raises(CheckpointCorruptError) as caught:
-                _format.read(bytes(bad), "run")
+                file_format.read(bytes(bad), "run")
             assert caught.value.path == "run"
             index = next((i for i, end in enumerate(ends) if at < end), None)
             if index is None:
@@ -133,37 +133,37 @@ def test_damaged_checksums_are_called_that(at, data):
     bad = bytearray(data)
     bad[at] ^= 4
     with pytest.raises(CheckpointCorruptError, match="checksums"):
-        _format.read(bytes(bad), "run")
+        file_format.read(bytes(bad), "run")
 
 
 def test_every_truncation_is_called_that(data):
     for length in range(1, len(data)):
         with pytest.raises(CheckpointCorruptError, match="cut off"):
-            _format.read(data[:length], "run")
+            file_format.read(data[:length], "run")
 
 
 def test_more_bytes_after_the_end(data):
     with pytest.raises(CheckpointCorruptError, match="3 bytes follow its end"):
-        _format.read(data + b"abc", "run")
+        file_format.read(data + b"abc", "run")
 
 
 @pytest.mark.parametrize("start", range(0, 600, 64))
 def test_zeroed_pages(start, data):
     start = min(start, len(data) - 64)
     with pytest.raises(CheckpointCorruptError):
-        _format.read(data[:start] + bytes(64) + data[start + 64 :], "run")
+        file_format.read(data[:start] + bytes(64) + data[start + 64 :], "run")
 
 
 def test_nothing_but_zeros():
     with pytest.raises(CheckpointError, match="all its bytes are zero"):
-        _format.read(bytes(4096), "run")
+        file_format.read(bytes(4096), "run")
 
 
 def test_a_newer_format(tmp_path):
     raw = sealed(b"\x83\xa4meta\x81\xa6format\x02\xa3new\x80")
     text = r"newer flaxfit \(format 2; this one reads 1\): pip install -U flaxfit"
     with pytest.raises(CheckpointError, match=text):
-        _format.read(raw, "run")
+        file_format.read(raw, "run")
     (tmp_path / "run").write_bytes(raw)
     with pytest.raises(CheckpointError, match=text):
         checkpoint.read_meta(tmp_path / "run")
@@ -223,8 +223,8 @@ HOSTILE = {
 def test_hostile_states(name):
     raw, text = HOSTILE[name]
     for read in (
-        lambda: _format.read(with_state(raw), "run"),
-        lambda: _format.read_plain(raw, "run"),
+        lambda: file_format.read(with_state(raw), "run"),
+        lambda: file_format.read_plain(raw, "run"),
     ):
         with pytest.raises(CheckpointError, match=text):
             read()
@@ -245,7 +245,7 @@ def test_a_bomb_builds_little_more_than_its_size(raw):
     tracemalloc.start()
     try:
         with contextlib.suppress(CheckpointError):
-            _format.read(bomb, "run")
+            file_format.read(bomb, "run")
         assert tracemalloc.get_traced_memory()[1] < len(bomb) + 64 * 2**20
     finally:
         tracemalloc.stop()
@@ -270,7 +270,7 @@ def fuzz(data, trials):
                 bad[at] = int(rng.choice([0xC1, 0xC6, 0xC9, 0xDB, 0xDD, 0xDF, 0xFF]))
         if trial % 4:
             bad[-4:] = zlib.crc32(bad[:-4]).to_bytes(4, "big")
-        for call in (_format.read, _format.read_plain):
+        for call in (file_format.read, file_format.read_plain):
             try:
                 call(bytes(bad), "run")
                 read += 1
@@ -305,7 +305,7 @@ def test_meta_at_the_front_is_enough(tmp_path):
 def test_verify_is_as_strict_as_load(data, tmp_path):
     path = tmp_path / "run"
     path.write_bytes(data)
-    assert checkpoint.verify(path) == _format.read(data, "run").meta
+    assert checkpoint.verify(path) == file_format.read(data, "run").meta
     at = marks(data)[2][0] - 1
     path.write_bytes(data[:at] + b"\xff" + data[at + 1 :])
     with pytest.raises(CheckpointCorruptError, match="leaf params/w") as caught:

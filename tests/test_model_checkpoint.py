@@ -106,15 +106,15 @@ def test_steps_and_time_within_an_epoch(freq, tmp_path):
 def test_writing_is_in_the_background_in_order_and_over_when_fit_returns(
     tmp_path, monkeypatch
 ):
-    from flaxfit.checkpoint import disk as _disk
+    from flaxfit.checkpoint import disk
 
-    threads, replace = [], _disk.replace_file
+    threads, replace = [], disk.replace_file
 
     def spy(target, write):
         threads.append((threading.current_thread().name, target.name))
         replace(target, write)
 
-    monkeypatch.setattr(_disk, "replace_file", spy)
+    monkeypatch.setattr(disk, "replace_file", spy)
     fit(ModelCheckpoint(tmp_path / "{epoch}.msgpack"), epochs=3)
     assert threads == [("flaxfit-writer", f"{n}.msgpack") for n in (1, 2, 3)]
     assert not [t for t in threading.enumerate() if t.name == "flaxfit-writer"]
@@ -122,15 +122,15 @@ def test_writing_is_in_the_background_in_order_and_over_when_fit_returns(
 
 def test_what_is_written_is_the_state_when_it_was_asked_for(tmp_path, monkeypatch):
     """A step that is given the state's memory writes over it meanwhile."""
-    from flaxfit.checkpoint import disk as _disk
+    from flaxfit.checkpoint import disk
 
-    go_on, replace = threading.Event(), _disk.replace_file
+    go_on, replace = threading.Event(), disk.replace_file
 
     def slow(target, write):
         assert go_on.wait(20)
         replace(target, write)
 
-    monkeypatch.setattr(_disk, "replace_file", slow)
+    monkeypatch.setattr(disk, "replace_file", slow)
     kept = {}
 
     def keep(loop):
@@ -154,9 +154,9 @@ def test_what_is_written_is_the_state_when_it_was_asked_for(tmp_path, monkeypatc
 
 
 def test_what_a_failed_write_would_have_been_is_not_the_best(tmp_path, monkeypatch):
-    from flaxfit.checkpoint import disk as _disk
+    from flaxfit.checkpoint import disk
 
-    replace, failed = _disk.replace_file, []
+    replace, failed = disk.replace_file, []
 
     def once(target, write):
         if not failed:
@@ -164,7 +164,7 @@ def test_what_a_failed_write_would_have_been_is_not_the_best(tmp_path, monkeypat
             raise OSError(28, "No space left on device")
         replace(target, write)
 
-    monkeypatch.setattr(_disk, "replace_file", once)
+    monkeypatch.setattr(disk, "replace_file", once)
     callback = ModelCheckpoint(
         tmp_path / "best.msgpack", save_best_only=True, background=False
     )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flaxfit import EarlyStopping, LambdaCallback, Trainer
-from flaxfit._runs import checkpoint_manager as _run_folder
+from flaxfit._runs import checkpoint_manager
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(24, 4)).astype("float32")
@@ -165,7 +165,10 @@ def test_it_does_not_go_back_for_ever(tmp_path):
         False,
     ]
     assert "Training stopped; the trainer holds the checkpoint of step 1" in texts[3]
-    assert trainer.step == 1 and _run_folder.newest(tmp_path).meta["loop"]["step"] == 1
+    assert (
+        trainer.step == 1
+        and checkpoint_manager.newest(tmp_path).meta["loop"]["step"] == 1
+    )
 
 
 def test_it_may_be_ignored():

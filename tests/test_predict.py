@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from flaxfit import Trainer
-from flaxfit._core import types as _types
+from flaxfit._core import types
 from flaxfit._core.arrays import empty_array
 from flaxfit._core.errors import DataError
 from flaxfit.data import Batches, Examples
-from flaxfit.trainer import data as _reader
+from flaxfit.trainer import data as trainer_data
 
 ROOT = Path(__file__).parents[1]
 X = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
@@ -153,9 +153,9 @@ def test_a_fit_in_between_changes_nothing_and_copies_the_state_once(monkeypatch)
     trainer.fit(X, Y, verbose=0)
     before = expected(trainer)
     copies = []
-    copy = _types.copy_state
+    copy = types.copy_state
     monkeypatch.setattr(
-        _types, "copy_state", lambda state: copies.append(1) or copy(state)
+        types, "copy_state", lambda state: copies.append(1) or copy(state)
     )
     batches = trainer.predict_batches(lambda: iter(X.reshape(5, 10, 4)))
     got = [next(batches)]
@@ -224,14 +224,14 @@ def test_one_batch_is_no_dataset():
 
 def test_data_dir_reaches_the_data(monkeypatch):
     asked = []
-    real = _reader.as_inputs_source
+    real = trainer_data.as_inputs_source
 
     def noting(x, *, data_dir=None, **arguments):
         asked.append(data_dir)
         return real(x, **arguments)
 
     trainer = make_trainer()
-    monkeypatch.setattr(_reader, "as_inputs_source", noting)
+    monkeypatch.setattr(trainer_data, "as_inputs_source", noting)
     trainer.predict(X, data_dir="a")
     next(trainer.predict_batches(X, data_dir="b"))
     trainer.predict_intermediates(X, data_dir="c")

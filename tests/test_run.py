@@ -22,7 +22,7 @@ from flaxfit import (
     Trainer,
     checkpoint,
 )
-from flaxfit._runs import checkpoint_manager as _run_folder
+from flaxfit._runs import checkpoint_manager
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(22, 4)).astype("float32")
@@ -284,7 +284,9 @@ def test_the_monitored_log_decides_and_is_remembered(tmp_path):
     fit(make(learning_rate=0.1), tmp_path, monitor="val_accuracy", epochs=8)
     saved = checkpoint.read_meta(tmp_path / "best.msgpack")["loop"]["history"]
     assert saved["values"]["val_accuracy"][-1] == max(
-        _run_folder.newest(tmp_path).meta["loop"]["history"]["values"]["val_accuracy"]
+        checkpoint_manager.newest(tmp_path).meta["loop"]["history"]["values"][
+            "val_accuracy"
+        ]
     )
 
 
@@ -548,16 +550,16 @@ def test_a_folder_that_cannot_be_is_an_error_before_the_first_step(tmp_path):
 
 
 def test_a_full_disk_costs_no_training(tmp_path, monkeypatch, whole):
-    from flaxfit.checkpoint import disk as _disk
+    from flaxfit.checkpoint import disk
 
-    replace, failing = _disk.replace_file, []
+    replace, failing = disk.replace_file, []
 
     def full(target, write):
         if failing:
             raise OSError(28, "No space left on device")
         replace(target, write)
 
-    monkeypatch.setattr(_disk, "replace_file", full)
+    monkeypatch.setattr(disk, "replace_file", full)
     switch = LambdaCallback(
         on_epoch_begin=lambda loop: (
             failing.append(1) if loop.epoch == 1 else failing.clear()
@@ -568,7 +570,7 @@ def test_a_full_disk_costs_no_training(tmp_path, monkeypatch, whole):
         history = fit(trainer, tmp_path, [switch])
     same(trainer.state, whole[0].state)
     assert history.history == whole[1].history
-    assert _run_folder.newest(tmp_path).meta["loop"]["step"] == 18
+    assert checkpoint_manager.newest(tmp_path).meta["loop"]["step"] == 18
 
 
 # Signals
@@ -580,7 +582,7 @@ def test_sigterm_saves_and_ends_with_143(tmp_path, whole):
         fit(make(), tmp_path, [InterruptAt(8, signal.SIGTERM)])
     assert ended.value.code == 143
     assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
-    assert _run_folder.newest(tmp_path).meta["loop"]["step"] == 8
+    assert checkpoint_manager.newest(tmp_path).meta["loop"]["step"] == 8
     trainer = make()
     assert fit(trainer, tmp_path).history == whole[1].history
     same(trainer.state, whole[0].state)
@@ -590,7 +592,7 @@ def test_a_handler_of_sigterm_is_called_once_all_is_saved(tmp_path):
     calls = []
 
     def handler(signum, frame):
-        calls.append(_run_folder.newest(tmp_path).meta["loop"]["step"])
+        calls.append(checkpoint_manager.newest(tmp_path).meta["loop"]["step"])
         raise InterruptedError
 
     before = signal.signal(signal.SIGTERM, handler)

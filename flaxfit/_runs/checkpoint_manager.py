@@ -9,7 +9,7 @@ from typing import Any
 
 from flaxfit import checkpoint
 from flaxfit._core.errors import CheckpointCorruptError, CheckpointError
-from flaxfit.checkpoint import disk as _disk
+from flaxfit.checkpoint import disk
 
 BEST = "best.msgpack"
 HISTORY = "history.json"
@@ -103,7 +103,7 @@ def prune(folder: Path, keep: int = KEEP) -> None:
     Called when the newest is safe on the disk, so that there is never none.
     """
     for file in sorted(folder.glob(_STEPS))[:-keep]:
-        _disk.remove(file)
+        disk.remove(file)
 
 
 def set_aside(folder: Path) -> Path | None:
@@ -131,7 +131,7 @@ def opened(folder: Path) -> Iterator[None]:
     Raises:
       CheckpointError: another process writes there, or nobody can.
     """
-    _disk.probe(folder)
-    with _disk.lock_folder(folder):
-        _disk.remove_stale(folder)
+    disk.probe(folder)
+    with disk.lock_folder(folder):
+        disk.remove_stale(folder)
         yield

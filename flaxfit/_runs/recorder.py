@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from flaxfit._core.intervals import as_interval
-from flaxfit._runs import checkpoint_manager as _run_folder
+from flaxfit._runs import checkpoint_manager
 from flaxfit._runs.saver import BackgroundWriter
 from flaxfit.callbacks.base import Callback, LoopState
 from flaxfit.callbacks.monitor import Monitor
-from flaxfit.checkpoint import disk as _disk
+from flaxfit.checkpoint import disk
 
 
 class RunRecorder(Callback):
@@ -55,7 +55,10 @@ class RunRecorder(Callback):
 
     def begin(self, loop: LoopState, event: Mapping[str, Any]) -> None:
         """Notes where the run begins or goes on; called once the memory is back."""
-        if self.best is not None and not (self.folder / _run_folder.BEST).exists():
+        if (
+            self.best is not None
+            and not (self.folder / checkpoint_manager.BEST).exists()
+        ):
             self.best = None
         self._log(event)
         if event["event"] == "start":
@@ -73,7 +76,9 @@ class RunRecorder(Callback):
             value, before = float(loop.logs[monitor.name]), self.best
             if monitor.is_better(value, before):
                 self.best = value
-                loop.save(self.folder / _run_folder.BEST, failed=self._back_to(before))
+                loop.save(
+                    self.folder / checkpoint_manager.BEST, failed=self._back_to(before)
+                )
         self._save(loop, history=True)
         self._log({"event": "epoch", "epoch": loop.epoch + 1, **_place(loop)})
 
@@ -97,21 +102,21 @@ class RunRecorder(Callback):
     ) -> None:
         # The history is complete when all callbacks have added to it.
         loop.save(
-            _run_folder.step_file(self.folder, loop.step),
+            checkpoint_manager.step_file(self.folder, loop.step),
             background=background,
             saved=lambda: self._saved(loop.history.state_dict() if history else None),
         )
 
     def _saved(self, history: dict[str, Any] | None) -> None:
-        _run_folder.prune(self.folder)
+        checkpoint_manager.prune(self.folder)
         if history is not None:
             text = json.dumps(history, indent=1).encode()
-            path = self.folder / _run_folder.HISTORY
+            path = self.folder / checkpoint_manager.HISTORY
 
             def write(file: BinaryIO) -> None:
                 file.write(text)
 
-            _disk.replace_file(path, write)
+            disk.replace_file(path, write)
 
     def _back_to(self, best: float | None) -> Callable[[Exception], None]:
         def failed(error: Exception) -> None:
@@ -122,9 +127,9 @@ class RunRecorder(Callback):
 
     def _log(self, event: Mapping[str, Any]) -> None:
         line = json.dumps({"time": time.strftime("%FT%T%z"), **event}) + "\n"
-        path = self.folder / _run_folder.LOG
+        path = self.folder / checkpoint_manager.LOG
         self._writer.submit(
-            lambda: _disk.append(path, line.encode()),
+            lambda: disk.append(path, line.encode()),
             f"Writing {os.fspath(path)!r}",
         )
 

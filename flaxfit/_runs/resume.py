@@ -12,7 +12,7 @@ import numpy as np
 
 from flaxfit import checkpoint
 from flaxfit._core.errors import CheckpointError
-from flaxfit._runs import checkpoint_manager as _run_folder
+from flaxfit._runs import checkpoint_manager
 
 # What decides which examples are in which batch.
 _ORDER = ("batch_size", "examples", "shuffle", "steps_per_epoch")
@@ -132,7 +132,7 @@ def find(
     elif resume == "never":
         foreign = True
     elif run_dir is not None:
-        found = _run_folder.newest(run_dir)
+        found = checkpoint_manager.newest(run_dir)
         if found is None and resume == "must":
             raise CheckpointError(
                 f'resume="must": there is no checkpoint in {os.fspath(run_dir)!r}. '
@@ -143,8 +143,8 @@ def find(
 
 
 def _at(path: Path) -> checkpoint.Checkpoint:
-    found = _run_folder.newest(path) if path.is_dir() else checkpoint.load(path)
-    if found is None or _run_folder.resumable_step(found.meta) is None:
+    found = checkpoint_manager.newest(path) if path.is_dir() else checkpoint.load(path)
+    if found is None or checkpoint_manager.resumable_step(found.meta) is None:
         raise CheckpointError(
             f"{os.fspath(path)!r} holds no training to go on with. Expected a "
             "checkpoint of fit(run_dir=...) or ModelCheckpoint with the whole state. "
@@ -155,7 +155,7 @@ def _at(path: Path) -> checkpoint.Checkpoint:
 
 def set_aside(run_dir: Path) -> None:
     """Moves what is in a run's folder into one below it, and says so."""
-    if jax.process_index() == 0 and (aside := _run_folder.set_aside(run_dir)):
+    if jax.process_index() == 0 and (aside := checkpoint_manager.set_aside(run_dir)):
         warnings.warn(
             f"What was in {os.fspath(run_dir)!r} is now in {os.fspath(aside)!r}.",
             UserWarning,
@@ -164,7 +164,7 @@ def set_aside(run_dir: Path) -> None:
 
 
 def _refuse_newer(run_dir: Path, found: checkpoint.Checkpoint) -> None:
-    latest = _run_folder.newest(run_dir)
+    latest = checkpoint_manager.newest(run_dir)
     step = Origin.of(found).step
     if latest is not None and Origin.of(latest).step > step:
         raise CheckpointError(

@@ -14,20 +14,18 @@ from flaxfit._core.intervals import as_interval
 from flaxfit._core.types import TrainState
 from flaxfit._programs.compile import Running
 from flaxfit._reporting.display import Display
-from flaxfit._runs import (
-    checkpoint_manager as _run_folder,
-)
-from flaxfit._runs import (
-    resume as _resume,
-)
+from flaxfit._runs import checkpoint_manager
 from flaxfit._runs.recorder import RunRecorder
-from flaxfit._runs.resume import Origin
-from flaxfit._runs.saver import (
-    BackgroundWriter,
-    Saver,
-    restore_running,
-    unpack,
+from flaxfit._runs.resume import (
+    Origin,
+    as_resume,
+    differences,
+    find,
+    is_over,
+    refuse_to_overwrite,
+    set_aside,
 )
+from flaxfit._runs.saver import BackgroundWriter, Saver, restore_running, unpack
 from flaxfit.callbacks.base import Callback, CallbackList, LoopState
 from flaxfit.data.sources.base import Source
 from flaxfit.data.sources.position import Bookmarks, Position
@@ -68,7 +66,7 @@ class Run:
                     f'fit(..., run_dir="runs/a", {name}={value!r}).'
                 )
         as_interval("save_every", save_every)
-        self._resume = _resume.as_resume(resume, run_dir)
+        self._resume = as_resume(resume, run_dir)
         self._folder = None if run_dir is None else Path(run_dir)
         self._display = display
         self._writer = BackgroundWriter()
@@ -119,8 +117,8 @@ class Run:
         """
         with contextlib.ExitStack() as stack:
             if self._folder is not None and self._leads:
-                stack.enter_context(_run_folder.opened(self._folder))
-            found, self._foreign = _resume.find(self._folder, self._resume)
+                stack.enter_context(checkpoint_manager.opened(self._folder))
+            found, self._foreign = find(self._folder, self._resume)
             self.origin = (
                 Origin.begin(step, epoch) if found is None else Origin.of(found)
             )
@@ -129,11 +127,11 @@ class Run:
     def take_folder(self) -> None:
         """Moves what is of another run out of the way; called once all is checked."""
         if self._foreign and self._folder is not None:
-            _resume.set_aside(self._folder)
+            set_aside(self._folder)
 
     def refuse_to_overwrite(self, step: int) -> None:
-        """See `_resume.refuse_to_overwrite`."""
-        _resume.refuse_to_overwrite(self.origin, step)
+        """See `resume.refuse_to_overwrite`."""
+        refuse_to_overwrite(self.origin, step)
 
     def compare(
         self,
@@ -144,7 +142,7 @@ class Run:
         epochs: int,
         total_steps: int | None,
     ) -> None:
-        """Tells what is not as it was; see `_resume.differences`.
+        """Tells what is not as it was; see `resume.differences`.
 
         Args:
           meta: what a file says of the trainer.
@@ -170,13 +168,13 @@ class Run:
         self.bookmarks = Bookmarks(source, bookmark)
         if origin.saved is None:
             return
-        _resume.differences(origin, meta["config"], data, say=self._display.say)
+        differences(origin, meta["config"], data, say=self._display.say)
         if settings != origin.loop.get("settings"):
             self._display.say("changed: the callbacks, or what they were given")
         before = origin.loop.get("epochs")
         if before != epochs:
             self._display.say(f"changed: epochs was {before}, is {epochs}")
-        self._over = _resume.is_over(origin, epochs, settings)
+        self._over = is_over(origin, epochs, settings)
         if not (source.seeks or bookmark or self._over) and origin.batch:
             self._display.say(
                 f"the {data['kind']} cannot be entered in the middle: what was trained "
@@ -253,7 +251,7 @@ class Run:
 
         def read() -> tuple[TrainState, int, Running | None]:
             self._writer.flush()
-            found = _run_folder.newest(folder)
+            found = checkpoint_manager.newest(folder)
             if found is None:
                 raise CheckpointError(
                     f"There is no checkpoint in {os.fspath(folder)!r} to go back to."

@@ -13,7 +13,7 @@ from flaxfit._core.errors import CheckpointError, did_you_mean
 from flaxfit._core.intervals import as_interval
 from flaxfit.callbacks.base import Callback, LoopState
 from flaxfit.callbacks.monitor import Monitor, check_mode
-from flaxfit.checkpoint import disk as _disk
+from flaxfit.checkpoint import disk
 
 _PLACES = ("epoch", "batch", "step")
 
@@ -122,7 +122,7 @@ class ModelCheckpoint(Callback):
                     self.best = self._best_of_file()
         checkpoint.check_writable(loop.state)
         if "{" not in os.path.dirname(self.filepath):
-            _disk.probe(Path(self.filepath).absolute().parent)
+            disk.probe(Path(self.filepath).absolute().parent)
 
     def on_train_batch_end(self, loop: LoopState) -> None:
         """Saves every so many steps or seconds."""
@@ -189,7 +189,7 @@ class ModelCheckpoint(Callback):
         """Deletes older files; called when the newest one is safe."""
         if self.keep is not None:
             for path in self._written[: -self.keep]:
-                _disk.remove(Path(path))
+                disk.remove(Path(path))
             self._written = self._written[-self.keep :]
 
     def _forget(self, path: str, best: float | None) -> Callable[[Exception], None]:

@@ -2,8 +2,6 @@
 
 from flaxfit.checkpoint.api import (
     Checkpoint,
-    Put,
-    RestoreReport,
     Snapshot,
     check_writable,
     load,
@@ -11,12 +9,12 @@ from flaxfit.checkpoint.api import (
     load_variables,
     nonfinite_leaf,
     read_meta,
-    restore,
     save,
     snapshot,
     verify,
     write,
 )
+from flaxfit.checkpoint.restore import Put, RestoreReport, restore
 
 __all__ = [
     "Checkpoint",
@@ -35,3 +33,5 @@ __all__ = [
     "verify",
     "write",
 ]
+
+Checkpoint.__module__ = Snapshot.__module__ = __name__  # see flaxfit/__init__.py

@@ -17,39 +17,10 @@ import numpy as np
 
 from flaxfit._core.errors import CheckpointError
 from flaxfit._core.types import PyTree, TrainState
-from flaxfit.checkpoint import (
-    corruption as _damage,
-)
-from flaxfit.checkpoint import (
-    disk as _disk,
-)
-from flaxfit.checkpoint import (
-    encoding as _codec,
-)
-from flaxfit.checkpoint import (
-    file_format as _format,
-)
+from flaxfit.checkpoint import corruption, disk, encoding, file_format
 from flaxfit.checkpoint.encoding import DTYPES, joined
 from flaxfit.checkpoint.msgpack_reader import SLACK
-from flaxfit.checkpoint.restore import FIELDS, Put, RestoreReport, restore
-
-__all__ = [
-    "Checkpoint",
-    "Put",
-    "RestoreReport",
-    "Snapshot",
-    "check_writable",
-    "load",
-    "load_params",
-    "load_variables",
-    "nonfinite_leaf",
-    "read_meta",
-    "restore",
-    "save",
-    "snapshot",
-    "verify",
-    "write",
-]
+from flaxfit.checkpoint.restore import FIELDS
 
 _FRONT = 2**16
 _PIECE = 2**23
@@ -104,8 +75,8 @@ def snapshot(
     """
     fields = _fields(state)
     others = dict(extra or {})
-    _codec.start_copies((fields, others))
-    encoder = _codec.Encoder(copy=copy)
+    encoding.start_copies((fields, others))
+    encoder = encoding.Encoder(copy=copy)
     encoded = encoder.encode(fields, ())
     more = encoder.encode(others, ("extra",)) if others else {}
     _check_count(encoder)
@@ -123,11 +94,11 @@ def check_writable(state_template: TrainState | Mapping[str, PyTree]) -> None:
         by its path.
     """
     fields = _fields(state_template)
-    encoder = _codec.Encoder(abstract=True)
+    encoder = encoding.Encoder(abstract=True)
     encoded = encoder.encode(fields, ())
-    written = {path for path, _ in _codec.leaves_of(encoded, ())}
+    written = {path for path, _ in encoding.leaves_of(encoded, ())}
     leaves, _ = jax.tree_util.tree_flatten_with_path(fields)
-    wanted = {_codec.path_of(path) for path, _ in leaves}
+    wanted = {encoding.path_of(path) for path, _ in leaves}
     for path in sorted(written ^ wanted):
         where = "Flax writes" if path in written else "jax has"
         raise CheckpointError(
@@ -142,7 +113,7 @@ def _fields(state: TrainState | Mapping[str, PyTree]) -> dict[str, Any]:
     return dict(state)
 
 
-def _check_count(encoder: _codec.Encoder) -> None:
+def _check_count(encoder: encoding.Encoder) -> None:
     """Refuses what the reader would take for a bomb."""
     if len(encoder.leaves) * _PER_LEAF > encoder.nbytes + SLACK:
         raise CheckpointError(
@@ -158,7 +129,7 @@ def nonfinite_leaf(snapshot: Snapshot) -> str | None:
     infinity among parameters; optimizers may hold infinities that mean something.
     """
     for field in ("params", "collections", "opt_state"):
-        for path, leaf in _codec.leaves_of(snapshot.state.get(field), (field,)):
+        for path, leaf in encoding.leaves_of(snapshot.state.get(field), (field,)):
             if _is_broken(leaf, infinite=field == "params"):
                 return joined(path)
     return None
@@ -172,7 +143,7 @@ def _is_broken(leaf: Any, *, infinite: bool) -> bool:
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
         return False
     with np.errstate(all="ignore"):
-        for piece in _format.pieces(leaf):
+        for piece in file_format.pieces(leaf):
             small = leaf.dtype.kind == "V" or leaf.dtype.itemsize < 4
             values = piece.astype(np.float32) if small else piece
             # A finite sum has finite terms; the converse needs a closer look.
@@ -208,12 +179,14 @@ def write(
             f"{name!r} is a folder; give the file to write, for example "
             f"{os.path.join(name, 'run.msgpack')!r}."
         )
-    described = _codec.encode_meta(meta, ("meta",))
-    described |= {"format": _format.FORMAT, "leaves": list(snapshot.leaves)}
+    described = encoding.encode_meta(meta, ("meta",))
+    described |= {"format": file_format.FORMAT, "leaves": list(snapshot.leaves)}
     try:
-        _disk.replace_file(
+        disk.replace_file(
             Path(name),
-            lambda file: _format.write(file, described, snapshot.state, snapshot.extra),
+            lambda file: file_format.write(
+                file, described, snapshot.state, snapshot.extra
+            ),
         )
     except UnicodeEncodeError as err:
         raise CheckpointError(
@@ -244,7 +217,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         says what it looks like.
     """
     name = os.fspath(path)
-    return Checkpoint(name, *_format.read(_read(name), name))
+    return Checkpoint(name, *file_format.read(_read(name), name))
 
 
 def read_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -260,13 +233,13 @@ def read_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
     length = _FRONT
     while True:
         data, size = _read_some(name, length)
-        if not data.startswith(_damage.START):
-            return _format.read(_read(name), name).meta  # It raises, and says why.
-        meta = _format.read_front(data, size, name)
+        if not data.startswith(corruption.START):
+            return file_format.read(_read(name), name).meta  # It raises, and says why.
+        meta = file_format.read_front(data, size, name)
         if meta is not None:
             return meta
         if length >= size:
-            raise _damage.damage(data, name)
+            raise corruption.damage(data, name)
         length *= 8
 
 
@@ -293,7 +266,7 @@ def verify(path: str | os.PathLike[str]) -> dict[str, Any]:
     except OSError as err:
         raise _unreadable(name, err) from err
     if crc.to_bytes(4, "big") != last:
-        raise _damage.damage(_read(name), name)
+        raise corruption.damage(_read(name), name)
     return meta
 
 
@@ -324,18 +297,18 @@ def load_variables(path: str | os.PathLike[str]) -> dict[str, PyTree]:
     name = os.fspath(path)
     data = _read(name)
     collections: dict[str, PyTree] = {}
-    if _damage.is_ours(data):
-        content: Any = _format.read(data, name).state
+    if corruption.is_ours(data):
+        content: Any = file_format.read(data, name).state
         collections = content.get("collections", {})
         content = content.get("params")
     else:
-        content = _format.read_plain(data, name)
+        content = file_format.read_plain(data, name)
     # Some keep all variables in the params of their TrainState.
     while isinstance(content, dict) and isinstance(content.get("params"), dict):
         others = content.keys() - {"params", "opt_state", "tx"}
         collections |= {n: content[n] for n in others if isinstance(content[n], dict)}
         content = content["params"]
-    leaves = dict(_codec.leaves_of(content, ()))
+    leaves = dict(encoding.leaves_of(content, ()))
     foreign = [path for path, leaf in leaves.items() if not _is_array(leaf)]
     if foreign or not leaves or not isinstance(content, dict):
         what = joined(foreign[0]) if foreign else "a file without any"

@@ -11,8 +11,7 @@ import numpy as np
 
 from flaxfit._core.errors import DataError
 from flaxfit._core.types import Batch
-from flaxfit.data.adapters import chunked_arrays as sliced
-from flaxfit.data.adapters import npy_files as files
+from flaxfit.data.adapters import chunked_arrays, npy_files
 from flaxfit.data.adapters.registry import (
     adapt_parts,
     examples_in,
@@ -200,8 +199,8 @@ def as_inputs_source(
       TypeError: data of an unknown kind.
       ValueError: `batch_size` for a dataset, or a wrong one.
     """
-    x = files.open_files(x)
-    if sliced.recognizes(x) and is_several_inputs(x, binding):
+    x = npy_files.open_files(x)
+    if chunked_arrays.recognizes(x) and is_several_inputs(x, binding):
         x = (x,)
     x, *_ = adapt_parts(x, None, None, what, data_dir)
     if is_arrays(x, None, None, what):

@@ -1,1 +1,3 @@
 """Optimizers by name, function or optax transformation."""
+
+__all__: list[str] = []

@@ -19,7 +19,7 @@ import optax.contrib
 
 from flaxfit._core.errors import did_you_mean
 from flaxfit._core.types import Array, PyTree
-from flaxfit.optimizers import transforms as _transforms
+from flaxfit.optimizers import transforms
 
 UNKNOWN_TOTAL_STEPS = (
     "learning_rate is a function of total_steps, and the number of steps is not known "
@@ -47,7 +47,7 @@ class Optimizer(NamedTuple):
     """
 
     name: str
-    tx: _transforms.Tx
+    tx: transforms.Tx
     learning_rate: Callable[[PyTree], Array | None]
     evaluation_params: Callable[[PyTree, PyTree], PyTree]
 
@@ -89,7 +89,7 @@ def resolve_optimizer(
     updates = None if total_steps is None else max(1, total_steps // every)
     if isinstance(optimizer, (optax.GradientTransformation, optax.MultiSteps)):
         _refuse_options(learning_rate=learning_rate, weight_decay=weight_decay)
-        name, tx = "optax transformation", _transforms.with_extra_args(optimizer)
+        name, tx = "optax transformation", transforms.with_extra_args(optimizer)
     else:
         name, factory = _as_factory(optimizer)
         tx = _build(name, factory, learning_rate, updates, weight_decay)
@@ -97,15 +97,15 @@ def resolve_optimizer(
         norm = _as_float("clip_norm", clip_norm)
         tx = optax.chain(optax.clip_by_global_norm(norm), tx)
     if every > 1:
-        tx = _transforms.accumulate(tx, every)
+        tx = transforms.accumulate(tx, every)
     if freeze is not None:
         patterns = (freeze,) if isinstance(freeze, str) else tuple(freeze)
-        tx = _transforms.freeze_matching(tx, patterns)
+        tx = transforms.freeze_matching(tx, patterns)
     return Optimizer(
         name,
-        _transforms.keep_dtypes(tx),
-        _transforms.read_learning_rate,
-        _transforms.evaluation_params,
+        transforms.keep_dtypes(tx),
+        transforms.read_learning_rate,
+        transforms.evaluation_params,
     )
 
 
@@ -261,7 +261,7 @@ def _build(
     rate: Any,
     updates: int | None,
     weight_decay: float | None,
-) -> _transforms.Tx:
+) -> transforms.Tx:
     """Calls `factory` so that its learning rate lies in the optimizer's state."""
     parameters = _parameters(factory)
     values: dict[str, Any] = {}
@@ -279,14 +279,14 @@ def _build(
     if rate is not None:
         values[_RATE] = _as_rate(rate, updates)
     _check_complete(name, parameters, values)
-    tx = _transforms.with_extra_args(_called(name, factory, values))
+    tx = transforms.with_extra_args(_called(name, factory, values))
     if rate is None:
         return tx
 
-    def rebuild(learning_rate: Any) -> _transforms.Tx:
-        return _transforms.with_extra_args(factory(**{**values, _RATE: learning_rate}))
+    def rebuild(learning_rate: Any) -> transforms.Tx:
+        return transforms.with_extra_args(factory(**{**values, _RATE: learning_rate}))
 
-    return _transforms.with_injected_rate(rebuild, values[_RATE])
+    return transforms.with_injected_rate(rebuild, values[_RATE])
 
 
 def _choose_rate(name: str, factory: Callable[..., Any], rate: Any) -> Any:

@@ -29,8 +29,8 @@ from tracing import Traced, file_calls
 
 import flaxfit
 from flaxfit import checkpoint
-from flaxfit._runs import checkpoint_manager as _run_folder
-from flaxfit.checkpoint import disk as _disk
+from flaxfit._runs import checkpoint_manager
+from flaxfit.checkpoint.disk import lock_folder
 
 _PER_FOLDER = 10
 
@@ -88,7 +88,7 @@ def kill_at_random(
 
 def _start_again(folder: Path) -> None:
     """What the next start does before anything else."""
-    with _run_folder.opened(folder):
+    with checkpoint_manager.opened(folder):
         pass
 
 
@@ -288,14 +288,14 @@ def _second_writer(tally: Tally, seed: int, folder: Path) -> None:
 
 
 def _hold(acknowledge: Any, folder: Path) -> None:
-    with _disk.lock_folder(folder):
+    with lock_folder(folder):
         acknowledge(1)
         time.sleep(60)
 
 
 def _try_to_hold(folder: Path) -> str:
     try:
-        with _disk.lock_folder(folder):
+        with lock_folder(folder):
             return "held"
     except flaxfit.CheckpointError as err:
         return str(err)

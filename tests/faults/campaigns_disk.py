@@ -14,7 +14,7 @@ from harness import Child, Outcome, Tally, fill, fresh, read_only, tmpfs
 from tracing import Traced, file_calls
 
 import flaxfit
-from flaxfit.checkpoint import disk as _disk
+from flaxfit.checkpoint.disk import probe
 
 _ERRORS = (errno.EIO, errno.EDQUOT, errno.ENOSPC)
 _STORES = (ONE_FILE, STEPS)
@@ -216,7 +216,7 @@ def _read_only(tally: Tally, store: Store, folder: Path) -> None:
             _assert_probe_refuses(run)
         fresh(save_steps, _ignore, store, run, range(3, 4), SMALL)
         assert fresh(prove, store, run, 3) == 3
-        _disk.probe(run)
+        probe(run)
 
 
 def _file_for_a_folder(tally: Tally, store: Store, folder: Path) -> None:
@@ -234,7 +234,7 @@ def _file_for_a_folder(tally: Tally, store: Store, folder: Path) -> None:
 
 def _assert_probe_refuses(folder: Path) -> None:
     try:
-        _disk.probe(folder)
+        probe(folder)
     except flaxfit.CheckpointError as err:
         assert str(folder) in str(err), err
     else:

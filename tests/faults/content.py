@@ -17,7 +17,7 @@ from flax import serialization
 
 from flaxfit import checkpoint
 from flaxfit._core.types import TrainState
-from flaxfit._runs import checkpoint_manager as _run_folder
+from flaxfit._runs import checkpoint_manager
 
 SMALL, LARGE = 2**14, 2**22
 
@@ -108,8 +108,10 @@ def _newest_file(folder: Path) -> int | None:
 
 def _save_step(folder: Path, step: int, size: int) -> None:
     snapshot = checkpoint.snapshot(state_of(step, size), copy=True)
-    checkpoint.write(_run_folder.step_file(folder, step), snapshot, meta_of(step, size))
-    _run_folder.prune(folder)
+    checkpoint.write(
+        checkpoint_manager.step_file(folder, step), snapshot, meta_of(step, size)
+    )
+    checkpoint_manager.prune(folder)
 
 
 def _save_step_in_thread(folder: Path, step: int, size: int) -> None:
@@ -119,7 +121,7 @@ def _save_step_in_thread(folder: Path, step: int, size: int) -> None:
 
 
 def _newest_step(folder: Path) -> int | None:
-    found = _run_folder.newest(folder)
+    found = checkpoint_manager.newest(folder)
     return None if found is None else step_of(found)
 
 

@@ -11,20 +11,16 @@ from functools import partial
 from typing import Any
 
 from flaxfit.data.adapters import (
-    chunked_arrays as sliced,
-)
-from flaxfit.data.adapters import (
+    chunked_arrays,
     grain,
     hugging_face,
+    npy_files,
     tf_data,
     tfds,
     torch,
 )
-from flaxfit.data.adapters import (
-    npy_files as files,
-)
 from flaxfit.data.adapters.image_folder import ImageFiles, open_image_files
-from flaxfit.data.binding import dataframes as tables
+from flaxfit.data.binding import dataframes
 from flaxfit.data.binding.in_memory import is_batch_list
 from flaxfit.data.datasets.batches import Batches, open_batches
 from flaxfit.data.datasets.example_dataset import ExampleSet, take_items, take_rows
@@ -64,10 +60,10 @@ def adapt_parts(
 
     If one of its arrays is read by slices, all of it is one `ExampleSet`.
     """
-    x, y, sample_weight = map(files.open_files, (x, y, sample_weight))
+    x, y, sample_weight = map(npy_files.open_files, (x, y, sample_weight))
     parts = (x, y, sample_weight)
-    if any(map(sliced.recognizes, parts)) and not is_batch_list(x, y):
-        return sliced.gathered(*parts), None, None
+    if any(map(chunked_arrays.recognizes, parts)) and not is_batch_list(x, y):
+        return chunked_arrays.gathered(*parts), None, None
     return adapt(x, what=what, data_dir=data_dir), y, sample_weight
 
 
@@ -137,8 +133,8 @@ def _open_batches(
 
 
 def _example_set(items: Any, what: str) -> ExampleSet:
-    if tables.is_table(items):
-        rows = tables.plain_columns(items)
+    if dataframes.is_table(items):
+        rows = dataframes.plain_columns(items)
         return ExampleSet("Examples of a table", len(items), take_rows(rows))
     if is_nest(items) and not isinstance(items, list):
         arrays = as_host(items)
@@ -199,14 +195,17 @@ def refuse_batch_size(batch_size: Any, what: str, *, guessed: bool) -> None:
 KINDS: tuple[tuple[Callable[[Any], bool], Callable[..., Any]], ...] = (
     (lambda x: isinstance(x, Examples), _open_examples),
     (lambda x: isinstance(x, Batches), _open_batches),
-    (tables.is_lazy, tables.refuse_lazy),
+    (dataframes.is_lazy, dataframes.refuse_lazy),
     (lambda x: isinstance(x, ImageFiles), open_image_files),
     (grain.recognizes, grain.as_dataset),
     # Before torch, whose IterableDataset its streams are too.
     (hugging_face.recognizes, hugging_face.as_dataset),
     (torch.recognizes, torch.as_dataset),
     (tf_data.recognizes, tf_data.as_dataset),
-    (files.recognizes, files.as_dataset),
+    (npy_files.recognizes, npy_files.as_dataset),
     (tfds.recognizes, tfds.as_dataset),
-    (lambda x: not isinstance(x, list) and sliced.recognizes(x), sliced.as_dataset),
+    (
+        lambda x: not isinstance(x, list) and chunked_arrays.recognizes(x),
+        chunked_arrays.as_dataset,
+    ),
 )

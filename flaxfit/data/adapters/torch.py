@@ -1,4 +1,4 @@
-"""Adapters for torch datasets and DataLoaders. Never imports torch itself.
+"""Adapters for torch datasets and DataLoaders. Imports torch only for torch objects.
 
 A loader decides itself which examples make a batch. What it draws at random is made a
 function of seed and pass here, so that two runs are alike and one can be resumed.

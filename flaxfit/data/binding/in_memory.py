@@ -6,7 +6,7 @@ from typing import Any
 
 from flaxfit._core.errors import DataError
 from flaxfit._core.types import Batch
-from flaxfit.data.binding import dataframes as tables
+from flaxfit.data.binding import dataframes
 from flaxfit.data.binding.binding import Binding, Whole, has_fields
 from flaxfit.data.binding.table_binding import (
     holds_column,
@@ -43,7 +43,7 @@ def is_arrays(x: Any, y: Any, sample_weight: Any, what: str) -> bool:
         if given:
             raise ValueError(f"a Batch has its {name} inside: write {what}(batch).")
         return True
-    if tables.is_table(x) or is_array(x):
+    if dataframes.is_table(x) or is_array(x):
         return True
     if not is_batch_list(x, y) and is_nest(x):
         return True
@@ -92,7 +92,7 @@ def is_several_inputs(x: Any, binding: Binding) -> bool:
 
 def _is_nested(value: Any) -> bool:
     nested = isinstance(value, tuple | list | Mapping | Batch)
-    return (nested and not is_array(value)) or tables.is_table(value)
+    return (nested and not is_array(value)) or dataframes.is_table(value)
 
 
 def read_arrays(x: Any, y: Any, sample_weight: Any, binding: Binding) -> Whole:
