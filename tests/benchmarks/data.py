@@ -286,7 +286,7 @@ def _add_tfds(report: Report, folder: str, quick: bool) -> None:
         report.say("\nTFDS is not installed.")
         return
     sys.path.append(str(Path(__file__).parents[1]))
-    from tfds_datasets import FewDigits, digits
+    from helpers.tfds_datasets import FewDigits, digits
 
     with watched():
         builder = FewDigits(data_dir=folder)

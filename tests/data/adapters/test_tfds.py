@@ -28,7 +28,7 @@ from flaxfit.data.open import as_source
 tfds = pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("PIL")
 
-import tfds_datasets  # noqa: E402
+from helpers import tfds_datasets  # noqa: E402
 
 ONE = Binding(CallSpec(("x",), (), ("x",)))
 TWO = Binding(CallSpec(("first", "second"), (), ("first", "second")))
@@ -419,7 +419,7 @@ def test_a_failing_preparation_says_what_to_run(tmp_path, monkeypatch, failure, 
     with pytest.raises(DataError, match=text) as caught:
         source_of("few_digits", tmp_path)
     assert (
-        "from tfds_datasets import FewDigits; "
+        "from helpers.tfds_datasets import FewDigits; "
         f"FewDigits(data_dir='{tmp_path}').download_and_prepare("
     ) in str(caught.value)
     assert caught.value.__cause__ is not None

@@ -17,7 +17,7 @@ import pytest
 
 import flaxfit
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 MODULES = [
     "flaxfit",

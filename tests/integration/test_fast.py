@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_loop import count_reads
+from helpers.asserts import count_reads
 
 from flaxfit import Callback, LambdaCallback, Trainer
 from flaxfit._core.types import Batch

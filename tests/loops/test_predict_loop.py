@@ -19,7 +19,7 @@ from flaxfit._core.errors import DataError
 from flaxfit.data import Batches, Examples
 from flaxfit.trainer import data as trainer_data
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 X = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
 Y = np.random.default_rng(1).integers(0, 3, 50).astype(np.int32)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parent / "benchmarks"
+FOLDER = Path(__file__).parents[1] / "benchmarks"
 RIVALS = ("flaxfit `fit`", "(a) ", "(b) ", "(b') ", "(e) ", "(d) the floor")
 
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.asserts import count_reads
 from jax.sharding import AxisType, Mesh, PartitionSpec
-from test_loop import count_reads
 
 import flaxfit._programs.placement
 from flaxfit import LambdaCallback, Trainer

@@ -371,7 +371,7 @@ def campaign():
 
 def test_a_thousand_starts_and_stops_leave_no_thread_and_no_memory():
     """In a process of its own: what measures coverage is no friend of interrupts."""
-    code = "import json, test_data_prefetch as t; print(json.dumps(t.campaign()))"
+    code = "import json, test_prefetch as t; print(json.dumps(t.campaign()))"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("COV")}
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -1,0 +1,34 @@
+"""Counts and comparisons that several tests share."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def count_reads(monkeypatch):
+    """Counts every way a device array becomes a host value."""
+    reads = []
+    array = type(jnp.zeros(()))
+    for name in ("__array__", "__float__", "__int__", "__bool__", "__index__", "item"):
+        original = getattr(array, name)
+
+        def counted(self, *args, _original=original, _name=name, **kwargs):
+            reads.append(_name)
+            return _original(self, *args, **kwargs)
+
+        monkeypatch.setattr(array, name, counted)
+    original = np.asarray
+
+    def asarray(value, *args, **kwargs):
+        # NumPy reads a CPU's arrays by their buffer, and asks for no `__array__`.
+        if isinstance(value, jax.Array):
+            reads.append("__array__")
+        return original(value, *args, **kwargs)
+
+    monkeypatch.setattr(np, "asarray", asarray)
+    monkeypatch.setattr(
+        jax,
+        "device_get",
+        lambda tree, _get=jax.device_get: (reads.append("get"), _get(tree))[1],
+    )
+    return reads
