@@ -1,14 +1,57 @@
-"""Error types that a caller may catch, and the "did you mean" hint."""
+"""Error types that a caller may catch, the name of the call, "did you mean" hints."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+_caller: ContextVar[str] = ContextVar("caller", default="fit")
 
 
-class DataError(ValueError):
+@contextmanager
+def calling(name: str) -> Iterator[None]:
+    """Names the method, or the argument of `fit`, that messages inside speak of."""
+    token = _caller.set(name)
+    try:
+        yield
+    finally:
+        _caller.reset(token)
+
+
+def caller() -> str:
+    """Returns the innermost name given to `calling`. For messages alone."""
+    return _caller.get()
+
+
+class UsageError(ValueError):
+    """A call that cannot work, in three parts.
+
+    Args:
+      given: what was given, as a sentence; its period may be left out.
+      expected: what was expected, as a sentence; empty where `given` says it.
+      write: the code to write instead; empty where no single line is right.
+    """
+
+    def __init__(self, given: str, expected: str = "", write: str = "") -> None:
+        super().__init__(given, expected, write)
+        self.given, self.expected, self.write = given, expected, write
+
+    def __str__(self) -> str:
+        parts = (self.given, self.expected, self.write and f"Write {self.write}")
+        return " ".join(p if p.endswith((".", "?")) else f"{p}." for p in parts if p)
+
+
+class UsageTypeError(UsageError, TypeError):
+    """A `UsageError` about an object of the wrong type."""
+
+
+class DataError(UsageError):
     """Data that cannot be trained on: empty, ragged, out of range or used up."""
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UsageError):
     """A file that cannot be read back, or that does not fit the model."""
 
 
@@ -18,7 +61,7 @@ class CheckpointCorruptError(CheckpointError):
     Attributes:
       path: the file.
       leaf: the path of the first damaged leaf, e.g. `"params/Dense_0/kernel"`; None
-        where the damage lies elsewhere or cannot be told.
+        where the damage is elsewhere or cannot be located.
     """
 
     def __init__(self, message: str, *, path: str, leaf: str | None = None) -> None:
@@ -26,9 +69,13 @@ class CheckpointCorruptError(CheckpointError):
         self.path = path
         self.leaf = leaf
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        rebuild = partial(type(self), path=self.path, leaf=self.leaf)
+        return rebuild, (self.given,)
 
-class DetectionError(ValueError):
-    """Something about the model that cannot be found out and must be said."""
+
+class DetectionError(UsageError):
+    """Something about the model that cannot be detected and must be specified."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
