@@ -1,8 +1,6 @@
 """Central types: what a step takes and returns. Knows neither linen nor files."""
 
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, Self, TypeAlias, runtime_checkable
 
 import flax.struct
@@ -214,89 +212,6 @@ class Sum(flax.struct.PyTreeNode):
             for t in self.terms.values()
         ]
         return sum(means[1:], start=means[0])
-
-
-class StateHolder:
-    """Owns the current `TrainState`, and sees to it that nothing lent out dies.
-
-    A train program consumes ("donates") the state it is given. Whoever reads the
-    state here may keep it: the next `take` then hands out a copy instead. Threads may
-    share a holder: a loader that predicts with the model it feeds does.
-    """
-
-    def __init__(self, state: TrainState | None = None) -> None:
-        self._state = state
-        self._lent = False
-        self._borrowers = 0
-        self._fresh = False
-        self._version = 0
-        self.lock = threading.RLock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "lock"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, lock=threading.RLock())
-
-    @property
-    def settled(self) -> bool:
-        """Whether there is a state that holds more than a fresh one would."""
-        return self._state is not None and not self._fresh
-
-    @property
-    def version(self) -> int:
-        """How often the state was replaced."""
-        return self._version
-
-    @property
-    def empty(self) -> bool:
-        """Whether there is no state yet."""
-        return self._state is None
-
-    def read(self) -> TrainState:
-        """Returns the state for keeps."""
-        with self.lock:
-            self._lent = True
-            return self.peek()
-
-    @contextmanager
-    def borrow(self) -> Iterator[TrainState]:
-        """Lends the state for the time inside, whatever other threads do."""
-        with self.lock:
-            self._borrowers += 1
-            state = self.peek()
-        try:
-            yield state
-        finally:
-            with self.lock:
-                self._borrowers -= 1
-
-    def peek(self) -> TrainState:
-        """Returns the state to a caller that neither keeps nor donates it."""
-        assert self._state is not None
-        return self._state
-
-    def take(self) -> TrainState:
-        """Returns a state that may be donated; it stays until `put`.
-
-        From here to `put` the caller holds `lock`, where other threads may read.
-        """
-        if self._lent or self._borrowers:
-            self.put(copy_state(self.peek()), fresh=self._fresh)
-        return self.peek()
-
-    def put(self, state: TrainState, *, fresh: bool = False) -> None:
-        """Makes `state` the current one; nobody else may hold on to it.
-
-        Args:
-          state: the state.
-          fresh: whether it was only just made, so that nothing is lost with it.
-        """
-        with self.lock:
-            self._state = state
-            self._lent = False
-            self._fresh = fresh
-            self._version += 1
 
 
 def copy_state(state: TrainState) -> TrainState:

@@ -1,4 +1,4 @@
-"""Builds chunks: batches stacked on the device for one call of a program."""
+"""Builds chunks: stacks batches on the host and sends each stack to the device."""
 
 from typing import NamedTuple
 
@@ -7,35 +7,36 @@ import numpy as np
 
 from flaxfit._core.arrays import empty_array
 from flaxfit._core.types import Batch, HostArray
-from flaxfit._programs.chunks import Segment, Stack, stack_capacity
+from flaxfit._programs.chunks import Chunk, Stack, stack_capacity
 from flaxfit._programs.placement import Placement
 from flaxfit.data.host.arrays import on_device, own
 
 
-class Ready(NamedTuple):
-    """A segment on the device.
+class DeviceChunk(NamedTuple):
+    """A chunk on the device.
 
     Attributes:
-      segment: the batches.
-      batches: how many of them have a meaning.
-      examples: rows of each batch that are no fill, and in training count.
+      chunk: the batches.
+      batches: how many of them are used.
+      examples: for each batch the rows that are not padding and, in training, have
+        any weight.
     """
 
-    segment: Segment
+    chunk: Chunk
     batches: int
     examples: tuple[int, ...]
 
 
-class SegmentPacker:
-    """Stacks batches for `Prefetch`; those on a device, or too large, stay alone.
+class ChunkBuilder:
+    """Stacks batches; those on a device, or too large, form a chunk each.
 
     Args:
       placement: the devices.
       stacks: whether batches are stacked at all.
-      steps_per_call: the steps of a call, None to go by the clock.
-      bytes_per_output: what a batch leaves on the device.
-      lent: whether batches hold only until the next one is read: then those that stay
-        alone are copied, as stacked ones are anyway.
+      steps_per_call: the steps of a call, None to tune them by the clock.
+      bytes_per_output: size of a batch's outputs on the device.
+      reuses_buffers: whether the source writes its next batch into the same memory:
+        then single batches are copied. A stack is a copy anyway.
     """
 
     def __init__(
@@ -44,49 +45,48 @@ class SegmentPacker:
         stacks: bool,
         steps_per_call: int | None,
         bytes_per_output: int,
-        lent: bool = False,
+        reuses_buffers: bool = False,
     ) -> None:
         self._placement = placement
-        self._lent = lent
+        self._reuses_buffers = reuses_buffers
         self._stacks = stacks
         self._steps_per_call = steps_per_call
         self._bytes_per_output = bytes_per_output
-        self._packed: _HostStack | _Alone | None = None
+        self._open: _HostStack | _SingleBatch | None = None
 
     @property
     def empty(self) -> bool:
-        return self._packed is None
+        return self._open is None
 
     @property
     def full(self) -> bool:
-        return self._packed is not None and self._packed.full
+        return self._open is not None and self._open.full
 
-    def takes(self, batch: Batch) -> bool:
-        packed = self._packed
-        return isinstance(packed, _HostStack) and packed.takes(batch)
+    def fits(self, batch: Batch) -> bool:
+        return isinstance(self._open, _HostStack) and self._open.fits(batch)
 
     def add(self, batch: Batch) -> None:
         examples = _count_examples(batch.weights)
-        if not isinstance(self._packed, _HostStack):
+        if not isinstance(self._open, _HostStack):
             capacity = self._capacity(batch)
             if capacity == 1:
-                batch = own(batch) if self._lent else batch
-                self._packed = _Alone(batch, examples)
+                batch = own(batch) if self._reuses_buffers else batch
+                self._open = _SingleBatch(batch, examples)
                 return
-            self._packed = _HostStack(batch, capacity)
-        self._packed.add(batch, examples)
+            self._open = _HostStack(batch, capacity)
+        self._open.add(batch, examples)
 
-    def close(self) -> "_HostStack | _Alone":
-        packed, self._packed = self._packed, None
-        assert packed is not None
-        return packed
+    def close(self) -> "_HostStack | _SingleBatch":
+        closed, self._open = self._open, None
+        assert closed is not None
+        return closed
 
-    def send(self, closed: "_HostStack | _Alone") -> Ready:
-        if isinstance(closed, _Alone):
-            segment = self._placement.put_segment(closed.batch)
-            return Ready(segment, 1, (closed.examples,))
-        segment = self._placement.put_segment(Stack(closed.batches))
-        return Ready(segment, len(closed.examples), tuple(closed.examples))
+    def send(self, closed: "_HostStack | _SingleBatch") -> DeviceChunk:
+        if isinstance(closed, _SingleBatch):
+            chunk = self._placement.put_chunk(closed.batch)
+            return DeviceChunk(chunk, 1, (closed.examples,))
+        chunk = self._placement.put_chunk(Stack(closed.batches))
+        return DeviceChunk(chunk, len(closed.examples), tuple(closed.examples))
 
     def _capacity(self, batch: Batch) -> int:
         if not self._stacks or on_device(batch):
@@ -96,14 +96,14 @@ class SegmentPacker:
         return stack_capacity(size, self._steps_per_call)
 
 
-class _Alone(NamedTuple):
+class _SingleBatch(NamedTuple):
     batch: Batch
     examples: int
     full: bool = True
 
 
 class _HostStack:
-    """Batches copied side by side into arrays of their own."""
+    """Batches copied side by side into newly allocated arrays."""
 
     def __init__(self, like: Batch, capacity: int) -> None:
         self.batches: Batch = jax.tree.map(
@@ -117,7 +117,7 @@ class _HostStack:
     def full(self) -> bool:
         return len(self.examples) == self._capacity
 
-    def takes(self, batch: Batch) -> bool:
+    def fits(self, batch: Batch) -> bool:
         return all(
             isinstance(leaf, np.ndarray) and stacked.shape[1:] == leaf.shape
             for stacked, leaf in zip(self._leaves, jax.tree.leaves(batch), strict=True)
@@ -130,7 +130,7 @@ class _HostStack:
 
 
 def _count_examples(weights: HostArray | jax.Array) -> int:
-    """Returns how many rows have any weight; on a device, where reading waits, all."""
+    """Counts the rows with any weight; on a device, where reading would wait, all."""
     if isinstance(weights, jax.Array):
         return len(weights)
     if weights.ndim == 1:

@@ -1,64 +1,90 @@
-"""Everything one `fit` needs to run."""
+"""Everything that one `fit` needs while it runs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from flaxfit._core.types import Logs, PyTree, TrainState
-from flaxfit._loops.feeder import Feed
+from flaxfit._core.state_store import TrainStateStore
+from flaxfit._core.types import TrainState
+from flaxfit._loops.feeder import Execution, Feed, open_feed
 from flaxfit._loops.interrupt import Interrupt
-from flaxfit._programs.compile import Program, Running
+from flaxfit._programs.resolve import ResolvedTask
 from flaxfit._reporting.display import Display
-from flaxfit._runs.saver import Saver
+from flaxfit._runs.session import RunSession
 from flaxfit.callbacks.base import CallbackList, LoopState
+from flaxfit.data.sources.base import Source
 from flaxfit.data.sources.position import Position
 
 Evaluate: TypeAlias = Callable[[TrainState], dict[str, Any] | None]
 
 
 @dataclass(frozen=True)
-class FitPlan:
-    """What one `fit` is to do.
+class FitData:
+    """The data of one fit.
 
     Attributes:
-      epochs: `range(initial_epoch, epochs)`.
-      train: the train program.
-      running: an empty accumulator.
-      open_feed: position -> where the batches come from.
-      steps_per_call: steps of one call of the program, None to go by the clock.
-      order: sorts logs into History's order.
-      learning_rate: reads the current rate from an optimizer state, or None.
-      validate: evaluates a state, or None without validation data.
-      validates_at: whether to validate after an epoch.
-      callbacks: whom to call.
-      display: where the progress goes.
-      interrupt: tells of Ctrl-C and SIGTERM.
-      saver: writes the checkpoints that callbacks ask for.
-      as_state: makes a state of what a snapshot or a file holds.
-      nonfinite: what happens at a loss that is not finite; see `Trainer`.
-      first_epoch: the epoch at which the data began.
-      batch: the batches of the first epoch that were trained on in an earlier process.
-      resume: called when all callbacks have begun.
-      roll_back: returns state, epoch and accumulators of the last good checkpoint;
-        None where there are none.
+      source: the training data.
+      steps: batches of an epoch, from endless passes; None for one pass.
+      epochs: `range(initial_epoch, epochs)`, of this process.
+      validate: evaluates a state, None if interrupted; None without validation data.
+      validates_at: whether to validate after an epoch, counted from 0.
     """
 
+    source: Source
+    steps: int | None
     epochs: range
-    train: Program
-    running: Running
-    open_feed: Callable[[Position], Feed]
-    steps_per_call: int | None
-    order: Callable[[Logs], Logs]
-    learning_rate: Callable[[PyTree], Any]
     validate: Evaluate | None
     validates_at: Callable[[int], bool]
-    callbacks: CallbackList
+
+
+@dataclass(frozen=True)
+class FitContext:
+    """Everything that one `fit` needs while it runs.
+
+    Attributes:
+      resolved: the compiled programs and what they were built from.
+      data: the data, and how often it is read.
+      execution: how steps are grouped and data is fed.
+      session: the run: where it resumes, and where its checkpoints go.
+      store: the state.
+      loop: the mutable part, which callbacks see.
+      display: shows the progress.
+      interrupt: tells of Ctrl-C and SIGTERM.
+      nonfinite: how non-finite losses are handled; see `Trainer`.
+    """
+
+    resolved: ResolvedTask
+    data: FitData
+    execution: Execution
+    session: RunSession
+    store: TrainStateStore
+    loop: LoopState
     display: Display
     interrupt: Interrupt
-    saver: Saver
-    as_state: Callable[[Any], TrainState]
     nonfinite: str
-    first_epoch: int
-    batch: int = 0
-    resume: Callable[[LoopState], None] = lambda loop: None
-    roll_back: Callable[[], tuple[TrainState, int, Running | None]] | None = None
+
+    @property
+    def callbacks(self) -> CallbackList:
+        """The user's callbacks, and the one that writes the run directory."""
+        return self.session.callbacks
+
+    @property
+    def ending(self) -> bool:
+        """Whether a callback or a signal has asked to end the fit."""
+        return self.loop.stopped or self.interrupt.requested
+
+    def open_feed(self, epoch: int, batch: int) -> Feed:
+        """Returns the training data from batch `batch` of epoch `epoch` on."""
+        origin = self.session.origin
+        position = Position(epoch - origin.first_epoch, batch)
+        end = max(self.data.epochs.stop, origin.first_epoch)
+        return open_feed(
+            self.resolved,
+            self.execution,
+            self.data.source,
+            epochs=end - epoch,
+            steps=self.data.steps,
+            position=position,
+            bookmarks=self.session.bookmarks,
+            stopped=lambda: self.interrupt.requested,
+        )

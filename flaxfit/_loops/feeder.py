@@ -10,25 +10,26 @@ from typing import Protocol
 import numpy as np
 
 from flaxfit._core.types import Batch, HostArray
-from flaxfit._loops.chunk_builder import Ready, SegmentPacker
-from flaxfit._loops.dispatch_queue import Pace
+from flaxfit._loops.chunk_builder import ChunkBuilder, DeviceChunk
+from flaxfit._loops.dispatch_queue import DispatchQueue
 from flaxfit._loops.prefetch import Prefetch
 from flaxfit._programs.chunks import (
-    Resident,
-    Segment,
+    Chunk,
+    DeviceDataset,
     Stack,
     order_capacity,
     stack_capacity,
 )
 from flaxfit._programs.placement import Placement
+from flaxfit._programs.resolve import ResolvedTask
 from flaxfit._reporting.timing import Clock
 from flaxfit.data.datasets.shuffling import rows_of
 from flaxfit.data.sources.array_source import ArraySource
 from flaxfit.data.sources.base import Source
 from flaxfit.data.sources.position import Bookmarks, Position, epochs_of
 
-# Rows are rounded up to an eighth of a power of two: data of nearly the same size then
-# shares one compiled program.
+# Row counts are rounded up to an eighth of a power of two, so that data of nearly the
+# same size shares one compiled program.
 _ROUNDING_BITS = 4
 
 
@@ -37,47 +38,48 @@ class Execution:
     """How a trainer runs its steps; none of it changes a result beyond rounding.
 
     Attributes:
-      steps_per_call: steps of one call of the train program, None to go by the clock.
+      steps_per_call: steps of one call of the train program, None to tune them by the
+        clock.
       device_data: the share of the free device memory that data may take.
-      prefetch: how many segments a background thread prepares ahead; 0 for none.
+      prefetch: how many chunks a background thread prepares ahead; 0 for none.
     """
 
     steps_per_call: int | None = None
     device_data: float = 0.25
     prefetch: int = 2
 
-    def per_call(self, *, single: bool) -> int | None:
-        """Returns the steps of a call of a program that may only run single ones."""
-        return 1 if single else self.steps_per_call
+    def queue(self, resolved: ResolvedTask) -> DispatchQueue:
+        """Returns the queue for the calls of the programs."""
+        single = resolved.programs.one_step_per_call
+        return DispatchQueue(1 if single else self.steps_per_call)
 
 
-class Segments(Protocol):
-    """The segments of one epoch, in order."""
+class Chunks(Protocol):
+    """The chunks of one epoch, in order."""
 
     @property
     def ready(self) -> bool:
-        """Whether the next one can be had without waiting."""
+        """Whether the next chunk is available without waiting."""
 
-    def __iter__(self) -> Iterator[Ready]: ...
+    def __iter__(self) -> Iterator[DeviceChunk]: ...
 
-    def __next__(self) -> Ready: ...
+    def __next__(self) -> DeviceChunk: ...
 
 
 class Feed(Protocol):
-    """Where a loop gets its segments from."""
+    """Provides a loop with chunks, epoch by epoch."""
 
-    def epoch(self) -> AbstractContextManager[Segments]:
-        """Returns the segments of the next epoch; leaving it ends its thread."""
+    def epoch(self) -> AbstractContextManager[Chunks]:
+        """Returns the chunks of the next epoch; leaving it ends its thread."""
 
 
 def open_feed(
-    source: Source,
-    placement: Placement,
+    resolved: ResolvedTask,
     execution: Execution,
+    source: Source,
     *,
     epochs: int,
     steps: int | None,
-    single: bool,
     position: Position = Position(),  # noqa: B008
     bookmarks: Bookmarks | None = None,
     stopped: Callable[[], bool] = lambda: False,
@@ -85,136 +87,149 @@ def open_feed(
     """Returns the feed of a fit.
 
     Args:
+      resolved: the programs and the devices.
+      execution: how to run them.
       source: the data.
-      placement: the devices.
-      execution: how to run.
-      epochs: how many epochs there will be from `position` on.
+      epochs: the number of epochs from `position` on.
       steps: batches of an epoch, from endless passes; None for one pass.
-      single: whether every call takes one step.
       position: where to begin.
-      bookmarks: of data whose position is no number.
+      bookmarks: saved positions of data that cannot be entered by a number.
       stopped: whether to wait no longer.
     """
+    placement = resolved.placement
     if isinstance(source, ArraySource) and source.pad and source.in_memory:
         rows = placement.rounded(_rounded(source.num_examples))
         size = source.nbytes * rows // source.num_examples
         if how := placement.room_for(size, execution.device_data):
             data = placement.put_data(source.padded(rows), how)
             capacity = order_capacity(source.batch_size, execution.steps_per_call)
-            return _ResidentFeed(
-                source, data, placement, capacity, epochs, steps, single, position
-            )
+            orders = _orders(source, epochs, steps, position)
+            return _DeviceFeed(resolved, data, orders, capacity, source.counted)
     batches = epochs_of(source, steps, position, bookmarks)
-    return _StreamFeed(batches, placement, execution, source, stopped)
+    return _SequentialFeed(batches, placement, execution, source, stopped)
 
 
 def open_pass(
-    source: Source,
-    placement: Placement,
+    resolved: ResolvedTask,
     execution: Execution,
+    source: Source,
     *,
     steps: int | None,
     keep: bool = False,
-    own: bool = False,
+    copy: bool = False,
     bytes_per_output: int = 0,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Feed:
     """Returns the feed of an evaluation or prediction: batches in their order.
 
     Args:
+      resolved: the programs and the devices.
+      execution: how to run them.
       source: the data; each epoch of the feed starts at its beginning.
-      placement: the devices.
-      execution: how to run.
-      steps: at most so many batches.
-      keep: whether it will be read again and again, so that it may stay on the
-        device.
-      own: whether what is read must be copies, as the caller goes on in between and
-        may write into its arrays.
-      bytes_per_output: what a batch leaves on the device.
+      steps: the largest number of batches, None for all.
+      keep: whether the data is read several times, so that it may stay on the device.
+      copy: whether chunks must be copies, because the caller may write into the
+        source's arrays before they are used.
+      bytes_per_output: size of a batch's outputs on the device.
       stopped: whether to wait no longer.
     """
+    placement = resolved.placement
     if not (isinstance(source, ArraySource) and source.in_memory and source.pad):
         passes = (islice(source.batches(0), steps) for _ in count())
-        return _StreamFeed(
+        return _SequentialFeed(
             passes, placement, execution, source, stopped, bytes_per_output
         )
     size = source.nbytes // source.num_examples * source.batch_size
     capacity = stack_capacity(max(size, bytes_per_output), execution.steps_per_call)
-    feed = _PassFeed(source, placement, capacity, steps, own=keep or own)
+    feed = _ArrayFeed(source, placement, capacity, steps, copy=keep or copy)
     fits = placement.room_for(source.nbytes, execution.device_data) == "whole"
-    return _KeptFeed(feed) if keep and fits else feed
+    return _CachedFeed(feed) if keep and fits else feed
 
 
-def first_segment(feed: Feed) -> Segment:
-    """Returns the first segment of an epoch."""
-    with feed.epoch() as segments:
-        return next(iter(segments)).segment
+def first_chunk(feed: Feed) -> Chunk:
+    """Returns the first chunk of an epoch."""
+    with feed.epoch() as chunks:
+        return next(iter(chunks)).chunk
 
 
-class _ResidentFeed:
-    """All examples lie on the device; an epoch sends the order of their rows."""
+def _orders(
+    source: ArraySource, epochs: int, steps: int | None, position: Position
+) -> Iterator[Iterator[HostArray]]:
+    """Yields for each epoch the orders of its batches, pass by pass.
+
+    An order is `int32[batches, batch]` of row numbers, see `DeviceDataset`. Only the
+    last pass of an epoch may be cut short; the next epoch continues with its rest.
+    """
+    first, start = position.in_passes(steps, source.num_batches)
+    left_over = source.order(first)[start:]
+    passes = count(first + 1)
+
+    def epoch(left: int, is_last: bool) -> Iterator[HostArray]:
+        nonlocal left_over
+        while left > 0:
+            if not len(left_over):
+                left_over = source.order(next(passes))
+            taken, left_over = left_over[:left], left_over[left:]
+            left -= len(taken)
+            yield taken
+        if not is_last and not len(left_over):
+            # Shuffle for the next epoch while the device still computes this one.
+            left_over = source.order(next(passes))
+
+    length = source.num_batches if steps is None else steps
+    for number in range(epochs):
+        done = position.batch if number == 0 else 0
+        yield epoch(length - done, number == epochs - 1)
+
+
+class _DeviceFeed:
+    """All examples are on the device; an epoch sends only the order of their rows."""
 
     def __init__(
         self,
-        source: ArraySource,
+        resolved: ResolvedTask,
         data: Batch,
-        placement: Placement,
+        orders: Iterator[Iterator[HostArray]],
         capacity: int,
-        epochs: int,
-        steps: int | None,
-        single: bool,
-        position: Position,
+        counted: HostArray | None,
     ) -> None:
-        self._source = source
+        self._placement = resolved.placement
         self._data = data
-        self._placement = placement
+        self._orders = orders
         self._capacity = capacity
-        self._epochs = epochs
-        self._steps = source.num_batches if steps is None else steps
-        # One call takes an order from the host as fast as from the device; many calls
-        # would each bring it there.
-        self._put_order = single or len(placement.devices) > 1
-        self._counted = source.counted
-        self._passes, start = position.in_passes(steps, source.num_batches)
-        self._order = self._next_order()[start:]
-        self._done = position.batch
+        self._counted = counted
+        # A single call takes an order from the host as fast as from the device; many
+        # calls would each transfer it.
+        single = resolved.programs.one_step_per_call
+        self._put_order = single or len(resolved.placement.devices) > 1
 
-    def epoch(self) -> AbstractContextManager[Segments]:
-        return nullcontext(_AtHand(self._segments()))
+    def epoch(self) -> AbstractContextManager[Chunks]:
+        return nullcontext(_Synchronous(self._chunks(next(self._orders))))
 
-    def _segments(self) -> Iterator[Ready]:
-        left, self._done = self._steps - self._done, 0
-        while left > 0:
-            if not len(self._order):
-                self._order = self._next_order()
-            chosen = self._order[: min(left, self._capacity)]
-            self._order = self._order[len(chosen) :]
-            left -= len(chosen)
-            order = np.zeros((self._capacity, chosen.shape[1]), np.int32)
-            order[: len(chosen)] = chosen
-            segment: Segment = Resident(self._data, order)
-            if self._put_order:
-                segment = self._placement.put_segment(segment)
-            real = chosen >= 0
-            if self._counted is not None:
-                real &= self._counted[rows_of(chosen)[0]]
-            examples = np.count_nonzero(real, axis=1)
-            yield Ready(segment, len(chosen), tuple(examples.tolist()))
-        self._epochs -= 1
-        if self._epochs > 0 and not len(self._order):
-            # While the device still computes.
-            self._order = self._next_order()
+    def _chunks(self, orders: Iterator[HostArray]) -> Iterator[DeviceChunk]:
+        for whole in orders:
+            for first in range(0, len(whole), self._capacity):
+                yield self._chunk(whole[first : first + self._capacity])
 
-    def _next_order(self) -> HostArray:
-        self._passes += 1
-        return self._source.order(self._passes - 1)
+    def _chunk(self, rows: HostArray) -> DeviceChunk:
+        # Always of full capacity: another shape would compile another program.
+        order = np.zeros((self._capacity, rows.shape[1]), np.int32)
+        order[: len(rows)] = rows
+        chunk: Chunk = DeviceDataset(self._data, order)
+        if self._put_order:
+            chunk = self._placement.put_chunk(chunk)
+        real = rows >= 0
+        if self._counted is not None:
+            real &= self._counted[rows_of(rows)[0]]
+        examples = np.count_nonzero(real, axis=1)
+        return DeviceChunk(chunk, len(rows), tuple(examples.tolist()))
 
 
-class _PassFeed:
-    """Arrays in their order, stack by stack while the device computes.
+class _ArrayFeed:
+    """Sends arrays in their order, one stack at a time while the device computes.
 
-    Those that are not kept may be the user's own memory: the pass is over before its
-    caller goes on.
+    Without `copy` a stack may be the user's own memory: then the caller has to finish
+    the pass before it returns to the user.
     """
 
     def __init__(
@@ -224,30 +239,30 @@ class _PassFeed:
         capacity: int,
         steps: int | None,
         *,
-        own: bool,
+        copy: bool,
     ) -> None:
         self._source = source
         self._placement = placement
         self._capacity = capacity
-        self._own = own
+        self._copy = copy
         self._batches = source.num_batches
         if steps is not None:
             self._batches = min(steps, self._batches)
 
-    def epoch(self) -> AbstractContextManager[Segments]:
-        return nullcontext(_AtHand(self._segments()))
+    def epoch(self) -> AbstractContextManager[Chunks]:
+        return nullcontext(_Synchronous(self._chunks()))
 
-    def _segments(self) -> Iterator[Ready]:
+    def _chunks(self) -> Iterator[DeviceChunk]:
         for first in range(0, self._batches, self._capacity):
             number = min(self._capacity, self._batches - first)
             batches, examples = self._source.stack(
-                first, number, self._capacity, own=self._own
+                first, number, self._capacity, own=self._copy
             )
-            yield Ready(self._placement.put_segment(Stack(batches)), number, examples)
+            yield DeviceChunk(self._placement.put_chunk(Stack(batches)), number, examples)
 
 
-class _StreamFeed:
-    """Batches are gathered, stacked and transferred as they come."""
+class _SequentialFeed:
+    """Gathers, stacks and transfers batches as they arrive."""
 
     def __init__(
         self,
@@ -263,87 +278,87 @@ class _StreamFeed:
         self._execution = execution
         self._stopped = stopped
         self._bytes_per_output = bytes_per_output
-        self._lent = source.lends
-        # Batches of other lengths are no stack, nor is there one without reading ahead.
+        self._reuses_buffers = source.lends
+        # Batches of different lengths cannot be stacked, and gathering reads ahead.
         self._stacks = source.pad and execution.prefetch > 0
 
-    def epoch(self) -> AbstractContextManager[Segments]:
+    def epoch(self) -> AbstractContextManager[Chunks]:
         batches = next(self._epochs)
-        packer = SegmentPacker(
+        builder = ChunkBuilder(
             self._placement,
             self._stacks,
             self._execution.steps_per_call,
             self._bytes_per_output,
-            self._lent,
+            self._reuses_buffers,
         )
         if self._execution.prefetch == 0:
-            return nullcontext(_AtHand(_one_by_one(batches, packer)))
-        return Prefetch(batches, packer, self._execution.prefetch, self._stopped)
+            return nullcontext(_Synchronous(_one_by_one(batches, builder)))
+        return Prefetch(batches, builder, self._execution.prefetch, self._stopped)
 
 
-def _one_by_one(batches: Iterator[Batch], packer: SegmentPacker) -> Iterator[Ready]:
+def _one_by_one(batches: Iterator[Batch], builder: ChunkBuilder) -> Iterator[DeviceChunk]:
     for batch in batches:
-        packer.add(batch)
-        yield packer.send(packer.close())
+        builder.add(batch)
+        yield builder.send(builder.close())
 
 
-class _KeptFeed:
-    """What the first epoch read stays on the device for the next ones."""
+class _CachedFeed:
+    """Keeps the chunks of the first epoch on the device for the later ones."""
 
     def __init__(self, feed: Feed) -> None:
         self._feed = feed
-        self._kept: list[Ready] | None = None
+        self._kept: list[DeviceChunk] | None = None
 
     @contextmanager
-    def epoch(self) -> Iterator[Segments]:
+    def epoch(self) -> Iterator[Chunks]:
         if self._kept is not None:
-            yield _AtHand(iter(self._kept))
+            yield _Synchronous(iter(self._kept))
             return
-        with self._feed.epoch() as segments:
-            recording = _Recording(segments)
+        with self._feed.epoch() as chunks:
+            recording = _Recording(chunks)
             yield recording
         if recording.complete:
             self._kept = recording.kept
 
 
-class _AtHand:
-    """Segments that are made in the calling thread."""
+class _Synchronous:
+    """Builds chunks in the calling thread."""
 
     ready = True
 
-    def __init__(self, segments: Iterator[Ready]) -> None:
-        self._segments = segments
+    def __init__(self, chunks: Iterator[DeviceChunk]) -> None:
+        self._chunks = chunks
 
-    def __iter__(self) -> Iterator[Ready]:
+    def __iter__(self) -> Iterator[DeviceChunk]:
         return self
 
-    def __next__(self) -> Ready:
-        return next(self._segments)
+    def __next__(self) -> DeviceChunk:
+        return next(self._chunks)
 
 
 class _Recording:
-    """Segments, each of them noted as it goes by."""
+    """Records chunks as they are consumed."""
 
-    def __init__(self, segments: Segments) -> None:
-        self._segments = segments
-        self.kept: list[Ready] = []
+    def __init__(self, chunks: Chunks) -> None:
+        self._chunks = chunks
+        self.kept: list[DeviceChunk] = []
         self.complete = False
 
     @property
     def ready(self) -> bool:
-        return self._segments.ready
+        return self._chunks.ready
 
-    def __iter__(self) -> Iterator[Ready]:
+    def __iter__(self) -> Iterator[DeviceChunk]:
         return self
 
-    def __next__(self) -> Ready:
+    def __next__(self) -> DeviceChunk:
         try:
-            segment = next(self._segments)
+            chunk = next(self._chunks)
         except StopIteration:
             self.complete = True
             raise
-        self.kept.append(segment)
-        return segment
+        self.kept.append(chunk)
+        return chunk
 
 
 def _rounded(rows: int) -> int:
@@ -351,17 +366,18 @@ def _rounded(rows: int) -> int:
     return -(-rows // unit) * unit
 
 
-def timed(segments: Segments, pace: Pace, clock: Clock | None) -> Iterator[Ready]:
-    """Yields the segments; waiting for one counts once the device has nothing to do."""
+def timed(chunks: Chunks, queue: DispatchQueue, clock: Clock | None) -> Iterator[DeviceChunk]:
+    """Yields the chunks; counts the waiting in which the device had nothing to do."""
     while True:
-        if not segments.ready:
-            pace.drain()
-        busy, began = pace.seconds_left, time.perf_counter()
-        was_idle = pace.idle
-        ready = next(segments, None)
-        if clock is not None and pace.idle:
+        if not chunks.ready:
+            # The wait for data would be measured as time of the calls in flight.
+            queue.wait_all()
+        busy, began = queue.seconds_left, time.perf_counter()
+        was_idle = queue.idle
+        chunk = next(chunks, None)
+        if clock is not None and queue.idle:
             waited = time.perf_counter() - began - (0.0 if was_idle else busy)
             clock.move(max(0.0, waited), "waiting_for_data")
-        if ready is None:
+        if chunk is None:
             return
-        yield ready
+        yield chunk

@@ -1,7 +1,7 @@
 """The host loop of a fit. It dispatches steps and rarely reads from the device."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -9,258 +9,269 @@ import jax
 import numpy as np
 
 from flaxfit import checkpoint
-from flaxfit._core.types import StateHolder
-from flaxfit._loops.chunk_builder import Ready
-from flaxfit._loops.context import FitPlan
-from flaxfit._loops.dispatch_queue import Pace
+from flaxfit._loops.chunk_builder import DeviceChunk
+from flaxfit._loops.context import FitContext
+from flaxfit._loops.dispatch_queue import DispatchQueue
 from flaxfit._loops.feeder import Feed, timed
 from flaxfit._loops.host_reads import as_values, read, read_logs, show_progress
-from flaxfit._loops.nonfinite import Watch, counts_of
-from flaxfit._programs.compile import Running, shapes_of_call
+from flaxfit._loops.nonfinite import NonFiniteGuard, counts_of
+from flaxfit._programs.compile import shapes_of_call
 from flaxfit._reporting.display import epoch_display
-from flaxfit.callbacks.base import LoopState
-from flaxfit.data.sources.position import Position
+
+_OUT_OF_MEMORY = (
+    "The memory is too small for this step; the trainer holds the state before it. "
+    "Write a smaller batch_size= in fit, and Trainer(accumulate_steps=2) for updates "
+    "of the same size, or Trainer(device_data=0) to keep the data on the host."
+)
 
 
-def fit_loop(loop: LoopState, holder: StateHolder, plan: FitPlan) -> None:
-    """Trains until the plan is done, a callback stops it, or Ctrl-C.
+def fit_loop(fit: FitContext) -> None:
+    """Trains until all epochs are done, a callback stops it, or a signal arrives.
 
-    `loop.history` holds the finished epochs; `holder` the state after the last
-    finished step, whatever happens.
+    Whatever happens, `fit.loop.history` then holds the finished epochs, and `fit.store`
+    the state after the last finished step.
     """
-    watch = Watch(plan, Pace(plan.steps_per_call))
+    loop, epochs = fit.loop, fit.data.epochs
+    queue = fit.execution.queue(fit.resolved)
+    guard = NonFiniteGuard(fit, queue)
     try:
-        plan.callbacks.call("on_train_begin", loop)
-        plan.resume(loop)
-        _save(loop, holder, watch)
-        feed = plan.open_feed(
-            Position(plan.epochs.start - plan.first_epoch, plan.batch)
-        )
-        for epoch in plan.epochs:
-            if loop.stopped or plan.interrupt.requested:
+        # Callbacks start before they get their saved state back: `on_train_begin`
+        # resets it.
+        fit.callbacks.call("on_train_begin", loop)
+        fit.session.resume(loop)
+        _save(fit, queue, guard)
+        first_batch = fit.session.origin.batch
+        feed = fit.open_feed(epochs.start, first_batch)
+        for epoch in epochs:
+            if fit.ending:
                 break
             loop.epoch = epoch
-            loop.batch = plan.batch if epoch == plan.epochs.start else 0
-            plan.callbacks.call("on_epoch_begin", loop)
-            finished, feed = _fit_epoch(loop, holder, feed, watch)
+            loop.batch = first_batch if epoch == epochs.start else 0
+            fit.callbacks.call("on_epoch_begin", loop)
+            finished, feed = train_epoch(fit, feed, queue, guard)
             if not finished:
                 break
     except BaseException as error:
-        # The first error is the one to report; what follows from it is noted.
+        # Report the first error; what follows from it becomes a note.
         loop.broken_off = True
         try:
-            _end(loop, holder, watch)
+            _end(fit, queue, guard)
         except Exception as later:
             error.add_note(f"then on_train_end failed: {later!r}")
         raise
-    if plan.interrupt.requested and not loop.stopped:
+    if fit.interrupt.requested and not loop.stopped:
         loop.broken_off = True
-        loop.stop(plan.interrupt.reason)
-    _end(loop, holder, watch)
+        loop.stop(fit.interrupt.reason)
+    _end(fit, queue, guard)
 
 
-def _end(loop: LoopState, holder: StateHolder, watch: Watch) -> None:
-    try:
-        watch.plan.callbacks.end(loop)
-    finally:
-        _save(loop, holder, watch)
-
-
-def _fit_epoch(
-    loop: LoopState, holder: StateHolder, feed: Feed, watch: Watch
+def train_epoch(
+    fit: FitContext, feed: Feed, queue: DispatchQueue, guard: NonFiniteGuard
 ) -> tuple[bool, Feed]:
     """Trains one epoch.
 
     Returns:
-      Whether it was finished, and the feed of the next one.
+      Whether it was finished, and the feed of the next epoch.
     """
-    plan, pace, start = watch.plan, watch.pace, loop.batch
+    loop, start = fit.loop, fit.loop.batch
     if loop.running is None:
-        loop.running = plan.running
-    if loop.stopped or plan.interrupt.requested:
+        loop.running = fit.resolved.empty()
+    if fit.ending:
         return False, feed
     title = f"Epoch {loop.epoch + 1}/{loop.epochs}"
     loop.set_logs({})
-    with epoch_display(plan.display, title, loop.steps_per_epoch) as shown:
-        examples, whole = 0, False
-        while not whole:
-            pace.begin(loop.batch)
-            with feed.epoch() as segments:
-                for ready in timed(segments, pace, loop.clock):
-                    examples += _fit_segment(loop, holder, ready, shown, watch)
-                    if watch.breaks_off(loop):
+    with epoch_display(fit.display, title, loop.steps_per_epoch) as shown:
+        examples, complete = 0, False
+        while not complete:  # once more after each rollback
+            queue.begin(loop.batch)
+            with feed.epoch() as chunks:
+                for chunk in timed(chunks, queue, loop.clock):
+                    done = 0
+                    while done < chunk.batches and not guard.should_break:
+                        done += dispatch(fit, chunk, done, queue, guard)
+                        shown["done"] = loop.batch
+                    examples += sum(chunk.examples[:done])
+                    if guard.should_break:
                         break
-            # A callback's stop ends the epoch as its last step would; Ctrl-C breaks it
-            # off.
-            if plan.interrupt.requested:
-                watch.look(loop, holder)
+            # A callback's stop closes the epoch like its last step; a signal does not.
+            if fit.interrupt.requested:
+                guard.check()
                 return False, feed
-            pace.drain()
-            values = _read_epoch(loop, holder, watch)
+            queue.wait_all()
+            values = _read_epoch(fit, guard)
             if loop.broken_off:
                 return False, feed
-            whole = not watch.rolled_back
-            if not whole:
-                feed = watch.reopen(loop)
-        closed = _close_epoch(loop, holder, *values, shown, watch)
+            complete = not guard.rolled_back
+            if not complete:
+                guard.rolled_back = False
+                feed = fit.open_feed(loop.epoch, loop.batch)
+        closed = _close_epoch(fit, *values, shown)
         if closed:
-            lap = loop.clock.lap()
-            loop.history.timing.append(lap, loop.batch - start, examples)
+            loop.history.timing.append(loop.clock.lap(), loop.batch - start, examples)
             loop.running = None
-            _save(loop, holder, watch)
+            _save(fit, queue, guard)
         return closed, feed
 
 
-def _save(loop: LoopState, holder: StateHolder, watch: Watch) -> None:
-    """Takes the checkpoints that callbacks have asked for."""
-    if not loop.has_saves:
-        return
-    with loop.clock.phase("saving"):
-        watch.pace.drain()
-        watch.look(loop, holder)
-        if watch.rolled_back or loop.nonfinite:
-            loop.take_saves()  # of a state that is no more, or not worth it
-        elif loop.has_saves:
-            plan = watch.plan
-            plan.saver.serve(loop, holder.peek(), loop.running, plan.callbacks)
-
-
-def _fit_segment(
-    loop: LoopState,
-    holder: StateHolder,
-    ready: Ready,
-    shown: dict[str, Any],
-    watch: Watch,
+def dispatch(
+    fit: FitContext,
+    chunk: DeviceChunk,
+    start: int,
+    queue: DispatchQueue,
+    guard: NonFiniteGuard,
 ) -> int:
-    """Trains on the batches of a segment, several in one call.
+    """Trains on the next batches of a chunk in one call, and runs the batch hooks.
+
+    Args:
+      fit: the fit.
+      chunk: the batches.
+      start: the first of them to train on.
+      queue: the calls in flight.
+      guard: detects non-finite losses.
 
     Returns:
-      The examples that were trained on.
+      The number of steps of the call.
     """
-    plan, pace, start = watch.plan, watch.pace, 0
-    callbacks = plan.callbacks
-    while start < ready.batches:
-        if callbacks.has("on_train_batch_begin"):
-            callbacks.call("on_train_batch_begin", loop)
-            pace.distract()
-        left = ready.batches - start
-        count = min(pace.steps, left, callbacks.steps_to_hook(loop.step) or left)
-        traces = plan.train.traces
-        running = _call(loop, holder, plan, ready, start, count)
-        pace.follow(running.index, running, count, compiled=plan.train.traces != traces)
-        start += count
-        shown["done"] = loop.batch
-        watch.glance(loop, holder)
-        if callbacks.has_turn("on_train_batch_end", loop.step):
-            if callbacks.steps_to_hook(loop.step) is None:
-                pace.drain()  # a hook at every call: its time is not the device's
-            loop.defer_logs(partial(read_logs, running, plan.order))
-            callbacks.call("on_train_batch_end", loop)
-            pace.distract()
-        if loop.has_saves:
-            _save(loop, holder, watch)
-            pace.distract()
-        if plan.display.due():
-            show_progress(plan.display, pace, plan.order)
-        if watch.breaks_off(loop):
-            break
-    return sum(ready.examples[:start])
-
-
-def _call(
-    loop: LoopState,
-    holder: StateHolder,
-    plan: FitPlan,
-    ready: Ready,
-    start: int,
-    count: int,
-) -> Running:
-    """Dispatches `count` steps from batch `start` on."""
-    timing, running, is_new = loop.history.timing, loop.running, False
-    if timing.flops_per_step is None:
-        shapes = shapes_of_call(holder.peek(), running, ready.segment, start, count)
-        timing.flops_per_step = partial(plan.train.flops, shapes)
-        is_new = shapes[:3] not in [known[:3] for known in plan.train.signatures]
-    kept = _keeping(holder, plan) if is_new else nullcontext()
-    # Between `take` and `put` the state is the device's.
-    with plan.interrupt.shield(), holder.lock, kept:
-        state, running = plan.train(holder.take(), running, ready.segment, start, count)
-        if is_new:
+    loop, train, callbacks = fit.loop, fit.resolved.programs.train, fit.callbacks
+    if callbacks.has("on_train_batch_begin"):
+        callbacks.call("on_train_batch_begin", loop)
+        queue.ignore_timing()
+    left = chunk.batches - start
+    steps = min(
+        queue.steps_per_call, left, callbacks.steps_to_hook(loop.step) or left
+    )
+    traces = train.traces
+    # Between `take` and `put` the state belongs to the device: a signal handler must
+    # not raise, and no other thread may read.
+    with (
+        fit.interrupt.shield(),
+        fit.store.lock,
+        _new_shapes(fit, chunk, start, steps) as are_new,
+    ):
+        state, running = train(
+            fit.store.take(), loop.running, chunk.chunk, start, steps
+        )
+        if are_new:
             jax.block_until_ready(running)
-        holder.put(state)
+        fit.store.put(state)
         loop.running = running
-        loop.step += count
-        loop.batch += count
-    return running
+        loop.step += steps
+        loop.batch += steps
+    queue.submit(running.index, running, steps, compiled=train.traces != traces)
+    guard.poll()
+    _call_hooks(fit, queue)
+    if loop.has_saves:
+        _save(fit, queue, guard)
+        queue.ignore_timing()
+    if fit.display.due():
+        show_progress(fit.display, queue, fit.resolved.task.order)
+    return steps
+
+
+def _call_hooks(fit: FitContext, queue: DispatchQueue) -> None:
+    """Calls `on_train_batch_end` of the callbacks whose turn it is."""
+    loop, callbacks = fit.loop, fit.callbacks
+    if not callbacks.has_turn("on_train_batch_end", loop.step):
+        return
+    if callbacks.steps_to_hook(loop.step) is None:
+        # A hook after every call: without waiting, its time would count as the
+        # device's, and calls would grow.
+        queue.wait_all()
+    loop.defer_logs(partial(read_logs, loop.running, fit.resolved.task.order))
+    callbacks.call("on_train_batch_end", loop)
+    queue.ignore_timing()
 
 
 @contextmanager
-def _keeping(holder: StateHolder, plan: FitPlan) -> Iterator[None]:
-    """Keeps the state of a call of new shapes, which may find the memory too small.
+def _new_shapes(
+    fit: FitContext, chunk: DeviceChunk, start: int, steps: int
+) -> Iterator[bool]:
+    """Yields whether the call has new shapes; then keeps a copy of the state meanwhile.
 
-    The program is given the state's memory, and does not give it back when it fails.
+    Such a call may find the memory too small. The program has consumed the state by
+    then, so only the copy can be put back. The caller waits for the call, so that the
+    error is raised here and not by a later one.
     """
-    kept = checkpoint.snapshot(holder.peek(), copy=True).state
+    loop, train, timing = fit.loop, fit.resolved.programs.train, fit.loop.history.timing
+    if timing.flops_per_step is not None:  # not the first call of this fit
+        yield False
+        return
+    shapes = shapes_of_call(fit.store.peek(), loop.running, chunk.chunk, start, steps)
+    timing.flops_per_step = partial(train.flops, shapes)
+    if shapes[:3] in [known[:3] for known in train.signatures]:
+        yield False
+        return
+    kept = checkpoint.snapshot(fit.store.peek(), copy=True).state
     try:
-        yield
+        yield True
     except Exception as error:
-        holder.put(plan.as_state(kept))
+        fit.store.put(fit.session.as_state(kept))
         if "RESOURCE_EXHAUSTED" in str(error):
-            error.add_note(
-                "The memory is too small for this step; the trainer holds the state "
-                "before it. Write a smaller batch_size= in fit, and "
-                "Trainer(accumulate_steps=2) for updates of the same size, or "
-                "Trainer(device_data=0) to leave the data on the host."
-            )
+            error.add_note(_OUT_OF_MEMORY)
         raise
 
 
 def _read_epoch(
-    loop: LoopState, holder: StateHolder, watch: Watch
+    fit: FitContext, guard: NonFiniteGuard
 ) -> tuple[dict[str, Any], float | None]:
     """Returns the epoch's values and the learning rate, in one read."""
-    plan, running = watch.plan, loop.running
-    rate = plan.learning_rate(holder.peek().opt_state)
-    merged = running.index
-    (bad, out), merged, logs, rate = read(
-        (counts_of(running), merged, running.logs, rate)
+    running, task = fit.loop.running, fit.resolved.task
+    rate = task.optimizer.learning_rate(fit.store.peek().opt_state)
+    counts, merged, logs, rate = read(
+        (counts_of(running), running.index, running.logs, rate)
     )
-    if plan.nonfinite != "ignore":
-        watch.settle(loop, holder, bad, out)
-    # After going back, or leaving out, there may be nothing to take a mean of.
-    values = as_values(logs, plan.order) if merged else {}
+    guard.handle(*counts)
+    # After a rollback, or if all batches were skipped, there is nothing to average.
+    values = as_values(logs, task.order) if merged else {}
     return values, None if rate is None else float(np.real(rate))
 
 
 def _close_epoch(
-    loop: LoopState,
-    holder: StateHolder,
-    logs: dict[str, Any],
-    rate: float | None,
-    shown: dict[str, Any],
-    watch: Watch,
+    fit: FitContext, logs: dict[str, Any], rate: float | None, shown: dict[str, Any]
 ) -> bool:
-    """Validates and records; False if it was broken off."""
-    plan = watch.plan
+    """Validates and records the epoch; False if a signal interrupted that."""
+    loop, data, callbacks = fit.loop, fit.data, fit.callbacks
     shown["logs"] = logs
     loop.steps_per_epoch = loop.batch
-    if plan.validate is not None and plan.validates_at(loop.epoch):
+    if data.validate is not None and data.validates_at(loop.epoch):
         loop.set_logs(logs)
-        plan.callbacks.call("on_test_begin", loop)
+        callbacks.call("on_test_begin", loop)
         with loop.clock.phase("evaluating"):
-            values = plan.validate(holder.peek())
+            values = data.validate(fit.store.peek())
         if values is None:
             return False
         logs |= {f"val_{name}": value for name, value in values.items()}
         loop.set_logs(logs)
-        plan.callbacks.call("on_test_end", loop)
+        callbacks.call("on_test_end", loop)
     if rate is not None:
         logs["learning_rate"] = rate
     loop.set_logs(logs)
     loop.epoch_is_closing = True
     loop.history.append(loop.epoch, logs)
-    plan.callbacks.call("on_epoch_end", loop)
+    callbacks.call("on_epoch_end", loop)
     loop.history.amend(loop.logs)
     loop.epoch_is_closing = False
     shown.update(logs=loop.logs, finished=True)
     return True
+
+
+def _save(fit: FitContext, queue: DispatchQueue, guard: NonFiniteGuard) -> None:
+    """Writes the checkpoints that callbacks have requested."""
+    loop = fit.loop
+    if not loop.has_saves:
+        return
+    with loop.clock.phase("saving"):
+        queue.wait_all()
+        guard.check()
+        if guard.rolled_back or loop.nonfinite:
+            # The state was rolled back or is non-finite: drop the requests.
+            loop.take_saves()
+        elif loop.has_saves:
+            fit.session.save(loop, fit.store.peek())
+
+
+def _end(fit: FitContext, queue: DispatchQueue, guard: NonFiniteGuard) -> None:
+    try:
+        fit.callbacks.end(fit.loop)
+    finally:
+        _save(fit, queue, guard)

@@ -1,4 +1,4 @@
-"""Reads device values on the host: the only place in the loops that waits."""
+"""The only place in the loops that copies values from the device to the host."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,17 +7,19 @@ import jax
 import numpy as np
 
 from flaxfit._core.types import Logs, PyTree
-from flaxfit._loops.dispatch_queue import Pace
-from flaxfit._programs.compile import Running
+from flaxfit._loops.dispatch_queue import DispatchQueue
+from flaxfit._programs.compile import EpochAccumulators
 from flaxfit._reporting.display import Display
 
 
 def read(tree: PyTree) -> PyTree:
-    """Copies device values to the host: the one place of the loops that waits."""
+    """Copies device values to the host; waits until they are computed."""
     return jax.device_get(tree)
 
 
-def read_logs(running: Running, order: Callable[[Logs], Logs]) -> dict[str, Any]:
+def read_logs(
+    running: EpochAccumulators, order: Callable[[Logs], Logs]
+) -> dict[str, Any]:
     """Returns the values of the accumulators as floats, in one read."""
     return as_values(read(running.logs), order)
 
@@ -29,13 +31,15 @@ def as_values(logs: Logs, order: Callable[[Logs], Logs]) -> dict[str, Any]:
 
 
 def as_number(value: Any) -> Any:
-    """Returns a float, or a list of floats of a metric that has several values."""
+    """Returns a float, or a list of floats for a metric with several values."""
     array = np.asarray(value)
     return float(array) if array.ndim == 0 else array.tolist()
 
 
-def show_progress(display: Display, pace: Pace, order: Callable[[Logs], Logs]) -> None:
-    """Shows how far the device is, by the last call that it has finished."""
-    running, done = pace.finished
+def show_progress(
+    display: Display, queue: DispatchQueue, order: Callable[[Logs], Logs]
+) -> None:
+    """Shows the progress of the device, up to the last finished call."""
+    running, done = queue.finished
     if running is not None:
         display.update(done, read_logs(running, order))

@@ -7,131 +7,133 @@ from typing import Any
 import jax
 import numpy as np
 
-from flaxfit._core.types import StateHolder
-from flaxfit._loops.context import FitPlan
-from flaxfit._loops.dispatch_queue import Pace
-from flaxfit._loops.feeder import Feed
+from flaxfit._loops.context import FitContext
+from flaxfit._loops.dispatch_queue import DispatchQueue
 from flaxfit._loops.host_reads import read
-from flaxfit._programs.compile import Running
-from flaxfit.callbacks.base import LoopState
-from flaxfit.data.sources.position import Position
+from flaxfit._programs.compile import EpochAccumulators
 
-_SECONDS_BETWEEN_LOOKS = 0.25
+_SECONDS_BETWEEN_POLLS = 0.25
 _MOST_ROLLBACKS = 3  # to one checkpoint
 
 
-class Watch:
-    """Looks out for a loss that is not finite, without waiting for any step.
+class NonFiniteGuard:
+    """Detects a loss that is not finite, and stops, skips or rolls back.
 
-    The program itself ends the call that such a loss is in, and runs no further ones,
-    so that there is time.
+    The compiled program itself ends the call in which such a loss occurs and runs no
+    later steps. So the host may notice it late, and never has to wait for a step.
+
+    Args:
+      fit: the fit to guard.
+      queue: the calls in flight.
+
+    Attributes:
+      rolled_back: whether a checkpoint was restored and the feed has to be reopened.
     """
 
-    def __init__(self, plan: FitPlan, pace: Pace) -> None:
-        self.plan = plan
-        self.pace = pace
+    def __init__(self, fit: FitContext, queue: DispatchQueue) -> None:
+        self._fit = fit
+        self._queue = queue
         self.rolled_back = False
-        self._looked = time.perf_counter()
+        self._polled = time.perf_counter()
         self._rollbacks: list[int] = []
-        self._told: tuple[int, int] | None = None
+        self._reported: tuple[int, int] | None = None
 
-    def breaks_off(self, loop: LoopState) -> bool:
-        """Whether to train on no further batch for now."""
-        return loop.stopped or self.plan.interrupt.requested or self.rolled_back
+    @property
+    def should_break(self) -> bool:
+        """Whether the running epoch has to dispatch no further step."""
+        return self._fit.ending or self.rolled_back
 
-    def glance(self, loop: LoopState, holder: StateHolder) -> None:
-        """Looks at the last finished call, if it is some time since the last look."""
+    def poll(self) -> None:
+        """Checks the last finished call, at most a few times a second."""
         now = time.perf_counter()
-        if self.plan.nonfinite == "ignore" or now - self._looked < (
-            _SECONDS_BETWEEN_LOOKS
+        if self._fit.nonfinite == "ignore" or now - self._polled < (
+            _SECONDS_BETWEEN_POLLS
         ):
             return
-        self._looked = now
-        finished, _ = self.pace.finished
+        self._polled = now
+        finished, _ = self._queue.finished
         if finished is not None and int(finished.bad) >= 0:
-            self.look(loop, holder)
+            self.check()
 
-    def look(self, loop: LoopState, holder: StateHolder) -> None:
-        """Waits for all steps, and deals with a loss that was not finite."""
-        if self.plan.nonfinite != "ignore" and loop.running is not None:
-            self.settle(loop, holder, *read(counts_of(loop.running)))
+    def check(self) -> None:
+        """Waits for all steps, and handles a loss that was not finite."""
+        running = self._fit.loop.running
+        if self._fit.nonfinite != "ignore" and running is not None:
+            self.handle(*read(counts_of(running)))
 
-    def settle(self, loop: LoopState, holder: StateHolder, bad: Any, out: Any) -> None:
-        """Deals with what the accumulators say.
+    def handle(self, bad: Any, skipped: Any) -> None:
+        """Handles what the accumulators report.
 
         Args:
-          loop: where the training stands.
-          holder: the state.
           bad: the number of the first batch whose loss was not finite, or -1.
-          out: how many batches were left out.
+          skipped: how many batches were skipped.
         """
-        if bad < 0 or self.rolled_back or loop.nonfinite:
+        fit, loop = self._fit, self._fit.loop
+        ignored = fit.nonfinite == "ignore" or self.rolled_back or loop.nonfinite
+        if bad < 0 or ignored:
             return
         step = loop.step - loop.batch + int(bad) + 1
         where = f"step {step} (epoch {loop.epoch + 1}, batch {bad + 1})"
-        if self.plan.nonfinite == "skip":
-            if self._told != (loop.epoch, int(out)):
-                self._told = (loop.epoch, int(out))
-                _warn(
-                    f"{out} batch{'es' if out > 1 else ''} of epoch {loop.epoch + 1} "
-                    "left out: the loss or a parameter was not finite, first at "
-                    f"{where}."
-                )
+        if fit.nonfinite == "skip":
+            self._report_skipped(int(skipped), where)
             return
-        self.pace.drain()
+        self._queue.wait_all()
         loop.batch = int(bad) + 1
         text = f"the loss is not finite at {where}"
-        back = self._go_back(loop, holder)
-        often = self._rollbacks.count(loop.step) > _MOST_ROLLBACKS
-        if self.plan.nonfinite == "rollback" and back and not often:
+        restored = self._restore_checkpoint()
+        too_often = self._rollbacks.count(loop.step) > _MOST_ROLLBACKS
+        if fit.nonfinite == "rollback" and restored and not too_often:
             _warn(
-                f"{text[0].upper()}{text[1:]}. Back to the checkpoint of step "
-                f"{loop.step}; the training goes on with the next batch."
+                f"{text.capitalize()}. Rolled back to the checkpoint of step {loop.step}; training "
+                "continues with the next batch."
             )
             self.rolled_back = True
             return
         loop.nonfinite = loop.broken_off = True
         loop.stop(text)
         _warn(
-            f"{text[0].upper()}{text[1:]}. Training stopped; the trainer holds "
+            f"{text.capitalize()}. Training stopped; the trainer holds "
             + (
                 f"the checkpoint of step {loop.step}."
-                if back
-                else "what came of that step. With fit(run_dir=...) it would go back "
-                'to the last checkpoint; Trainer(nonfinite="skip") leaves such batches '
-                "out."
+                if restored
+                else "the state after that step. fit(run_dir=...) would restore the "
+                'last checkpoint; Trainer(nonfinite="skip") skips such batches.'
             )
         )
 
-    def _go_back(self, loop: LoopState, holder: StateHolder) -> bool:
-        """Puts the last good checkpoint back; False where there is none."""
-        if self.plan.roll_back is None:
-            loop.step = int(read(holder.peek().step))
+    def _report_skipped(self, skipped: int, where: str) -> None:
+        epoch = self._fit.loop.epoch
+        if self._reported != (epoch, skipped):
+            self._reported = (epoch, skipped)
+            _warn(
+                f"Skipped {skipped} batch{'es' if skipped > 1 else ''} of epoch "
+                f"{epoch + 1}: the loss or a parameter was not finite, first at "
+                f"{where}."
+            )
+
+    def _restore_checkpoint(self) -> bool:
+        """Restores the last good checkpoint; False where there is none."""
+        fit, loop = self._fit, self._fit.loop
+        found = fit.session.last_checkpoint()
+        if found is None:
+            loop.step = int(read(fit.store.peek().step))
             return False
-        state, epoch, running = self.plan.roll_back()
+        state, epoch, running = found
         loop.step = int(read(state.step))
-        with holder.lock:
-            holder.put(state)
-        merged = self.plan.running
-        if epoch == loop.epoch and running is not None:
-            merged = running
-        out = np.int32(loop.batch - int(read(merged.index)))
-        loop.running = merged.replace(
-            bad=self.plan.running.bad,
-            skipped=jax.device_put(out, merged.skipped.sharding),
+        fit.store.put(state)
+        empty = fit.resolved.empty()
+        running = running if epoch == loop.epoch and running is not None else empty
+        # The batches between the checkpoint and the bad one are not trained on again.
+        skipped = np.int32(loop.batch - int(read(running.index)))
+        loop.running = running.replace(
+            bad=empty.bad, skipped=jax.device_put(skipped, running.skipped.sharding)
         )
         self._rollbacks.append(loop.step)
         return True
 
-    def reopen(self, loop: LoopState) -> Feed:
-        """Returns the data from the batch on after the one that was left out."""
-        self.rolled_back = False
-        epoch = loop.epoch - self.plan.first_epoch
-        return self.plan.open_feed(Position(epoch, loop.batch))
 
-
-def counts_of(running: Running) -> tuple[Any, Any]:
-    """Returns the number of the first bad batch, or -1, and how many were left out."""
+def counts_of(running: EpochAccumulators) -> tuple[Any, Any]:
+    """Returns the number of the first bad batch, or -1, and of the skipped batches."""
     return running.bad, running.skipped
 
 

@@ -11,8 +11,8 @@ from flaxfit._core.types import PyTree
 from flaxfit._loops.predict_loop import Part, real_rows
 
 
-class Destination:
-    """Where outputs go: arrays in memory, mapped from a file, or written by slices.
+class OutputWriter:
+    """Writes outputs into arrays in memory, mapped from a file, or written by slices.
 
     Args:
       out: arrays `[examples, ...]`, nested as the outputs are; anything that has a
@@ -46,7 +46,7 @@ class Destination:
         self._targets = targets
 
     def write(self, parts: Generator[Part]) -> PyTree:
-        """Writes what `predict_loop` yields; returns the arrays.
+        """Writes what `Prediction.run` yields; returns the arrays.
 
         Raises:
           ValueError: there are more examples than rows, or fewer.

@@ -10,75 +10,119 @@ import numpy as np
 
 from flaxfit._core.errors import DataError
 from flaxfit._core.types import HostArray, PyTree, TrainState
-from flaxfit._loops.dispatch_queue import Pace
-from flaxfit._loops.feeder import Feed
+from flaxfit._loops.feeder import Execution, open_pass
 from flaxfit._loops.host_reads import read
 from flaxfit._programs.chunks import Stack
-from flaxfit._programs.compile import Program
-from flaxfit._reporting.display import Display, epoch_display
+from flaxfit._programs.program_cache import Outputs
+from flaxfit._programs.resolve import ResolvedTask
+from flaxfit._reporting.display import Display, Silent, epoch_display
+from flaxfit.data.sources.base import Source
 
 Part: TypeAlias = tuple[PyTree, tuple[int, ...]]
-"""The outputs of a call, NumPy arrays `[batches, batch, ...]` with the fill still in
-them, and how many rows of each batch are real."""
+"""The outputs of a call, NumPy arrays `[batches, batch, ...]` with their padding, and
+how many rows of each batch are real."""
 
 
-def predict_loop(
-    state: TrainState,
-    *,
-    predict: Program,
-    single: bool,
-    feed: Feed,
-    total: int | None,
-    steps_per_call: int | None,
-    display: Display,
-) -> Generator[Part]:
-    """Yields the outputs of call after call.
-
-    They are read while the next calls run, or while the data is waited for.
+class Prediction:
+    """The prediction of one dataset.
 
     Args:
-      state: the state to predict with; it is only read.
-      predict: the predict program.
-      single: whether a call of it runs one batch.
-      feed: where the batches come from.
-      total: how many there are, None if that is not known.
-      steps_per_call: batches of one call of the program, None to go by the clock.
-      display: shows the progress.
+      resolved: the compiled programs.
+      execution: how to run them.
+      source: the inputs.
+      outputs: the outputs of one batch.
+      steps: the largest number of batches, None for all.
+      sown: whether to predict the `intermediates` that the model sows.
     """
-    done, pace = 0, Pace(steps_per_call)
-    before: Callable[[], Part] | None = None
-    with (
-        epoch_display(display, "Predicting", total) as shown,
-        feed.epoch() as segments,
-    ):
-        while True:
-            if before is not None and not segments.ready:
-                yield before()
-                before = None
-            ready = next(segments, None)
-            if ready is None:
-                break
-            start = 0
-            while start < ready.batches:
-                count = min(pace.steps, ready.batches - start)
-                traces = predict.traces
-                outputs = predict(state, ready.segment, start, count, done)
-                if before is not None:
-                    yield before()
-                pace.follow(outputs, outputs, count, compiled=predict.traces != traces)
-                stacked = not single and isinstance(ready.segment, Stack)
-                part = slice(start, start + count)
-                before = partial(
-                    _read_outputs, outputs, ready.examples[part], part, stacked
-                )
-                start += count
-                done += count
-                shown["done"] = done
-                if display.due():
-                    display.update(done, {})
-        if before is not None:
-            yield before()
-        shown["finished"] = True
+
+    def __init__(
+        self,
+        resolved: ResolvedTask,
+        execution: Execution,
+        source: Source,
+        outputs: Outputs,
+        *,
+        steps: int | None = None,
+        sown: bool = False,
+    ) -> None:
+        self._resolved = resolved
+        self._execution = execution
+        self._source = source
+        self._steps = steps
+        self._program = resolved.programs.intermediates if sown else resolved.programs.predict
+        self.outputs = outputs
+
+    @property
+    def examples(self) -> int | None:
+        """The number of examples to predict, None if only reading tells."""
+        source, steps = self._source, self._steps
+        if steps is None or source.num_examples is None:
+            return source.num_examples
+        if source.kind == "arrays":
+            return min(source.num_examples, steps * source.batch_size)
+        enough = source.num_batches is not None and steps >= source.num_batches
+        return source.num_examples if enough else None
+
+    def run(
+        self, state: TrainState, *, copy: bool = False, display: Display | None = None
+    ) -> Generator[Part]:
+        """Yields the outputs of each call.
+
+        They are read while the next calls run, or while the data is waited for.
+
+        Args:
+          state: the state to predict with; it is only read.
+          copy: see `open_pass`.
+          display: shows the progress.
+        """
+        single = self._resolved.programs.one_step_per_call
+        feed = open_pass(
+            self._resolved,
+            self._execution,
+            self._source,
+            steps=self._steps,
+            copy=copy,
+            bytes_per_output=self.outputs.nbytes,
+        )
+        predict, display = self._program, display or Silent()
+        total = self._source.num_batches if self._steps is None else self._steps
+        done, queue = 0, self._execution.queue(self._resolved)
+        pending: Callable[[], Part] | None = None
+        with (
+            epoch_display(display, "Predicting", total) as shown,
+            feed.epoch() as chunks,
+        ):
+            while True:
+                if pending is not None and not chunks.ready:
+                    yield pending()
+                    pending = None
+                chunk = next(chunks, None)
+                if chunk is None:
+                    break
+                start = 0
+                while start < chunk.batches:
+                    steps = min(queue.steps_per_call, chunk.batches - start)
+                    traces = predict.traces
+                    outputs = predict(state, chunk.chunk, start, steps, done)
+                    # Reading the call before waits only for that one: the device
+                    # already has the next.
+                    if pending is not None:
+                        yield pending()
+                    compiled = predict.traces != traces
+                    queue.submit(outputs, outputs, steps, compiled=compiled)
+                    part = slice(start, start + steps)
+                    stacked = not single and isinstance(chunk.chunk, Stack)
+                    pending = partial(
+                        _read_outputs, outputs, chunk.examples[part], part, stacked
+                    )
+                    start += steps
+                    done += steps
+                    shown["done"] = done
+                    if display.due():
+                        display.update(done, {})
+            if pending is not None:
+                yield pending()
+            shown["finished"] = True
 
 
 def _read_outputs(
@@ -89,10 +133,10 @@ def _read_outputs(
 
 
 def join_batches(parts: Generator[Part], batched: Sequence[bool]) -> PyTree:
-    """Joins the outputs of `predict_loop`, without their fill.
+    """Joins the outputs of a prediction, without their padding.
 
     Args:
-      parts: what `predict_loop` yields.
+      parts: what `Prediction.run` yields.
       batched: for each leaf whether its first axis is the batch; others are stacked.
 
     Raises:
@@ -114,9 +158,9 @@ def join_batches(parts: Generator[Part], batched: Sequence[bool]) -> PyTree:
 
 
 def split_batches(parts: Generator[Part]) -> Generator[PyTree]:
-    """Yields the outputs of each batch, arrays `[rows, ...]` without its fill.
+    """Yields the outputs of each batch, arrays `[rows, ...]` without its padding.
 
-    They are copies: whoever keeps one keeps nothing else alive.
+    They are copies: keeping one keeps no other memory alive.
     """
     with closing(parts):
         for outputs, examples in parts:
@@ -128,7 +172,7 @@ def split_batches(parts: Generator[Part]) -> Generator[PyTree]:
 
 
 def real_rows(leaf: HostArray, examples: tuple[int, ...]) -> list[HostArray]:
-    """Returns pieces of outputs `[batches, batch, ...]`: their rows without fill."""
+    """Returns pieces of outputs `[batches, batch, ...]`: their rows without padding."""
     if sum(examples) == leaf.shape[0] * leaf.shape[1]:
         return [leaf.reshape(-1, *leaf.shape[2:])]
     return [one[:rows] for one, rows in zip(leaf, examples, strict=True)]

@@ -1,4 +1,4 @@
-"""A background thread that prepares the next items. Knows nothing of batches."""
+"""A background thread that prepares the next chunks; knows nothing about batches."""
 
 import contextlib
 import contextvars
@@ -12,12 +12,12 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import jax
 
 Item = TypeVar("Item", contravariant=True)
-Packed = TypeVar("Packed", covariant=True)
+Sent = TypeVar("Sent", covariant=True)
 
-# How long `close` waits for a loader that is busy. Its thread ends as it comes back.
+# How long `close` waits for a busy loader. Its thread ends when the loader returns.
 _SECONDS_TO_END = 1.0
-_SECONDS_BETWEEN_LOOKS = 0.1
-# To send a parcel costs as much as to read many a batch.
+_SECONDS_BETWEEN_CHECKS = 0.1
+# One transfer costs as much as reading several batches, so they are gathered.
 _SECONDS_TO_GATHER = 0.02
 _NOTE = (
     "The data was read ahead in a background thread; Trainer(model, prefetch=0) reads "
@@ -25,169 +25,175 @@ _NOTE = (
 )
 
 
-class Packer(Protocol[Item, Packed]):
-    """Packs items that follow each other into one parcel."""
+class Builder(Protocol[Item, Sent]):
+    """Gathers consecutive items into one chunk."""
 
     @property
     def empty(self) -> bool:
-        """Whether nothing is packed."""
+        """Whether the open chunk holds no item."""
 
     @property
     def full(self) -> bool:
-        """Whether no more goes in."""
+        """Whether the open chunk takes no more items."""
 
-    def takes(self, item: Item) -> bool:
-        """Whether the item may join what is packed."""
+    def fits(self, item: Item) -> bool:
+        """Whether the item can join the open chunk."""
 
     def add(self, item: Item) -> None:
-        """Packs an item."""
+        """Adds an item to the open chunk."""
 
     def close(self) -> Any:
-        """Returns what is packed, and begins anew."""
+        """Returns the open chunk and starts the next one."""
 
-    def send(self, closed: Any) -> Packed:
-        """Makes a parcel of what `close` returned; it may take its time."""
+    def send(self, closed: Any) -> Sent:
+        """Transfers what `close` returned; may be slow, so no lock is held."""
 
 
-class _Bell:
-    """Wakes one thread that waits; rung before, it does not wait at all.
+class _WakeEvent:
+    """Wakes one waiting thread; set beforehand, `wait` returns at once.
 
-    A lock alone, which Ctrl-C leaves as it is, unlike `threading.Condition`, whose
-    `wait` may be left without the lock it has to give back.
+    A bare lock survives Ctrl-C, unlike `threading.Condition`: an interrupt inside its
+    `wait` may return without the lock, which the `with` statement then releases.
     """
 
     def __init__(self) -> None:
-        self._silent = threading.Lock()
-        self._silent.acquire()
+        self._lock = threading.Lock()
+        self._lock.acquire()
 
-    def ring(self) -> None:
-        with contextlib.suppress(RuntimeError):  # rung already
-            self._silent.release()
+    def set(self) -> None:
+        with contextlib.suppress(RuntimeError):  # set already
+            self._lock.release()
 
     def wait(self, seconds: float = -1) -> None:
-        self._silent.acquire(timeout=seconds)
+        self._lock.acquire(timeout=seconds)
 
 
-class _Room:
-    """Room for parcels, until nobody wants them any more.
+class _CloseSignal:
+    """Tells the thread to end, and wakes it when there is space for a chunk.
 
-    It knows nothing of the rest, so that what waits for the consumer's end to stop the
-    thread does not keep the consumer.
+    It has no reference to the consumer: the finalizer that closes it must not keep the
+    consumer alive.
     """
 
     def __init__(self) -> None:
         self.closed = False
-        self.bell = _Bell()
+        self.wake = _WakeEvent()
 
     def close(self) -> None:
         self.closed = True
-        self.bell.ring()
+        self.wake.set()
 
 
-class _Worker(Generic[Item, Packed]):
-    """What the thread does, and what both threads share."""
+class _Worker(Generic[Item, Sent]):
+    """The work of the thread, and everything that both threads share.
+
+    `lock` protects the open chunk, which the consumer may take before it is full. The
+    deque and the flags need none: each of their operations is atomic in CPython.
+    """
 
     def __init__(
-        self, items: Iterator[Item], packer: Packer[Item, Packed], depth: int
+        self, items: Iterator[Item], builder: Builder[Item, Sent], depth: int
     ) -> None:
         self._items = items
         self._depth = depth
-        self.packer = packer
-        self.parcels: deque[Packed] = deque()
+        self.builder = builder
+        self.chunks: deque[Sent] = deque()
         self.lock = threading.Lock()
-        self.something = _Bell()
+        self.wake_consumer = _WakeEvent()
         self.ended = False
-        # When the half parcel was begun, and the time between its last two items.
-        self.begun = 0.0
-        self.pace = 0.0
+        # When the open chunk got its first item, when any got its last, and the time
+        # between the last two items.
+        self._opened = 0.0
         self._added = 0.0
+        self._interval = 0.0
         self.error: BaseException | None = None
-        self.room = _Room()
+        self.signal = _CloseSignal()
 
     def work(self) -> None:
-        """Reads, packs and sends until all is read, or nobody wants any more."""
+        """Reads, gathers and sends until all is read or the consumer has closed."""
         error: BaseException | None = None
         try:
             for item in self._items:
-                if not self._pack(item):
+                if not self._add(item):
                     return
         except BaseException as caught:
             error = caught
         finally:
-            self._let_go()
+            self._close_items()
+        # The error first: once `ended` is set the consumer may read it.
         self.error, self.ended = error, True
-        self.something.ring()
+        self.wake_consumer.set()
 
-    def gathers(self) -> float:
-        """Returns how long a half parcel may still wait for more, in seconds."""
-        if self.pace > _SECONDS_TO_GATHER / 2:
+    def gathering_time(self) -> float:
+        """Returns how long a partial chunk may still wait for items, in seconds."""
+        if self._interval > _SECONDS_TO_GATHER / 2:
             return 0.0
-        return self.begun + _SECONDS_TO_GATHER - time.monotonic()
+        return self._opened + _SECONDS_TO_GATHER - time.monotonic()
 
-    def _let_go(self) -> None:
-        """Ends the loader in its own thread, where it may have something to close."""
+    def _close_items(self) -> None:
+        """Closes a generator in the thread that ran it: it may own resources there."""
         items, self._items = self._items, iter(())
         if isinstance(items, Generator):
             items.close()
 
-    def _pack(self, item: Item) -> bool:
-        """Packs an item, and sends what is full; False once nobody wants any more."""
-        packer = self.packer
+    def _add(self, item: Item) -> bool:
+        """Adds an item and sends a full chunk; False once the consumer has closed."""
+        builder = self.builder
         with self.lock:
-            apart = not packer.empty and not packer.takes(item)
-            closed = packer.close() if apart else None
+            apart = not builder.empty and not builder.fits(item)
+            closed = builder.close() if apart else None
         if apart and not self._send(closed):
             return False
         now = time.monotonic()
         with self.lock:
-            begins = packer.empty
-            if begins:
-                self.begun = now
-            self.pace, self._added = now - self._added, now
-            packer.add(item)
-            full = packer.full
-            closed = packer.close() if full else None
+            opens = builder.empty
+            if opens:
+                self._opened = now
+            self._interval, self._added = now - self._added, now
+            builder.add(item)
+            full = builder.full
+            closed = builder.close() if full else None
         if full:
             return self._send(closed)
-        if begins:
-            self.something.ring()
-        return not self.room.closed
+        if opens:
+            self.wake_consumer.set()
+        return not self.signal.closed
 
     def _send(self, closed: Any) -> bool:
-        parcel = self.packer.send(closed)
-        while len(self.parcels) >= self._depth and not self.room.closed:
-            self.room.bell.wait()
-        self.parcels.append(parcel)
-        self.something.ring()
-        return not self.room.closed
+        chunk = self.builder.send(closed)
+        while len(self.chunks) >= self._depth and not self.signal.closed:
+            self.signal.wake.wait()
+        self.chunks.append(chunk)
+        self.wake_consumer.set()
+        return not self.signal.closed
 
 
-class Prefetch(Generic[Item, Packed]):
-    """Packs and sends in a background thread, a bounded number of parcels ahead.
+class Prefetch(Generic[Item, Sent]):
+    """Gathers and sends in a background thread, a bounded number of chunks ahead.
 
-    Whoever waits is given what there is, be it half a parcel: at once if items are
-    slow, else after a moment in which more of them come. What was read before an
-    error is handed out before it is raised. The thread ends with `close`, or when this
-    object is garbage: Ctrl-C may come before anyone can close it.
+    A waiting consumer receives a partial chunk rather than wait for a full one: at
+    once if items are slow, else after a moment in which more of them arrive. Items
+    read before an error are delivered before it is raised. The thread ends with
+    `close`, or when this object is garbage collected: Ctrl-C may come before `close`.
 
     Args:
-      items: what is packed; read in the thread.
-      packer: how.
-      depth: how many parcels may wait.
-      stopped: asked while the consumer waits; True ends its iteration.
+      items: what is gathered; read in the thread.
+      builder: gathers and sends it.
+      depth: how many chunks may wait.
+      stopped: checked while the consumer waits; True ends its iteration.
     """
 
     def __init__(
         self,
         items: Iterator[Item],
-        packer: Packer[Item, Packed],
+        builder: Builder[Item, Sent],
         depth: int,
         stopped: Any = lambda: False,
     ) -> None:
-        worker = _Worker(items, packer, depth)
+        worker = _Worker(items, builder, depth)
         self._worker = worker
         self._stopped = stopped
-        # Settings that belong to a thread come along.
+        # Settings of jax and the caller's name are local to a thread: copy them.
         context = contextvars.copy_context()
         x64 = jax.config.jax_enable_x64  # type: ignore[attr-defined]
         device = jax.config.jax_default_device  # type: ignore[attr-defined]
@@ -196,7 +202,7 @@ class Prefetch(Generic[Item, Packed]):
             with jax.enable_x64(x64), jax.default_device(device):
                 worker.work()
 
-        weakref.finalize(self, worker.room.close).atexit = False
+        weakref.finalize(self, worker.signal.close).atexit = False
         self._thread = threading.Thread(
             target=context.run, args=(work,), name="flaxfit", daemon=True
         )
@@ -204,31 +210,32 @@ class Prefetch(Generic[Item, Packed]):
 
     @property
     def ready(self) -> bool:
-        """Whether the next parcel can be had without waiting."""
-        return bool(self._worker.parcels)
+        """Whether the next chunk is available without waiting."""
+        return bool(self._worker.chunks)
 
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Packed:
+    def __next__(self) -> Sent:
         worker = self._worker
         while True:
-            ended = worker.ended  # before looking: nothing comes after it
-            wait = _SECONDS_BETWEEN_LOOKS
+            # Read before the deque: a chunk appended in between would be lost.
+            ended = worker.ended
+            wait = _SECONDS_BETWEEN_CHECKS
             with worker.lock:
                 closed = None
-                if not worker.parcels and not worker.packer.empty:
-                    wait = 0.0 if ended else worker.gathers()
-                    closed = worker.packer.close() if wait <= 0 else None
+                if not worker.chunks and not worker.builder.empty:
+                    wait = 0.0 if ended else worker.gathering_time()
+                    closed = worker.builder.close() if wait <= 0 else None
             if closed is not None:
-                return worker.packer.send(closed)
-            if worker.parcels:
-                parcel = worker.parcels.popleft()
-                worker.room.bell.ring()
-                return parcel
+                return worker.builder.send(closed)
+            if worker.chunks:
+                chunk = worker.chunks.popleft()
+                worker.signal.wake.set()
+                return chunk
             if ended or self._stopped():
                 self._finish(ended)
-            worker.something.wait(wait)
+            worker.wake_consumer.wait(wait)
 
     def _finish(self, ended: bool) -> None:
         error = self._worker.error if ended else None
@@ -247,8 +254,8 @@ class Prefetch(Generic[Item, Packed]):
         self.close()
 
     def close(self) -> None:
-        """Ends the thread, and lets go of what it has made."""
-        self._worker.room.close()
-        self._worker.parcels.clear()
+        """Ends the thread and frees the chunks it has prepared."""
+        self._worker.signal.close()
+        self._worker.chunks.clear()
         with contextlib.suppress(RuntimeError):  # closed by its own thread
             self._thread.join(_SECONDS_TO_END)

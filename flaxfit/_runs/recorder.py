@@ -17,11 +17,11 @@ from flaxfit.checkpoint import disk
 
 
 class RunRecorder(Callback):
-    """Writes what `fit(run_dir=...)` promises. It is called after all other callbacks.
+    """Writes the files of a run directory. It is called after all other callbacks.
 
     Args:
-      folder: the run's folder, which is this process's alone.
-      writer: does the writing, in order.
+      folder: the run directory, locked by this process.
+      writer: writes the files in order.
       save_every: steps or time between checkpoints within an epoch.
       monitor: the log that decides which epoch is the best; None for `val_loss`, or
         `loss` without a validation.
@@ -47,14 +47,17 @@ class RunRecorder(Callback):
         self.best: float | None = None
 
     def on_train_begin(self, loop: LoopState) -> None:
-        """Finds the monitored log; saves once, so that what fails does so now."""
+        """Finds the monitored log."""
         default = "val_loss" if "val_loss" in loop.log_names else "loss"
         name = self._asked or default
         if name in loop.log_names or self._asked:
             self._monitor = Monitor("fit", name, "auto", loop.log_names)
 
     def begin(self, loop: LoopState, event: Mapping[str, Any]) -> None:
-        """Notes where the run begins or goes on; called once the memory is back."""
+        """Logs the start or resumption; called when `load_state_dict` has run.
+
+        A new run is saved at once, so that an unwritable directory fails early.
+        """
         if (
             self.best is not None
             and not (self.folder / checkpoint_manager.BEST).exists()
@@ -70,7 +73,7 @@ class RunRecorder(Callback):
             self._save(loop)
 
     def on_epoch_end(self, loop: LoopState) -> None:
-        """Saves the epoch, and once more if it is the best."""
+        """Saves the epoch, and also as the best if it is."""
         monitor = self._monitor
         if monitor is not None and monitor.name in loop.logs:
             value, before = float(loop.logs[monitor.name]), self.best
@@ -83,7 +86,7 @@ class RunRecorder(Callback):
         self._log({"event": "epoch", "epoch": loop.epoch + 1, **_place(loop)})
 
     def on_train_end(self, loop: LoopState) -> None:
-        """Saves where the training was broken off."""
+        """Saves the position at which an error or a signal ended the training."""
         if loop.broken_off and not (loop.epoch_is_closing or loop.nonfinite):
             self._save(loop)
         reason = {"reason": loop.stop_reason} if loop.stop_reason else {}
@@ -94,7 +97,7 @@ class RunRecorder(Callback):
         return {"best": self.best}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on with what `state_dict` returned."""
+        """Restores the best value."""
         self.best = state["best"]
 
     def _save(

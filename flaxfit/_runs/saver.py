@@ -15,7 +15,7 @@ from flaxfit._core.errors import CheckpointError
 from flaxfit._core.types import PyTree, TrainState
 from flaxfit.callbacks.base import CallbackList, LoopState, SaveRequest
 
-# One that is written, and one that waits: more would only fill the memory.
+# One is being written and one waits: more would only fill the memory.
 _MOST_WAITING = 1
 _TREE = "__tree__"
 _STATE = "state"
@@ -23,9 +23,9 @@ _ARRAY = "array"
 
 
 class BackgroundWriter:
-    """One thread that does one thing after the other, in the order it was told.
+    """One thread that runs jobs one by one, in the order they were submitted.
 
-    What a job raises is kept for `warn`: it must not end the training.
+    An error of a job must not end the training: it is kept and becomes a warning.
     """
 
     def __init__(self) -> None:
@@ -33,25 +33,25 @@ class BackgroundWriter:
         self._failures: list[str] = []
         self._thread: Thread | None = None
 
-    def submit(self, job: Callable[[], object], what: str) -> None:
-        """Has `job` done after those before it; waits while too many do.
+    def submit(self, job: Callable[[], object], name: str) -> None:
+        """Queues a job; waits while too many others do.
 
         Args:
           job: the work.
-          what: names it where it fails.
+          name: names it in the warning if it fails.
         """
         if self._thread is None:
             self._thread = Thread(target=self._work, name="flaxfit-writer", daemon=True)
             self._thread.start()
-        self._jobs.put(partial(self._attempt, job, what))
+        self._jobs.put(partial(self._attempt, job, name))
 
     def flush(self) -> None:
-        """Waits until all is done, and warns of what was not."""
+        """Waits for all jobs, and warns of those that failed."""
         self._jobs.join()
         self.warn()
 
     def close(self) -> None:
-        """Does what is left, and ends the thread."""
+        """Finishes all jobs, and ends the thread."""
         if self._thread is not None:
             self._jobs.put(None)
             self._thread.join()
@@ -59,7 +59,7 @@ class BackgroundWriter:
         self.warn()
 
     def warn(self) -> None:
-        """Warns of what failed since the last time."""
+        """Warns of the jobs that failed since the last time."""
         failures, self._failures = self._failures, []
         for failure in failures:
             warnings.warn(failure, UserWarning, stacklevel=2)
@@ -74,22 +74,22 @@ class BackgroundWriter:
             finally:
                 self._jobs.task_done()
 
-    def _attempt(self, job: Callable[[], object], what: str) -> None:
+    def _attempt(self, job: Callable[[], object], name: str) -> None:
         try:
             job()
-        except Exception as error:  # a full disk is no reason to lose the training
+        except Exception as error:  # a full disk must not end the training
             self._failures.append(
-                f"{what} failed: {error}. What was saved before is untouched, the "
-                "training goes on, and the next save tries again."
+                f"{name} failed: {error}. Earlier files are untouched, training "
+                "continues, and the next save tries again."
             )
 
 
 class Saver:
-    """Takes the checkpoints that callbacks ask for.
+    """Builds the checkpoints that callbacks request.
 
     Args:
-      writer: who writes them.
-      describe: (epoch, batch) -> what a file says of the trainer and the fit.
+      writer: writes them.
+      describe: (epoch, batch) -> metadata of the trainer and the fit.
     """
 
     def __init__(
@@ -99,25 +99,18 @@ class Saver:
         self._describe = describe
         self._leads = jax.process_index() == 0
 
-    def serve(
-        self,
-        loop: LoopState,
-        state: TrainState,
-        running: PyTree | None,
-        callbacks: CallbackList,
-    ) -> None:
-        """Copies the state to the host, once, and has it written.
+    def save(self, loop: LoopState, state: TrainState, callbacks: CallbackList) -> None:
+        """Copies the state to the host, once, and queues the requested files.
 
         Args:
-          loop: where the training stands.
-          state: the state there.
-          running: the accumulators of the epoch under way, None between epochs.
-          callbacks: those whose memory is part of it.
+          loop: the position of the training, and the requests.
+          state: the state at that position.
+          callbacks: their state is part of the checkpoint.
         """
         requests = loop.take_saves()
         if not self._leads:  # of several processes, one writes
             return
-        meta, extra = self._content(loop, running, callbacks)
+        meta, extra = self._content(loop, callbacks)
         for weights_only in (False, True):
             chosen = [r for r in requests if r.weights_only is weights_only]
             if not chosen:
@@ -135,9 +128,10 @@ class Saver:
         self._writer.warn()
 
     def _content(
-        self, loop: LoopState, running: PyTree | None, callbacks: CallbackList
+        self, loop: LoopState, callbacks: CallbackList
     ) -> tuple[dict[str, Any], dict[str, PyTree]]:
-        """Returns what is not the state: plain values, and arrays."""
+        """Returns a checkpoint's contents beside the state: plain values, and arrays."""
+        running = loop.running  # None between epochs
         trees: dict[str, PyTree] = {}
         states = pack(callbacks.states(), trees)
         extra: dict[str, PyTree] = {"callbacks": trees} if trees else {}
@@ -178,8 +172,8 @@ def pack(value: Any, trees: dict[str, PyTree]) -> Any:
     """Returns `value` with a name in place of every array and state.
 
     Args:
-      value: what `Callback.state_dict` may return.
-      trees: is given what was replaced, by name.
+      value: the value of a `Callback.state_dict`.
+      trees: receives the arrays and states by name.
     """
     if isinstance(value, TrainState | jax.Array | np.ndarray):
         name = str(len(trees))
@@ -195,12 +189,12 @@ def pack(value: Any, trees: dict[str, PyTree]) -> Any:
 def unpack(
     value: Any, trees: Mapping[str, PyTree], as_state: Callable[[Any], TrainState]
 ) -> Any:
-    """Returns what `pack` was given.
+    """Reverses `pack`.
 
     Args:
-      value: what it returned.
+      value: the result of `pack`.
       trees: the arrays, read from a file.
-      as_state: makes a state of them.
+      as_state: makes a state from them.
     """
     if isinstance(value, Mapping):
         if value.keys() == {_TREE}:
@@ -213,11 +207,11 @@ def unpack(
 
 
 def restore_running(saved: Mapping[str, Any] | None, empty: PyTree) -> PyTree | None:
-    """Returns the accumulators of a file, None if they are of other metrics.
+    """Returns the accumulators of a file, None if they belong to other metrics.
 
     Args:
       saved: the arrays by number.
-      empty: what an epoch begins with.
+      empty: the accumulators that an epoch starts with.
     """
     leaves, structure = jax.tree.flatten(empty)
     found = [(saved or {}).get(str(index)) for index in range(len(leaves))]

@@ -1,29 +1,28 @@
-"""One fit in a run directory: opens, compares, resumes and saves it."""
+"""One fit in a run directory: finds where it starts, resumes it and saves it."""
 
 import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 
-from flaxfit._core.errors import CheckpointError
+from flaxfit._core.errors import CheckpointError, UsageError
 from flaxfit._core.intervals import as_interval
 from flaxfit._core.types import TrainState
-from flaxfit._programs.compile import Running
+from flaxfit._programs.compile import EpochAccumulators
 from flaxfit._reporting.display import Display
 from flaxfit._runs import checkpoint_manager
 from flaxfit._runs.recorder import RunRecorder
 from flaxfit._runs.resume import (
-    Origin,
-    as_resume,
-    differences,
-    find,
-    is_over,
-    refuse_to_overwrite,
+    ResumePoint,
+    find_resume_point,
+    report_changes,
     set_aside,
+    why_finished,
 )
 from flaxfit._runs.saver import BackgroundWriter, Saver, restore_running, unpack
 from flaxfit.callbacks.base import Callback, CallbackList, LoopState
@@ -31,265 +30,267 @@ from flaxfit.data.sources.base import Source
 from flaxfit.data.sources.position import Bookmarks, Position
 
 
-class Run:
-    """What `fit(run_dir=..., save_every=..., resume=..., monitor=...)` asks for.
+@dataclass(frozen=True)
+class RunOptions:
+    """The arguments of `Trainer.fit` about the run directory, checked.
 
-    Args:
-      run_dir: the folder, None for none: then only callbacks save.
+    Attributes:
+      folder: `run_dir`, None for none: then only callbacks save.
       save_every: see `Trainer.fit`.
       resume: see `Trainer.fit`.
       monitor: see `Trainer.fit`.
-      display: where it says what it found.
+    """
+
+    folder: Path | None
+    save_every: int | str | None
+    resume: str
+    monitor: str | None
+
+    @classmethod
+    def checked(
+        cls, run_dir: Any, save_every: Any, resume: Any, monitor: Any, nonfinite: str
+    ) -> "RunOptions":
+        """Returns the options.
+
+        Raises:
+          ValueError: a wrong value, or one that requires a `run_dir`.
+        """
+        as_interval("save_every", save_every)
+        if isinstance(resume, os.PathLike):
+            resume = os.fspath(resume)
+        if not isinstance(resume, str) or not resume:
+            raise UsageError(
+                f"resume={resume!r}",
+                write='"auto", "must", "never", or the path of a checkpoint',
+            )
+        required = {
+            f"save_every={save_every!r}": save_every is not None,
+            f"monitor={monitor!r}": monitor is not None,
+            f"resume={resume!r}": resume in ("must", "never"),
+            f"nonfinite={nonfinite!r}": nonfinite == "rollback",
+        }
+        for text, is_given in required.items():
+            if is_given and run_dir is None:
+                argument = "" if text.startswith("nonfinite") else f", {text}"
+                raise UsageError(
+                    f"{text} requires a run_dir",
+                    write=f'fit(..., run_dir="runs/a"{argument})',
+                )
+        folder = None if run_dir is None else Path(run_dir)
+        return cls(folder, save_every, resume, monitor)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What the checkpoints of a fit say about it, besides its progress.
 
     Attributes:
-      origin: where the fit begins; known once `opened`.
-      config: the trainer's arguments, as a file holds them; known after `compare`.
-      saver: writes what callbacks ask for.
-      bookmarks: of the data; known after `compare`.
+      trainer: the trainer's metadata.
+      data: what determines the order of the data; see `describe_data`.
+      epochs: the epoch to end at.
+      total_steps: the step at which training will end, None if unknown.
+    """
+
+    trainer: Mapping[str, Any]
+    data: Mapping[str, Any]
+    epochs: int
+    total_steps: int | None
+
+
+@contextlib.contextmanager
+def locked_run(
+    options: RunOptions, step: int, epoch: int, belongs_to: str | None
+) -> Iterator[ResumePoint]:
+    """Locks the run directory, and finds where the fit starts.
+
+    Args:
+      options: the directory, and how to resume.
+      step: the trainer's steps so far.
+      epoch: the epoch at which a new run starts.
+      belongs_to: the run that the trainer's state is from, None for none.
 
     Raises:
-      ValueError: arguments that cannot be.
+      CheckpointError: the directory cannot be used, or has no readable checkpoint.
+      ValueError: resuming would replace a training that is not part of the run.
+    """
+    with contextlib.ExitStack() as stack:
+        if options.folder is not None and _leads():
+            stack.enter_context(checkpoint_manager.opened(options.folder))
+        yield find_resume_point(
+            options.folder,
+            options.resume,
+            step=step,
+            epoch=epoch,
+            belongs_to=belongs_to,
+        )
+
+
+class RunSession:
+    """Resumes and saves one fit; as a context manager it waits for its files.
+
+    Creating it first reports what changed since the checkpoint, which may be an error.
+    Only then does it move another run's files out of the way.
+
+    Args:
+      options: the run directory, and how often to save.
+      origin: where the fit starts.
+      record: what its checkpoints say about it.
+      callbacks: the user's.
+      source: the training data.
+      as_state: makes a state from the arrays of a snapshot or a file.
+      empty: the accumulators that an epoch starts with.
+      display: shows what was found.
+
+    Attributes:
+      origin: where the fit starts.
+      callbacks: the user's, and last the one that writes the run directory.
+      bookmarks: saved positions of data that cannot be entered by a number.
+
+    Raises:
+      CheckpointError: the order of the data would change within a pass.
     """
 
     def __init__(
         self,
-        run_dir: str | os.PathLike[str] | None,
-        save_every: int | str | None,
-        resume: str | os.PathLike[str],
-        monitor: str | None,
+        options: RunOptions,
+        origin: ResumePoint,
+        record: RunRecord,
+        callbacks: Sequence[Callback],
+        source: Source,
+        *,
+        as_state: Callable[[Any], TrainState],
+        empty: EpochAccumulators,
         display: Display,
     ) -> None:
-        for name, value in (("save_every", save_every), ("monitor", monitor)):
-            if value is not None and run_dir is None:
-                raise ValueError(
-                    f"{name}={value!r} is about a run_dir, and there is none. Write "
-                    f'fit(..., run_dir="runs/a", {name}={value!r}).'
-                )
-        as_interval("save_every", save_every)
-        self._resume = as_resume(resume, run_dir)
-        self._folder = None if run_dir is None else Path(run_dir)
+        settings = CallbackList(callbacks).settings()
+        self.origin = origin
+        self.as_state = as_state
+        self.bookmarks = Bookmarks(source, origin.loop.get("bookmark"))
+        self._folder = options.folder
+        self._empty = empty
         self._display = display
-        self._writer = BackgroundWriter()
-        self._recorder: RunRecorder | None = None
-        # Of several processes, the first one writes.
-        self._leads = jax.process_index() == 0
-        if self._folder is not None and self._leads:
-            self._recorder = RunRecorder(
-                self._folder, self._writer, save_every, monitor
-            )
-        self._meta: dict[str, Any] = {}
-        self._over: str | None = None
-        # Whether what is in the folder belongs to another run.
-        self._foreign = False
-        self.origin = Origin.begin(0, 0)
-        self.saver = Saver(self._writer, self._describe)
-        self.bookmarks: Bookmarks | None = None
-
-    @property
-    def name(self) -> str:
-        """Names the run, whatever process goes on with it."""
-        return self.origin.run
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """The trainer's arguments, as a file holds them."""
-        config: Mapping[str, Any] = self._meta.get("config", {})
-        return config
-
-    def check_policy(self, nonfinite: str) -> None:
-        """Raises ValueError where there is nothing to go back to."""
-        if nonfinite == "rollback" and self._folder is None:
-            raise ValueError(
-                'nonfinite="rollback" goes back to the last checkpoint of a run_dir, '
-                'and there is none. Write fit(..., run_dir="runs/a").'
-            )
-
-    @contextlib.contextmanager
-    def opened(self, step: int, epoch: int) -> Iterator[Origin]:
-        """Holds the folder, and finds out where the fit begins.
-
-        Args:
-          step: the trainer's steps so far.
-          epoch: the epoch a new run begins at.
-
-        Raises:
-          CheckpointError: the folder cannot be used, or holds no whole checkpoint.
-        """
-        with contextlib.ExitStack() as stack:
-            if self._folder is not None and self._leads:
-                stack.enter_context(checkpoint_manager.opened(self._folder))
-            found, self._foreign = find(self._folder, self._resume)
-            self.origin = (
-                Origin.begin(step, epoch) if found is None else Origin.of(found)
-            )
-            yield self.origin
-
-    def take_folder(self) -> None:
-        """Moves what is of another run out of the way; called once all is checked."""
-        if self._foreign and self._folder is not None:
-            set_aside(self._folder)
-
-    def refuse_to_overwrite(self, step: int) -> None:
-        """See `resume.refuse_to_overwrite`."""
-        refuse_to_overwrite(self.origin, step)
-
-    def compare(
-        self,
-        meta: dict[str, Any],
-        source: Source,
-        data: Mapping[str, Any],
-        hooks: Sequence[Callback],
-        epochs: int,
-        total_steps: int | None,
-    ) -> None:
-        """Tells what is not as it was; see `resume.differences`.
-
-        Args:
-          meta: what a file says of the trainer.
-          source: the data.
-          data: what a file says of it.
-          hooks: the user's callbacks.
-          epochs: the epoch to end at.
-          total_steps: the step at which training will end, None if unknown.
-        """
-        origin, settings = self.origin, CallbackList(hooks).settings()
-        self._meta = meta | {
+        self._finished = why_finished(origin, record.epochs, settings)
+        if origin.saved is not None:
+            self._report_changes(record, settings, source)
+        if origin.foreign and options.folder is not None:
+            set_aside(options.folder)
+        self._meta = {
+            **record.trainer,
             "loop": {
                 "run": origin.run,
                 "first_step": origin.first_step,
                 "first_epoch": origin.first_epoch,
-                "epochs": epochs,
-                "total_steps": total_steps,
-                "fit": dict(data),
+                "epochs": record.epochs,
+                "total_steps": record.total_steps,
+                "fit": dict(record.data),
                 "settings": settings,
-            }
+            },
         }
-        bookmark = origin.loop.get("bookmark")
-        self.bookmarks = Bookmarks(source, bookmark)
-        if origin.saved is None:
-            return
-        differences(origin, meta["config"], data, say=self._display.say)
-        if settings != origin.loop.get("settings"):
-            self._display.say("changed: the callbacks, or what they were given")
-        before = origin.loop.get("epochs")
-        if before != epochs:
-            self._display.say(f"changed: epochs was {before}, is {epochs}")
-        self._over = is_over(origin, epochs, settings)
-        if not (source.seeks or bookmark or self._over) and origin.batch:
-            self._display.say(
-                f"the {data['kind']} cannot be entered in the middle: what was trained "
-                "on is read once more, and left out"
+        self._writer = BackgroundWriter()
+        self._saver = Saver(self._writer, self._describe)
+        self._recorder: RunRecorder | None = None
+        if options.folder is not None and _leads():
+            self._recorder = RunRecorder(
+                options.folder, self._writer, options.save_every, options.monitor
             )
+        # The recorder is last: its checkpoints include what the others have changed.
+        recorder = [] if self._recorder is None else [self._recorder]
+        self.callbacks = CallbackList([*callbacks, *recorder])
 
-    def with_recorder(self, hooks: Sequence[Callback]) -> list[Callback]:
-        """Returns the callbacks, the one that keeps the folder last."""
-        return [*hooks, *([] if self._recorder is None else [self._recorder])]
+    def __enter__(self) -> Self:
+        return self
 
-    def makes_other_schedule(self, total_steps: int | None) -> bool:
-        """Whether the learning rate was made for a training of another length."""
-        return self.origin.loop.get("total_steps") != total_steps
+    def __exit__(self, *unused: object) -> None:
+        self._writer.close()
 
-    def resume(
-        self,
-        loop: LoopState,
-        *,
-        callbacks: CallbackList,
-        running: Running,
-        as_state: Callable[[Any], TrainState],
-    ) -> None:
-        """Gives loop and callbacks back what they had; called when all have begun.
-
-        Args:
-          loop: the loop.
-          callbacks: all of them.
-          running: an empty accumulator.
-          as_state: makes a state of what lay in a file.
-        """
-        origin, saved, said = self.origin, self.origin.saved, origin_text(self.origin)
+    def resume(self, loop: LoopState) -> None:
+        """Restores the loop and the callbacks, all of which have started."""
+        origin, saved, text = self.origin, self.origin.saved, self.origin.describe()
         event: dict[str, Any] = {"event": "start", "step": origin.step}
         if saved is not None:
             event = {"event": "resume", "step": origin.step, "from": saved.path}
-            told, trees = origin.loop, saved.extra.get("callbacks", {})
-            loop.history.load_state_dict(told["history"])
-            loop.steps_per_epoch = loop.steps_per_epoch or told["steps_per_epoch"]
-            for note in callbacks.load_states(
-                unpack(told["callbacks"], trees, as_state)
-            ):
+            loop.history.load_state_dict(origin.loop["history"])
+            if loop.steps_per_epoch is None:
+                loop.steps_per_epoch = origin.loop["steps_per_epoch"]
+            trees = saved.extra.get("callbacks", {})
+            states = unpack(origin.loop["callbacks"], trees, self.as_state)
+            for note in self.callbacks.load_states(states):
                 self._display.say(f"changed: {note}")
             loop.batch = origin.batch
             if "running" in saved.extra:
-                loop.running = restore_running(saved.extra["running"], running)
+                loop.running = restore_running(saved.extra["running"], self._empty)
                 if loop.running is None:
                     warnings.warn(
                         f"The metrics are not those of {saved.path!r}: the means of "
-                        f"epoch {origin.epoch + 1} begin at batch {origin.batch}.",
+                        f"epoch {origin.epoch + 1} start at batch {origin.batch}.",
                         UserWarning,
                         stacklevel=2,
                     )
-            if self._over is not None:
+            if self._finished is not None:
                 loop.epoch = max(origin.epoch - 1, 0)
-                loop.stop_reason = told.get("stop_reason")
-                said = f"{said}; nothing left to train: {self._over}"
-            self._display.say(said)
-            # The file's arrays would stay in memory for as long as the fit.
-            self.origin = origin._replace(saved=saved._replace(state={}, extra={}))
+                loop.stop_reason = origin.loop.get("stop_reason")
+                text = f"{text}; nothing left to train: {self._finished}"
+            self._display.say(text)
+            # Everything was copied: keeping the file's arrays would double the memory.
+            saved.state.clear()
+            saved.extra.clear()
         if self._recorder is not None:
             self._recorder.begin(loop, event)
 
-    def roll_back(
-        self, running: Running, as_state: Callable[[Any], TrainState]
-    ) -> Callable[[], tuple[TrainState, int, Running | None]] | None:
-        """Returns what reads the folder's last good checkpoint; None without a folder.
+    def save(self, loop: LoopState, state: TrainState) -> None:
+        """Writes the checkpoints that callbacks have requested."""
+        self._saver.save(loop, state, self.callbacks)
 
-        Args:
-          running: an empty accumulator.
-          as_state: makes a state of what lay in a file.
+    def last_checkpoint(
+        self,
+    ) -> tuple[TrainState, int, EpochAccumulators | None] | None:
+        """Returns state, epoch and accumulators of the run's newest checkpoint.
+
+        None without a run directory.
+
+        Raises:
+          CheckpointError: there is no checkpoint.
         """
-        folder = self._folder
-        if folder is None:
+        if self._folder is None:
             return None
+        self._writer.flush()
+        found = checkpoint_manager.newest(self._folder)
+        if found is None:
+            raise CheckpointError(
+                f"There is no checkpoint in {os.fspath(self._folder)!r} to roll back "
+                "to."
+            )
+        running = restore_running(found.extra.get("running"), self._empty)
+        return self.as_state(found.state), ResumePoint.of(found).epoch, running
 
-        def read() -> tuple[TrainState, int, Running | None]:
-            self._writer.flush()
-            found = checkpoint_manager.newest(folder)
-            if found is None:
-                raise CheckpointError(
-                    f"There is no checkpoint in {os.fspath(folder)!r} to go back to."
-                )
-            merged = restore_running(found.extra.get("running"), running)
-            return as_state(found.state), Origin.of(found).epoch, merged
-
-        return read
-
-    def close(self) -> None:
-        """Waits until everything is written."""
-        self._writer.close()
+    def _report_changes(
+        self, record: RunRecord, settings: list[dict[str, Any]], source: Source
+    ) -> None:
+        origin, say = self.origin, self._display.say
+        report_changes(origin, record.trainer["config"], record.data, say=say)
+        if settings != origin.loop.get("settings"):
+            say("changed: the callbacks, or their arguments")
+        before = origin.loop.get("epochs")
+        if before != record.epochs:
+            say(f"changed: epochs was {before}, is {record.epochs}")
+        seeks = source.seeks or origin.loop.get("bookmark") or self._finished
+        if origin.batch and not seeks:
+            say(
+                f"the {record.data['kind']} cannot be entered in the middle: the "
+                "batches trained on are read again and skipped"
+            )
 
     def _describe(self, epoch: int, batch: int) -> dict[str, Any]:
-        loop = dict(self._meta["loop"])
-        if self.bookmarks is not None:
-            position = Position(epoch - self.origin.first_epoch, batch)
-            loop["bookmark"] = self.bookmarks.at(position)
-        return self._meta | {"loop": loop}
-
-
-def origin_text(origin: Origin) -> str:
-    """Returns where a fit goes on, in words."""
-    if origin.saved is None:
-        return ""
-    steps = origin.loop.get("steps_per_epoch")
-    of = f" of {steps}" if steps else ""
-    where = f", batch {origin.batch}{of}" if origin.batch else ""
-    return (
-        f"resumed {origin.saved.path} at step {origin.step} "
-        f"(epoch {origin.epoch + 1}{where})"
-    )
+        """Returns a checkpoint's metadata at a position, without the progress."""
+        position = Position(epoch - self.origin.first_epoch, batch)
+        bookmark = self.bookmarks.at(position)
+        return self._meta | {"loop": {**self._meta["loop"], "bookmark": bookmark}}
 
 
 def describe_data(
     source: Source, validation: Source | None, *, shuffle: bool, steps: int | None
 ) -> dict[str, Any]:
-    """Returns what decides which examples are in which batch, in plain values."""
+    """Returns what determines which examples are in which batch, as plain values."""
     return {
         "kind": source.kind,
         "batch_size": source.batch_size,
@@ -299,3 +300,8 @@ def describe_data(
         "steps_per_epoch": steps,
         "validation_examples": validation and validation.num_examples,
     }
+
+
+def _leads() -> bool:
+    """Whether this process writes the files; of several, the first does."""
+    return jax.process_index() == 0

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxfit._core.tree_specs import differences
-from flaxfit._core.types import StateHolder, TrainState
+from flaxfit._core.state_store import TrainStateStore
+from flaxfit._core.types import TrainState
 from flaxfit._reporting.history import History
 from flaxfit._reporting.timing import Clock
 
@@ -52,7 +53,7 @@ class LoopState:
 
     def __init__(
         self,
-        holder: StateHolder,
+        holder: TrainStateStore,
         *,
         history: History,
         step: int,

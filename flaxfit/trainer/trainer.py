@@ -1,39 +1,48 @@
 """The facade: checks arguments and connects data, programs, state and loops."""
 
 import os
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import jax
 import numpy as np
 
 from flaxfit import checkpoint
 from flaxfit._core.counts import as_count, as_optional_count
-from flaxfit._core.errors import CheckpointError
+from flaxfit._core.errors import CheckpointError, UsageError, UsageTypeError, calling
+from flaxfit._core.state_store import TrainStateStore
 from flaxfit._core.types import Batch, Logs, PyTree, TrainState
-from flaxfit._loops.context import FitPlan
+from flaxfit._loops.context import FitContext, FitData
+from flaxfit._loops.eval_loop import Evaluation
 from flaxfit._loops.feeder import Execution
 from flaxfit._loops.fit_loop import fit_loop
-from flaxfit._loops.host_reads import read_logs
+from flaxfit._loops.host_reads import read, read_logs
 from flaxfit._loops.interrupt import Interrupt
-from flaxfit._loops.output_writer import Destination
-from flaxfit._loops.predict_loop import Part, join_batches, split_batches
+from flaxfit._loops.output_writer import OutputWriter
+from flaxfit._loops.predict_loop import Prediction, join_batches, split_batches
 from flaxfit._models import model_family
 from flaxfit._models.base import Overrides
 from flaxfit._programs import steps as _steps
 from flaxfit._programs.compile import listening
-from flaxfit._programs.placement import find_placement, has_rows
-from flaxfit._programs.program_cache import Builder, Outputs
-from flaxfit._programs.resolve import Built, Settings
+from flaxfit._programs.placement import Placement, find_placement, has_rows
+from flaxfit._programs.program_cache import NO_DATA_YET, ProgramCache
+from flaxfit._programs.resolve import ResolvedTask, Settings
 from flaxfit._programs.steps import Task, TrainStep
 from flaxfit._reporting.display import Display, make_display, make_progress
 from flaxfit._reporting.history import History
 from flaxfit._reporting.timing import Clock
-from flaxfit._runs.session import Run, describe_data
+from flaxfit._runs.resume import ResumePoint
+from flaxfit._runs.session import (
+    RunOptions,
+    RunRecord,
+    RunSession,
+    describe_data,
+    locked_run,
+)
 from flaxfit._runs.trainer_metadata import example_of, from_meta, to_meta
-from flaxfit.callbacks.base import Callback, CallbackList, LoopState
+from flaxfit.callbacks.base import Callback, LoopState, own_state
 from flaxfit.checkpoint import RestoreReport
 from flaxfit.data.binding.binding import Binding
 from flaxfit.data.datasets.example_dataset import ExampleSet
@@ -43,7 +52,6 @@ from flaxfit.data.sources.base import Source
 from flaxfit.trainer.arguments import (
     as_callbacks,
     as_choice,
-    as_epoch_filter,
     as_names,
     as_share,
     as_steps_per_call,
@@ -51,14 +59,9 @@ from flaxfit.trainer.arguments import (
     as_variables,
     refuse_list,
 )
-from flaxfit.trainer.assemble import (
-    compile_ahead,
-    make_evaluate,
-    open_prediction,
-    plan_fit,
-)
 from flaxfit.trainer.check import CheckReport, Text, first_lines, make_report
 from flaxfit.trainer.compilation_cache import use_compilation_cache
+from flaxfit.trainer.compile_ahead import compile_ahead
 from flaxfit.trainer.compile_report import CompileReport
 from flaxfit.trainer.data import (
     Reader,
@@ -66,7 +69,17 @@ from flaxfit.trainer.data import (
     refuse_to_go_back,
     refuse_to_use_up,
 )
-from flaxfit.trainer.state import Pending, StateKeeper, open_checkpoint, open_variables
+from flaxfit.trainer.fit_options import FitOptions
+from flaxfit.trainer.state import (
+    RestoreRequest,
+    as_state,
+    ensure_state,
+    open_checkpoint,
+    open_variables,
+    restored_state,
+    resumed_state,
+    with_new_rate,
+)
 
 # Arguments that say how to run: they belong to a machine, and not into a file.
 _EXECUTION = (
@@ -218,23 +231,27 @@ class Trainer:
         )
         family = model_family(model)
         self._name = type(model).__name__
-        self._builder = Builder(model, family, settings, find_placement(devices))
-        self._keeper = StateKeeper(self._builder)
-        binding = Binding(
-            family.call_spec(model, overrides),
-            inputs=inputs,
-            targets=targets,
-            outputs=self._builder.outputs_of,
-        )
-        self._reader = Reader(self._builder, self._keeper, binding)
+        self._programs = ProgramCache(model, family, settings, find_placement(devices))
         self._execution = Execution(
             steps_per_call=as_steps_per_call(steps_per_call),
             device_data=as_share("device_data", device_data),
             prefetch=as_count("prefetch", prefetch, least=0),
         )
+        self._store = TrainStateStore()
+        # A file's state that waits until the model's inputs are known.
+        self._pending: RestoreRequest | None = None
+        # The clocks of the fits in progress: a callback may call this trainer.
+        self._clocks: list[Clock] = []
+        # The last run this trainer took part in, and the version of the state after it.
+        self._last_run: tuple[str, int] | None = None
+        binding = Binding(
+            family.call_spec(model, overrides),
+            inputs=inputs,
+            targets=targets,
+            outputs=self._programs.outputs_of,
+        )
+        self._reader = Reader(self._programs, self._has_learned, binding)
         use_compilation_cache(compilation_cache)
-        # The run this trainer took part in last, and its state's version since then.
-        self._run: tuple[str, int] | None = None
 
     # ------------------------------------------------------------------ training
 
@@ -261,7 +278,6 @@ class Trainer:
         save_every: int | str | None = None,
         resume: str | os.PathLike[str] = "auto",
         monitor: str | None = None,
-        data_dir: str | os.PathLike[str] | None = None,
     ) -> History:
         """Trains the model; a second call goes on from where the first ended.
 
@@ -310,8 +326,6 @@ class Trainer:
             `run_dir/old-1`; a path goes on from that checkpoint.
           monitor: the log that decides which epoch is the best; `val_loss`, or `loss`
             without a validation.
-          data_dir: where datasets of TensorFlow Datasets lie that are given by name;
-            `$TFDS_DATA_DIR`, or `~/tensorflow_datasets`.
 
         Returns:
           The `History`, of a resumed run from its first epoch on. After Ctrl-C too, of
@@ -326,156 +340,38 @@ class Trainer:
           SystemExit: SIGTERM came: the training was saved in `run_dir`, and the
             process ends with status 143.
         """
-        epochs = as_count("epochs", epochs)
-        initial_epoch = as_count("initial_epoch", initial_epoch, least=0)
-        hooks = as_callbacks(callbacks)
-        display = make_display(verbose)
-        validates_at = as_epoch_filter(validation_freq)
-        steps = as_optional_count("steps_per_epoch", steps_per_epoch)
-        validation_steps = as_optional_count("validation_steps", validation_steps)
-        if not isinstance(shuffle, bool | np.bool_):
-            raise ValueError(f"shuffle={shuffle!r}: write True or False.")
-        if validation_split and validation_data is not None:
-            raise ValueError(
-                "fit got both validation_split and validation_data; give one of them."
-            )
-        run = Run(run_dir, save_every, resume, monitor, display)
-        run.check_policy(self._builder.nonfinite)
-        own_step, clock = self.step, Clock()
+        # ---- Check: nothing is read or changed before every argument is right.
+        options = FitOptions.checked(locals(), self._programs.nonfinite)
+        display, clock = make_display(verbose), Clock()
         with (
+            calling("fit"),
             Interrupt() as interrupt,
             listening(CompileReport(display, clock)),
-            run.opened(own_step, initial_epoch) as origin,
+            locked_run(
+                options.run, self.step, options.initial_epoch, self._current_run
+            ) as origin,
         ):
-            if self._run != (run.name, self._keeper.holder.version):
-                run.refuse_to_overwrite(own_step)
-            span = range(origin.first_epoch, max(epochs, origin.first_epoch))
+            # ---- Open: a resumed run decides how the data is read and shuffled.
             clock.switch("waiting_for_data")
-            binding = (
-                self._reader.binding
-                if origin.saved is None
-                else self._reader.read_like(origin.saved)
-            )
-            if validation_split:
-                x, validation_data = split_data(
-                    x,
-                    y,
-                    sample_weight,
-                    validation_split,
-                    binding=binding,
-                    data_dir=data_dir,
+            source, held_out = self._open_training(x, y, sample_weight, options, origin)
+            # ---- Prepare: the training data first, because the rest has to fit it.
+            clock.switch("compiling")  # traces the model, and compiles its `init`
+            total_steps = options.total_steps(source, origin)
+            self._prepare(source, total_steps, divide=True, state=False)
+            validation = self._open_validation(held_out, options, source, origin)
+            # ---- Resume: all that can fail comes before the state is replaced.
+            record = self._record(source, validation, options, total_steps)
+            state = resumed_state(self._programs, origin, record.trainer["config"])
+            with self._session(options, origin, record, source, display) as session:
+                self._begin_state(state, source, origin, total_steps)
+                # ---- Loop.
+                fit = self._fit_context(
+                    session, source, validation, options, clock, display, interrupt
                 )
-                y = sample_weight = None
-            source = as_source(
-                x,
-                y,
-                sample_weight,
-                binding=binding,
-                batch_size=batch_size,
-                shuffle=bool(shuffle),
-                seed=(self._builder.seed, origin.first_step),
-                class_weight=class_weight,
-                steps=steps,
-                check=self._builder.check_values,
-                refuse=refuse_to_go_back
-                if self._builder.nonfinite == "rollback"
-                else partial(
-                    refuse_one_shot, what="fit", epochs=len(span), steps=steps
-                ),
-                data_dir=data_dir,
-            )
-            epoch_steps = steps or source.num_batches
-            total_steps = epoch_steps and origin.first_step + len(span) * epoch_steps
-            self._builder.require_total_steps(total_steps)
-            clock.switch("compiling")  # traces and the compile of `init`
-            if origin.saved is not None:
-                self._reader.refuse_other_classes(source)
-            built = self._build(source, total_steps, place=True)
-            validation = self._validation_source(
-                validation_data,
-                validation_batch_size,
-                source.batch_size,
-                len(span),
-                validation_steps,
-                data_dir,
-                _LAST_EXAMPLES if validation_split else "in validation_data",
-            )
-            self._reader.batch_size = source.batch_size
-            run.compare(
-                self._meta(),
-                source,
-                describe_data(source, validation, shuffle=shuffle, steps=steps),
-                hooks,
-                epochs,
-                total_steps,
-            )
-            self._keeper.begin(source.example, run, total_steps)
-            run.take_folder()
-            if verbose != 0:
-                state = self._keeper.holder.peek()
-                for line in first_lines(
-                    built,
-                    state,
-                    source,
-                    self._builder.spare_devices,
-                    self._reader.class_names,
-                ):
-                    display.say(line)
-            history = History(
-                self,
-                {"epochs": epochs, "steps": epoch_steps, "verbose": verbose},
-            )
-            loop = LoopState(
-                self._keeper.holder,
-                history=history,
-                step=origin.step,
-                epoch=origin.epoch,
-                epochs=epochs,
-                steps_per_epoch=epoch_steps,
-                log_names=[
-                    *built.history_names(validated=validation is not None),
-                    *CallbackList(hooks).log_names,
-                ],
-                clock=clock,
-            )
-            clock.switch("stepping")
-            plan = plan_fit(
-                built,
-                self._execution,
-                source,
-                validation,
-                run,
-                epochs=epochs,
-                steps=steps,
-                validation_steps=validation_steps,
-                validates_at=validates_at,
-                callbacks=CallbackList(run.with_recorder(hooks)),
-                display=display,
-                interrupt=interrupt,
-                as_state=self._keeper.as_state,
-                nonfinite=self._builder.nonfinite,
-            )
-            return self._fit(loop, plan, run)
-
-    def _fit(self, loop: LoopState, plan: FitPlan, run: Run) -> History:
-        self._keeper.clocks.append(loop.clock)
-        try:
-            fit_loop(loop, self._keeper.holder, plan)
-        except KeyboardInterrupt:
-            if plan.interrupt.insisted:
-                raise
-            loop.stop("interrupted")
-        finally:
-            self._keeper.clocks.pop()
-            run.close()
-            self._run = run.name, self._keeper.holder.version
-        history = loop.history
-        if loop.stop_reason is not None:
-            plan.display.say(f"stopped after step {loop.step}: {loop.stop_reason}")
-            history.stop_reason = loop.stop_reason
-        if history.timing.remark:
-            plan.display.say(history.timing.remark)
-        return history
+                clock.switch("stepping")
+                with self._in_progress(fit):
+                    fit_loop(fit)
+            return _finish(fit)
 
     def compile(
         self,
@@ -486,7 +382,6 @@ class Trainer:
         epochs: int = 1,
         steps_per_epoch: int | None = None,
         verbose: int | str = "auto",
-        data_dir: str | os.PathLike[str] | None = None,
         **keras: Any,
     ) -> dict[str, float]:
         """Compiles what `fit`, `evaluate` and `predict` need for this data, ahead.
@@ -501,7 +396,6 @@ class Trainer:
             training needs it.
           steps_per_epoch: as for `fit`.
           verbose: 0 to show nothing.
-          data_dir: as for `fit`.
           **keras: refused, with a hint, for those who know Keras's `compile`.
 
         Returns:
@@ -522,34 +416,32 @@ class Trainer:
         epochs = as_count("epochs", epochs)
         steps = as_optional_count("steps_per_epoch", steps_per_epoch)
         display = make_display(verbose)
-        source = as_source(
-            x,
-            y,
-            binding=self._reader.binding,
-            batch_size=batch_size,
-            steps=steps,
-            check=self._builder.check_values,
-            refuse=partial(refuse_to_use_up, what="compile"),
-            data_dir=data_dir,
-            what="compile",
-        )
-        epoch_steps = steps or source.num_batches
-        total_steps = epoch_steps and self.step + epochs * epoch_steps
-        self._builder.require_total_steps(total_steps)
-        built = self._build(source, total_steps, place=True)
-        self._reader.batch_size = source.batch_size
-        self._keeper.settle(source.example)
-        outputs = self._builder.find_outputs(source.example, sown=False)
-        with listening(CompileReport(display)), self._keeper.holder.borrow() as state:
-            return compile_ahead(
-                built,
-                self._execution,
-                source,
-                state,
-                outputs=outputs,
-                epochs=epochs,
+        with calling("compile"), listening(CompileReport(display)):
+            source = as_source(
+                x,
+                y,
+                binding=self._reader.binding,
+                batch_size=batch_size,
                 steps=steps,
+                check=self._programs.check_values,
+                refuse=partial(refuse_to_use_up, what="compile"),
+                what="compile",
             )
+            epoch_steps = steps or source.num_batches
+            total_steps = epoch_steps and self.step + epochs * epoch_steps
+            resolved = self._prepare(source, total_steps, divide=True)
+            self._reader.batch_size = source.batch_size
+            outputs = self._programs.find_outputs(source.example, sown=False)
+            with self._store.borrow() as state:
+                return compile_ahead(
+                    resolved,
+                    self._execution,
+                    source,
+                    state,
+                    bytes_per_output=outputs.nbytes,
+                    epochs=epochs,
+                    steps=steps,
+                )
 
     def train_on_batch(
         self,
@@ -576,16 +468,16 @@ class Trainer:
         """
         refuse_list(return_dict)
         batch = self._one_batch(x, y, sample_weight, class_weight, "train_on_batch")
-        built = self._builder.built
-        self._builder.require_total_steps(built.total_steps)
+        resolved = self._programs.resolved
+        self._programs.require_total_steps(resolved.total_steps)
         with Interrupt() as interrupt:
-            running, placed = built.empty(), built.placement.put_segment(batch)
-            with interrupt.shield(), self._keeper.holder.lock:
-                state, running = built.programs.train(
-                    self._keeper.holder.take(), running, placed, 0, 1
+            running, placed = resolved.empty(), resolved.placement.put_chunk(batch)
+            with interrupt.shield(), self._store.lock:
+                state, running = resolved.programs.train(
+                    self._store.take(), running, placed, 0, 1
                 )
-                self._keeper.holder.put(state)
-            logs = read_logs(running, built.task.order)
+                self._store.put(state)
+            logs = read_logs(running, resolved.task.order)
         if interrupt.requested:
             raise KeyboardInterrupt
         return logs
@@ -602,7 +494,6 @@ class Trainer:
         sample_weight: Any = None,
         steps: int | None = None,
         return_dict: bool = True,
-        data_dir: str | os.PathLike[str] | None = None,
     ) -> dict[str, Any]:
         """Returns the loss and metrics over all examples; changes nothing.
 
@@ -616,7 +507,6 @@ class Trainer:
           sample_weight: `float[examples]`, or one for every element of the targets.
           steps: use the first so many batches only.
           return_dict: for those who know Keras; there is nothing but a dict.
-          data_dir: as for `fit`.
 
         Returns:
           `{"loss": …, "accuracy": …}`, floats.
@@ -627,32 +517,30 @@ class Trainer:
         refuse_list(return_dict)
         steps = as_optional_count("steps", steps)
         display = make_progress(verbose)
-        source = self._reader.source(
-            x,
-            y,
-            sample_weight,
-            what="evaluate",
-            batch_size=batch_size,
-            steps=steps,
-            divided=True,
-            data_dir=data_dir,
-        )
-        built = self._build(source)
-        self._keeper.settle(source.example)
         with (
+            calling("evaluate"),
             Interrupt() as interrupt,
             listening(CompileReport(display)),
-            self._keeper.holder.borrow() as state,
         ):
-            evaluate = make_evaluate(
-                built,
+            source = self._reader.source(
+                x,
+                y,
+                sample_weight,
+                what="evaluate",
+                batch_size=batch_size,
+                steps=steps,
+                divided=True,
+            )
+            evaluate = Evaluation(
+                self._prepare(source),
                 self._execution,
                 source,
                 steps=steps,
                 display=display,
                 interrupted=lambda: interrupt.requested,
             )
-            values = evaluate(state)
+            with self._store.borrow() as state:
+                values = evaluate(state)
         if values is None:
             raise KeyboardInterrupt
         return values
@@ -668,12 +556,12 @@ class Trainer:
         """Returns the loss and metrics of one batch of any size, as floats."""
         refuse_list(return_dict)
         batch = self._one_batch(x, y, sample_weight, None, "test_on_batch")
-        built = self._builder.built
-        placed = built.placement.put_segment(batch)
-        with self._keeper.holder.borrow() as state:
-            running = built.programs.evaluate(state, built.empty_eval(), placed, 0, 1)
-            logs = read_logs(running, built.task.order)
-        return logs
+        resolved = self._programs.resolved
+        placed = resolved.placement.put_chunk(batch)
+        with self._store.borrow() as state:
+            empty = resolved.empty_eval()
+            running = resolved.programs.evaluate(state, empty, placed, 0, 1)
+            return read_logs(running, resolved.task.order)
 
     # ---------------------------------------------------------------- prediction
 
@@ -685,7 +573,6 @@ class Trainer:
         verbose: int | str = "auto",
         steps: int | None = None,
         out: PyTree = None,
-        data_dir: str | os.PathLike[str] | None = None,
     ) -> PyTree:
         """Returns the model's outputs for all examples, in their order.
 
@@ -701,7 +588,6 @@ class Trainer:
           steps: use the first so many batches only.
           out: arrays `[examples, ...]` to write into, nested as the outputs are: in
             memory, memory-mapped (`np.lib.format.open_memmap`), of zarr, HDF5.
-          data_dir: where datasets by name lie.
 
         Returns:
           NumPy arrays `[examples, ...]` in the nesting of the model's output; `out`
@@ -714,15 +600,17 @@ class Trainer:
             before anything is computed, unless only reading tells the length.
         """
         display = make_progress(verbose)
-        opened = self._open(x, "predict", batch_size, steps, data_dir)
-        target = None
-        if out is not None:
-            target = Destination(out, opened.outputs.shapes, opened.examples)
-        with listening(CompileReport(display)), self._keeper.holder.borrow() as state:
-            parts = self._predict(opened, state, display=display)
-            if target is not None:
-                return target.write(parts)
-            return join_batches(parts, opened.outputs.batched)
+        with calling("predict"), listening(CompileReport(display)):
+            prediction = self._open_prediction(x, "predict", batch_size, steps)
+            writer = None
+            if out is not None:
+                shapes = prediction.outputs.shapes
+                writer = OutputWriter(out, shapes, prediction.examples)
+            with self._store.borrow() as state:
+                parts = prediction.run(state, display=display)
+                if writer is not None:
+                    return writer.write(parts)
+                return join_batches(parts, prediction.outputs.batched)
 
     def predict_batches(
         self,
@@ -730,7 +618,6 @@ class Trainer:
         *,
         batch_size: int | None = None,
         steps: int | None = None,
-        data_dir: str | os.PathLike[str] | None = None,
     ) -> Generator[PyTree]:
         """Returns an iterator over the outputs of one batch after the other.
 
@@ -743,7 +630,6 @@ class Trainer:
           x: what `predict` takes.
           batch_size: as of `predict`.
           steps: use the first so many batches only.
-          data_dir: where datasets by name lie.
 
         Yields:
           NumPy arrays `[rows, ...]` in the nesting of the model's output, as many rows
@@ -755,11 +641,11 @@ class Trainer:
         Example:
           `for outputs in trainer.predict_batches(make_batches): file.write(outputs)`
         """
-        opened = self._open(x, "predict_batches", batch_size, steps, data_dir)
-        # Not borrowed: a fit would copy the state in every step, for as long as anyone
-        # holds the iterator.
-        parts = self._predict(opened, self._keeper.holder.read(), own=True)
-        return split_batches(parts)
+        with calling("predict_batches"):
+            opened = self._open_prediction(x, "predict_batches", batch_size, steps)
+            # Read, not borrowed: a fit would copy a borrowed state in every step for as
+            # long as the iterator exists.
+            return split_batches(opened.run(self._store.read(), copy=True))
 
     def predict_intermediates(
         self,
@@ -768,7 +654,6 @@ class Trainer:
         batch_size: int | None = None,
         verbose: int | str = "auto",
         steps: int | None = None,
-        data_dir: str | os.PathLike[str] | None = None,
     ) -> PyTree:
         """Returns what the model sows as `intermediates`, for all examples.
 
@@ -779,78 +664,28 @@ class Trainer:
           NumPy arrays `[examples, ...]`; a value without a batch axis is stacked
           `[batches, ...]`.
         """
-        display = make_progress(verbose)
-        what = "predict_intermediates"
-        opened = self._open(x, what, batch_size, steps, data_dir, sown=True)
-        with listening(CompileReport(display)), self._keeper.holder.borrow() as state:
-            parts = self._predict(opened, state, display=display)
-            return join_batches(parts, opened.outputs.batched)
+        display, what = make_progress(verbose), "predict_intermediates"
+        with calling(what), listening(CompileReport(display)):
+            opened = self._open_prediction(x, what, batch_size, steps, sown=True)
+            with self._store.borrow() as state:
+                parts = opened.run(state, display=display)
+                return join_batches(parts, opened.outputs.batched)
 
     def predict_on_batch(self, x: Any) -> PyTree:
         """Returns the outputs for one batch of inputs of any size."""
         what = "predict_on_batch"
-        source = self._reader.inputs(x, what=what, refuse=_refuse_several)
-        if source.kind == "arrays":
-            rows = source.num_examples
-            source = self._reader.inputs(x, what=what, batch_size=rows)
-        elif source.num_batches != 1:
-            raise ValueError(_several_text(source))
-        opened = self._open_inputs(source, None)
-        with self._keeper.holder.borrow() as state:
-            parts = self._predict(opened, state)
-            return join_batches(parts, opened.outputs.batched)
+        with calling(what):
+            source = self._reader.inputs(x, what=what, refuse=_refuse_several)
+            if source.kind == "arrays":
+                rows = source.num_examples
+                source = self._reader.inputs(x, what=what, batch_size=rows)
+            elif source.num_batches != 1:
+                raise UsageError(_several_text(source))
+            opened = self._prediction(source, None)
+            with self._store.borrow() as state:
+                return join_batches(opened.run(state), opened.outputs.batched)
 
-    def _open(
-        self,
-        x: Any,
-        what: str,
-        batch_size: int | None,
-        steps: int | None,
-        data_dir: str | os.PathLike[str] | None,
-        *,
-        sown: bool = False,
-    ) -> "_Inputs":
-        """Returns what the method `what` predicts on."""
-        steps = as_optional_count("steps", steps)
-        source = self._reader.inputs(
-            x, what=what, batch_size=batch_size, steps=steps, data_dir=data_dir
-        )
-        return self._open_inputs(source, steps, sown=sown)
-
-    def _open_inputs(
-        self, source: Source, steps: int | None, *, sown: bool = False
-    ) -> "_Inputs":
-        """Sees to it that there are parts and a state for inputs, and checks them."""
-        self._reader.learn(source, afresh=not self._keeper.settled)
-        built = self._builder.build_for_inputs(
-            source.example, afresh=not self._keeper.settled
-        )
-        source.check()
-        outputs = self._builder.find_outputs(source.example, sown=sown)
-        self._keeper.settle(source.example)
-        return _Inputs(built, source, outputs, steps, sown)
-
-    def _predict(
-        self,
-        inputs: "_Inputs",
-        state: TrainState,
-        *,
-        own: bool = False,
-        display: Display | None = None,
-    ) -> Generator[Part]:
-        return open_prediction(
-            inputs.built,
-            self._execution,
-            inputs.source,
-            state,
-            outputs=inputs.outputs,
-            steps=inputs.steps,
-            sown=inputs.sown,
-            own=own,
-            display=display,
-        )
-
-    # ------------------------------------------------------- a loop of one's own
+    # -------------------------------------------------------------- a custom loop
 
     def init(self, batch: Any) -> TrainState:
         """Returns a fresh state for batches like `batch`, at step 0.
@@ -862,11 +697,11 @@ class Trainer:
           batch: `(x, y)`, `(x, y, weights)` or a dict of arrays, or a `Batch`.
         """
         batch = self._reader.raw_batch(batch)
-        self._builder.build(batch, afresh=not self._keeper.settled)
+        self._programs.build(batch, allow_rebuild=not self._store.has_trained)
         if all(isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(batch)):
-            self._builder.check_values(batch)
-        self._keeper.restore_pending()
-        return self._builder.fresh_state(batch)
+            self._programs.check_values(batch)
+        self._restore_pending()
+        return self._programs.fresh_state(batch)
 
     def train_step(self, state: TrainState, batch: Any) -> tuple[TrainState, Logs]:
         """Makes one step, pure and jitted, for those who own their loop.
@@ -882,19 +717,19 @@ class Trainer:
           `logs["loss"].compute()`, `logs["loss"].merge(other)`.
         """
         if not isinstance(state, TrainState):
-            raise TypeError(
-                f"train_step takes a TrainState, got {type(state).__name__}. Write "
-                f"state = trainer.init(batch), then state, logs = "
-                f"trainer.train_step(state, batch)."
+            raise UsageTypeError(
+                f"train_step takes a TrainState, got {type(state).__name__}",
+                write="state = trainer.init(batch), then state, logs = "
+                "trainer.train_step(state, batch)",
             )
         batch = self._reader.raw_batch(batch)
-        built = self._builder.build(batch)
-        self._builder.require_total_steps(built.total_steps)
+        resolved = self._programs.build(batch)
+        self._programs.require_total_steps(resolved.total_steps)
         leaves = jax.tree.leaves(batch)
         if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-            batch = built.placement.put_segment(batch)
-        state, logs = built.programs.step(state, batch)
-        return state, built.task.order(logs)
+            batch = resolved.placement.put_chunk(batch)
+        state, logs = resolved.programs.step(state, batch)
+        return state, resolved.task.order(logs)
 
     # --------------------------------------------------------------------- state
 
@@ -907,12 +742,14 @@ class Trainer:
         Raises:
           ValueError: there is none before the first data.
         """
-        self._keeper.require()
-        return self._keeper.holder.read()
+        self._require_state()
+        return self._store.read()
 
     @state.setter
     def state(self, state: TrainState) -> None:
-        self._keeper.assign(state)
+        resolved = self._programs.resolved
+        self._store.put(resolved.placement.put(own_state(state, resolved.template)))
+        self._pending = None
 
     @property
     def variables(self) -> dict[str, PyTree]:
@@ -921,14 +758,19 @@ class Trainer:
         The parameters are those `evaluate` and `predict` use.
         """
         state = self.state
-        built = self._builder.built
-        params = built.task.optimizer.evaluation_params(state.opt_state, state.params)
+        optimizer = self._programs.resolved.task.optimizer
+        params = optimizer.evaluation_params(state.opt_state, state.params)
         return {"params": params, **state.collections}
 
     @property
     def step(self) -> int:
         """The number of optimizer steps so far."""
-        return self._keeper.step
+        if self._pending is not None:
+            return self._pending.step
+        if self._store.empty:
+            return 0
+        with self._store.borrow() as state:
+            return int(read(state.step))
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -938,7 +780,7 @@ class Trainer:
     @property
     def compiles(self) -> dict[str, int]:
         """How often each phase was compiled: `{"train": 1, "eval": 1, …}`."""
-        return self._builder.compiles
+        return self._programs.compiles
 
     # ------------------------------------------------------------ looking at it
 
@@ -949,13 +791,14 @@ class Trainer:
           x: a batch of inputs; not needed once the trainer has seen data.
         """
         if x is not None:
-            source = as_inputs_source(x, binding=self._reader.binding, what="summary")
-            built = self._builder.build_for_inputs(
-                source.example, afresh=not self._keeper.settled
-            )
+            with calling("summary"):
+                source = as_inputs_source(
+                    x, binding=self._reader.binding, what="summary"
+                )
+                resolved = self._prepare(source, inputs_only=True, state=False)
         else:
-            built = self._builder.built
-        return Text(built.adapted.summary(built.example.inputs))
+            resolved = self._programs.resolved
+        return Text(resolved.adapted.summary(resolved.example.inputs))
 
     def check(
         self,
@@ -963,7 +806,6 @@ class Trainer:
         y: Any = None,
         *,
         batch_size: int | None = None,
-        data_dir: str | os.PathLike[str] | None = None,
     ) -> CheckReport:
         """Tells what was understood, without training: `print(trainer.check(x, y))`.
 
@@ -973,26 +815,26 @@ class Trainer:
           x: the data, as for `fit`, but no iterator: it would lose a batch.
           y: targets, for arrays.
           batch_size: rows of a batch, for arrays; that of the last `fit`, or 32.
-          data_dir: as for `fit`.
         """
-        source = self._reader.source(
-            x,
-            y,
-            what="check",
-            batch_size=batch_size,
-            refuse=partial(refuse_to_use_up, what="check"),
-            data_dir=data_dir,
-        )
-        built = self._build(source)
-        self._keeper.restore_pending()
-        if self._keeper.holder.empty:
-            state = self._builder.fresh_state(source.example)
-            return make_report(built, state, source, self._reader.class_names)
-        with self._keeper.holder.borrow() as state:
-            return make_report(built, state, source, self._reader.class_names)
+        with calling("check"):
+            source = self._reader.source(
+                x,
+                y,
+                what="check",
+                batch_size=batch_size,
+                refuse=partial(refuse_to_use_up, what="check"),
+            )
+            resolved = self._prepare(source, state=False)
+            self._restore_pending()
+            names = self._reader.class_names
+            if self._store.empty:
+                state = self._programs.fresh_state(source.example)
+                return make_report(resolved, state, source, names)
+            with self._store.borrow() as state:
+                return make_report(resolved, state, source, names)
 
     def __repr__(self) -> str:
-        progress = "untrained" if self._keeper.holder.empty else f"step {self.step}"
+        progress = "untrained" if self._store.empty else f"step {self.step}"
         return f"Trainer({self._name}, {progress})"
 
     # --------------------------------------------------------------------- files
@@ -1009,15 +851,10 @@ class Trainer:
           ValueError: there is no state yet.
           CheckpointError: something in the state cannot be written.
         """
-        self._keeper.require()
-        meta = self._meta()
-        timed = (
-            self._keeper.clocks[-1].phase("saving")
-            if self._keeper.clocks
-            else nullcontext()
-        )
-        with timed, self._keeper.holder.borrow() as state:
-            checkpoint.save(path, state, meta)
+        self._require_state()
+        clock = self._clocks[-1] if self._clocks else Clock()
+        with clock.phase("saving"), self._store.borrow() as state:
+            checkpoint.save(path, state, self._meta())
 
     @classmethod
     def load(
@@ -1052,12 +889,12 @@ class Trainer:
         trainer = cls(model, **config, **execution)
         trainer._reader.batch_size = batch_size
         trainer._reader.read_like(saved)
-        trainer._keeper.pending = Pending(
+        trainer._pending = RestoreRequest(
             saved, "learning_rate" in changes, strict, params_only, rename
         )
         if example is not None:
             trainer._build_for(example, saved.path)
-            trainer._keeper.restore_pending()
+            trainer._restore_pending()
         return trainer
 
     def restore(
@@ -1096,105 +933,367 @@ class Trainer:
           None})` takes all but the head.
         """
         saved = open_variables(path) if params_only else open_checkpoint(path)
-        pending = Pending(saved, False, strict, params_only, rename)
+        request = RestoreRequest(saved, False, strict, params_only, rename)
         scaled = saved.meta.get("config", {}).get("scale_images")
         if isinstance(scaled, bool):
-            self._builder.learn(scaled)
-        if not self._builder.is_built:
+            self._programs.learn(scaled)
+        if not self._programs.is_resolved:
             example = example_of(saved.meta)
             if example is None:
-                raise ValueError(
-                    f"{saved.path!r} does not tell what the model's inputs look like, "
-                    "and this trainer has seen none. Write trainer.init((x, y)) with a "
-                    "batch, then trainer.restore(...)."
+                raise UsageError(
+                    f"{saved.path!r} does not record the model's inputs, and this "
+                    "trainer has seen none",
+                    write="trainer.init((x, y)) with a batch, then trainer.restore(...)",
                 )
             self._build_for(example, saved.path)
-        report = self._keeper.restore(pending)
+        report = self._restore(request)
         if strict and not rename:
             self._reader.read_like(saved)
         return report
 
-    # ------------------------------------------------------------------ plumbing
+    # ----------------------------------------------------------- inside of a fit
 
-    def _validation_source(
+    @property
+    def _current_run(self) -> str | None:
+        """The run that the state is from, None if it was changed since."""
+        if self._last_run is None:
+            return None
+        name, version = self._last_run
+        return name if version == self._store.version else None
+
+    def _open_training(
         self,
-        data: Any,
-        batch_size: int | None,
-        default_batch_size: int,
-        epochs: int,
-        steps: int | None,
-        data_dir: Any,
-        note: str,
+        x: Any,
+        y: Any,
+        sample_weight: Any,
+        options: FitOptions,
+        origin: ResumePoint,
+    ) -> tuple[Source, Any]:
+        """Returns the training data, and the validation data."""
+        reader, validation = self._reader, options.validation_data
+        resumes = origin.saved is not None
+        binding = reader.read_like(origin.saved) if resumes else reader.binding
+        if options.validation_split:
+            x, validation = split_data(
+                x, y, sample_weight, options.validation_split, binding=binding
+            )
+            y = sample_weight = None
+        source = as_source(
+            x,
+            y,
+            sample_weight,
+            binding=binding,
+            batch_size=options.batch_size,
+            shuffle=options.shuffle,
+            seed=(self._programs.seed, origin.first_step),
+            class_weight=options.class_weight,
+            steps=options.steps,
+            check=self._programs.check_values,
+            refuse=refuse_to_go_back
+            if self._programs.nonfinite == "rollback"
+            else partial(
+                refuse_one_shot,
+                what="fit",
+                epochs=len(options.epochs_from(origin)),
+                steps=options.steps,
+            ),
+        )
+        if resumes:
+            reader.refuse_other_classes(source)
+        return source, validation
+
+    def _open_validation(
+        self, data: Any, options: FitOptions, training: Source, origin: ResumePoint
     ) -> Source | None:
         if data is None:
             return None
+        epochs, steps = len(options.epochs_from(origin)), options.validation_steps
         try:
-            source = self._reader.source(
-                data,
-                what="validation_data",
-                batch_size=batch_size,
-                steps=steps,
-                divided=True,
-                default_batch_size=default_batch_size,
-                refuse=partial(
-                    refuse_one_shot, what="validation_data", epochs=epochs, steps=steps
-                ),
-                data_dir=data_dir,
-            )
-            self._build(source, afresh=False)
+            with calling("validation_data"):
+                source = self._reader.source(
+                    data,
+                    what="validation_data",
+                    batch_size=options.validation_batch_size,
+                    steps=steps,
+                    divided=True,
+                    default_batch_size=training.batch_size,
+                    refuse=partial(
+                        refuse_one_shot,
+                        what="validation_data",
+                        epochs=epochs,
+                        steps=steps,
+                    ),
+                )
+                self._prepare(source, allow_rebuild=False, state=False)
         except Exception as error:
-            error.add_note(note)
+            split = options.validation_split
+            error.add_note(_LAST_EXAMPLES if split else "in validation_data")
             raise
         return source
 
-    def _one_batch(
-        self, x: Any, y: Any, sample_weight: Any, class_weight: Any, what: str
-    ) -> Batch:
-        whole = self._reader.one_batch(x, y, sample_weight, class_weight, what=what)
-        afresh = not self._keeper.settled
-        self._reader.learn(whole, afresh=afresh)
-        self._builder.build(whole.batch, afresh=afresh)
-        self._builder.check_values(whole.batch)
-        self._keeper.settle(whole.batch)
-        return whole.batch
+    def _record(
+        self,
+        source: Source,
+        validation: Source | None,
+        options: FitOptions,
+        total_steps: int | None,
+    ) -> RunRecord:
+        self._reader.batch_size = source.batch_size
+        data = describe_data(
+            source, validation, shuffle=options.shuffle, steps=options.steps
+        )
+        return RunRecord(self._meta(), data, options.epochs, total_steps)
 
-    def _build(
+    def _session(
+        self,
+        options: FitOptions,
+        origin: ResumePoint,
+        record: RunRecord,
+        source: Source,
+        display: Display,
+    ) -> RunSession:
+        resolved = self._programs.resolved
+        return RunSession(
+            options.run,
+            origin,
+            record,
+            options.callbacks,
+            source,
+            as_state=partial(as_state, resolved),
+            empty=resolved.empty(),
+            display=display,
+        )
+
+    def _begin_state(
+        self,
+        resumed: TrainState | None,
+        source: Source,
+        origin: ResumePoint,
+        total_steps: int | None,
+    ) -> None:
+        """Puts the state that a fit starts with into the store."""
+        if resumed is None:
+            self._ensure_state(source.example)
+        else:
+            self._pending = None
+            self._store.put(resumed)
+        before = origin.loop.get("total_steps")
+        if self._programs.plans_ahead and before != total_steps:
+            # A constant rate is part of the state, computed for another length.
+            fresh = not self._store.has_trained
+            state = with_new_rate(self._programs.resolved, self._store.take())
+            self._store.put(state, fresh=fresh)
+
+    def _fit_context(
+        self,
+        session: RunSession,
+        source: Source,
+        validation: Source | None,
+        options: FitOptions,
+        clock: Clock,
+        display: Display,
+        interrupt: Interrupt,
+    ) -> FitContext:
+        """Returns everything that the loop of a fit needs, and shows its first lines."""
+        resolved, origin = self._programs.resolved, session.origin
+        if options.verbose != 0:
+            for line in first_lines(
+                resolved,
+                self._store.peek(),
+                source,
+                self._programs.spare_devices,
+                self._reader.class_names,
+            ):
+                display.say(line)
+        steps = options.steps or source.num_batches
+        names = resolved.history_names(validated=validation is not None)
+        parameters = {
+            "epochs": options.epochs,
+            "steps": steps,
+            "verbose": options.verbose,
+        }
+        loop = LoopState(
+            self._store,
+            history=History(self, parameters),
+            step=origin.step,
+            epoch=origin.epoch,
+            epochs=options.epochs,
+            steps_per_epoch=steps,
+            log_names=[*names, *session.callbacks.log_names],
+            clock=clock,
+        )
+        validate = validation and Evaluation(
+            resolved,
+            self._execution,
+            validation,
+            steps=options.validation_steps,
+            keep=True,
+            interrupted=lambda: interrupt.requested,
+        )
+        return FitContext(
+            resolved=resolved,
+            data=FitData(
+                source=source,
+                steps=options.steps,
+                epochs=range(origin.epoch, options.epochs),
+                validate=validate,
+                validates_at=options.validates_at,
+            ),
+            execution=self._execution,
+            session=session,
+            store=self._store,
+            loop=loop,
+            display=display,
+            interrupt=interrupt,
+            nonfinite=self._programs.nonfinite,
+        )
+
+    @contextmanager
+    def _in_progress(self, fit: FitContext) -> Iterator[None]:
+        """Registers a running fit. A first Ctrl-C ends it, a second one raises."""
+        self._clocks.append(fit.loop.clock)
+        try:
+            yield
+        except KeyboardInterrupt:
+            if fit.interrupt.insisted:
+                raise
+            fit.loop.stop("interrupted")
+        finally:
+            self._clocks.pop()
+            self._last_run = fit.session.origin.run, self._store.version
+
+    # --------------------------------------------------- schema, programs, state
+
+    def _prepare(
         self,
         source: Source,
         total_steps: int | None = None,
         *,
-        afresh: bool | None = None,
-        place: bool = False,
-    ) -> Built:
-        afresh = not self._keeper.settled if afresh is None else afresh
-        placement = None
-        if place and has_rows(source.example):
-            placement = self._builder.placement_for(
-                source.batch_size, source.num_examples
+        inputs_only: bool = False,
+        allow_rebuild: bool | None = None,
+        divide: bool = False,
+        state: bool = True,
+    ) -> ResolvedTask:
+        """Makes schema, programs and state for data, each checked against the others.
+
+        Args:
+          source: the data.
+          total_steps: the step at which training will end, None if unknown.
+          inputs_only: whether to do without targets.
+          allow_rebuild: whether data of another form may replace schema and programs;
+            None for "as long as nothing was trained".
+          divide: whether to use as many devices as divide its batches.
+          state: whether to initialize a state as well.
+
+        Raises:
+          ValueError: data that does not fit the model or what was trained.
+        """
+        if allow_rebuild is None:
+            allow_rebuild = not self._store.has_trained
+        self._programs.require_total_steps(total_steps)
+        placement = self._placement_for(source) if divide else None
+        # The schema first: it decides whether images are scaled in the programs.
+        self._reader.learn(source, allow_rebuild=allow_rebuild)
+        if inputs_only:
+            resolved = self._programs.build_for_inputs(
+                source.example, allow_rebuild=allow_rebuild
             )
-            now = self._builder.placement
-            if self._keeper.clocks and placement.devices != now.devices:
-                raise ValueError(
-                    f"A fit of this trainer is under way on {len(now.devices)} devices,"
-                    f" which do not divide batch_size={source.batch_size}. Write "
-                    f"batch_size={now.rounded(source.batch_size)} inside of it."
-                )
-        self._reader.learn(source, afresh=afresh)
-        built = self._builder.build(
-            source.example, total_steps, afresh=afresh, placement=placement
-        )
-        if built.task.objective.scalar_loss:
+        else:
+            resolved = self._programs.build(
+                source.example,
+                total_steps,
+                allow_rebuild=allow_rebuild,
+                placement=placement,
+            )
+        if resolved.task.objective.scalar_loss:
             source.pad = False
         source.check()
-        return built
+        if state:
+            self._ensure_state(source.example)
+        return resolved
+
+    def _placement_for(self, source: Source) -> Placement | None:
+        """Returns the devices that divide the batches; None for those used now."""
+        if not has_rows(source.example):
+            return None
+        rows, now = source.batch_size, self._programs.placement
+        placement = self._programs.placement_for(rows, source.num_examples)
+        if self._clocks and placement.devices != now.devices:
+            raise UsageError(
+                f"A fit of this trainer is running on {len(now.devices)} devices, "
+                f"which do not divide batch_size={rows}",
+                write=f"batch_size={now.rounded(rows)} inside of it",
+            )
+        return placement
+
+    def _one_batch(
+        self, x: Any, y: Any, sample_weight: Any, class_weight: Any, what: str
+    ) -> Batch:
+        with calling(what):
+            whole = self._reader.one_batch(x, y, sample_weight, class_weight, what=what)
+            allow_rebuild = not self._store.has_trained
+            self._reader.learn(whole, allow_rebuild=allow_rebuild)
+            self._programs.build(whole.batch, allow_rebuild=allow_rebuild)
+            self._programs.check_values(whole.batch)
+            self._ensure_state(whole.batch)
+        return whole.batch
+
+    def _open_prediction(
+        self,
+        x: Any,
+        what: str,
+        batch_size: int | None,
+        steps: int | None,
+        *,
+        sown: bool = False,
+    ) -> Prediction:
+        """Returns the prediction for data, programs and state ready."""
+        steps = as_optional_count("steps", steps)
+        source = self._reader.inputs(x, what=what, batch_size=batch_size, steps=steps)
+        return self._prediction(source, steps, sown=sown)
+
+    def _prediction(
+        self, source: Source, steps: int | None, *, sown: bool = False
+    ) -> Prediction:
+        resolved = self._prepare(source, inputs_only=True, state=False)
+        outputs = self._programs.find_outputs(source.example, sown=sown)
+        self._ensure_state(source.example)
+        return Prediction(
+            resolved, self._execution, source, outputs, steps=steps, sown=sown
+        )
+
+    def _has_learned(self) -> bool:
+        """Whether a state was trained or loaded, or a fit is running."""
+        pending = self._pending is not None
+        return self._store.has_trained or bool(self._clocks) or pending
+
+    def _require_state(self) -> None:
+        if self._store.empty:
+            raise UsageError(NO_DATA_YET)
+
+    def _ensure_state(self, example: Batch) -> None:
+        """Restores or initializes the state, unless there is one that was trained."""
+        self._restore_pending()
+        ensure_state(self._store, self._programs, example)
+
+    def _restore_pending(self) -> None:
+        if self._pending is not None:
+            self._restore(self._pending)
+
+    def _restore(self, request: RestoreRequest) -> RestoreReport:
+        current = None if self._store.empty else self._store.peek()
+        state, report = restored_state(self._programs, request, current)
+        self._store.put(state)
+        self._pending = None
+        return report
 
     def _meta(self) -> dict[str, Any]:
-        built = self._builder.built
+        resolved = self._programs.resolved
         return to_meta(
-            {**self._config, "scale_images": self._builder.scaled},
-            built.example,
+            {**self._config, "scale_images": self._programs.scaled},
+            resolved.example,
             batch_size=self._reader.batch_size,
-            opt_state=built.template.opt_state,
+            opt_state=resolved.template.opt_state,
             class_names=self._reader.class_names,
             columns=self._reader.columns,
         )
@@ -1202,39 +1301,29 @@ class Trainer:
     def _build_for(self, example: Batch, where: str) -> None:
         try:
             if example.targets is None and self._config["loss"] is not None:
-                self._builder.build_for_inputs(example)
+                self._programs.build_for_inputs(example)
             else:
-                self._builder.build(example)
+                self._programs.build(example)
         except Exception as error:
             raise CheckpointError(
                 f"{where!r} was saved for inputs that {self._name} cannot take: {error}"
             ) from error
 
 
-class _Inputs(NamedTuple):
-    """What a prediction runs on."""
-
-    built: Built
-    source: Source
-    outputs: Outputs
-    steps: int | None
-    sown: bool
-
-    @property
-    def examples(self) -> int | None:
-        """How many there will be, None if only reading tells."""
-        source, steps = self.source, self.steps
-        if steps is None or source.num_examples is None:
-            return source.num_examples
-        if source.kind == "arrays":
-            return min(source.num_examples, steps * source.batch_size)
-        enough = source.num_batches is not None and steps >= source.num_batches
-        return source.num_examples if enough else None
+def _finish(fit: FitContext) -> History:
+    """Shows why and how a fit ended; returns its history."""
+    loop, history = fit.loop, fit.loop.history
+    if loop.stop_reason is not None:
+        fit.display.say(f"stopped after step {loop.step}: {loop.stop_reason}")
+        history.stop_reason = loop.stop_reason
+    if history.timing.remark:
+        fit.display.say(history.timing.remark)
+    return history
 
 
 def _refuse_several(data: ExampleSet | Stream) -> None:
     if data.one_shot:
-        raise ValueError(_several_text(data))
+        raise UsageError(_several_text(data))
 
 
 def _several_text(data: ExampleSet | Stream | Source) -> str:

@@ -18,7 +18,7 @@ from flaxfit import (
     Trainer,
     TrainState,
 )
-from flaxfit._core.types import StateHolder
+from flaxfit._core.state_store import TrainStateStore
 from flaxfit._reporting.history import History
 
 X = np.random.default_rng(0).normal(size=(32, 4)).astype(np.float32)
@@ -38,7 +38,7 @@ def make_state(value):
 def run(callback, values, monitor="val_loss"):
     """Drives a callback through epochs with these values; returns the loop."""
     loop = LoopState(
-        StateHolder(make_state(0)),
+        TrainStateStore(make_state(0)),
         history=History(),
         step=0,
         epoch=0,

@@ -48,7 +48,7 @@ class Tuples:
     def full(self):
         return len(self.packed) == self.size
 
-    def takes(self, item):
+    def fits(self, item):
         return (item < 0) == (self.packed[0] < 0)
 
     def add(self, item):
@@ -155,7 +155,7 @@ def test_whoever_waits_is_given_half_a_parcel():
         yield 3
 
     with Prefetch(items(), Tuples(100), 1) as parcels:
-        wait_until(lambda: len(parcels._worker.packer.packed) == 2)
+        wait_until(lambda: len(parcels._worker.builder.packed) == 2)
         assert not parcels.ready
         assert next(parcels) == (1, 2)
         gate.set()
@@ -221,7 +221,7 @@ def test_an_interrupt_in_the_thread_is_raised_without_a_note():
 
 
 def test_a_consumer_that_was_told_to_stop_waits_no_longer(monkeypatch):
-    monkeypatch.setattr(flaxfit._loops.prefetch, "_SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(flaxfit._loops.prefetch, "_SECONDS_BETWEEN_CHECKS", 0.01)
     gate, stopped = threading.Event(), threading.Event()
 
     def items():
@@ -241,7 +241,7 @@ def test_a_consumer_that_was_told_to_stop_waits_no_longer(monkeypatch):
 
 def test_what_is_ready_comes_even_after_a_stop():
     with Prefetch(counting([], 3), Tuples(), 2, lambda: True) as parcels:
-        wait_until(lambda: len(parcels._worker.parcels) == 2)
+        wait_until(lambda: len(parcels._worker.chunks) == 2)
         assert [next(parcels), next(parcels)] == [(0,), (1,)]
 
 
@@ -260,7 +260,7 @@ def test_close_ends_an_endless_loader_and_its_generator(taken):
     with parcels:
         for _ in range(taken):
             next(parcels)
-        wait_until(lambda: len(parcels._worker.parcels) == 2)
+        wait_until(lambda: len(parcels._worker.chunks) == 2)
     assert threads() == []
     assert ended == [True]  # whoever still holds the parcels holds no open file
     parcels.close()  # twice is fine

@@ -1,0 +1,104 @@
+"""The arguments of `fit` that say how often and in what order data is read."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flaxfit._core.counts import as_count, as_optional_count
+from flaxfit._core.errors import UsageError
+from flaxfit._runs.resume import ResumePoint
+from flaxfit._runs.session import RunOptions
+from flaxfit.callbacks.base import Callback
+from flaxfit.data.sources.base import Source
+from flaxfit.trainer.arguments import as_callbacks, as_epoch_filter
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """The arguments of `fit` that say how often and in what order data is read.
+
+    Attributes:
+      epochs: the epoch to end at.
+      initial_epoch: the epoch at which a new run starts.
+      batch_size: see `Trainer.fit`.
+      shuffle: see `Trainer.fit`.
+      class_weight: see `Trainer.fit`.
+      steps: batches of an epoch, from endless passes; None for one pass.
+      validation_split: see `Trainer.fit`.
+      validation_steps: see `Trainer.fit`.
+      validation_batch_size: see `Trainer.fit`.
+      validation_data: see `Trainer.fit`.
+      validates_at: whether to validate after an epoch, counted from 0.
+      callbacks: a list.
+      run: the arguments about the run directory.
+      verbose: see `Trainer.fit`.
+    """
+
+    epochs: int
+    initial_epoch: int
+    batch_size: int | None
+    shuffle: bool
+    class_weight: Mapping[int, float] | None
+    steps: int | None
+    validation_split: float
+    validation_steps: int | None
+    validation_batch_size: int | None
+    validation_data: Any
+    validates_at: Callable[[int], bool]
+    callbacks: Sequence[Callback]
+    run: RunOptions
+    verbose: int | str
+
+    @classmethod
+    def checked(cls, given: Mapping[str, Any], nonfinite: str) -> "FitOptions":
+        """Returns the options.
+
+        Args:
+          given: the arguments of `fit` by name.
+          nonfinite: see `Trainer`.
+
+        Raises:
+          ValueError: a wrong value, or two that exclude each other.
+        """
+        shuffle = given["shuffle"]
+        if not isinstance(shuffle, bool | np.bool_):
+            raise UsageError(f"shuffle={shuffle!r}", write="True or False")
+        if given["validation_split"] and given["validation_data"] is not None:
+            raise UsageError(
+                "fit got both validation_split and validation_data; give one of them"
+            )
+        return cls(
+            epochs=as_count("epochs", given["epochs"]),
+            initial_epoch=as_count("initial_epoch", given["initial_epoch"], least=0),
+            batch_size=given["batch_size"],
+            shuffle=bool(shuffle),
+            class_weight=given["class_weight"],
+            steps=as_optional_count("steps_per_epoch", given["steps_per_epoch"]),
+            validation_split=given["validation_split"],
+            validation_steps=as_optional_count(
+                "validation_steps", given["validation_steps"]
+            ),
+            validation_batch_size=given["validation_batch_size"],
+            validation_data=given["validation_data"],
+            validates_at=as_epoch_filter(given["validation_freq"]),
+            callbacks=as_callbacks(given["callbacks"]),
+            run=RunOptions.checked(
+                given["run_dir"],
+                given["save_every"],
+                given["resume"],
+                given["monitor"],
+                nonfinite,
+            ),
+            verbose=given["verbose"],
+        )
+
+    def epochs_from(self, origin: ResumePoint) -> range:
+        """Returns the epochs of the whole run, those before a resumption included."""
+        return range(origin.first_epoch, max(self.epochs, origin.first_epoch))
+
+    def total_steps(self, source: Source, origin: ResumePoint) -> int | None:
+        """Returns the step at which training will end, None if unknown."""
+        steps = self.steps or source.num_batches
+        return steps and origin.first_step + len(self.epochs_from(origin)) * steps
