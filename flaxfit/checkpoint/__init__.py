@@ -34,4 +34,6 @@ __all__ = [
     "write",
 ]
 
-Checkpoint.__module__ = Snapshot.__module__ = __name__  # see flaxfit/__init__.py
+Checkpoint.__module__ = Snapshot.__module__ = (
+    __name__  # pickled, as in flaxfit/__init__.py
+)
