@@ -1,7 +1,6 @@
 """Checkpoints: a `TrainState` in one file, written atomically, read strictly."""
 
 from flaxfit.checkpoint.api import (
-    Checkpoint,
     Snapshot,
     check_writable,
     load,
@@ -14,6 +13,7 @@ from flaxfit.checkpoint.api import (
     verify,
     write,
 )
+from flaxfit.checkpoint.file_format import Checkpoint
 from flaxfit.checkpoint.restore import Put, RestoreReport, restore
 
 __all__ = [
