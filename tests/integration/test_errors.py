@@ -820,7 +820,7 @@ FILES = {
     "json": (b'{"a": 1}', "looks like a JSON file"),
     "empty": (b"", "0 bytes that are no whole msgpack file"),
     "flax": (serialization.to_bytes({"params": {"bias": np.ones(3)}}),
-             r"Read its parameters with flaxfit\.load_params\(path\)"),
+             r"Write flaxfit\.load_params\(path\) for its parameters"),
 }  # fmt: skip
 
 
