@@ -258,7 +258,9 @@ class _ArrayFeed:
             batches, examples = self._source.stack(
                 first, number, self._capacity, own=self._copy
             )
-            yield DeviceChunk(self._placement.put_chunk(Stack(batches)), number, examples)
+            yield DeviceChunk(
+                self._placement.put_chunk(Stack(batches)), number, examples
+            )
 
 
 class _SequentialFeed:
@@ -296,7 +298,9 @@ class _SequentialFeed:
         return Prefetch(batches, builder, self._execution.prefetch, self._stopped)
 
 
-def _one_by_one(batches: Iterator[Batch], builder: ChunkBuilder) -> Iterator[DeviceChunk]:
+def _one_by_one(
+    batches: Iterator[Batch], builder: ChunkBuilder
+) -> Iterator[DeviceChunk]:
     for batch in batches:
         builder.add(batch)
         yield builder.send(builder.close())
@@ -366,7 +370,9 @@ def _rounded(rows: int) -> int:
     return -(-rows // unit) * unit
 
 
-def timed(chunks: Chunks, queue: DispatchQueue, clock: Clock | None) -> Iterator[DeviceChunk]:
+def timed(
+    chunks: Chunks, queue: DispatchQueue, clock: Clock | None
+) -> Iterator[DeviceChunk]:
     """Yields the chunks; counts the waiting in which the device had nothing to do."""
     while True:
         if not chunks.ready:

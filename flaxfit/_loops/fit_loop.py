@@ -137,9 +137,7 @@ def dispatch(
         callbacks.call("on_train_batch_begin", loop)
         queue.ignore_timing()
     left = chunk.batches - start
-    steps = min(
-        queue.steps_per_call, left, callbacks.steps_to_hook(loop.step) or left
-    )
+    steps = min(queue.steps_per_call, left, callbacks.steps_to_hook(loop.step) or left)
     traces = train.traces
     # Between `take` and `put` the state belongs to the device: a signal handler must
     # not raise, and no other thread may read.

@@ -80,19 +80,20 @@ class NonFiniteGuard:
         self._queue.wait_all()
         loop.batch = int(bad) + 1
         text = f"the loss is not finite at {where}"
+        sentence = f"{text.capitalize()}."
         restored = self._restore_checkpoint()
         too_often = self._rollbacks.count(loop.step) > _MOST_ROLLBACKS
         if fit.nonfinite == "rollback" and restored and not too_often:
             _warn(
-                f"{text.capitalize()}. Rolled back to the checkpoint of step {loop.step}; training "
-                "continues with the next batch."
+                f"{sentence} Rolled back to the checkpoint of step {loop.step}; "
+                "training continues with the next batch."
             )
             self.rolled_back = True
             return
         loop.nonfinite = loop.broken_off = True
         loop.stop(text)
         _warn(
-            f"{text.capitalize()}. Training stopped; the trainer holds "
+            f"{sentence} Training stopped; the trainer holds "
             + (
                 f"the checkpoint of step {loop.step}."
                 if restored

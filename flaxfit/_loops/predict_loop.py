@@ -49,7 +49,9 @@ class Prediction:
         self._execution = execution
         self._source = source
         self._steps = steps
-        self._program = resolved.programs.intermediates if sown else resolved.programs.predict
+        self._program = (
+            resolved.programs.intermediates if sown else resolved.programs.predict
+        )
         self.outputs = outputs
 
     @property

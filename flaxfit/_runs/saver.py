@@ -130,7 +130,7 @@ class Saver:
     def _content(
         self, loop: LoopState, callbacks: CallbackList
     ) -> tuple[dict[str, Any], dict[str, PyTree]]:
-        """Returns a checkpoint's contents beside the state: plain values, and arrays."""
+        """Returns all but the state: plain values, and arrays."""
         running = loop.running  # None between epochs
         trees: dict[str, PyTree] = {}
         states = pack(callbacks.states(), trees)

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxfit._core.tree_specs import differences
 from flaxfit._core.state_store import TrainStateStore
+from flaxfit._core.tree_specs import differences
 from flaxfit._core.types import TrainState
 from flaxfit._reporting.history import History
 from flaxfit._reporting.timing import Clock

@@ -21,15 +21,14 @@ from flaxfit.data.host.checks import check_lengths, check_sized
 from flaxfit.data.open import DEFAULT_BATCH_SIZE, as_inputs_source, as_source, as_whole
 from flaxfit.data.sources.base import Source
 from flaxfit.trainer.check import listed_classes
-from flaxfit.trainer.state import StateKeeper
 
 
 class Reader:
     """Makes sources of data, those after the first like the first.
 
     Args:
-      builder: checks the data, and is told what it holds.
-      keeper: knows whether anything was learnt.
+      programs: checks the data, and is told what it holds.
+      has_learned: whether a state was trained or loaded.
       given: how a raw batch is read, as far as the user has said.
 
     Attributes:
@@ -38,18 +37,21 @@ class Reader:
     """
 
     def __init__(
-        self, builder: ProgramCache, keeper: StateKeeper, given: Binding
+        self,
+        programs: ProgramCache,
+        has_learned: Callable[[], bool],
+        given: Binding,
     ) -> None:
         self.batch_size = DEFAULT_BATCH_SIZE
         self.class_names: tuple[str, ...] = ()
-        self._builder = builder
-        self._keeper = keeper
+        self._programs = programs
+        self._has_learned = has_learned
         self._binding = given
 
     @property
     def binding(self) -> Binding:
         """How data is read: tables like those that were learnt from, if any were."""
-        if self._keeper.has_learned:
+        if self._has_learned():
             return self._binding
         return replace(self._binding, columns=None)
 
@@ -78,7 +80,7 @@ class Reader:
         if not allow_rebuild:
             self.refuse_other_classes(source)
             return
-        self._builder.learn(source.facts.pictures)
+        self._programs.learn(source.facts.pictures)
         self.class_names = source.facts.class_names or self.class_names
         self._binding = replace(self._binding, columns=source.facts.columns)
 
@@ -135,7 +137,7 @@ class Reader:
             default_batch_size=default_batch_size or self.batch_size,
             multiple_of=self._devices if divided else 1,
             steps=steps,
-            check=self._builder.check_values,
+            check=self._programs.check_values,
             refuse=refuse,
             data_dir=data_dir,
             what=what,
@@ -159,7 +161,7 @@ class Reader:
             default_batch_size=self.batch_size,
             multiple_of=self._devices,
             steps=steps,
-            check=self._builder.check_values,
+            check=self._programs.check_values,
             refuse=refuse,
             data_dir=data_dir,
             what=what,
@@ -209,7 +211,7 @@ class Reader:
 
     @property
     def _devices(self) -> int:
-        return len(self._builder.placement.devices)
+        return len(self._programs.placement.devices)
 
 
 def refuse_one_shot(

@@ -16,24 +16,54 @@ from flaxfit.trainer.arguments import as_callbacks, as_epoch_filter
 
 
 @dataclass(frozen=True)
+class ValidationOptions:
+    """The arguments of `fit` about validation; see `Trainer.fit`.
+
+    Attributes:
+      data: `validation_data`.
+      split: `validation_split`.
+      batch_size: `validation_batch_size`.
+      steps: `validation_steps`.
+      happens_at: whether to validate after an epoch, counted from 0.
+    """
+
+    data: Any
+    split: float
+    batch_size: int | None
+    steps: int | None
+    happens_at: Callable[[int], bool]
+
+    @classmethod
+    def checked(cls, given: Mapping[str, Any]) -> "ValidationOptions":
+        """Returns the options; see `FitOptions.checked`."""
+        if given["validation_split"] and given["validation_data"] is not None:
+            raise UsageError(
+                "fit got both validation_split and validation_data; give one of them"
+            )
+        return cls(
+            data=given["validation_data"],
+            split=given["validation_split"],
+            batch_size=given["validation_batch_size"],
+            steps=as_optional_count("validation_steps", given["validation_steps"]),
+            happens_at=as_epoch_filter(given["validation_freq"]),
+        )
+
+
+@dataclass(frozen=True)
 class FitOptions:
-    """The arguments of `fit` that say how often and in what order data is read.
+    """The arguments of `fit`, checked; see `Trainer.fit`.
 
     Attributes:
       epochs: the epoch to end at.
       initial_epoch: the epoch at which a new run starts.
-      batch_size: see `Trainer.fit`.
-      shuffle: see `Trainer.fit`.
-      class_weight: see `Trainer.fit`.
+      batch_size: `batch_size`.
+      shuffle: `shuffle`.
+      class_weight: `class_weight`.
       steps: batches of an epoch, from endless passes; None for one pass.
-      validation_split: see `Trainer.fit`.
-      validation_steps: see `Trainer.fit`.
-      validation_batch_size: see `Trainer.fit`.
-      validation_data: see `Trainer.fit`.
-      validates_at: whether to validate after an epoch, counted from 0.
+      validation: when and on what to validate.
       callbacks: a list.
       run: the arguments about the run directory.
-      verbose: see `Trainer.fit`.
+      verbose: `verbose`.
     """
 
     epochs: int
@@ -42,11 +72,7 @@ class FitOptions:
     shuffle: bool
     class_weight: Mapping[int, float] | None
     steps: int | None
-    validation_split: float
-    validation_steps: int | None
-    validation_batch_size: int | None
-    validation_data: Any
-    validates_at: Callable[[int], bool]
+    validation: ValidationOptions
     callbacks: Sequence[Callback]
     run: RunOptions
     verbose: int | str
@@ -65,10 +91,7 @@ class FitOptions:
         shuffle = given["shuffle"]
         if not isinstance(shuffle, bool | np.bool_):
             raise UsageError(f"shuffle={shuffle!r}", write="True or False")
-        if given["validation_split"] and given["validation_data"] is not None:
-            raise UsageError(
-                "fit got both validation_split and validation_data; give one of them"
-            )
+        run = {n: given[n] for n in ("run_dir", "save_every", "resume", "monitor")}
         return cls(
             epochs=as_count("epochs", given["epochs"]),
             initial_epoch=as_count("initial_epoch", given["initial_epoch"], least=0),
@@ -76,21 +99,9 @@ class FitOptions:
             shuffle=bool(shuffle),
             class_weight=given["class_weight"],
             steps=as_optional_count("steps_per_epoch", given["steps_per_epoch"]),
-            validation_split=given["validation_split"],
-            validation_steps=as_optional_count(
-                "validation_steps", given["validation_steps"]
-            ),
-            validation_batch_size=given["validation_batch_size"],
-            validation_data=given["validation_data"],
-            validates_at=as_epoch_filter(given["validation_freq"]),
+            validation=ValidationOptions.checked(given),
             callbacks=as_callbacks(given["callbacks"]),
-            run=RunOptions.checked(
-                given["run_dir"],
-                given["save_every"],
-                given["resume"],
-                given["monitor"],
-                nonfinite,
-            ),
+            run=RunOptions.checked(**run, nonfinite=nonfinite),
             verbose=given["verbose"],
         )
 

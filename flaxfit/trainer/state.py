@@ -49,7 +49,9 @@ class RestoreRequest(NamedTuple):
         return 0 if self.weights_only else int(self.saved.state["step"])
 
 
-def ensure_state(store: TrainStateStore, programs: ProgramCache, example: Batch) -> None:
+def ensure_state(
+    store: TrainStateStore, programs: ProgramCache, example: Batch
+) -> None:
     """Puts a state for batches like `example` into the store, unless it has trained.
 
     The state is moved to the devices that are used now.
@@ -150,7 +152,10 @@ def with_new_rate(resolved: ResolvedTask, state: TrainState) -> TrainState:
 
 
 def _read_state(
-    resolved: ResolvedTask, raw_state: Mapping[str, Any], where: str = "", **options: Any
+    resolved: ResolvedTask,
+    raw_state: Mapping[str, Any],
+    where: str = "",
+    **options: Any,
 ) -> tuple[TrainState, RestoreReport]:
     try:
         state, report = checkpoint.restore(

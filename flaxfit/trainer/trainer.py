@@ -35,7 +35,6 @@ from flaxfit._reporting.history import History
 from flaxfit._reporting.timing import Clock
 from flaxfit._runs.resume import ResumePoint
 from flaxfit._runs.session import (
-    RunOptions,
     RunRecord,
     RunSession,
     describe_data,
@@ -50,7 +49,6 @@ from flaxfit.data.datasets.stream import Stream
 from flaxfit.data.open import as_inputs_source, as_source, split_data
 from flaxfit.data.sources.base import Source
 from flaxfit.trainer.arguments import (
-    as_callbacks,
     as_choice,
     as_names,
     as_share,
@@ -81,7 +79,7 @@ from flaxfit.trainer.state import (
     with_new_rate,
 )
 
-# Arguments that say how to run: they belong to a machine, and not into a file.
+# Arguments that say how to run: they belong to a machine and are not saved.
 _EXECUTION = (
     "devices",
     "steps_per_call",
@@ -89,6 +87,7 @@ _EXECUTION = (
     "prefetch",
     "compilation_cache",
 )
+_OPTIMIZER_OPTIONS = ("weight_decay", "clip_norm", "accumulate_steps", "freeze")
 
 _LAST_EXAMPLES = (
     "in the last examples, which validation_split took; row 0 is the first of them"
@@ -200,35 +199,10 @@ class Trainer:
         prefetch: int = 2,
         compilation_cache: bool | str | os.PathLike[str] | None = None,
     ) -> None:
-        self._config: dict[str, Any] = {
-            name: value
-            for name, value in locals().items()
-            if name not in ("self", "model", "variables", *_EXECUTION)
-        }
-        overrides = Overrides(
-            train_flag, as_names("collections", collections), as_names("rngs", rngs)
-        )
-        settings = Settings(
-            loss=loss,
-            loss_weights=loss_weights,
-            optimizer=optimizer,
-            learning_rate=learning_rate,
-            metrics=metrics,
-            overrides=overrides,
-            optimizer_options={
-                "weight_decay": weight_decay,
-                "clip_norm": clip_norm,
-                "accumulate_steps": accumulate_steps,
-                "freeze": freeze,
-            },
-            variables=as_variables(variables),
-            seed=as_count("seed", seed, least=0),
-            make_train_step=make_train_step or _steps.make_train_step,
-            nonfinite=as_choice(
-                "nonfinite", nonfinite, ("stop", "skip", "rollback", "ignore")
-            ),
-            scale_images=as_switch("scale_images", scale_images),
-        )
+        given = dict(locals())
+        unsaved = ("self", "model", "variables", *_EXECUTION)
+        self._config = {n: given[n] for n in given if n not in unsaved}
+        settings = _checked_settings(given)
         family = model_family(model)
         self._name = type(model).__name__
         self._programs = ProgramCache(model, family, settings, find_placement(devices))
@@ -245,7 +219,7 @@ class Trainer:
         # The last run this trainer took part in, and the version of the state after it.
         self._last_run: tuple[str, int] | None = None
         binding = Binding(
-            family.call_spec(model, overrides),
+            family.call_spec(model, settings.overrides),
             inputs=inputs,
             targets=targets,
             outputs=self._programs.outputs_of,
@@ -365,6 +339,8 @@ class Trainer:
             with self._session(options, origin, record, source, display) as session:
                 self._begin_state(state, source, origin, total_steps)
                 # ---- Loop.
+                if verbose != 0:
+                    self._say_first_lines(source, display)
                 fit = self._fit_context(
                     session, source, validation, options, clock, display, interrupt
                 )
@@ -943,7 +919,7 @@ class Trainer:
                 raise UsageError(
                     f"{saved.path!r} does not record the model's inputs, and this "
                     "trainer has seen none",
-                    write="trainer.init((x, y)) with a batch, then trainer.restore(...)",
+                    write="trainer.init((x, y)), then trainer.restore(...)",
                 )
             self._build_for(example, saved.path)
         report = self._restore(request)
@@ -970,12 +946,13 @@ class Trainer:
         origin: ResumePoint,
     ) -> tuple[Source, Any]:
         """Returns the training data, and the validation data."""
-        reader, validation = self._reader, options.validation_data
-        resumes = origin.saved is not None
-        binding = reader.read_like(origin.saved) if resumes else reader.binding
-        if options.validation_split:
+        reader, validation = self._reader, options.validation.data
+        binding = reader.binding
+        if origin.saved is not None:
+            binding = reader.read_like(origin.saved)
+        if options.validation.split:
             x, validation = split_data(
-                x, y, sample_weight, options.validation_split, binding=binding
+                x, y, sample_weight, options.validation.split, binding=binding
             )
             y = sample_weight = None
         source = as_source(
@@ -998,7 +975,7 @@ class Trainer:
                 steps=options.steps,
             ),
         )
-        if resumes:
+        if origin.saved is not None:
             reader.refuse_other_classes(source)
         return source, validation
 
@@ -1007,13 +984,13 @@ class Trainer:
     ) -> Source | None:
         if data is None:
             return None
-        epochs, steps = len(options.epochs_from(origin)), options.validation_steps
+        epochs, steps = len(options.epochs_from(origin)), options.validation.steps
         try:
             with calling("validation_data"):
                 source = self._reader.source(
                     data,
                     what="validation_data",
-                    batch_size=options.validation_batch_size,
+                    batch_size=options.validation.batch_size,
                     steps=steps,
                     divided=True,
                     default_batch_size=training.batch_size,
@@ -1026,7 +1003,7 @@ class Trainer:
                 )
                 self._prepare(source, allow_rebuild=False, state=False)
         except Exception as error:
-            split = options.validation_split
+            split = options.validation.split
             error.add_note(_LAST_EXAMPLES if split else "in validation_data")
             raise
         return source
@@ -1084,6 +1061,16 @@ class Trainer:
             state = with_new_rate(self._programs.resolved, self._store.take())
             self._store.put(state, fresh=fresh)
 
+    def _say_first_lines(self, source: Source, display: Display) -> None:
+        for line in first_lines(
+            self._programs.resolved,
+            self._store.peek(),
+            source,
+            self._programs.spare_devices,
+            self._reader.class_names,
+        ):
+            display.say(line)
+
     def _fit_context(
         self,
         session: RunSession,
@@ -1094,27 +1081,16 @@ class Trainer:
         display: Display,
         interrupt: Interrupt,
     ) -> FitContext:
-        """Returns everything that the loop of a fit needs, and shows its first lines."""
+        """Returns everything that the loop of a fit needs."""
         resolved, origin = self._programs.resolved, session.origin
-        if options.verbose != 0:
-            for line in first_lines(
-                resolved,
-                self._store.peek(),
-                source,
-                self._programs.spare_devices,
-                self._reader.class_names,
-            ):
-                display.say(line)
-        steps = options.steps or source.num_batches
         names = resolved.history_names(validated=validation is not None)
-        parameters = {
-            "epochs": options.epochs,
-            "steps": steps,
-            "verbose": options.verbose,
-        }
+        steps = options.steps or source.num_batches
         loop = LoopState(
             self._store,
-            history=History(self, parameters),
+            history=History(
+                self,
+                {"epochs": options.epochs, "steps": steps, "verbose": options.verbose},
+            ),
             step=origin.step,
             epoch=origin.epoch,
             epochs=options.epochs,
@@ -1122,23 +1098,23 @@ class Trainer:
             log_names=[*names, *session.callbacks.log_names],
             clock=clock,
         )
-        validate = validation and Evaluation(
-            resolved,
-            self._execution,
-            validation,
-            steps=options.validation_steps,
-            keep=True,
-            interrupted=lambda: interrupt.requested,
+        validate = None
+        if validation is not None:
+            validate = Evaluation(
+                resolved,
+                self._execution,
+                validation,
+                steps=options.validation.steps,
+                keep=True,
+                interrupted=lambda: interrupt.requested,
+            )
+        epochs = range(origin.epoch, options.epochs)
+        data = FitData(
+            source, options.steps, epochs, validate, options.validation.happens_at
         )
         return FitContext(
             resolved=resolved,
-            data=FitData(
-                source=source,
-                steps=options.steps,
-                epochs=range(origin.epoch, options.epochs),
-                validate=validate,
-                validates_at=options.validates_at,
-            ),
+            data=data,
             execution=self._execution,
             session=session,
             store=self._store,
@@ -1308,6 +1284,33 @@ class Trainer:
             raise CheckpointError(
                 f"{where!r} was saved for inputs that {self._name} cannot take: {error}"
             ) from error
+
+
+def _checked_settings(given: Mapping[str, Any]) -> Settings:
+    """Returns the settings from the arguments of `Trainer` by name.
+
+    Raises:
+      ValueError: a wrong value.
+    """
+    policies = ("stop", "skip", "rollback", "ignore")
+    return Settings(
+        loss=given["loss"],
+        loss_weights=given["loss_weights"],
+        optimizer=given["optimizer"],
+        learning_rate=given["learning_rate"],
+        metrics=given["metrics"],
+        overrides=Overrides(
+            given["train_flag"],
+            as_names("collections", given["collections"]),
+            as_names("rngs", given["rngs"]),
+        ),
+        optimizer_options={name: given[name] for name in _OPTIMIZER_OPTIONS},
+        variables=as_variables(given["variables"]),
+        seed=as_count("seed", given["seed"], least=0),
+        make_train_step=given["make_train_step"] or _steps.make_train_step,
+        nonfinite=as_choice("nonfinite", given["nonfinite"], policies),
+        scale_images=as_switch("scale_images", given["scale_images"]),
+    )
 
 
 def _finish(fit: FitContext) -> History:

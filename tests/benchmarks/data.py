@@ -28,7 +28,7 @@ from tables import Report, number, ratio, spread, watched
 
 from flaxfit import Trainer
 from flaxfit._core.types import CallSpec
-from flaxfit._loops.feeder import Execution, _StreamFeed
+from flaxfit._loops.feeder import Execution, _SequentialFeed
 from flaxfit._programs.placement import find_placement
 from flaxfit.data.binding.binding import Binding
 from flaxfit.data.datasets.workers import OrderedMap
@@ -171,11 +171,11 @@ def _prefetching(data: _Batches) -> Callable[[], None]:
     placement = find_placement()
 
     def run() -> None:
-        feed = _StreamFeed(
+        feed = _SequentialFeed(
             iter([source.batches(1)]), placement, Execution(), source, lambda: False
         )
-        with feed.epoch() as segments:
-            read = sum(segment.batches for segment in segments)
+        with feed.epoch() as chunks:
+            read = sum(chunk.batches for chunk in chunks)
         assert read == len(data)
 
     return run

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxfit._core.types import Average, StateHolder, Sum, TrainState
+from flaxfit._core.state_store import TrainStateStore
+from flaxfit._core.types import Average, Sum, TrainState
 
 
 def make_state():
@@ -61,7 +62,7 @@ def test_sum_of_means_over_different_counts():
 
 def test_what_was_read_survives_donation_and_what_was_not_is_not_copied():
     donate = jax.jit(lambda s: s.replace(step=s.step + 1), donate_argnums=0)
-    holder = StateHolder(make_state())
+    holder = TrainStateStore(make_state())
     kept = holder.read()
     holder.put(donate(holder.take()))
     np.testing.assert_array_equal(kept.params["w"], [0, 1, 2])
@@ -71,8 +72,8 @@ def test_what_was_read_survives_donation_and_what_was_not_is_not_copied():
 
 
 def test_an_empty_holder_says_so():
-    assert StateHolder().empty
-    assert not StateHolder(make_state()).empty
+    assert TrainStateStore().empty
+    assert not TrainStateStore(make_state()).empty
 
 
 @pytest.mark.parametrize("name", ["step", "params", "rng"])

@@ -273,7 +273,7 @@ def test_dicts_of_several_inputs_are_the_same_to_the_last_bit():
     for state, history in results[1:]:
         same(state, results[0][0])
         assert history == results[0][1]
-    signature = trainer._builder.resolved.programs.train.signatures[-1]
+    signature = trainer._programs.resolved.programs.train.signatures[-1]
     assert signature[2].inputs["left"].dtype == np.uint8
 
 
@@ -285,7 +285,7 @@ def test_bytes_stay_bytes_on_the_device(kind, run):
         Batch: {"device_data": 0, "prefetch": 0},
     }[kind]
     calls = []
-    program = run.trainer._builder.resolved.programs.train
+    program = run.trainer._programs.resolved.programs.train
     original = Program.__call__
 
     def noted(self, *args):

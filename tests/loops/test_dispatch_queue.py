@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import flaxfit._loops.dispatch_queue
-from flaxfit._loops.dispatch_queue import Pace
+from flaxfit._loops.dispatch_queue import DispatchQueue
 
 
 class Token:
@@ -56,28 +56,28 @@ def make_device(monkeypatch):
     return make
 
 
-def drive(pace, device, calls, *, compile_first=True):
+def drive(queue, device, calls, *, compile_first=True):
     """Makes calls as a loop would; returns the steps of each and the most under way."""
     steps, most = [], 0
-    pace.begin()
+    queue.begin()
     for number in range(calls):
         compiled = compile_first and number == 0
-        steps.append(pace.steps)
+        steps.append(queue.steps_per_call)
         token = device.call(steps[-1], compiling=3.0 * compiled)
-        pace.follow(token, sum(steps), steps[-1], compiled=compiled)
+        queue.submit(token, sum(steps), steps[-1], compiled=compiled)
         most = max(most, device.under_way)
     return steps, most
 
 
 def test_a_number_given_is_kept(make_device):
     for seconds in (1e-6, 1.0):
-        steps, _ = drive(Pace(7), make_device(seconds), 8)
+        steps, _ = drive(DispatchQueue(7), make_device(seconds), 8)
         assert steps == [7] * 8
 
 
 def test_by_the_clock_a_call_comes_to_some_hundredths_of_a_second(make_device):
-    pace = Pace()
-    steps, _ = drive(pace, make_device(1e-3), 40)
+    queue = DispatchQueue()
+    steps, _ = drive(queue, make_device(1e-3), 40)
     assert steps[0] == 1
     assert steps[-1] == pytest.approx(250, abs=5)
     for before, after in itertools.pairwise(steps):
@@ -85,98 +85,102 @@ def test_by_the_clock_a_call_comes_to_some_hundredths_of_a_second(make_device):
 
 
 def test_growth_is_bounded_as_a_first_guess_is_a_guess(make_device):
-    steps, _ = drive(Pace(), make_device(1e-7), 12)
+    steps, _ = drive(DispatchQueue(), make_device(1e-7), 12)
     grown = [s for i, s in enumerate(steps) if i == 0 or s != steps[i - 1]]
     assert grown[:4] == [1, 4, 16, 64]
 
 
 def test_slow_steps_are_taken_one_by_one(make_device):
-    steps, _ = drive(Pace(), make_device(0.5), 10)
+    steps, _ = drive(DispatchQueue(), make_device(0.5), 10)
     assert steps == [1] * 10
 
 
 def test_steps_that_become_slow_shorten_the_calls_at_once(make_device):
-    pace, device = Pace(), make_device(1e-4)
-    fast, _ = drive(pace, device, 40)
+    queue, device = DispatchQueue(), make_device(1e-4)
+    fast, _ = drive(queue, device, 40)
     assert fast[-1] > 500
     device.seconds = 1e-2
-    slow, _ = drive(pace, device, 20, compile_first=False)
+    slow, _ = drive(queue, device, 20, compile_first=False)
     assert slow[-1] == pytest.approx(25, abs=3)
 
 
 def test_a_call_that_was_compiled_says_nothing_about_time(make_device):
-    pace, device = Pace(), make_device(1e-3)
-    pace.begin()
-    pace.follow(device.call(1, compiling=60.0), None, 1, compiled=True)
-    pace.drain()
-    assert pace.steps == 1
-    pace.follow(device.call(1), None, 1, compiled=False)
-    pace.drain()
-    assert pace.steps == 4
+    queue, device = DispatchQueue(), make_device(1e-3)
+    queue.begin()
+    queue.submit(device.call(1, compiling=60.0), None, 1, compiled=True)
+    queue.wait_all()
+    assert queue.steps_per_call == 1
+    queue.submit(device.call(1), None, 1, compiled=False)
+    queue.wait_all()
+    assert queue.steps_per_call == 4
 
 
 @pytest.mark.parametrize(
     ("seconds", "most"), [(0.5, 2), (0.05, 3), (0.01, 8), (0.001, 8)]
 )
 def test_calls_run_ahead_of_the_device_but_not_far(make_device, seconds, most):
-    _, under_way = drive(Pace(1), make_device(seconds), 60)
+    _, under_way = drive(DispatchQueue(1), make_device(seconds), 60)
     # Dispatch takes its time, too: one more or less is no matter.
     assert under_way <= most
     assert under_way >= min(most, 2) - 1
 
 
 def test_what_is_finished_can_be_had_without_waiting(make_device):
-    device, pace = make_device(0.1), Pace(2)
-    pace.begin()
-    assert pace.finished == (None, 0)
-    assert pace.idle
-    pace.follow(device.call(2), "first", 2, compiled=False)
-    pace.follow(device.call(2), "second", 2, compiled=False)
+    device, queue = make_device(0.1), DispatchQueue(2)
+    queue.begin()
+    assert queue.finished == (None, 0)
+    assert queue.idle
+    queue.submit(device.call(2), "first", 2, compiled=False)
+    queue.submit(device.call(2), "second", 2, compiled=False)
     now = device.now
-    assert pace.finished == (None, 0)
-    assert not pace.idle
+    assert queue.finished == (None, 0)
+    assert not queue.idle
     assert device.now == now  # nothing waited
     device.now = device.tokens[0].end
-    assert not pace.idle  # looks, and notes the first
-    assert pace.finished == ("first", 2)
-    pace.drain()
-    assert pace.finished == ("second", 4)
+    assert not queue.idle  # looks, and notes the first
+    assert queue.finished == ("first", 2)
+    queue.wait_all()
+    assert queue.finished == ("second", 4)
     assert device.now == device.tokens[-1].end
-    assert pace.idle
+    assert queue.idle
 
 
 def test_an_epoch_begins_anew_but_keeps_its_step(make_device):
-    pace, device = Pace(), make_device(1e-3)
-    drive(pace, device, 30)
-    steps = pace.steps
+    queue, device = DispatchQueue(), make_device(1e-3)
+    drive(queue, device, 30)
+    steps = queue.steps_per_call
     assert steps > 50
-    pace.begin()
-    assert (pace.finished, pace.steps, pace.idle) == ((None, 0), steps, True)
-    pace.follow(device.call(steps), "result", steps, compiled=False)
-    pace.drain()
-    assert pace.finished == ("result", steps)
+    queue.begin()
+    assert (queue.finished, queue.steps_per_call, queue.idle) == (
+        (None, 0),
+        steps,
+        True,
+    )
+    queue.submit(device.call(steps), "result", steps, compiled=False)
+    queue.wait_all()
+    assert queue.finished == ("result", steps)
 
 
 def test_a_pause_between_calls_is_not_their_time(make_device):
     """A slow callback or loader must not make the calls shorter."""
-    pace, device = Pace(), make_device(1e-3)
-    pace.begin()
+    queue, device = DispatchQueue(), make_device(1e-3)
+    queue.begin()
     for _ in range(30):
-        steps = pace.steps
-        pace.follow(device.call(steps), None, steps, compiled=False)
-        pace.drain()
+        steps = queue.steps_per_call
+        queue.submit(device.call(steps), None, steps, compiled=False)
+        queue.wait_all()
         device.now += 2.0
-    assert pace.steps == pytest.approx(250, abs=5)
+    assert queue.steps_per_call == pytest.approx(250, abs=5)
 
 
 def test_it_follows_real_arrays():
     import jax.numpy as jnp
 
-    pace = Pace()
-    pace.begin()
+    queue = DispatchQueue()
+    queue.begin()
     for _ in range(5):
-        steps = pace.steps
-        pace.follow({"a": jnp.ones(3)}, np.int32(1), steps, compiled=False)
-    pace.drain()
-    assert pace.idle
-    assert pace.finished[1] >= 5
+        steps = queue.steps_per_call
+        queue.submit({"a": jnp.ones(3)}, np.int32(1), steps, compiled=False)
+    queue.wait_all()
+    assert queue.idle
+    assert queue.finished[1] >= 5

@@ -1,8 +1,9 @@
-"""Segments: which batches are in them, how far ahead they are read."""
+"""Chunks: which batches are in them, how far ahead they are read."""
 
 import threading
 import time
 from itertools import count
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -32,6 +33,12 @@ W = RNG.uniform(0.5, 2, 70).astype(np.float32)
 ONE = find_placement(1)
 
 
+def resolved(single=False):
+    """The part of a `ResolvedTask` that a feeder looks at."""
+    programs = SimpleNamespace(one_step_per_call=single)
+    return SimpleNamespace(placement=ONE, programs=programs)
+
+
 def threads():
     return [t for t in threading.enumerate() if t.name == "flaxfit"]
 
@@ -49,20 +56,20 @@ def source(rows=70, batch_size=16, shuffle=True, x=X):
 
 
 def feed_of(source, execution, *, epochs=9, steps=None, single=False):
-    return open_feed(source, ONE, execution, epochs=epochs, steps=steps, single=single)
+    return open_feed(resolved(single), execution, source, epochs=epochs, steps=steps)
 
 
 def epochs_of(feed, epochs):
     """Returns the batches of each epoch on the host, and their examples."""
     read = []
     for _ in range(epochs):
-        with feed.epoch() as segments:
+        with feed.epoch() as chunks:
             batches, examples = [], []
-            for ready in segments:
+            for ready in chunks:
                 assert len(ready.examples) == ready.batches
                 examples += ready.examples
                 for index in range(ready.batches):
-                    batches.append(jax.device_get(batch_at(ready.segment, index)))
+                    batches.append(jax.device_get(batch_at(ready.chunk, index)))
         read.append((batches, examples))
     assert threads() == []
     return read
@@ -131,15 +138,15 @@ def test_fill_wraps_around_where_rows_are_fewer_than_the_batch():
 
 def test_single_steps_of_resident_data_need_no_other_segments():
     feed = feed_of(source(), Execution(), single=True)
-    with feed.epoch() as segments:
-        (ready,) = segments
-    assert isinstance(ready.segment, DeviceDataset)
+    with feed.epoch() as chunks:
+        (ready,) = chunks
+    assert isinstance(ready.chunk, DeviceDataset)
 
 
 def test_an_epoch_of_resident_data_sends_an_order_and_no_data():
     feed = feed_of(source(), Execution())
-    segments = [next(iter(feed.epoch().__enter__())) for _ in range(2)]
-    one, two = (ready.segment for ready in segments)
+    chunks = [next(iter(feed.epoch().__enter__())) for _ in range(2)]
+    one, two = (ready.chunk for ready in chunks)
     assert one.data.inputs[0] is two.data.inputs[0]
     assert one.order.dtype == jnp.int32
     assert one.order.shape == (order_capacity(16), 16)
@@ -151,10 +158,10 @@ def test_an_epoch_of_resident_data_sends_an_order_and_no_data():
 def test_data_stays_in_its_own_dtype(dtype, device_data):
     x = RNG.integers(0, 2, (70, 5)).astype(dtype)
     feed = feed_of(source(x=x), Execution(device_data=device_data))
-    with feed.epoch() as segments:
-        segment = next(iter(segments)).segment
-    batch = segment.data if isinstance(segment, DeviceDataset) else segment.batches
-    assert isinstance(segment, DeviceDataset if device_data else Stack)
+    with feed.epoch() as chunks:
+        chunk = next(iter(chunks)).chunk
+    batch = chunk.data if isinstance(chunk, DeviceDataset) else chunk.batches
+    assert isinstance(chunk, DeviceDataset if device_data else Stack)
     assert batch.inputs[0].dtype == dtype
 
 
@@ -167,8 +174,8 @@ def test_what_does_not_fit_or_must_not_be_filled_is_streamed(monkeypatch):
         made = source(rows=rows)
         made.pad = pad
         feed = feed_of(made, execution)
-        with feed.epoch() as segments:
-            return type(next(iter(segments)).segment)
+        with feed.epoch() as chunks:
+            return type(next(iter(chunks)).chunk)
 
     assert source().nbytes == 70 * (5 * 4 + 4 + 4)  # 72 rows on the device: 2016
     assert first(Execution(device_data=0.252)) is DeviceDataset
@@ -181,8 +188,8 @@ def test_data_mapped_from_a_file_is_streamed(tmp_path):
     np.save(tmp_path / "x.npy", X)
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     feed = feed_of(source(x=mapped), Execution())
-    with feed.epoch() as segments:
-        assert isinstance(next(iter(segments)).segment, Stack)
+    with feed.epoch() as chunks:
+        assert isinstance(next(iter(chunks)).chunk, Stack)
     batches, _ = epochs_of(feed, 1)[0]
     assert_batches(batches, list(source().batches(1)))
 
@@ -243,10 +250,9 @@ def batch(rows, width=5):
 def test_batches_of_another_shape_begin_a_stack_of_their_own():
     given = [batch(4), batch(4), batch(6), batch(6), batch(6), batch(4)]
     feed = feed_of(Batches(given), Execution(steps_per_call=2))
-    with feed.epoch() as segments:
+    with feed.epoch() as chunks:
         sizes = [
-            (ready.segment.batches.weights.shape[1], ready.batches)
-            for ready in segments
+            (ready.chunk.batches.weights.shape[1], ready.batches) for ready in chunks
         ]
     # Where the thread was asked for what it had, a stack may come in two.
     assert [rows for rows, number in sizes for _ in range(number)] == [4, 4, 6, 6, 6, 4]
@@ -257,11 +263,11 @@ def test_batches_of_another_shape_begin_a_stack_of_their_own():
 def test_batches_on_a_device_go_one_by_one_as_they_are():
     given = [jax.tree.map(jnp.asarray, batch(4)) for _ in range(3)]
     feed = feed_of(Batches(given), Execution())
-    with feed.epoch() as segments:
-        ready = list(segments)
-    assert all(isinstance(one.segment, Batch) and one.batches == 1 for one in ready)
+    with feed.epoch() as chunks:
+        ready = list(chunks)
+    assert all(isinstance(one.chunk, Batch) and one.batches == 1 for one in ready)
     pointers = [b.inputs[0].unsafe_buffer_pointer() for b in given]
-    assert [r.segment.inputs[0].unsafe_buffer_pointer() for r in ready] == pointers
+    assert [r.chunk.inputs[0].unsafe_buffer_pointer() for r in ready] == pointers
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 2, 5])
@@ -269,8 +275,8 @@ def test_what_came_before_an_error_is_handed_out(prefetch):
     given = [batch(4)] * 5
     feed = feed_of(Batches(given, OSError("disk gone")), Execution(prefetch=prefetch))
     done = 0
-    with pytest.raises(OSError, match="disk gone"), feed.epoch() as segments:
-        for ready in segments:
+    with pytest.raises(OSError, match="disk gone"), feed.epoch() as chunks:
+        for ready in chunks:
             done += ready.batches
     assert done == 5
     assert threads() == []
@@ -286,10 +292,10 @@ def test_a_waiting_consumer_gets_what_there_is():
             yield self.given[2]
 
     feed = feed_of(Slow([batch(4)] * 3), Execution())
-    with feed.epoch() as segments:
+    with feed.epoch() as chunks:
         # Two of a stack of 256 are made, and waited for.
         threading.Timer(0.05, gate.set).start()
-        done = [ready.batches for ready in segments]
+        done = [ready.batches for ready in chunks]
     assert sum(done) == 3
     assert max(done) < 256
 
@@ -300,10 +306,10 @@ def test_stacks_share_no_memory_with_each_other():
         Batch((np.full((4, 5), i, np.float32),), Y[:4], W[:4]) for i in range(40)
     ]
     feed = feed_of(Batches(numbers), Execution(steps_per_call=4))
-    with feed.epoch() as segments:
-        kept = list(segments)
+    with feed.epoch() as chunks:
+        kept = list(chunks)
     seen = [
-        float(batch_at(ready.segment, index).inputs[0][0, 0])
+        float(batch_at(ready.chunk, index).inputs[0][0, 0])
         for ready in kept
         for index in range(ready.batches)
     ]
@@ -315,7 +321,7 @@ def test_stacks_share_no_memory_with_each_other():
 
 @pytest.mark.parametrize("steps", [None, 2])
 def test_a_pass_is_in_order_and_begins_anew(steps):
-    feed = open_pass(source(shuffle=False), ONE, Execution(), steps=steps)
+    feed = open_pass(resolved(), Execution(), source(shuffle=False), steps=steps)
     for batches, _ in epochs_of(feed, 3):
         assert_batches(batches, list(source(shuffle=False).batches(0))[:steps])
 
@@ -337,7 +343,7 @@ class Counted(ArraySource):
 def test_validation_data_stays_on_the_device_where_it_fits(keep, device_data, passes):
     made = Counted(Batch((X,), Y, W), 16)
     feed = open_pass(
-        made, ONE, Execution(device_data=device_data), steps=None, keep=keep
+        resolved(), Execution(device_data=device_data), made, steps=None, keep=keep
     )
     for batches, _ in epochs_of(feed, 3):
         assert_batches(batches, list(source(shuffle=False).batches(0)))
@@ -346,9 +352,11 @@ def test_validation_data_stays_on_the_device_where_it_fits(keep, device_data, pa
 
 def test_what_was_read_in_part_is_not_kept():
     made = Counted(Batch((X,), Y, W), 16)
-    feed = open_pass(made, ONE, Execution(steps_per_call=1), steps=None, keep=True)
-    with feed.epoch() as segments:
-        next(iter(segments))
+    feed = open_pass(
+        resolved(), Execution(steps_per_call=1), made, steps=None, keep=True
+    )
+    with feed.epoch() as chunks:
+        next(iter(chunks))
     assert len(epochs_of(feed, 1)[0][0]) == 5
     assert len(epochs_of(feed, 1)[0][0]) == 5
     assert made.copied == 1 + 5
@@ -356,10 +364,14 @@ def test_what_was_read_in_part_is_not_kept():
 
 def test_what_a_prediction_leaves_bounds_the_stack():
     feed = open_pass(
-        source(shuffle=False), ONE, Execution(), steps=None, bytes_per_output=2**21
+        resolved(),
+        Execution(),
+        source(shuffle=False),
+        steps=None,
+        bytes_per_output=2**21,
     )
-    with feed.epoch() as segments:
-        assert next(iter(segments)).segment.batches.weights.shape == (2, 16)
+    with feed.epoch() as chunks:
+        assert next(iter(chunks)).chunk.batches.weights.shape == (2, 16)
 
 
 # -------------------------------------------------------------- whole fits

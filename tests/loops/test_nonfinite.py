@@ -79,7 +79,7 @@ def test_the_best_state_comes_back():
         best.append(jax.tree.map(np.asarray, loop.state.params))
         x[:] = 1e30
 
-    with pytest.warns(UserWarning, match="the trainer holds what came of that step"):
+    with pytest.warns(UserWarning, match="the trainer holds the state after that step"):
         trainer.fit(
             lambda: [(x, Y)],
             epochs=2,
@@ -113,7 +113,9 @@ def is_finite(path):
 
 def test_a_batch_may_be_left_out():
     trainer = Trainer(Net(), nonfinite="skip")
-    with pytest.warns(UserWarning, match=r"1 batch of epoch . left out.*first at step"):
+    with pytest.warns(
+        UserWarning, match=r"Skipped 1 batch of epoch .: .*first at step"
+    ):
         history = fit(trainer)
     assert history.epoch == [0, 1] and np.isfinite(history.history["loss"]).all()
     assert trainer.step == 12
@@ -132,14 +134,16 @@ def test_so_may_one_whose_gradient_alone_is_not_finite():
     y = np.ones((24, 3), np.float32)
     y[5] = 0
     trainer = Trainer(Net(), loss=loss, nonfinite="skip")
-    with pytest.warns(UserWarning, match="1 batch of epoch 1 left out"):
+    with pytest.warns(UserWarning, match="Skipped 1 batch of epoch 1"):
         trainer.fit(X, y, batch_size=4, shuffle=False, verbose=0)
     assert all(np.isfinite(p).all() for p in jax.tree.leaves(params(trainer)))
 
 
 def test_training_may_go_back_and_past_the_batch(tmp_path):
     trainer = Trainer(Net(), nonfinite="rollback")
-    with pytest.warns(UserWarning, match="Back to the checkpoint of step 2; the train"):
+    with pytest.warns(
+        UserWarning, match="Rolled back to the checkpoint of step 2; train"
+    ):
         history = fit(trainer, run_dir=tmp_path, save_every=2, epochs=1)
     assert history.epoch == [0] and np.isfinite(history.history["loss"]).all()
     # Two batches, then those after the fourth: steps 3 and 4 by their number.
@@ -160,7 +164,7 @@ def test_it_does_not_go_back_for_ever(tmp_path):
         warnings.simplefilter("always")
         fit(trainer, bad, run_dir=tmp_path, save_every=1)
     texts = [str(warning.message) for warning in caught]
-    assert ["Back to the checkpoint of step 1" in text for text in texts] == [
+    assert ["Rolled back to the checkpoint of step 1" in text for text in texts] == [
         *[True] * 3,
         False,
     ]

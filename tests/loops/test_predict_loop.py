@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from flaxfit import Trainer
-from flaxfit._core import types
+from flaxfit._core import state_store
 from flaxfit._core.arrays import empty_array
 from flaxfit._core.errors import DataError
 from flaxfit.data import Batches, Examples
@@ -153,9 +153,9 @@ def test_a_fit_in_between_changes_nothing_and_copies_the_state_once(monkeypatch)
     trainer.fit(X, Y, verbose=0)
     before = expected(trainer)
     copies = []
-    copy = types.copy_state
+    copy = state_store.copy_state
     monkeypatch.setattr(
-        types, "copy_state", lambda state: copies.append(1) or copy(state)
+        state_store, "copy_state", lambda state: copies.append(1) or copy(state)
     )
     batches = trainer.predict_batches(lambda: iter(X.reshape(5, 10, 4)))
     got = [next(batches)]

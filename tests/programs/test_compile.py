@@ -49,7 +49,7 @@ def resolved():
     data = Batch((X,), Y, np.ones(64, np.float32))
     resident = DeviceDataset(data, np.arange(64, dtype=np.int32).reshape(8, 8))
     state = trainer.init(batches[0])
-    return trainer._builder.resolved, state, batches, stack, resident
+    return trainer._programs.resolved, state, batches, stack, resident
 
 
 def steps_of(trainer_built, state, segment, counts):
@@ -334,8 +334,8 @@ class Debugged(nn.Module):
 def test_which_models_run_one_by_one(model, x, single):
     trainer = Trainer(model)
     for parts in (
-        trainer._builder.build(Batch((x,), Y, np.ones(64, np.float32))),
-        Trainer(model)._builder.build_for_inputs(
+        trainer._programs.build(Batch((x,), Y, np.ones(64, np.float32))),
+        Trainer(model)._programs.build_for_inputs(
             Batch((x,), None, np.ones(64, np.float32))
         ),
     ):

@@ -251,7 +251,7 @@ def on_one():
     """A trainer of one device after a fit with ragged tails and weights."""
     trainer = make(devices=1, metrics=["accuracy"])
     history = fit(trainer)
-    return trainer, history, jax.device_get(values(trainer._keeper.holder.peek()))
+    return trainer, history, jax.device_get(values(trainer._store.peek()))
 
 
 def fit(trainer, **arguments):
@@ -300,7 +300,7 @@ def run_on_eight():
     with jax.default_device(None):
         trainer = make(metrics=["accuracy"])
     history = fit(trainer)
-    state = jax.device_get(values(trainer._keeper.holder.peek()))
+    state = jax.device_get(values(trainer._store.peek()))
     for rows in (33, 64, 3):
         trainer.evaluate(X[:rows], Y[:rows])
         trainer.predict(X[:rows])
@@ -468,7 +468,7 @@ def test_a_state_given_to_another_trainer_moves_and_stays_alive():
     eight.state = one.state
     eight.train_on_batch(X[:16], Y[:16])
     assert eight.state.step.devices() == set(DEVICES)
-    for state in (given, one._keeper.holder.peek(), eight._keeper.holder.peek()):
+    for state in (given, one._store.peek(), eight._store.peek()):
         assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert (int(given.step), one.step, eight.step) == (1, 2, 3)
     assert one.compiles == eight.compiles == {"train": 1, "eval": 0, "predict": 0}

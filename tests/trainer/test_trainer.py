@@ -180,7 +180,7 @@ def test_predict_keeps_order_and_nesting_and_streams(fitted):
 
 def test_predict_holds_one_batch_of_outputs_on_the_device(fitted):
     trainer, _ = fitted
-    state = trainer._keeper.holder.peek()
+    state = trainer._store.peek()
     own = {id(leaf) for leaf in jax.tree.leaves(state)}
     alive = []
 
@@ -710,7 +710,7 @@ def test_a_fit_that_fails_at_the_door_leaves_the_batch_size():
     with pytest.raises(flaxfit.DataError, match="nan"):
         trainer.fit(X, LABELS, batch_size=16, validation_data=bad, verbose=0)
     trainer.predict(X)
-    shapes = [s for s in trainer._builder.resolved.programs.predict.signatures]
+    shapes = [s for s in trainer._programs.resolved.programs.predict.signatures]
     assert trainer._reader.batch_size == 8 and len(shapes) == 1
 
 
