@@ -223,7 +223,7 @@ def test_saving_every_epoch_leaves_several_steps_in_one_call(saves, tmp_path):
     callback = ModelCheckpoint(tmp_path / "last.msgpack")
     trainer, calls = Trainer(nn.Dense(3), steps_per_call=4), []
     trainer.fit(X, Y, batch_size=4, verbose=0)
-    program = trainer._builder.built.programs.train
+    program = trainer._builder.resolved.programs.train
     run, how = program._jitted, {"callbacks": callback}
     program._jitted = lambda *args: calls.append(args[-1]) or run(*args)
     if saves == "run_dir":

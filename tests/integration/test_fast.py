@@ -16,7 +16,7 @@ from helpers.asserts import count_reads
 from flaxfit import Callback, LambdaCallback, Trainer
 from flaxfit._core.types import Batch
 from flaxfit._loops.feeder import Execution
-from flaxfit._programs.chunks import Resident, Stack
+from flaxfit._programs.chunks import DeviceDataset, Stack
 from flaxfit._programs.compile import Program
 from flaxfit.data.sources.array_source import ArraySource
 
@@ -273,19 +273,19 @@ def test_dicts_of_several_inputs_are_the_same_to_the_last_bit():
     for state, history in results[1:]:
         same(state, results[0][0])
         assert history == results[0][1]
-    signature = trainer._builder.built.programs.train.signatures[-1]
+    signature = trainer._builder.resolved.programs.train.signatures[-1]
     assert signature[2].inputs["left"].dtype == np.uint8
 
 
-@pytest.mark.parametrize("kind", [Resident, Stack, Batch])
+@pytest.mark.parametrize("kind", [DeviceDataset, Stack, Batch])
 def test_bytes_stay_bytes_on_the_device(kind, run):
     execution = {
-        Resident: {},
+        DeviceDataset: {},
         Stack: {"device_data": 0},
         Batch: {"device_data": 0, "prefetch": 0},
     }[kind]
     calls = []
-    program = run.trainer._builder.built.programs.train
+    program = run.trainer._builder.resolved.programs.train
     original = Program.__call__
 
     def noted(self, *args):
@@ -299,7 +299,7 @@ def test_bytes_stay_bytes_on_the_device(kind, run):
     assert calls
     for segment in calls:
         assert type(segment) is kind
-        batch = {"Resident": "data", "Stack": "batches"}.get(kind.__name__)
+        batch = {"DeviceDataset": "data", "Stack": "batches"}.get(kind.__name__)
         inputs = (getattr(segment, batch) if batch else segment).inputs
         assert [leaf.dtype for leaf in inputs] == [np.uint8]
         assert all(isinstance(leaf, jax.Array) for leaf in inputs)
