@@ -13,30 +13,33 @@ from pathlib import Path
 
 import flax.linen as nn
 import numpy as np
-import tensorflow_datasets as tfds
+import tensorflow_datasets
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from flaxfit import Trainer
+from flaxfit.data import tfds
 
 FOLDER = Path(tempfile.gettempdir()) / "flaxfit_tfds_digits"
 
 
 # Only what prepares the dataset needs this class. It is not registered with TFDS, as
 # whoever reads a prepared dataset has its name and its folder, not its code.
-class SklearnDigits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class SklearnDigits(
+    tensorflow_datasets.core.GeneratorBasedBuilder, skip_registration=True
+):
     """Pictures of 8 x 8 pixels and the digit on them."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tensorflow_datasets.core.Version("1.0.0")
 
     def _info(self):
-        return tfds.core.DatasetInfo(
+        return tensorflow_datasets.core.DatasetInfo(
             builder=self,
-            features=tfds.features.FeaturesDict(
+            features=tensorflow_datasets.features.FeaturesDict(
                 {
-                    "image": tfds.features.Image(shape=(8, 8, 1)),
-                    "label": tfds.features.ClassLabel(num_classes=10),
+                    "image": tensorflow_datasets.features.Image(shape=(8, 8, 1)),
+                    "label": tensorflow_datasets.features.ClassLabel(num_classes=10),
                 }
             ),
             supervised_keys=("image", "label"),
@@ -79,19 +82,19 @@ def main(data_dir=FOLDER, seed: int = 0, epochs: int = 8):
     # The dataset says itself what is input and what is target. Its pictures travel as
     # bytes, and become numbers between 0 and 1 on the device.
     trainer = Trainer(CNN(), metrics=["accuracy"], seed=seed)
+    test = tfds("sklearn_digits/test", data_dir=data_dir)
     trainer.fit(
-        "sklearn_digits",
-        validation_data="sklearn_digits/test",
-        data_dir=data_dir,
+        tfds("sklearn_digits", data_dir=data_dir),
+        validation_data=test,
         epochs=epochs,
         batch_size=64,
     )
 
     # Any part of a split can be named: here the second half of the test split.
-    part = trainer.evaluate("sklearn_digits/test[50%:]", data_dir=data_dir, verbose=0)
+    part = trainer.evaluate(tfds("sklearn_digits/test[50%:]", data_dir=data_dir))
     print(f"half of the test split: accuracy {part['accuracy']:.2%}")
 
-    result = trainer.evaluate("sklearn_digits/test", data_dir=data_dir)
+    result = trainer.evaluate(test)
     print(f"\ntest loss {result['loss']:.4f} · test accuracy {result['accuracy']:.2%}")
     return result
 

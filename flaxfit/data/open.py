@@ -1,15 +1,18 @@
-"""Opens data of any kind as a source of fixed-shape batches."""
+"""Opens data of any kind: `open_dataset` asks what it is, `batch_source` reads it.
 
-import operator
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+In between a caller looks at the `Dataset`: it may refuse an iterator or endless data
+before anything is read.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 
-from flaxfit._core.errors import DataError
+from flaxfit._core.counts import as_count
+from flaxfit._core.errors import DataError, UsageError, caller
 from flaxfit._core.types import Batch
 from flaxfit.data.adapters import chunked_arrays, npy_files
 from flaxfit.data.adapters.registry import (
@@ -20,15 +23,14 @@ from flaxfit.data.adapters.registry import (
 )
 from flaxfit.data.binding.binding import Binding, Whole
 from flaxfit.data.binding.in_memory import (
+    Arrays,
     is_arrays,
     is_several_inputs,
-    kind_text,
     read_arrays,
     read_inputs,
     stream_inputs,
 )
 from flaxfit.data.binding.table_binding import TableReader, holds_table
-from flaxfit.data.datasets.batches import Batches
 from flaxfit.data.datasets.batching import batch_of_rows, stream_examples
 from flaxfit.data.datasets.example_dataset import ExampleSet
 from flaxfit.data.datasets.iterables import from_iterable, peek
@@ -54,275 +56,221 @@ from flaxfit.data.sources.stream_source import StreamSource
 
 DEFAULT_BATCH_SIZE = 32
 _FEW_LABELS = 32
-_JOINED = ("predict", "predict_intermediates")  # of all outputs
+
+Dataset = Arrays | ExampleSet | Stream
+"""What data is: arrays and tables in memory, single examples, or batches."""
 
 
-def as_source(
+@dataclass(frozen=True)
+class BatchOptions:
+    """How batches are made of a dataset.
+
+    Attributes:
+      batch_size: rows of a batch, but never more than there are examples.
+      default_batch_size: rows where `batch_size` is None, even if there are fewer
+        examples: that of compiled programs. None for 32, or as many as there are.
+      multiple_of: rounds the rows up, for the devices.
+      shuffle: whether each pass has a new order; batches bring their own.
+      seed: determines the order, together with the number of the pass.
+      class_weight: class -> weight, for one target; a missing class has weight 1.
+      steps: the number of batches asked for; an iterator that ends before is an error.
+      inputs_only: whether targets and weights are dropped, as for a prediction.
+    """
+
+    batch_size: int | None = None
+    default_batch_size: int | None = None
+    multiple_of: int = 1
+    shuffle: bool = False
+    seed: Sequence[int] = (0,)
+    class_weight: Mapping[Any, float] | None = None
+    steps: int | None = None
+    inputs_only: bool = False
+
+    def size(self, examples: int | None) -> int:
+        """Returns the rows of a batch of so many examples, None if unknown.
+
+        Raises:
+          ValueError: `batch_size` is not an integer of at least 1.
+        """
+        rows = self.default_batch_size
+        if self.batch_size is not None or rows is None:
+            wanted = DEFAULT_BATCH_SIZE if self.batch_size is None else self.batch_size
+            rows = as_count("batch_size", wanted)
+            # More would fill every batch up, and BatchNorm would count rows twice.
+            rows = rows if examples is None else min(rows, examples)
+        return -(-rows // self.multiple_of) * self.multiple_of
+
+
+def open_dataset(
     x: Any,
     y: Any = None,
     sample_weight: Any = None,
     *,
-    binding: Binding,
     batch_size: int | None = None,
-    default_batch_size: int | None = None,
-    multiple_of: int = 1,
-    shuffle: bool = False,
-    seed: Sequence[int] = (0,),
-    class_weight: Mapping[Any, float] | None = None,
-    steps: int | None = None,
-    check: Callable[[Batch], None] | None = None,
-    refuse: Callable[[ExampleSet | Stream], None] | None = None,
-    data_dir: str | os.PathLike[str] | None = None,
-    what: str = "fit",
-) -> Source:
-    """Makes a source of batches of whatever holds the data.
+) -> Dataset:
+    """Returns data as a `Dataset`. Nothing is read but item 0 of a sequence.
 
     Args:
-      x: arrays in any nesting, `(x, y)`, `(x, y, weights)`, a dict of arrays, a
-        table, a `Batch`, or a dataset: an iterable of batches, a function that yields
-        them, an iterator. A tuple is one dataset, a list of tuples, dicts or tables is
-        a list of batches.
+      x: arrays in any nesting, `(x, y)`, `(x, y, weights)`, a dict of arrays, a table,
+        a `Batch`, or a dataset: an iterable of batches, a function that returns one, an
+        iterator. A tuple is one dataset, a list of tuples, dicts or tables is a list of
+        batches.
       y: targets, any nesting of arrays; only with arrays.
       sample_weight: `float[examples]` or, one for every element of the targets,
         `float[examples, ...]`; only with arrays.
+      batch_size: the size that the user asks for: an iterable then has examples.
+
+    Raises:
+      TypeError: data of an unknown kind.
+      ValueError: arguments that exclude each other.
+    """
+    x, y, sample_weight = adapt_parts(x, y, sample_weight)
+    if is_arrays(x, y, sample_weight):
+        return Arrays(x, y, sample_weight)
+    if isinstance(x, ExampleSet | Stream):
+        return x
+    examples = examples_of(x, batch_size)
+    return examples or replace(from_iterable(x), guessed=True)
+
+
+def open_inputs(x: Any, binding: Binding, *, batch_size: int | None = None) -> Dataset:
+    """Returns data for a prediction as a `Dataset`; see `open_dataset`.
+
+    A tuple of arrays is the inputs of a model that takes several, else `(x, y)` or
+    `(x, y, weights)`.
+    """
+    x = npy_files.open_files(x)
+    if chunked_arrays.matches(x) and is_several_inputs(x, binding):
+        x = (x,)
+    dataset = open_dataset(x, batch_size=batch_size)
+    if isinstance(dataset, ExampleSet):
+        # Outputs come in the order of the inputs.
+        return replace(dataset, in_buckets=False)
+    return dataset
+
+
+def batch_source(dataset: Dataset, binding: Binding, options: BatchOptions) -> Source:
+    """Returns a source of batches; reads the first of them.
+
+    Args:
+      dataset: from `open_dataset`.
       binding: how a raw batch is read.
-      batch_size: rows of a batch, but never more than there are; only for arrays.
-      default_batch_size: what programs are compiled for already: rows of a batch of
-        arrays if `batch_size` is None, even if there are fewer. None for 32, but
-        never more than there are.
-      multiple_of: rounds the rows of a batch of arrays up, for the devices.
-      shuffle: whether arrays come in a new order each pass; a dataset shuffles
-        itself.
-      seed: decides the order, together with the index of the pass.
-      class_weight: class to weight, for one target; a missing class weighs 1.
-      steps: the number of steps asked for; an iterator that ends before it is an
-        error.
-      check: called by `Source.check`, and with every batch of a dataset.
-      refuse: called with a dataset before anything is read of it; raises.
-      data_dir: where datasets by name lie; see `tfds.builder`.
-      what: the method the data was given to, for messages.
+      options: how batches are made.
 
     Raises:
       DataError: data that cannot be trained on; see `data/host/checks`.
-      TypeError: data of an unknown kind.
-      ValueError: arguments that do not go together.
+      ValueError: `batch_size` for ready batches, or a wrong one.
     """
-    weighting = None if class_weight is None else ClassWeighting(class_weight)
-    x, y, sample_weight = adapt_parts(x, y, sample_weight, what, data_dir)
-    if is_arrays(x, y, sample_weight, what):
-        whole = read_arrays(x, y, sample_weight, binding)
-        data = whole.batch
-        if weighting is not None:
-            data = weighting(data)
-        if data.weights is not None:
-            check_weights(data.weights)
-        size = _checked_size(
-            batch_size, default_batch_size, len(jax.tree.leaves(data)[0]), multiple_of
-        )
-        source: Source = ArraySource(
-            data,
-            size,
-            shuffle=shuffle,
-            seed=seed,
-            check=check,
-            unused=whole.unused,
-            facts=whole.facts,
-        )
-        check_values(with_weights(data))
-        check_values(source.example)
-        return source
-    stream = _as_stream(
-        x, batch_size, default_batch_size, multiple_of, shuffle, seed, refuse, what
-    )
-    if stream.endless and steps is None:
-        raise DataError(_endless_text(stream, what))
+    if isinstance(dataset, Arrays):
+        return _array_source(dataset, binding, options)
+    stream = _as_stream(dataset, options)
     binding = binding.guided_by(stream.facts or NO_FACTS)
-    reader = TableReader(binding)
+    reader = TableReader(binding, targets=not options.inputs_only)
+    weights = options.class_weight
+    weighting = None if weights is None else ClassWeighting(weights)
 
     def read(raw: Any) -> Batch:
-        if holds_table(raw_of(raw)):
-            batch = reader(raw_of(raw))
+        plain = raw_of(raw)
+        if holds_table(plain):
+            batch = reader(plain)
+        elif options.inputs_only:
+            return stream_inputs(as_host(plain, but_device=True), binding)
         else:
-            batch = binding.split(as_host(raw_of(raw), but_device=True))
-        if isinstance(raw, Padded):
+            batch = binding.split(as_host(plain, but_device=True))
+        if isinstance(raw, Padded) and not options.inputs_only:
             return apply_mask(batch, binding.targets_of(raw.real), weighting)
         return batch if weighting is None else weighting(batch)
 
-    source = StreamSource(
-        stream,
-        read,
-        unused=lambda raw: reader.unused or binding.unused(raw_of(raw)),
-        check=check,
-        what=what,
-        steps=steps,
-        multiple_of=multiple_of,
-        structural=not callable(binding.inputs),
-    )
-    source.facts = reader.told(source.facts)
-    check_finite(source.example)
-    return source
-
-
-def as_inputs_source(
-    x: Any,
-    *,
-    binding: Binding,
-    batch_size: int | None = None,
-    default_batch_size: int | None = None,
-    multiple_of: int = 1,
-    steps: int | None = None,
-    check: Callable[[Batch], None] | None = None,
-    refuse: Callable[[ExampleSet | Stream], None] | None = None,
-    data_dir: str | os.PathLike[str] | None = None,
-    what: str = "predict",
-) -> Source:
-    """Makes a source of inputs: no targets, weights 1 for rows and 0 for fill.
-
-    Args:
-      x: what `as_source` takes; targets and weights are dropped. A tuple of arrays
-        is the inputs of a model that takes several, else `(x, y)` or
-        `(x, y, weights)`.
-      binding: how a raw batch is read.
-      batch_size: rows of a batch, but never more than there are; only for arrays.
-      default_batch_size: what programs are compiled for already: rows of a batch of
-        arrays if `batch_size` is None, even if there are fewer. None for 32, but
-        never more than there are.
-      multiple_of: rounds the rows of a batch of arrays up, for the devices.
-      steps: the number of batches asked for.
-      check: called by `Source.check`, and with every batch of a dataset.
-      refuse: called with a dataset before anything is read of it; raises.
-      data_dir: where datasets by name lie; see `tfds.builder`.
-      what: the method the data was given to, for messages.
-
-    Raises:
-      DataError: data the model cannot be called with.
-      TypeError: data of an unknown kind.
-      ValueError: `batch_size` for a dataset, or a wrong one.
-    """
-    x = npy_files.open_files(x)
-    if chunked_arrays.recognizes(x) and is_several_inputs(x, binding):
-        x = (x,)
-    x, *_ = adapt_parts(x, None, None, what, data_dir)
-    if is_arrays(x, None, None, what):
-        whole = read_inputs(x, binding)
-        rows = check_lengths(whole.batch)
-        size = _checked_size(batch_size, default_batch_size, rows, multiple_of)
-        data = narrow(whole.batch, keep_mapped=True)
-        return ArraySource(data, size, check=check, facts=whole.facts)
-    if isinstance(x, ExampleSet):
-        x = replace(x, in_buckets=False)  # outputs come in the order of the inputs
-    stream = _as_stream(
-        x, batch_size, default_batch_size, multiple_of, False, (), refuse, what
-    )
-    if stream.endless and steps is None and what in _JOINED:
-        raise DataError(_endless_text(stream, what))
-    binding = binding.guided_by(stream.facts or NO_FACTS)
-    reader = TableReader(binding, targets=False)
-
-    def read(raw: Any) -> Batch:
-        if holds_table(raw_of(raw)):
-            return reader(raw_of(raw))
-        return stream_inputs(as_host(raw_of(raw), but_device=True), binding)
+    def unused(raw: Any) -> tuple[str, ...]:
+        if options.inputs_only:
+            return ()
+        return reader.unused or binding.unused(raw_of(raw))
 
     source = StreamSource(
         stream,
         read,
-        check=check,
-        what=what,
-        multiple_of=multiple_of,
+        unused=unused,
+        steps=None if options.inputs_only else options.steps,
+        multiple_of=options.multiple_of,
         structural=not callable(binding.inputs),
     )
     source.facts = reader.told(source.facts)
+    if not options.inputs_only:
+        check_finite(source.example)
     return source
 
 
-def as_whole(
-    x: Any,
-    y: Any = None,
-    sample_weight: Any = None,
-    *,
+def one_batch(
+    dataset: Dataset,
     binding: Binding,
     class_weight: Mapping[Any, float] | None = None,
-    what: str = "fit",
+    *,
+    keep_mapped: bool = False,
 ) -> Whole:
-    """Returns arrays, or a table, as one `Batch` on the host, with weights, unfilled.
+    """Returns data in memory as one batch on the host, with weights and no padding.
 
-    Takes what `as_source` takes for arrays, or `Batches` of a single one; `as_source`
-    takes the result as `x`.
+    Args:
+      dataset: arrays, a table, or `Batches` of a single batch.
+      binding: how a raw batch is read.
+      class_weight: see `BatchOptions`.
+      keep_mapped: whether memory-mapped arrays stay so, for a part of them.
 
     Raises:
       DataError: data that cannot be trained on; see `data/host/checks`.
-      TypeError: data of an unknown kind.
-      ValueError: arguments that do not go together, or a dataset.
+      ValueError: another dataset.
     """
-    if isinstance(x, Batches):
-        source = as_source(
-            x, y, sample_weight, binding=binding, class_weight=class_weight, what=what
+    if not isinstance(dataset, Arrays):
+        if isinstance(dataset, Stream) and dataset.num_batches == 1:
+            options = BatchOptions(class_weight=class_weight)
+            source = batch_source(dataset, binding, options)
+            return Whole(source.example, source.unused, source.facts)
+        raise UsageError(
+            f"{caller()} needs arrays here, not a {dataset.kind}",
+            write="x, y = next(iter(dataset)) for its first batch",
         )
-        if source.num_batches != 1:
-            raise ValueError(
-                f"{what} takes one batch: write Batches([batch], size=...) with it."
-            )
-        return Whole(source.example, source.unused, source.facts)
-    if not is_arrays(x, y, sample_weight, what):
-        advice = (
-            "pass the rest of the data as validation_data=(x_val, y_val)"
-            if what == "validation_split"
-            else "write x, y = next(iter(dataset)) for its first batch"
-        )
-        raise ValueError(f"{what} needs arrays here, not a {kind_text(x)}: {advice}.")
-    whole = read_arrays(x, y, sample_weight, binding)
+    whole = read_arrays(dataset.x, dataset.y, dataset.sample_weight, binding)
     data = whole.batch
     if class_weight is not None:
         data = ClassWeighting(class_weight)(data)
-    # Of a file only the rows that are asked for are ever read.
-    data = with_weights(narrow(data, keep_mapped=what == "validation_split"))
+    data = with_weights(narrow(data, keep_mapped=keep_mapped))
     check_weights(data.weights, all_zero=True)
     check_values(data)
     return replace(whole, batch=data)
 
 
-def split_data(
-    x: Any,
-    y: Any,
-    sample_weight: Any,
-    fraction: float,
-    *,
-    binding: Binding,
-    data_dir: str | os.PathLike[str] | None = None,
-) -> tuple[Any, Any]:
+def split_dataset(
+    dataset: Dataset, fraction: float, binding: Binding
+) -> tuple[Dataset, Dataset]:
     """Splits the last `fraction` of the examples off, before any shuffling.
 
     Args:
-      x: arrays, or examples that are had by index.
-      y: targets, for arrays.
-      sample_weight: for arrays.
+      dataset: arrays, or examples with random access.
       fraction: between 0 and 1, both excluded.
       binding: how a raw batch is read.
-      data_dir: where datasets by name lie.
 
     Returns:
-      `(train, validation)`, each of which `as_source` takes as `x`.
+      `(train, validation)`.
 
     Raises:
-      ValueError: `fraction` is out of range or leaves one side empty, or the data
-        comes in batches or one after the other.
+      ValueError: `fraction` is out of range or leaves one side empty, or the data comes
+        in batches or without random access.
     """
-    what = "validation_split"
-    x, y, sample_weight = adapt_parts(x, y, sample_weight, "fit", data_dir)
-    if not isinstance(x, Stream | Batch) and not is_arrays(x, y, sample_weight, "fit"):
-        examples = x if isinstance(x, ExampleSet) else examples_of(x, None, what)
-        if examples is not None and examples.by_index:
-            return split_examples(examples, fraction, binding)
-    whole = as_whole(x, y, sample_weight, binding=binding, what=what)
+    if isinstance(dataset, ExampleSet) and dataset.by_index:
+        return _split_examples(dataset, fraction, binding)
+    if not isinstance(dataset, Arrays):
+        raise UsageError(
+            f"validation_split needs arrays here, not a {dataset.kind}: pass the rest "
+            "of the data as validation_data=(x_val, y_val)"
+        )
+    # Of a file only the rows that are asked for are ever read.
+    whole = one_batch(dataset, binding, keep_mapped=True)
     train, validation = split_validation(whole.batch, fraction)
-    return replace(whole, batch=train), replace(whole, batch=validation)
+    return Arrays(replace(whole, batch=train)), Arrays(replace(whole, batch=validation))
 
 
-def split_examples(
+def _split_examples(
     examples: ExampleSet, fraction: float, binding: Binding
 ) -> tuple[ExampleSet, ExampleSet]:
-    """Returns the first examples and the last `fraction` of them."""
     total = examples.length
     assert total is not None
     train = train_rows(total, fraction)
@@ -331,78 +279,65 @@ def split_examples(
     binding = binding.guided_by(examples.facts)
     warn_if_sorted(
         narrow(binding.split(as_host(batch_of_rows(examples, few)))),
-        "Give validation_data= of its own, or shuffle the dataset where it is made: "
+        "Give validation_data=, or shuffle the dataset where it is made: "
         "ds.shuffle(seed=0), torch.utils.data.Subset(ds, order), or the list of items.",
     )
     return examples.part(0, train), examples.part(train, total)
 
 
-def _as_stream(
-    x: Any,
-    batch_size: int | None,
-    default_batch_size: int | None,
-    multiple_of: int,
-    shuffle: bool,
-    seed: Sequence[int],
-    refuse: Callable[[ExampleSet | Stream], None] | None,
-    what: str,
-) -> Stream:
+def _array_source(
+    arrays: Arrays, binding: Binding, options: BatchOptions
+) -> ArraySource:
+    if options.inputs_only:
+        whole = read_inputs(arrays.x, binding)
+        size = options.size(check_lengths(whole.batch))
+        data = narrow(whole.batch, keep_mapped=True)
+        return ArraySource(data, size, facts=whole.facts)
+    whole = read_arrays(arrays.x, arrays.y, arrays.sample_weight, binding)
+    data = whole.batch
+    if options.class_weight is not None:
+        data = ClassWeighting(options.class_weight)(data)
+    if data.weights is not None:
+        check_weights(data.weights)
+    source = ArraySource(
+        data,
+        options.size(len(jax.tree.leaves(data)[0])),
+        shuffle=options.shuffle,
+        seed=options.seed,
+        unused=whole.unused,
+        facts=whole.facts,
+    )
+    check_values(with_weights(data))
+    check_values(source.example)
+    return source
+
+
+def _as_stream(dataset: ExampleSet | Stream, options: BatchOptions) -> Stream:
     """Returns a dataset as raw batches.
 
     Raises:
-      ValueError: `batch_size` for what comes in batches.
+      ValueError: `batch_size` for ready batches.
     """
-    is_plain = not isinstance(x, ExampleSet | Stream)
-    if is_plain:
-        x = examples_of(x, batch_size, what) or from_iterable(x, what)
-    if refuse is not None:
-        refuse(x)
-    if is_plain:
-        if isinstance(x, Stream) and default_batch_size is not None:
-            # After a fit that made batches of examples, others may come as examples.
-            first, x = peek(x)
-            if first is not None and looks_single(first):
-                x = examples_in(x)
-    if isinstance(x, ExampleSet):
-        if x.length == 0:
-            raise DataError(
-                f"no examples: the {x.kind} given to {what} has the length 0. Pass at "
-                "least one."
-            )
-        size = _checked_size(batch_size, default_batch_size, x.length, multiple_of)
-        return stream_examples(x, size, shuffle=shuffle, seed=seed)
-    guessed = is_plain or x.examples is not None
-    refuse_batch_size(batch_size, what, guessed=guessed)
-    return x if x.seeded is None else replace(x, open=x.seeded(seed))
-
-
-def _checked_size(
-    batch_size: Any, default: int | None, examples: int | None, multiple_of: int
-) -> int:
-    """Returns the rows of a batch, never more than there are examples, if known."""
-    if batch_size is None and default is not None:
-        return -(-default // multiple_of) * multiple_of
-    try:
-        size = operator.index(DEFAULT_BATCH_SIZE if batch_size is None else batch_size)
-    except TypeError:
-        size = 0
-    if size < 1 or isinstance(batch_size, bool):
-        raise ValueError(
-            f"batch_size={batch_size!r}: expected a whole number of at least 1, e.g. "
-            f"batch_size={DEFAULT_BATCH_SIZE}."
+    if isinstance(dataset, Stream):
+        if not dataset.guessed or options.default_batch_size is None:
+            return _ready_batches(dataset, options)
+        # After a fit that made batches of examples, others may come as examples.
+        first, dataset = peek(dataset)
+        if first is None or not looks_single(first):
+            return _ready_batches(dataset, options)
+        dataset = examples_in(dataset)
+    if dataset.length == 0:
+        raise DataError(
+            f"no examples: the {dataset.kind} given to {caller()} has the length 0. "
+            "Pass at least one."
         )
-    # More would fill every batch up, and BatchNorm would count rows twice.
-    size = size if examples is None else min(size, examples)
-    return -(-size // multiple_of) * multiple_of
+    size = options.size(dataset.length)
+    return stream_examples(dataset, size, shuffle=options.shuffle, seed=options.seed)
 
 
-def _endless_text(stream: Stream, what: str) -> str:
-    argument = {
-        "fit": "steps_per_epoch",
-        "compile": "steps_per_epoch",
-        "validation_data": "validation_steps",
-    }.get(what, "steps")
-    return (
-        f"the {stream.kind} given to {what} has no end: write {argument}=100 for 100 "
-        "batches, or leave the repeat() out where the dataset is made."
-    )
+def _ready_batches(stream: Stream, options: BatchOptions) -> Stream:
+    guessed = stream.guessed or stream.examples is not None
+    refuse_batch_size(options.batch_size, guessed=guessed)
+    if stream.seeded is None:
+        return stream
+    return replace(stream, open=stream.seeded(options.seed))

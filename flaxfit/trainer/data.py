@@ -1,14 +1,14 @@
 """How one trainer reads data, and what it remembers of the data it has seen."""
 
-import os
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
 
-from flaxfit._core.errors import DataError
+from flaxfit._core.errors import DataError, UsageError, caller
 from flaxfit._core.types import Batch
 from flaxfit._programs.placement import has_rows
 from flaxfit._programs.program_cache import ProgramCache
@@ -17,8 +17,16 @@ from flaxfit.data.binding.binding import Binding, Whole
 from flaxfit.data.datasets.columns import Columns
 from flaxfit.data.datasets.example_dataset import ExampleSet
 from flaxfit.data.datasets.stream import Stream
+from flaxfit.data.host.arrays import call_text
 from flaxfit.data.host.checks import check_lengths, check_sized
-from flaxfit.data.open import DEFAULT_BATCH_SIZE, as_inputs_source, as_source, as_whole
+from flaxfit.data.open import (
+    DEFAULT_BATCH_SIZE,
+    BatchOptions,
+    Dataset,
+    batch_source,
+    open_dataset,
+    open_inputs,
+)
 from flaxfit.data.sources.base import Source
 from flaxfit.trainer.check import listed_classes
 
@@ -99,92 +107,75 @@ class Reader:
                 "new Trainer."
             )
 
-    def source(
+    def open(
         self,
         x: Any,
         y: Any = None,
         sample_weight: Any = None,
         *,
-        what: str,
         batch_size: int | None = None,
-        default_batch_size: int | None = None,
-        steps: int | None = None,
-        divided: bool = False,
-        refuse: Callable[[Any], None] | None = None,
-        data_dir: str | os.PathLike[str] | None = None,
-    ) -> Source:
-        """Returns a source of what is evaluated or looked at; see `as_source`.
+        is_training: bool = False,
+    ) -> Dataset:
+        """Returns data as a `Dataset`; nothing is read yet.
 
         Args:
           x: the data.
           y: targets, for arrays.
           sample_weight: weights, for arrays.
-          what: what the data was given to, for messages.
+          batch_size: the size that the user asks for.
+          is_training: whether a split may be assumed where none is named.
+
+        Raises:
+          ValueError: which part of a dataset to evaluate on is not said.
+        """
+        dataset = open_dataset(x, y, sample_weight, batch_size=batch_size)
+        if not is_training:
+            refuse_assumed_split(dataset)
+        return dataset
+
+    def source(
+        self,
+        dataset: Dataset,
+        *,
+        batch_size: int | None = None,
+        default_batch_size: int | None = None,
+        steps: int | None = None,
+        divided: bool = False,
+        of_fit: bool = False,
+    ) -> Source:
+        """Returns a source of data that is evaluated or looked at.
+
+        Args:
+          dataset: the data.
           batch_size: rows of a batch.
-          default_batch_size: those where nothing is said, None for the last fit's.
+          default_batch_size: rows where none are given, None for the last fit's.
           steps: how many batches are asked for.
           divided: whether batches are divided among the devices.
-          refuse: see `as_source`.
-          data_dir: where datasets by name lie.
+          of_fit: whether a fit validates on it: then its columns are read like those of
+            the training data, even if nothing was trained yet.
         """
-        return as_source(
-            x,
-            y,
-            sample_weight,
-            # What a fit is validated on is read like what it trains on.
-            binding=self._binding if what == "validation_data" else self.binding,
+        options = BatchOptions(
             batch_size=batch_size,
             default_batch_size=default_batch_size or self.batch_size,
             multiple_of=self._devices if divided else 1,
             steps=steps,
-            check=self._programs.check_values,
-            refuse=refuse,
-            data_dir=data_dir,
-            what=what,
         )
+        return batch_source(dataset, self._binding if of_fit else self.binding, options)
 
     def inputs(
-        self,
-        x: Any,
-        *,
-        what: str,
-        batch_size: int | None = None,
-        steps: int | None = None,
-        refuse: Callable[[Any], None] | None = None,
-        data_dir: str | os.PathLike[str] | None = None,
-    ) -> Source:
-        """Returns a source of inputs; see `source` and `as_inputs_source`."""
-        return as_inputs_source(
-            x,
-            binding=self.binding,
+        self, x: Any, *, batch_size: int | None = None, steps: int | None = None
+    ) -> tuple[Dataset, BatchOptions]:
+        """Returns data to predict on, and how its batches are made."""
+        dataset = open_inputs(x, self.binding, batch_size=batch_size)
+        refuse_assumed_split(dataset)
+        options = BatchOptions(
             batch_size=batch_size,
             default_batch_size=self.batch_size,
             multiple_of=self._devices,
             steps=steps,
-            check=self._programs.check_values,
-            refuse=refuse,
-            data_dir=data_dir,
-            what=what,
+            inputs_only=True,
         )
-
-    def one_batch(
-        self,
-        x: Any,
-        y: Any,
-        sample_weight: Any,
-        class_weight: Mapping[int, float] | None,
-        *,
-        what: str,
-    ) -> Whole:
-        """Returns one batch of any size; see `as_whole`."""
-        return as_whole(
-            x,
-            y,
-            sample_weight,
-            binding=self.binding,
-            class_weight=class_weight,
-            what=what,
-        )
+        return dataset, options
 
     def raw_batch(self, raw: Any) -> Batch:
         """Returns the batch of one's own loop, of arrays on the device or traced.
@@ -215,46 +206,81 @@ class Reader:
 
 
 def refuse_one_shot(
-    data: ExampleSet | Stream, *, what: str, epochs: int, steps: int | None
+    dataset: Dataset, *, epochs: int, steps: int | None, argument: str
 ) -> None:
-    """Refuses an iterator where more than one pass is to be made.
+    """Refuses an iterator where more than one pass is needed.
 
     Raises:
-      DataError: it runs dry after the first.
+      DataError: it ends after the first.
     """
-    if data.one_shot and steps is None and epochs > 1:
-        name = "steps_per_epoch" if what == "fit" else "validation_steps"
+    if dataset.one_shot and steps is None and epochs > 1:
         raise DataError(
-            f"{what} got an iterator, which runs dry after one pass, for "
-            f"{epochs} epochs. Give something that can be iterated again, e.g. a "
-            f"list of batches, or the function that makes it: make_batches and not "
-            f"make_batches(); or say how many batches an epoch takes: {name}=100."
+            f"{caller()} got an iterator, which ends after one pass, for {epochs} "
+            "epochs. Give something that can be iterated again, e.g. a list of "
+            "batches, or the function that makes it: make_batches and not "
+            f"make_batches(); or say how many batches an epoch takes: {argument}=100."
         )
 
 
-def refuse_to_use_up(data: ExampleSet | Stream, *, what: str) -> None:
-    """Refuses an iterator where the batch that is looked at is wanted again.
+def refuse_endless(dataset: Dataset, steps: int | None, argument: str) -> None:
+    """Refuses data without an end where the number of batches is not given.
 
     Raises:
-      DataError: it would lose it.
+      DataError: it has no end.
     """
-    if data.one_shot:
+    if dataset.endless and steps is None:
         raise DataError(
-            f"{what} got an iterator, and would use up its first batch. Write "
-            f"trainer.{what}(x, y) with that batch, or give the function that "
+            f"the {dataset.kind} given to {caller()} has no end: write {argument}=100 "
+            "for 100 batches, or leave the repeat() out where the dataset is made."
+        )
+
+
+def refuse_to_use_up(dataset: Dataset) -> None:
+    """Refuses an iterator where its first batch is only looked at.
+
+    Raises:
+      DataError: it would lose that batch.
+    """
+    if dataset.one_shot:
+        raise DataError(
+            f"{caller()} got an iterator, and would use up its first batch. Write "
+            f"trainer.{caller()}(x, y) with that batch, or give the function that "
             "makes the iterator."
         )
 
 
-def refuse_to_go_back(data: ExampleSet | Stream) -> None:
+def refuse_to_go_back(dataset: Dataset) -> None:
     """Refuses an iterator where batches are to be read again.
 
     Raises:
       DataError: it cannot go back.
     """
-    if data.one_shot:
+    if dataset.one_shot:
         raise DataError(
             'nonfinite="rollback" reads the data again from a bad batch on, and fit '
             "got an iterator, which cannot go back. Give the function that makes it, "
             'make_batches and not make_batches(), or write Trainer(nonfinite="skip").'
+        )
+
+
+def refuse_assumed_split(dataset: Dataset) -> None:
+    """Refuses a dataset by name alone: the split to evaluate on has to be named.
+
+    Raises:
+      ValueError: the split is not named.
+    """
+    facts = dataset.facts if isinstance(dataset, ExampleSet) else None
+    if facts is not None and facts.assumed_split:
+        raise UsageError(facts.assumed_split)
+
+
+def warn_of_order(dataset: Dataset) -> None:
+    """Warns where outputs come in another order than the dataset's."""
+    if isinstance(dataset, Stream) and dataset.shuffles:
+        warnings.warn(
+            f"{caller()} got a DataLoader(..., shuffle=True): the outputs come in its "
+            "order, which is not the dataset's. Write DataLoader(..., shuffle=False), "
+            f"or give the dataset: {call_text('dataset')}.",
+            UserWarning,
+            stacklevel=2,
         )

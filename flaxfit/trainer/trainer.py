@@ -1,8 +1,10 @@
 """The facade: checks arguments and connects data, programs, state and loops."""
 
 import os
+import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -43,10 +45,15 @@ from flaxfit._runs.session import (
 from flaxfit._runs.trainer_metadata import example_of, from_meta, to_meta
 from flaxfit.callbacks.base import Callback, LoopState, own_state
 from flaxfit.checkpoint import RestoreReport
-from flaxfit.data.binding.binding import Binding
-from flaxfit.data.datasets.example_dataset import ExampleSet
-from flaxfit.data.datasets.stream import Stream
-from flaxfit.data.open import as_inputs_source, as_source, split_data
+from flaxfit.data.binding.binding import Binding, Whole
+from flaxfit.data.binding.in_memory import Arrays
+from flaxfit.data.open import (
+    BatchOptions,
+    Dataset,
+    batch_source,
+    one_batch,
+    split_dataset,
+)
 from flaxfit.data.sources.base import Source
 from flaxfit.trainer.arguments import (
     as_choice,
@@ -63,9 +70,11 @@ from flaxfit.trainer.compile_ahead import compile_ahead
 from flaxfit.trainer.compile_report import CompileReport
 from flaxfit.trainer.data import (
     Reader,
+    refuse_endless,
     refuse_one_shot,
     refuse_to_go_back,
     refuse_to_use_up,
+    warn_of_order,
 )
 from flaxfit.trainer.fit_options import FitOptions
 from flaxfit.trainer.state import (
@@ -331,6 +340,7 @@ class Trainer:
             # ---- Prepare: the training data first, because the rest has to fit it.
             clock.switch("compiling")  # traces the model, and compiles its `init`
             total_steps = options.total_steps(source, origin)
+            self._programs.require_total_steps(total_steps)
             self._prepare(source, total_steps, divide=True, state=False)
             validation = self._open_validation(held_out, options, source, origin)
             # ---- Resume: all that can fail comes before the state is replaced.
@@ -393,18 +403,17 @@ class Trainer:
         steps = as_optional_count("steps_per_epoch", steps_per_epoch)
         display = make_display(verbose)
         with calling("compile"), listening(CompileReport(display)):
-            source = as_source(
-                x,
-                y,
-                binding=self._reader.binding,
-                batch_size=batch_size,
-                steps=steps,
-                check=self._programs.check_values,
-                refuse=partial(refuse_to_use_up, what="compile"),
-                what="compile",
+            dataset = self._reader.open(x, y, batch_size=batch_size, is_training=True)
+            refuse_to_use_up(dataset)
+            refuse_endless(dataset, steps, "steps_per_epoch")
+            source = batch_source(
+                dataset,
+                self._reader.binding,
+                BatchOptions(batch_size=batch_size, steps=steps),
             )
             epoch_steps = steps or source.num_batches
             total_steps = epoch_steps and self.step + epochs * epoch_steps
+            self._programs.require_total_steps(total_steps)
             resolved = self._prepare(source, total_steps, divide=True)
             self._reader.batch_size = source.batch_size
             outputs = self._programs.find_outputs(source.example, sown=False)
@@ -443,7 +452,8 @@ class Trainer:
           The loss and metrics of this batch before the step, as floats.
         """
         refuse_list(return_dict)
-        batch = self._one_batch(x, y, sample_weight, class_weight, "train_on_batch")
+        with calling("train_on_batch"):
+            batch = self._one_batch(x, y, sample_weight, class_weight)
         resolved = self._programs.resolved
         self._programs.require_total_steps(resolved.total_steps)
         with Interrupt() as interrupt:
@@ -498,14 +508,10 @@ class Trainer:
             Interrupt() as interrupt,
             listening(CompileReport(display)),
         ):
+            dataset = self._reader.open(x, y, sample_weight, batch_size=batch_size)
+            refuse_endless(dataset, steps, "steps")
             source = self._reader.source(
-                x,
-                y,
-                sample_weight,
-                what="evaluate",
-                batch_size=batch_size,
-                steps=steps,
-                divided=True,
+                dataset, batch_size=batch_size, steps=steps, divided=True
             )
             evaluate = Evaluation(
                 self._prepare(source),
@@ -531,7 +537,8 @@ class Trainer:
     ) -> dict[str, Any]:
         """Returns the loss and metrics of one batch of any size, as floats."""
         refuse_list(return_dict)
-        batch = self._one_batch(x, y, sample_weight, None, "test_on_batch")
+        with calling("test_on_batch"):
+            batch = self._one_batch(x, y, sample_weight, None)
         resolved = self._programs.resolved
         placed = resolved.placement.put_chunk(batch)
         with self._store.borrow() as state:
@@ -577,7 +584,7 @@ class Trainer:
         """
         display = make_progress(verbose)
         with calling("predict"), listening(CompileReport(display)):
-            prediction = self._open_prediction(x, "predict", batch_size, steps)
+            prediction = self._open_prediction(x, batch_size, steps)
             writer = None
             if out is not None:
                 shapes = prediction.outputs.shapes
@@ -618,7 +625,7 @@ class Trainer:
           `for outputs in trainer.predict_batches(make_batches): file.write(outputs)`
         """
         with calling("predict_batches"):
-            opened = self._open_prediction(x, "predict_batches", batch_size, steps)
+            opened = self._open_prediction(x, batch_size, steps, may_be_endless=True)
             # Read, not borrowed: a fit would copy a borrowed state in every step for as
             # long as the iterator exists.
             return split_batches(opened.run(self._store.read(), copy=True))
@@ -640,26 +647,29 @@ class Trainer:
           NumPy arrays `[examples, ...]`; a value without a batch axis is stacked
           `[batches, ...]`.
         """
-        display, what = make_progress(verbose), "predict_intermediates"
-        with calling(what), listening(CompileReport(display)):
-            opened = self._open_prediction(x, what, batch_size, steps, sown=True)
+        display = make_progress(verbose)
+        with calling("predict_intermediates"), listening(CompileReport(display)):
+            opened = self._open_prediction(x, batch_size, steps, sown=True)
             with self._store.borrow() as state:
                 parts = opened.run(state, display=display)
                 return join_batches(parts, opened.outputs.batched)
 
     def predict_on_batch(self, x: Any) -> PyTree:
         """Returns the outputs for one batch of inputs of any size."""
-        what = "predict_on_batch"
-        with calling(what):
-            source = self._reader.inputs(x, what=what, refuse=_refuse_several)
-            if source.kind == "arrays":
-                rows = source.num_examples
-                source = self._reader.inputs(x, what=what, batch_size=rows)
-            elif source.num_batches != 1:
+        with calling("predict_on_batch"):
+            dataset, options = self._reader.inputs(x)
+            warn_of_order(dataset)
+            if dataset.one_shot:
+                raise UsageError(_several_text(dataset))
+            # All rows at once; a dataset brings its own batch.
+            if isinstance(dataset, Arrays):
+                options = replace(options, batch_size=sys.maxsize)
+            source = batch_source(dataset, self._reader.binding, options)
+            if source.num_batches != 1:
                 raise UsageError(_several_text(source))
-            opened = self._prediction(source, None)
+            prediction = self._prediction(source, None)
             with self._store.borrow() as state:
-                return join_batches(opened.run(state), opened.outputs.batched)
+                return join_batches(prediction.run(state), prediction.outputs.batched)
 
     # -------------------------------------------------------------- a custom loop
 
@@ -768,8 +778,9 @@ class Trainer:
         """
         if x is not None:
             with calling("summary"):
-                source = as_inputs_source(
-                    x, binding=self._reader.binding, what="summary"
+                dataset, options = self._reader.inputs(x)
+                source = batch_source(
+                    dataset, self._reader.binding, replace(options, multiple_of=1)
                 )
                 resolved = self._prepare(source, inputs_only=True, state=False)
         else:
@@ -793,13 +804,9 @@ class Trainer:
           batch_size: rows of a batch, for arrays; that of the last `fit`, or 32.
         """
         with calling("check"):
-            source = self._reader.source(
-                x,
-                y,
-                what="check",
-                batch_size=batch_size,
-                refuse=partial(refuse_to_use_up, what="check"),
-            )
+            dataset = self._reader.open(x, y, batch_size=batch_size, is_training=True)
+            refuse_to_use_up(dataset)
+            source = self._reader.source(dataset, batch_size=batch_size)
             resolved = self._prepare(source, state=False)
             self._restore_pending()
             names = self._reader.class_names
@@ -944,34 +951,39 @@ class Trainer:
         sample_weight: Any,
         options: FitOptions,
         origin: ResumePoint,
-    ) -> tuple[Source, Any]:
-        """Returns the training data, and the validation data."""
+    ) -> tuple[Source, Dataset | None]:
+        """Returns the training data, and the dataset to validate on."""
         reader, validation = self._reader, options.validation.data
         binding = reader.binding
         if origin.saved is not None:
             binding = reader.read_like(origin.saved)
+        dataset = reader.open(
+            x, y, sample_weight, batch_size=options.batch_size, is_training=True
+        )
         if options.validation.split:
-            x, validation = split_data(
-                x, y, sample_weight, options.validation.split, binding=binding
+            dataset, validation = split_dataset(
+                dataset, options.validation.split, binding
             )
-            y = sample_weight = None
-        source = as_source(
-            x,
-            y,
-            sample_weight,
-            binding=binding,
-            batch_size=options.batch_size,
-            shuffle=options.shuffle,
-            seed=(self._programs.seed, origin.first_step),
-            class_weight=options.class_weight,
-            steps=options.steps,
-            check=self._programs.check_values,
-            refuse=refuse_to_go_back
-            if self._programs.nonfinite == "rollback"
-            else partial(
-                refuse_one_shot,
-                what="fit",
-                epochs=len(options.epochs_from(origin)),
+        elif validation is not None:
+            with calling("validation_data"):
+                validation = reader.open(
+                    validation, batch_size=options.validation.batch_size
+                )
+        if self._programs.nonfinite == "rollback":
+            refuse_to_go_back(dataset)
+        epochs = len(options.epochs_from(origin))
+        refuse_one_shot(
+            dataset, epochs=epochs, steps=options.steps, argument="steps_per_epoch"
+        )
+        refuse_endless(dataset, options.steps, "steps_per_epoch")
+        source = batch_source(
+            dataset,
+            binding,
+            BatchOptions(
+                batch_size=options.batch_size,
+                shuffle=options.shuffle,
+                seed=(self._programs.seed, origin.first_step),
+                class_weight=options.class_weight,
                 steps=options.steps,
             ),
         )
@@ -980,26 +992,28 @@ class Trainer:
         return source, validation
 
     def _open_validation(
-        self, data: Any, options: FitOptions, training: Source, origin: ResumePoint
+        self,
+        dataset: Dataset | None,
+        options: FitOptions,
+        training: Source,
+        origin: ResumePoint,
     ) -> Source | None:
-        if data is None:
+        if dataset is None:
             return None
         epochs, steps = len(options.epochs_from(origin)), options.validation.steps
         try:
             with calling("validation_data"):
+                refuse_one_shot(
+                    dataset, epochs=epochs, steps=steps, argument="validation_steps"
+                )
+                refuse_endless(dataset, steps, "validation_steps")
                 source = self._reader.source(
-                    data,
-                    what="validation_data",
+                    dataset,
                     batch_size=options.validation.batch_size,
+                    default_batch_size=training.batch_size,
                     steps=steps,
                     divided=True,
-                    default_batch_size=training.batch_size,
-                    refuse=partial(
-                        refuse_one_shot,
-                        what="validation_data",
-                        epochs=epochs,
-                        steps=steps,
-                    ),
+                    of_fit=True,
                 )
                 self._prepare(source, allow_rebuild=False, state=False)
         except Exception as error:
@@ -1142,7 +1156,7 @@ class Trainer:
 
     def _prepare(
         self,
-        source: Source,
+        source: Source | Whole,
         total_steps: int | None = None,
         *,
         inputs_only: bool = False,
@@ -1166,8 +1180,11 @@ class Trainer:
         """
         if allow_rebuild is None:
             allow_rebuild = not self._store.has_trained
-        self._programs.require_total_steps(total_steps)
-        placement = self._placement_for(source) if divide else None
+        placement = (
+            self._placement_for(source)
+            if divide and not isinstance(source, Whole)
+            else None
+        )
         # The schema first: it decides whether images are scaled in the programs.
         self._reader.learn(source, allow_rebuild=allow_rebuild)
         if inputs_only:
@@ -1181,9 +1198,9 @@ class Trainer:
                 allow_rebuild=allow_rebuild,
                 placement=placement,
             )
-        if resolved.task.objective.scalar_loss:
+        if resolved.task.objective.scalar_loss and not isinstance(source, Whole):
             source.pad = False
-        source.check()
+        source.check(self._programs.check_values)
         if state:
             self._ensure_state(source.example)
         return resolved
@@ -1203,29 +1220,29 @@ class Trainer:
         return placement
 
     def _one_batch(
-        self, x: Any, y: Any, sample_weight: Any, class_weight: Any, what: str
+        self, x: Any, y: Any, sample_weight: Any, class_weight: Any
     ) -> Batch:
-        with calling(what):
-            whole = self._reader.one_batch(x, y, sample_weight, class_weight, what=what)
-            allow_rebuild = not self._store.has_trained
-            self._reader.learn(whole, allow_rebuild=allow_rebuild)
-            self._programs.build(whole.batch, allow_rebuild=allow_rebuild)
-            self._programs.check_values(whole.batch)
-            self._ensure_state(whole.batch)
+        dataset = self._reader.open(x, y, sample_weight, is_training=True)
+        whole = one_batch(dataset, self._reader.binding, class_weight)
+        self._prepare(whole)
         return whole.batch
 
     def _open_prediction(
         self,
         x: Any,
-        what: str,
         batch_size: int | None,
         steps: int | None,
         *,
         sown: bool = False,
+        may_be_endless: bool = False,
     ) -> Prediction:
-        """Returns the prediction for data, programs and state ready."""
+        """Returns the prediction for data, with programs and state ready."""
         steps = as_optional_count("steps", steps)
-        source = self._reader.inputs(x, what=what, batch_size=batch_size, steps=steps)
+        dataset, options = self._reader.inputs(x, batch_size=batch_size, steps=steps)
+        if not may_be_endless:
+            refuse_endless(dataset, steps, "steps")
+        warn_of_order(dataset)
+        source = batch_source(dataset, self._reader.binding, options)
         return self._prediction(source, steps, sown=sown)
 
     def _prediction(
@@ -1324,12 +1341,7 @@ def _finish(fit: FitContext) -> History:
     return history
 
 
-def _refuse_several(data: ExampleSet | Stream) -> None:
-    if data.one_shot:
-        raise UsageError(_several_text(data))
-
-
-def _several_text(data: ExampleSet | Stream | Source) -> str:
+def _several_text(data: Dataset | Source) -> str:
     return (
         f"predict_on_batch takes one batch, and the {data.kind} given may have more. "
         "Write predict(dataset), or predict_on_batch(next(iter(dataset)))."

@@ -30,9 +30,10 @@ from flaxfit import Trainer
 from flaxfit._core.types import CallSpec
 from flaxfit._loops.feeder import Execution, _SequentialFeed
 from flaxfit._programs.placement import find_placement
+from flaxfit.data import tfds
 from flaxfit.data.binding.binding import Binding
 from flaxfit.data.datasets.workers import OrderedMap
-from flaxfit.data.open import as_source
+from flaxfit.data.open import BatchOptions, batch_source, open_dataset
 
 SECTIONS = ("prefetch", "workers", "fits")
 
@@ -167,7 +168,7 @@ def _drain(items: Iterable[Any]) -> None:
 
 def _prefetching(data: _Batches) -> Callable[[], None]:
     """Returns what reads a pass as `fit` does, and does nothing with it."""
-    source = as_source(data, binding=_BINDING)
+    source = batch_source(open_dataset(data), _BINDING, BatchOptions())
     placement = find_placement()
 
     def run() -> None:
@@ -296,10 +297,12 @@ def _add_tfds(report: Report, folder: str, quick: bool) -> None:
     report.say(f"\n{len(images)} of them as PNG in an array_record of TFDS\n")
     _add_fits(
         report,
-        {"arrays": (scaled, labels), "TFDS by name": "few_digits/train"},
+        {
+            "arrays": (scaled, labels),
+            "TFDS by name": tfds("few_digits/train", data_dir=folder),
+        },
         len(images),
         rounds=1 if quick else 7,
-        data_dir=folder,
     )
 
 
@@ -309,13 +312,12 @@ def _add_fits(
     examples: int,
     *,
     rounds: int,
-    data_dir: str | None = None,
 ) -> None:
     runners = {}
     for name, dataset in datasets.items():
         trainer = Trainer(nn.Sequential([_flat, nn.Dense(64), nn.relu, nn.Dense(10)]))
         size = {} if "batches" in name else {"batch_size": 32}
-        fit = partial(trainer.fit, dataset, verbose=0, data_dir=data_dir, **size)
+        fit = partial(trainer.fit, dataset, verbose=0, **size)
         fit()
         runners[name] = fit
     seconds = race(runners, rounds)

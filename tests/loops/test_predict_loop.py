@@ -17,7 +17,6 @@ from flaxfit._core import state_store
 from flaxfit._core.arrays import empty_array
 from flaxfit._core.errors import DataError
 from flaxfit.data import Batches, Examples
-from flaxfit.trainer import data as trainer_data
 
 ROOT = Path(__file__).parents[2]
 X = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
@@ -220,22 +219,6 @@ def test_one_batch_is_no_dataset():
         ValueError, match=r"one batch, and the iterator given may.*next\(iter"
     ):
         trainer.predict_on_batch(make_batches())
-
-
-def test_data_dir_reaches_the_data(monkeypatch):
-    asked = []
-    real = trainer_data.as_inputs_source
-
-    def noting(x, *, data_dir=None, **arguments):
-        asked.append(data_dir)
-        return real(x, **arguments)
-
-    trainer = make_trainer()
-    monkeypatch.setattr(trainer_data, "as_inputs_source", noting)
-    trainer.predict(X, data_dir="a")
-    next(trainer.predict_batches(X, data_dir="b"))
-    trainer.predict_intermediates(X, data_dir="c")
-    assert asked == ["a", "b", "c"]
 
 
 # ----------------------------------------------------------------------------- out

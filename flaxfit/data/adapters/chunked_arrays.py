@@ -56,30 +56,27 @@ def is_sliced(value: Any) -> bool:
     return not (packages & _IN_MEMORY or hasattr(value, "__dlpack__"))
 
 
-def recognizes(x: Any) -> bool:
+def matches(x: Any) -> bool:
     """Whether `x` is such an array, or a nesting with one in it."""
     if comes_from(x, "zarr", "Group"):
         return True
     if isinstance(x, Mapping):
-        return any(map(recognizes, x.values()))
+        return any(map(matches, x.values()))
     if isinstance(x, tuple | list) and not is_array(x):
-        return any(map(recognizes, x))
+        return any(map(matches, x))
     return is_sliced(x)
 
 
-def as_dataset(x: Any, *, what: str, data_dir: Any = None) -> ExampleSet:
+def adapt(x: Any) -> ExampleSet:
     """Returns the rows of arrays as examples.
 
     Args:
       x: arrays in any nesting, all of the same length.
-      what: the method it was given to, for messages.
-      data_dir: not for arrays.
 
     Raises:
       DataError: arrays of different length, or of a dtype of no numbers or text.
         Nothing is read to find out.
     """
-    del what, data_dir
     nest = _as_nest(x)
     length = check_lengths(_forms(nest))
     leaves, structure = jax.tree.flatten(nest, is_leaf=is_array)
@@ -102,7 +99,7 @@ def gathered(x: Any, y: Any, sample_weight: Any) -> ExampleSet:
     """Returns arrays that were given apart as one dataset.
 
     Raises:
-      DataError: as `as_dataset`.
+      DataError: as `adapt`.
       ValueError: weights that are given twice.
     """
     if y is not None:
@@ -121,7 +118,7 @@ def gathered(x: Any, y: Any, sample_weight: Any) -> ExampleSet:
             if by_name
             else (*(*parts, None)[:2], sample_weight)
         )
-    return as_dataset(x, what="fit")
+    return adapt(x)
 
 
 def as_leaf(value: Any) -> Any:

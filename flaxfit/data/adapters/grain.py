@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from flaxfit._core.errors import DataError
+from flaxfit._core.errors import DataError, caller
 from flaxfit._core.lazy_types import comes_from
 from flaxfit._core.types import HostArray
 from flaxfit.data.datasets.example_dataset import ExampleSet
@@ -41,38 +41,35 @@ _FLAGS = (
 _ITERATORS = ("DatasetIterator", "DataLoaderIterator")
 
 
-def recognizes(x: object) -> bool:
+def matches(x: object) -> bool:
     """Whether something is a dataset, a loader or an iterator of Grain."""
     kinds = ("MapDataset", "IterDataset", "DataLoader", *_ITERATORS)
     return comes_from(x, "grain", *kinds)
 
 
-def as_dataset(x: Any, *, what: str, data_dir: str | None) -> Stream | ExampleSet:
+def adapt(x: Any, *, data_dir: str | None) -> Stream | ExampleSet:
     """Returns its batches; or its examples, in its own order.
 
     Which of both they are its transformations tell, or its first element, which is
     read.
 
     Args:
-      x: what `recognizes` says is Grain's.
-      what: the method it was given to, for messages.
-      data_dir: unused.
+      x: what `matches` says is Grain's.
     """
-    del data_dir
     if comes_from(x, "grain", *_ITERATORS):
         stream = Stream("grain iterator", lambda *unused: x, one_shot=True)
-        return _in_order(stream, what)
+        return _in_order(stream)
     if not comes_from(x, "grain", "MapDataset"):
         kind = "DataLoader" if comes_from(x, "grain", "DataLoader") else "IterDataset"
         stream = Stream(f"grain {kind}", lambda *unused: iter(x))
         dataset = getattr(x, "_dataset", x)  # of a loader
         stream = replace(stream, endless=_is_endless(x))
-        return _in_order(stream, what, batched=_is_batched(dataset))
+        return _in_order(stream, batched=_is_batched(dataset))
     length = len(x)
     if length == 0 or length > _LONGEST or _has_gaps(x):
         stream = Stream("grain MapDataset", partial(_open_map, x))
         stream = replace(stream, endless=length > _LONGEST)
-        return _in_order(stream, what, batched=_is_batched(x))
+        return _in_order(stream, batched=_is_batched(x))
     batches = Stream(
         "grain MapDataset", partial(_open_at, x), num_batches=length, seeks=True
     )
@@ -191,14 +188,11 @@ def _there(element: Any, index: int) -> Any:
     return element
 
 
-def _in_order(
-    stream: Stream, what: str, *, batched: bool = False
-) -> Stream | ExampleSet:
+def _in_order(stream: Stream, *, batched: bool = False) -> Stream | ExampleSet:
     """Returns what is read one after the other as what it is: batches or examples.
 
     Args:
       stream: how it is read; `open` returns iterators that have a state.
-      what: the method it was given to, for messages.
       batched: whether it is known to make batches.
 
     Raises:
@@ -211,7 +205,7 @@ def _in_order(
     first = passes.peek()
     if first is None:
         raise DataError(
-            f"no examples: the {stream.kind} given to {what} yielded nothing."
+            f"no examples: the {stream.kind} given to {caller()} yielded nothing."
         )
     examples = ExampleSet(
         f"{stream.kind} of examples",

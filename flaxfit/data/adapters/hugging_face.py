@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from flaxfit._core.errors import caller
 from flaxfit._core.lazy_types import comes_from
 from flaxfit._core.types import HostArray
 from flaxfit.data.binding.binding import TARGET_NAMES
@@ -31,27 +32,24 @@ _ARRAYS = ("numpy", "torch", "tensorflow", "jax")
 _TABLES = ("arrow", "pandas", "polars")
 
 
-def recognizes(x: Any) -> bool:
+def matches(x: Any) -> bool:
     """Whether `x` is a dataset of Hugging Face, or a dict of its splits."""
     return _is(x, _TABLE, _STREAM, *_SPLITS)
 
 
-def as_dataset(x: Any, *, what: str, data_dir: Any = None) -> ExampleSet:
+def adapt(x: Any) -> ExampleSet:
     """Returns a dataset as examples: each row is one, a dict.
 
     A format or transform that the user has set stays.
 
     Args:
-      x: what `recognizes`.
-      what: the method it was given to, for messages.
-      data_dir: not for datasets that are open.
+      x: what `matches`.
 
     Raises:
       TypeError: several splits at once.
     """
-    del data_dir
     if _is(x, *_SPLITS):
-        _refuse_splits(x, what)
+        _refuse_splits(x)
     if _is(x, _STREAM):
         return ExampleSet(
             "Hugging Face IterableDataset",
@@ -86,18 +84,18 @@ def _is(x: Any, *classes: tuple[str, str]) -> bool:
     return any((cls.__module__, cls.__name__) in classes for cls in type(x).__mro__)
 
 
-def _refuse_splits(splits: Mapping[str, Any], what: str) -> NoReturn:
+def _refuse_splits(splits: Mapping[str, Any]) -> NoReturn:
     names = list(splits) or ["train"]
     train = "train" if "train" in splits else names[0]
     rest = [name for name in names if name != train]
     tests = [name for name in rest if name.startswith(("val", "dev", "test"))]
     held_out = (*tests, *rest, train)[0]
-    line = f'ds["{train if what == "fit" else held_out}"]'
-    if what == "fit" and rest:
+    line = f'ds["{train if caller() == "fit" else held_out}"]'
+    if caller() == "fit" and rest:
         line = f'{line}, validation_data=ds["{held_out}"]'
-    line = f"fit({line})" if what == "fit" else call_text(what, line)
+    line = f"fit({line})" if caller() == "fit" else call_text(line)
     raise TypeError(
-        f"a {type(splits).__name__} given to {what} holds several datasets: "
+        f"a {type(splits).__name__} given to {caller()} holds several datasets: "
         f"{', '.join(names)}. Write {line}."
     )
 

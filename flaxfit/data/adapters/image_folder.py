@@ -122,9 +122,8 @@ def image_folder(
     )
 
 
-def open_image_files(x: ImageFiles, *, what: str, data_dir: Any = None) -> ExampleSet:
+def open_image_files(x: ImageFiles) -> ExampleSet:
     """Returns the files as items of a dataset of pictures."""
-    del what, data_dir
     facts = Facts(class_names=x.class_names, pictures=True)
     return ExampleSet("image folder", len(x), take_items(x), facts=facts)
 

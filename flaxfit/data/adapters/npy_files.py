@@ -23,25 +23,21 @@ _HEADER_READERS = (
 )
 
 
-def recognizes(x: Any) -> bool:
+def matches(x: Any) -> bool:
     """Whether `x` is the path of such a file, or what `np.load` made of an `.npz`."""
     return isinstance(x, np.lib.npyio.NpzFile) or (
         isinstance(x, str | Path) and str(x).endswith(SUFFIXES)
     )
 
 
-def as_dataset(
-    x: Any, *, what: str, data_dir: str | os.PathLike[str] | None = None
-) -> Any:
+def adapt(x: Any, *, data_dir: str | os.PathLike[str] | None = None) -> Any:
     """Returns the arrays of a file.
 
     What lies in the file as it is in memory is mapped, and read row by row as it is
     needed; members that are compressed are read as a whole.
 
     Args:
-      x: see `recognizes`.
-      what: the method it was given to, for messages.
-      data_dir: not for files, which have a path.
+      x: see `matches`.
 
     Returns:
       The array of an `.npy`. Of an `.npz` a dict of its arrays by name; those without
@@ -50,7 +46,6 @@ def as_dataset(
     Raises:
       DataError: there is no such file, it is damaged, or holds no numbers.
     """
-    del what, data_dir
     if not isinstance(x, np.lib.npyio.NpzFile):
         return _read_path(os.fspath(x))
     path = getattr(x.zip, "filename", None)
@@ -65,8 +60,8 @@ def open_files(nest: Any) -> Any:
     Args:
       nest: anything; tuples and mappings are looked into.
     """
-    if recognizes(nest):
-        return as_dataset(nest, what="fit")
+    if matches(nest):
+        return adapt(nest)
     if isinstance(nest, tuple) and any(map(_holds_file, nest)):
         parts = map(open_files, nest)
         return type(nest)(*parts) if hasattr(nest, "_fields") else tuple(parts)
@@ -80,7 +75,7 @@ def _holds_file(nest: Any) -> bool:
         return any(map(_holds_file, nest))
     if isinstance(nest, Mapping):
         return any(map(_holds_file, nest.values()))
-    return recognizes(nest)
+    return matches(nest)
 
 
 def _read_path(path: str, suffix: str = "") -> Any:

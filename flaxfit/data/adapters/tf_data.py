@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from flaxfit._core.errors import DataError
+from flaxfit._core.errors import DataError, caller
 from flaxfit._core.lazy_types import comes_from
 from flaxfit.data.datasets.example_dataset import ExampleSet
 from flaxfit.data.datasets.stream import Facts, Stream
@@ -18,25 +18,22 @@ _LINES = (
 )
 
 
-def recognizes(x: Any) -> bool:
+def matches(x: Any) -> bool:
     """Whether `x` is a `tf.data.Dataset`."""
     return comes_from(x, "tensorflow", "DatasetV2", "DatasetV1")
 
 
-def as_dataset(x: Any, *, what: str, data_dir: Any = None) -> Stream | ExampleSet:
+def adapt(x: Any) -> Stream | ExampleSet:
     """Returns a dataset as batches, or as single examples where it has no batches.
 
     Args:
-      x: what `recognizes`.
-      what: the method it was given to, for messages.
-      data_dir: not for datasets that are open.
+      x: what `matches`.
 
     Raises:
       DataError: elements that are no arrays.
     """
-    del data_dir
     leaves = jax.tree.leaves(x.element_spec)
-    _check(leaves, what)
+    _check(leaves)
     number = int(x.cardinality())
     known = number if number >= 0 else None
     fields = _fields(x.element_spec)
@@ -67,21 +64,21 @@ def _fields(spec: Any) -> tuple[str, ...]:
     return tuple(spec) if isinstance(spec, dict) else ()
 
 
-def _check(leaves: list[Any], what: str) -> None:
+def _check(leaves: list[Any]) -> None:
     for leaf in leaves:
         kind = type(leaf).__name__
         for name, word, line in _LINES:
             if kind == name:
                 raise DataError(
-                    f"the tf.data.Dataset given to {what} has {word} tensors, which "
-                    f"are no arrays. Write dataset.map(lambda x, y: ({line}, y))."
+                    f"the tf.data.Dataset given to {caller()} has {word} tensors, "
+                    f"which are no arrays. Write dataset.map(lambda x, y: ({line}, y))."
                 )
         if not hasattr(leaf, "shape"):
             raise DataError(
-                f"the tf.data.Dataset given to {what} has elements of a {kind}: "
+                f"the tf.data.Dataset given to {caller()} has elements of a {kind}: "
                 "expected tensors, (x, y) or a dict. A dataset of windows becomes one "
                 "of tensors with dataset.flat_map(lambda w: w.batch(size)); then "
-                f"{call_text(what, 'dataset.batch(32)')}."
+                f"{call_text('dataset.batch(32)')}."
             )
 
 

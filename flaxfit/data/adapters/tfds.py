@@ -7,12 +7,13 @@ prepared is the business of `tfds_builders`.
 import importlib
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 
-from flaxfit._core.errors import DataError, did_you_mean
+from flaxfit._core.errors import DataError, UsageError, caller, did_you_mean
 from flaxfit._core.lazy_types import comes_from
 from flaxfit.data.adapters.npy_files import SUFFIXES
 from flaxfit.data.adapters.tfds_builders import find_builder, open_source, prepare
@@ -26,11 +27,34 @@ from flaxfit.data.host.arrays import call_text
 _NAME_A_SPLIT = ("evaluate", "predict", "validation")
 
 
-def recognizes(x: Any) -> bool:
+@dataclass(frozen=True)
+class NamedDataset:
+    """A dataset by name, in a folder; see `tfds`."""
+
+    name: str | PurePath
+    data_dir: str | os.PathLike[str] | None = None
+
+
+def tfds(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> NamedDataset:
+    """Names a dataset of TensorFlow Datasets that is stored in another folder.
+
+    Args:
+      name: `name[/config][:version][/split]`, e.g. `"mnist/train[:90%]"`.
+      data_dir: the folder; None for `$TFDS_DATA_DIR`, or `~/tensorflow_datasets`.
+
+    Example:
+      `trainer.fit(flaxfit.data.tfds("mnist", data_dir="/data"))`
+    """
+    return NamedDataset(name, data_dir)
+
+
+def matches(x: Any) -> bool:
     """Whether `x` is the name or the folder of a dataset, a builder or a data source.
 
     A dict of data sources is, too.
     """
+    if isinstance(x, NamedDataset):
+        return True
     if isinstance(x, str | PurePath):
         return not str(x).endswith(SUFFIXES)
     if isinstance(x, Mapping):
@@ -38,17 +62,13 @@ def recognizes(x: Any) -> bool:
     return _is_data_source(x) or comes_from(x, "tensorflow_datasets", "DatasetBuilder")
 
 
-def as_dataset(
-    x: Any, *, what: str, data_dir: str | os.PathLike[str] | None = None
-) -> ExampleSet:
+def adapt(x: Any, *, data_dir: str | os.PathLike[str] | None = None) -> ExampleSet:
     """Returns the examples of one split.
 
     A dataset that is not prepared is, first. Without a split, `fit` takes `train`.
 
     Args:
-      x: see `recognizes`; a name is `name[/config][:version][/split]`.
-      what: the method it was given to.
-      data_dir: where datasets by name lie; None for TFDS's own folder.
+      x: see `matches`; a name is `name[/config][:version][/split]`.
 
     Raises:
       ValueError: there is no such dataset or split, or the split is not named.
@@ -56,25 +76,33 @@ def as_dataset(
     """
     if isinstance(x, Mapping):
         counts = {str(split): len(source) for split, source in x.items()}
-        split = _suggested(counts, what)
+        split = _suggested(counts)
         raise ValueError(
             f"tfds.data_source(...) without split= is a dict of {_listed(counts)}. "
-            f"Write {call_text(what, f'sources[{split!r}]')}."
+            f"Write {call_text(f'sources[{split!r}]')}."
         )
     if _is_data_source(x):
         return _example_set(x)
-    named = isinstance(x, str | PurePath)
-    builder, split = find_builder(x, data_dir) if named else (x, "")
+    if isinstance(x, str | PurePath):
+        x = NamedDataset(x)
+    named = isinstance(x, NamedDataset)
+    builder, split = find_builder(x.name, x.data_dir) if named else (x, "")
     prepare(builder)
-    split = _checked_split(builder, split, what, str(x) if named else "")
-    return _example_set(open_source(builder, split))
+    given = str(x.name) if named else ""
+    opened = _checked_split(builder, split, given)
+    examples = _example_set(open_source(builder, opened))
+    if split:
+        return examples
+    # Only training may take a split that nobody named.
+    text = _unnamed_split(builder.info, given)
+    return replace(examples, facts=replace(examples.facts, assumed_split=text))
 
 
 def _is_data_source(x: Any) -> bool:
     return comes_from(x, "tensorflow_datasets", "BaseDataSource")
 
 
-def _checked_split(builder: Any, split: str, what: str, given: str) -> str:
+def _checked_split(builder: Any, split: str, given: str) -> str:
     """Returns the split to read.
 
     Raises:
@@ -85,17 +113,9 @@ def _checked_split(builder: Any, split: str, what: str, given: str) -> str:
     counts = {name: each.num_examples for name, each in info.splits.items()}
     has = f"{_title(info)} has {_listed(counts)}"
     stem = given.removesuffix(f"/{split}")
-    default = "" if what.startswith(_NAME_A_SPLIT) else "train"
-    if not (split or default in counts):
-        wanted = _suggested(counts, what)
-        line = f"{stem}/{wanted}" if given else ""
-        argument = repr(line) if line else f"builder.as_data_source({wanted!r})"
-        call = call_text(what, repr(given) if given else "builder")
-        raise ValueError(
-            f"{call} does not say which split: {has}. Write "
-            f"{call_text(what, argument)}."
-        )
-    split = split or default
+    if not split and "train" not in counts:
+        raise UsageError(_unnamed_split(info, given))
+    split = split or "train"
     try:
         total = info.splits[split].num_examples
     except ValueError as error:
@@ -110,10 +130,21 @@ def _checked_split(builder: Any, split: str, what: str, given: str) -> str:
     return split
 
 
-def _suggested(counts: Mapping[str, int], what: str) -> str:
+def _unnamed_split(info: Any, given: str) -> str:
+    counts = {name: each.num_examples for name, each in info.splits.items()}
+    wanted = _suggested(counts)
+    line = repr(f"{given}/{wanted}") if given else f"builder.as_data_source({wanted!r})"
+    call = call_text(repr(given) if given else "builder")
+    return (
+        f"{call} does not say which split: {_title(info)} has {_listed(counts)}. Write "
+        f"{call_text(line)}."
+    )
+
+
+def _suggested(counts: Mapping[str, int]) -> str:
     """Returns the split a user most likely means, which may be none of the usual."""
-    wanted = ["test", "validation"] if what.startswith(_NAME_A_SPLIT) else ["train"]
-    if what == "validation_data":
+    wanted = ["test", "validation"] if caller().startswith(_NAME_A_SPLIT) else ["train"]
+    if caller() == "validation_data":
         wanted.reverse()
     return next((name for name in (*wanted, *counts) if name in counts), "train")
 

@@ -12,7 +12,7 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-from flaxfit._core.errors import DataError
+from flaxfit._core.errors import DataError, caller
 from flaxfit._core.lazy_types import comes_from
 from flaxfit.data.datasets.example_dataset import ExampleSet, take_items
 from flaxfit.data.datasets.iterables import length_of
@@ -28,25 +28,22 @@ _EXCHANGE = threading.RLock()
 _BYTES = "torch.uint8"
 
 
-def recognizes(x: Any) -> bool:
+def matches(x: Any) -> bool:
     """Whether `x` is a loader or a dataset of torch."""
     return comes_from(x, "torch", "DataLoader", "Dataset")
 
 
-def as_dataset(x: Any, *, what: str, data_dir: Any = None) -> Any:
+def adapt(x: Any) -> Any:
     """Returns a loader as batches, a dataset as examples, tensors as arrays.
 
     Args:
-      x: what `recognizes`.
-      what: the method it was given to, for messages.
-      data_dir: not for torch.
+      x: what `matches`.
 
     Raises:
       TypeError: a dataset without a length.
     """
-    del data_dir
     if comes_from(x, "torch", "DataLoader"):
-        return _from_loader(x, what)
+        return _from_loader(x)
     tensors = _tensors(x)
     if tensors is not None:
         return tensors
@@ -58,8 +55,8 @@ def as_dataset(x: Any, *, what: str, data_dir: Any = None) -> Any:
         )
     if length is None:
         raise TypeError(
-            f"the torch Dataset given to {what}, a {type(x).__name__}, has no length. "
-            "Add def __len__(self) to it, or make it an IterableDataset."
+            f"the torch Dataset given to {caller()}, a {type(x).__name__}, has no "
+            "length. Add def __len__(self) to it, or make it an IterableDataset."
         )
     return ExampleSet(
         "torch Dataset",
@@ -109,13 +106,12 @@ def _class_names(dataset: Any) -> tuple[str, ...]:
     return tuple(names) if listed and all(isinstance(n, str) for n in names) else ()
 
 
-def _from_loader(loader: Any, what: str) -> Stream:
-    _warn_of_fork(loader, what)
-    _warn_of_order(loader, what)
+def _from_loader(loader: Any) -> Stream:
+    _warn_of_fork(loader)
 
     def open_with(seed: Sequence[int]) -> Open:
         kind = _StatefulBatches if hasattr(loader, "load_state_dict") else _Batches
-        return lambda pass_index, start: kind(loader, what, seed, pass_index)
+        return lambda pass_index, start: kind(loader, seed, pass_index)
 
     return Stream(
         "torch DataLoader",
@@ -124,20 +120,9 @@ def _from_loader(loader: Any, what: str) -> Stream:
         num_examples=_num_examples(loader),
         facts=Facts(class_names=_class_names(loader.dataset)),
         seeded=open_with,
+        shuffles=loader.batch_size is not None
+        and comes_from(loader.sampler, "torch", "RandomSampler"),
     )
-
-
-def _warn_of_order(loader: Any, what: str) -> None:
-    """Warns where outputs would come in another order than the dataset's."""
-    shuffles = comes_from(loader.sampler, "torch", "RandomSampler")
-    if what.startswith("predict") and loader.batch_size is not None and shuffles:
-        warnings.warn(
-            f"{what} got a DataLoader(..., shuffle=True): the outputs come in its "
-            "order, which is not the dataset's. Write DataLoader(..., shuffle=False), "
-            f"or give the dataset: {call_text(what, 'dataset')}.",
-            UserWarning,
-            stacklevel=2,
-        )
 
 
 def _num_batches(loader: Any) -> int | None:
@@ -159,7 +144,7 @@ def _num_examples(loader: Any) -> int | None:
     return total // int(loader.batch_size) * int(loader.batch_size)
 
 
-def _warn_of_fork(loader: Any, what: str) -> None:
+def _warn_of_fork(loader: Any) -> None:
     if not loader.num_workers:
         return
     import multiprocessing
@@ -175,7 +160,7 @@ def _warn_of_fork(loader: Any, what: str) -> None:
     if method == "fork":
         workers = f"num_workers={loader.num_workers}"
         warnings.warn(
-            f"the DataLoader(..., {workers}) given to {what} starts its workers by "
+            f"the DataLoader(..., {workers}) given to {caller()} starts its workers by "
             "fork, and they can hang: jax has threads, which may hold a lock at that "
             f"moment. Write DataLoader(..., {workers}, "
             'multiprocessing_context="forkserver", persistent_workers=True), and in a '
@@ -192,11 +177,9 @@ class _Batches:
     as they were before whenever this is not being asked for a batch.
     """
 
-    def __init__(
-        self, loader: Any, what: str, seed: Sequence[int], pass_index: int
-    ) -> None:
+    def __init__(self, loader: Any, seed: Sequence[int], pass_index: int) -> None:
         self._loader = loader
-        self._what = what
+        self._caller = caller()
         self._pass = pass_index
         self._iterator: Any = None
         self._restored: Any = None
@@ -226,9 +209,9 @@ class _Batches:
             raw = next(self._iterator)
         if self._loader.batch_sampler is None and looks_single(raw):
             raise DataError(
-                f"the DataLoader(..., batch_size=None) given to {self._what} yields "
+                f"the DataLoader(..., batch_size=None) given to {self._caller} yields "
                 "single examples. Write DataLoader(dataset, batch_size=32), or give "
-                f"the dataset: {call_text(self._what, 'dataset')}."
+                f"the dataset: {call_text('dataset')}."
             )
         return raw
 
@@ -253,7 +236,7 @@ class _Batches:
         if self._iterator.flaxfit_reader is not self._token:
             raise DataError(
                 "a DataLoader(..., persistent_workers=True) is read by two at once, "
-                f"and one of them is {self._what}: its workers can serve only one. "
+                f"and one of them is {self._caller}: its workers can serve only one. "
                 "Give validation a DataLoader of its own."
             )
 

@@ -46,6 +46,15 @@ class Whole:
     unused: tuple[str, ...] = ()
     facts: Facts = NO_FACTS
 
+    @property
+    def example(self) -> Batch:
+        """The batch, as of a source."""
+        return self.batch
+
+    def check(self, check_values: Callable[[Batch], None]) -> None:
+        """Checks the values, as of a source."""
+        check_values(self.batch)
+
 
 @dataclasses.dataclass(frozen=True)
 class Binding:

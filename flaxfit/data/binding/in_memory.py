@@ -1,10 +1,10 @@
 """Reads arrays and tables that are in memory as one batch."""
 
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
-from flaxfit._core.errors import DataError
+from flaxfit._core.errors import DataError, caller
 from flaxfit._core.types import Batch
 from flaxfit.data.binding import dataframes
 from flaxfit.data.binding.binding import Binding, Whole, has_fields
@@ -23,7 +23,26 @@ from flaxfit.data.host.checks import check_lengths
 from flaxfit.data.host.weights import with_weights
 
 
-def is_arrays(x: Any, y: Any, sample_weight: Any, what: str) -> bool:
+@dataclass(frozen=True, eq=False)
+class Arrays:
+    """Arrays or tables in memory, not yet bound to inputs and targets.
+
+    Attributes:
+      x: the data, as it was given; or what was read of it already.
+      y: targets.
+      sample_weight: weights.
+    """
+
+    x: Any
+    y: Any = None
+    sample_weight: Any = None
+
+    kind: ClassVar[str] = "arrays"
+    one_shot: ClassVar[bool] = False
+    endless: ClassVar[bool] = False
+
+
+def is_arrays(x: Any, y: Any, sample_weight: Any) -> bool:
     """Whether the data is arrays; False for a dataset, which has its targets inside.
 
     Raises:
@@ -31,17 +50,17 @@ def is_arrays(x: Any, y: Any, sample_weight: Any, what: str) -> bool:
       ValueError: `y` or `sample_weight` beside data that has its own.
     """
     if x is None or isinstance(x, bytes):
-        arrays = "x" if what.startswith("predict") else "x, y"
+        arrays = "x" if caller().startswith("predict") else "x, y"
         raise TypeError(
-            f"{call_text(what, repr(x))} gives no data. Write "
-            f"{call_text(what, arrays)} with arrays, {call_text(what, repr('mnist'))} "
+            f"{call_text(repr(x))} gives no data. Write "
+            f"{call_text(arrays)} with arrays, {call_text(repr('mnist'))} "
             "for a dataset by name, or pass an iterable of batches."
         )
     name = "y" if y is not None else "sample_weight"
     given = y is not None or sample_weight is not None
     if isinstance(x, Batch | Whole):
         if given:
-            raise ValueError(f"a Batch has its {name} inside: write {what}(batch).")
+            raise ValueError(f"a Batch has its {name} inside: write {caller()}(batch).")
         return True
     if dataframes.is_table(x) or is_array(x):
         return True
@@ -51,7 +70,7 @@ def is_arrays(x: Any, y: Any, sample_weight: Any, what: str) -> bool:
         raise ValueError(
             f"{name} is given beside a {kind_text(x)}, which brings its targets and "
             "weights itself. Let its items be (x, y), (x, y, weights) or dicts, and "
-            f"write {call_text(what, 'dataset')}; what is one column of a dataset is "
+            f"write {call_text('dataset')}; what is one column of a dataset is "
             "made an array by np.asarray(column)."
         )
     if isinstance(x, ExampleSet | Stream):

@@ -103,13 +103,12 @@ class Batches:
         )
 
 
-def open_batches(batches: Batches, adapted: Any, what: str) -> Stream:
+def open_batches(batches: Batches, adapted: Any) -> Stream:
     """Returns a user's `Batches` as a stream.
 
     Args:
       batches: what the user says.
       adapted: what they are made of, a `Stream` where their kind is known.
-      what: the method the data was given to, for messages.
 
     Raises:
       TypeError: single examples, or nothing that yields batches.
@@ -119,15 +118,15 @@ def open_batches(batches: Batches, adapted: Any, what: str) -> Stream:
     if adapted is not batches.batches and not isinstance(adapted, ExampleSet):
         raise TypeError(
             f"Batches of a {type(batches.batches).__name__}, which is arrays: it takes "
-            f"something that yields batches. Write {call_text(what, 'x, y')} with the "
+            f"something that yields batches. Write {call_text('x, y')} with the "
             "arrays, or Batches([batch], ...) with a single batch."
         )
     if adapted is not batches.batches:
         raise TypeError(
             f"Batches of a {adapted.kind}, which holds single examples. Write "
-            f"{call_text(what, 'Examples(dataset, pad_to=...)')}."
+            f"{call_text('Examples(dataset, pad_to=...)')}."
         )
-    return batches.of_stream(from_iterable(adapted, what))
+    return batches.of_stream(from_iterable(adapted))
 
 
 def _open(

@@ -7,6 +7,7 @@ from functools import partial
 from itertools import chain
 from typing import Any, cast
 
+from flaxfit._core.errors import caller
 from flaxfit._core.types import Batch
 from flaxfit.data.datasets.stream import Stream, has_state
 from flaxfit.data.host.arrays import call_text, is_array
@@ -21,13 +22,12 @@ UNDERSTOOD = (
 )
 
 
-def from_iterable(data: Any, what: str) -> Stream:
+def from_iterable(data: Any) -> Stream:
     """Returns the batches of an iterable, an iterator or a generator function.
 
     Args:
       data: something to iterate over, or a function without arguments that returns
         it anew for each pass. An iterator (`iter(data) is data`) serves one pass.
-      what: the method the data was given to, for messages.
 
     Raises:
       TypeError: it is none of these, or a function that needs arguments.
@@ -39,7 +39,7 @@ def from_iterable(data: Any, what: str) -> Stream:
     if kind == "generator function":
         return Stream(
             kind,
-            partial(_call, data, what),
+            partial(_call, data),
             again="The function must make a new iterable each time it is called.",
         )
     if hasattr(data, "__iter__") and not isinstance(data, Sequence):
@@ -88,15 +88,15 @@ class _ByIndex:
         return (data[index] for index in range(start, len(data)))
 
 
-def _call(function: Callable[[], Any], what: str, *unused: int) -> Iterator[Any]:
+def _call(function: Callable[[], Any], *unused: int) -> Iterator[Any]:
     made = function()
     whole = is_array(made) or isinstance(made, tuple | Mapping | Batch)
     if whole or not isinstance(made, Iterable):
         raise TypeError(
-            f"the function given to {what} returned a "
+            f"the function given to {caller()} returned a "
             f"{type(made).__name__}; it must return an iterable of batches, or "
             "yield them: def make_batches(): yield x, y. Arrays are given "
-            f"directly: {call_text(what, 'x, y')}."
+            f"directly: {call_text('x, y')}."
         )
     return iter(made)
 

@@ -37,6 +37,8 @@ class Stream:
         function of seed and pass; None where the data alone decides.
       examples: the `ExampleSet` of what may be single examples that only look like
         batches, for `Examples`, which says so.
+      guessed: whether only an iterable's items tell examples from batches.
+      shuffles: whether the batches are in another order than the dataset.
       again: what to write where it is used up, or empty.
       facts: what the dataset says of itself.
     """
@@ -53,6 +55,8 @@ class Stream:
     size: Callable[[Any], int] | None = None
     seeded: Callable[[Sequence[int]], Open] | None = None
     examples: Any = None
+    guessed: bool = False
+    shuffles: bool = False
     again: str = ""
     facts: "Facts | None" = None
 
@@ -83,6 +87,8 @@ class Facts:
         `float32` between 0 and 1.
       columns: what the columns of tables are read as from here on.
       table: which columns of a table were read as what, in words; empty for others.
+      assumed_split: the error for evaluation and prediction where no split was named
+        and `train` was taken; empty where one was.
     """
 
     keys: tuple[str, ...] = ()
@@ -92,6 +98,7 @@ class Facts:
     pictures: bool = False
     columns: Columns | None = None
     table: str = ""
+    assumed_split: str = ""
 
 
 NO_FACTS = Facts()

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flaxfit._core.errors import DataError
+from flaxfit._core.errors import DataError, caller
 from flaxfit._core.types import Batch, HostArray, PyTree
 from flaxfit.data.host.torch_tensors import as_numpy, is_tensor
 
@@ -130,11 +130,17 @@ def named_leaves(nest: PyTree) -> list[tuple[str, Any]]:
     return [leaf for name, part in parts.items() for leaf in _paths(part, name)]
 
 
-def call_text(what: str, arguments: str) -> str:
-    """Returns how data is given to `what`: a method, or an argument of `fit`."""
-    if what == "validation_data":
-        return f"{what}=({arguments})" if "," in arguments else f"{what}={arguments}"
-    return f"{what}({arguments})"
+def call_text(arguments: str, name: str | None = None) -> str:
+    """Returns how data is given to a method, or to an argument of `fit`.
+
+    Args:
+      arguments: the data, as code.
+      name: the method or argument, None for that of the running call.
+    """
+    name = name or caller()
+    if name == "validation_data":
+        return f"{name}=({arguments})" if "," in arguments else f"{name}={arguments}"
+    return f"{name}({arguments})"
 
 
 def _is_leaf(value: object) -> bool:

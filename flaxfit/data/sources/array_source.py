@@ -26,7 +26,6 @@ class ArraySource:
         up, and the fill counts in batch statistics: for training cap it.
       shuffle: whether each pass has an order of its own.
       seed: decides the orders, together with the index of the pass.
-      check: called by `check` with all examples.
       unused: see `Source`.
       facts: what the data says of itself.
 
@@ -52,7 +51,6 @@ class ArraySource:
         *,
         shuffle: bool = False,
         seed: Sequence[int] = (0,),
-        check: Callable[[Batch], None] | None = None,
         unused: tuple[str, ...] = (),
         facts: Facts = NO_FACTS,
     ) -> None:
@@ -68,7 +66,6 @@ class ArraySource:
         self.pad = True
         self.unused = unused
         self.facts = facts
-        self._check = check
 
     @property
     def example(self) -> Batch:
@@ -77,10 +74,9 @@ class ArraySource:
         rows = first % self.num_examples
         return self._cut(np.where(first < self.num_examples, rows, ~rows))
 
-    def check(self) -> None:
-        """Checks all examples."""
-        if self._check is not None:
-            self._check(jax.tree.unflatten(self._structure, self._leaves))
+    def check(self, check_values: Callable[[Batch], None]) -> None:
+        """Checks the values of all examples."""
+        check_values(jax.tree.unflatten(self._structure, self._leaves))
 
     def batches(
         self, pass_index: int, start: int = 0, bookmark: Any = None

@@ -1,6 +1,6 @@
 """The protocol of a source of batches."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 from flaxfit._core.types import Batch
@@ -63,8 +63,12 @@ class Source(Protocol):
     def example(self) -> Batch:
         """The first batch, read ahead; the first pass still yields it."""
 
-    def check(self) -> None:
-        """Checks what is there to be checked before the first pass."""
+    def check(self, check_values: Callable[[Batch], None]) -> None:
+        """Checks the values before the first pass, of a stream also during each pass.
+
+        Args:
+          check_values: raises DataError for wrong values of a batch.
+        """
 
     def batches(
         self,

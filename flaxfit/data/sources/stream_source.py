@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flaxfit._core.errors import DataError
+from flaxfit._core.errors import DataError, caller
 from flaxfit._core.types import Batch
 from flaxfit.data.datasets.stream import (
     NO_FACTS,
@@ -50,10 +50,6 @@ class StreamSource:
       stream: the raw batches.
       read: raw batch -> `Batch` of NumPy and jax arrays; `weights` may be None.
       unused: raw batch -> the keys of which nothing is read.
-      check: called with every batch that is handed out, before it is filled up.
-        Reading a device takes its time: values there are checked in the first batch,
-        whose values stand in for them later on.
-      what: the method the data was given to, for messages.
       steps: the number of steps asked for; an iterator that ends before it is an
         error.
       multiple_of: rounds the rows of a batch up, where the stream knows how many
@@ -74,8 +70,6 @@ class StreamSource:
         read: Callable[[Any], Batch],
         *,
         unused: Callable[[Any], tuple[str, ...]] = lambda raw: (),
-        check: Callable[[Batch], None] | None = None,
-        what: str = "fit",
         steps: int | None = None,
         multiple_of: int = 1,
         structural: bool = False,
@@ -90,8 +84,9 @@ class StreamSource:
         self._stream = stream
         self._read = read
         self.pad = True
-        self._check = check
-        self._what = what
+        self._check: Callable[[Batch], None] | None = None
+        # Read here: later passes may be read in a thread, or for another method.
+        self._caller = caller()
         self._steps = steps
         self._warned = False
         # Of batches and of passes: callers that evaluate again start at 0 each time.
@@ -105,7 +100,7 @@ class StreamSource:
             raw = self._next(iterator, 0, 0)
         except StopIteration:
             raise DataError(
-                f"no batches: the {self.kind} given to {what} yielded nothing. "
+                f"no batches: the {self.kind} given to {caller()} yielded nothing. "
                 f"{self._again()}"
             ) from None
         self._note(iterator, 0, 1)
@@ -125,10 +120,14 @@ class StreamSource:
         ahead = self._converted(raw, 0, 0) if on_device(raw) else first
         self._ahead: tuple[Iterator[Any], Batch] | None = (iterator, ahead)
 
-    def check(self) -> None:
-        """Checks the first batch; the others are checked as they come."""
-        if self._check is not None:
-            self._check(self.example)
+    def check(self, check_values: Callable[[Batch], None]) -> None:
+        """Checks the first batch; later ones are checked before they are padded.
+
+        Reading from a device takes time: of values there only those of the first batch
+        are checked.
+        """
+        check_values(self.example)
+        self._check = check_values
 
     @property
     def bookmark(self) -> Mapping[str, Any] | None:
@@ -183,7 +182,7 @@ class StreamSource:
                 self._next(iterator, number, named)
             except StopIteration:
                 raise DataError(
-                    f"the {self.kind} given to {self._what} ends after {number} "
+                    f"the {self.kind} given to {self._caller} ends after {number} "
                     f"batches, but {start} of them were trained on before this run "
                     f"was interrupted. {self._again()}"
                 ) from None
@@ -352,12 +351,12 @@ class StreamSource:
         asked = f" ({self._steps} steps were asked for)" if self._steps else ""
         if self.one_shot:
             return (
-                f"the iterator given to {self._what} is used up, after "
+                f"the iterator given to {self._caller} is used up, after "
                 f"{self._handed_out} batches in all, but there is more to do{asked}. "
                 f"{self._again()}"
             )
         return (
-            f"no batches in pass {pass_index}: the {self.kind} given to {self._what} "
+            f"no batches in pass {pass_index}: the {self.kind} given to {self._caller} "
             f"yielded nothing this time{asked}. {self._again()}"
         )
 
@@ -365,8 +364,8 @@ class StreamSource:
         return self._stream.again or (
             "Pass something that can be read again and again: a list, a loader, or "
             f"the function that makes the batches, "
-            f"{call_text(self._what, 'make_batches')} not "
-            f"{call_text(self._what, 'make_batches()')}."
+            f"{call_text('make_batches', self._caller)} not "
+            f"{call_text('make_batches()', self._caller)}."
         )
 
 

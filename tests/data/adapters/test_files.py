@@ -9,6 +9,7 @@ from pathlib import Path
 import flax.linen as nn
 import numpy as np
 import pytest
+from helpers.sources import as_inputs_source, as_source, split_data
 
 from flaxfit import Trainer
 from flaxfit._core.errors import DataError
@@ -17,7 +18,6 @@ from flaxfit.data import Examples
 from flaxfit.data.adapters import chunked_arrays, npy_files
 from flaxfit.data.adapters.registry import adapt
 from flaxfit.data.binding.binding import Binding
-from flaxfit.data.open import as_inputs_source, as_source, split_data
 
 ONE = Binding(CallSpec(("x",), (), ("x",)))
 TWO = Binding(CallSpec(("a", "b"), (), ("a", "b")))
@@ -175,7 +175,7 @@ def test_a_member_that_an_archive_describes_afterwards(tmp_path):
         archive.writestr("notes.txt", "no array")
         with archive.open("x.npy", "w", force_zip64=True) as member:
             np.save(member, X)
-    got = adapt(str(tmp_path / "a.npz"), what="fit")
+    got = adapt(str(tmp_path / "a.npz"))
     assert isinstance(got["x"], np.memmap)
     np.testing.assert_array_equal(got["x"], X)
 
@@ -190,8 +190,8 @@ def test_paths_in_a_list_of_examples_are_left_alone(folder):
     """Nor are the names of datasets taken for npy_files."""
     examples = Examples(["x.npy", "y.npy"], lambda path: (len(path), 0))
     assert as_source(examples, binding=ONE).example.inputs[0].tolist() == [5, 5]
-    assert not npy_files.recognizes("mnist")
-    assert not npy_files.recognizes(Path("folder"))
+    assert not npy_files.matches("mnist")
+    assert not npy_files.matches(Path("folder"))
 
 
 def write_as_npy(path):
@@ -235,7 +235,7 @@ def test_a_file_that_was_cut_off_or_written_over(name, folder):
     for damaged in (whole[:-100], whole[:40], b"\0" * 200 + whole[200:]):
         (folder / name).write_bytes(damaged)
         with pytest.raises(DataError, match=r"cannot be read as an \.np"):
-            adapt(name, what="fit")
+            adapt(name)
 
 
 # ------------------------------------------------------------------- read by slices
@@ -409,7 +409,7 @@ def test_errors_name_the_rows():
 
 
 def test_rows_can_be_pickled_for_processes():
-    rows = chunked_arrays.as_dataset((Lazy(X, chunk=8), Y), what="fit").take_batch
+    rows = chunked_arrays.adapt((Lazy(X, chunk=8), Y)).take_batch
     again = pickle.loads(pickle.dumps(rows))
     for got, want in zip(again(np.array([5, 3])), (X, Y), strict=True):
         np.testing.assert_array_equal(got, want[[5, 3]])
@@ -419,8 +419,8 @@ def test_arrays_in_memory_are_none_of_them():
     torch = pytest.importorskip("torch")
     pandas = pytest.importorskip("pandas")
     for value in (X, Y.tolist(), torch.ones(3), pandas.Series([1, 2]), "abc", 3.0):
-        assert not chunked_arrays.recognizes(value)
-    assert not chunked_arrays.recognizes([(X, Y), (X, Y)])
+        assert not chunked_arrays.matches(value)
+    assert not chunked_arrays.matches([(X, Y), (X, Y)])
 
 
 @pytest.mark.parametrize("chunk", [1, 16, 100])

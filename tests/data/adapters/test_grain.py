@@ -7,13 +7,13 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from helpers.sources import as_inputs_source, as_source
 
 from flaxfit import Trainer
 from flaxfit._core.errors import DataError
 from flaxfit._core.types import CallSpec
 from flaxfit.data import Examples
 from flaxfit.data.binding.binding import Binding
-from flaxfit.data.open import as_inputs_source, as_source
 from flaxfit.data.sources import stream_source
 
 grain = pytest.importorskip("grain")
@@ -262,7 +262,7 @@ def test_what_has_no_end_needs_a_number_of_steps(kind):
         ("evaluate", "steps"),
     ):
         with pytest.raises(DataError, match=f"has no end: write {argument}=100"):
-            source_of(ENDLESS[kind](), what=what, **size_for(kind))
+            source_of(ENDLESS[kind](), name=what, **size_for(kind))
     with pytest.raises(DataError, match=r"predict has no end: write steps=100"):
         as_inputs_source(ENDLESS[kind](), binding=ONE, **size_for(kind))
     source = source_of(ENDLESS[kind](), steps=3, **size_for(kind))
@@ -328,7 +328,7 @@ def test_a_split_has_no_example_on_both_sides():
     whole = [int(number) for number in numbers(shuffled())]
     from flaxfit.data.adapters.registry import adapt
 
-    examples = adapt(shuffled(), what="fit")
+    examples = adapt(shuffled())
     train, validation = examples.part(0, 16), examples.part(16, 22)
     for pass_index in range(3):
         source = source_of(train, batch_size=4, shuffle=True)

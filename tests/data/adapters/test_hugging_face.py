@@ -10,13 +10,14 @@ from PIL import Image
 
 datasets = pytest.importorskip("datasets")
 
+from helpers.sources import as_inputs_source, as_source, split_data  # noqa: E402
+
 from flaxfit import Trainer  # noqa: E402
 from flaxfit._core.errors import DataError  # noqa: E402
 from flaxfit._core.types import CallSpec  # noqa: E402
 from flaxfit.data import Examples  # noqa: E402
-from flaxfit.data.adapters.hugging_face import as_dataset, recognizes  # noqa: E402
+from flaxfit.data.adapters.hugging_face import adapt, matches  # noqa: E402
 from flaxfit.data.binding.binding import Binding  # noqa: E402
-from flaxfit.data.open import as_inputs_source, as_source, split_data  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -77,7 +78,7 @@ def fit(x, y=None, **arguments):
 
 
 def raw_of(dataset, *indices):
-    return as_dataset(dataset, what="fit").take_batch(np.array(indices))
+    return adapt(dataset).take_batch(np.array(indices))
 
 
 def test_a_dataset_trains_as_arrays_do():
@@ -223,16 +224,16 @@ def test_pictures_and_class_names():
         ("a", "b", "c"),
     )
     two = table().add_column("coarse", Y).class_encode_column("coarse")
-    assert as_dataset(two, what="fit").facts.class_names == ("a", "b", "c")
+    assert adapt(two).facts.class_names == ("a", "b", "c")
     both = two.rename_column("label", "fine")
-    facts = as_dataset(both, what="fit").facts
+    facts = adapt(both).facts
     assert (facts.targets, facts.class_names) == (None, ())
 
 
 def test_a_format_or_transform_of_the_user_stays():
     torch = pytest.importorskip("torch")
     chosen = table().with_format("numpy", columns=["label", "x"])
-    assert as_dataset(chosen, what="fit").facts.keys == ("label", "x")
+    assert adapt(chosen).facts.keys == ("label", "x")
     assert set(raw_of(chosen, 0)) == {"label", "x"}
     tensors = table().remove_columns("name").with_format("torch")
     assert isinstance(raw_of(tensors, 0)["x"], torch.Tensor)
@@ -269,7 +270,7 @@ def test_a_function_for_each_item_is_given_what_indexing_gives():
 
 
 def test_what_reads_rows_can_be_sent_to_a_process():
-    examples = as_dataset(pictures(), what="fit")
+    examples = adapt(pictures())
     again = pickle.loads(pickle.dumps(examples))
     np.testing.assert_array_equal(
         again.take_batch(np.array([3, 1]))["image"], PICTURES[[3, 1]]
@@ -285,9 +286,9 @@ def test_several_splits_are_refused():
     with pytest.raises(TypeError, match=text):
         source_of(splits)
     with pytest.raises(TypeError, match=r'evaluate\(ds\["test"\]\)'):
-        source_of(splits, what="evaluate")
+        source_of(splits, name="evaluate")
     with pytest.raises(TypeError, match=r'validation_data=ds\["test"\]'):
-        source_of(splits, what="validation_data")
+        source_of(splits, name="validation_data")
     with pytest.raises(TypeError, match=r'fit\(ds\["all"\]\)'):
         source_of(datasets.IterableDatasetDict(all=table().to_iterable_dataset()))
 
@@ -408,7 +409,7 @@ def test_only_their_classes_are_recognized():
         """Of a file of one's own that is called datasets.py."""
 
     Dataset.__module__ = "datasets"
-    assert not recognizes(Dataset())
+    assert not matches(Dataset())
     Dataset.__module__ = "datasets.mine"
-    assert not recognizes(Dataset())
-    assert recognizes(table())
+    assert not matches(Dataset())
+    assert matches(table())

@@ -6,6 +6,7 @@ import importlib
 import flax.linen as nn
 import numpy as np
 import pytest
+from helpers.sources import as_source
 from sklearn.datasets import load_digits
 
 from flaxfit import Trainer
@@ -13,7 +14,6 @@ from flaxfit._core.errors import DataError
 from flaxfit._core.types import CallSpec
 from flaxfit.data import Examples, image_folder
 from flaxfit.data.binding.binding import Binding
-from flaxfit.data.open import as_source
 
 image_module = pytest.importorskip("PIL.Image")
 

@@ -8,13 +8,13 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from helpers.sources import as_inputs_source, as_source
 
 from flaxfit import Callback, Trainer
 from flaxfit._core.errors import DataError
 from flaxfit._core.types import CallSpec
 from flaxfit.data import Examples
 from flaxfit.data.binding.binding import Binding
-from flaxfit.data.open import as_inputs_source, as_source
 
 RNG = np.random.default_rng(0)
 ROWS, SIZE = 10, 4

@@ -6,13 +6,13 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from helpers.sources import as_inputs_source, as_source
 
 from flaxfit import Trainer
 from flaxfit._core.errors import DataError
 from flaxfit._core.types import CallSpec
-from flaxfit.data.adapters.tf_data import recognizes
+from flaxfit.data.adapters.tf_data import matches
 from flaxfit.data.binding.binding import Binding
-from flaxfit.data.open import as_inputs_source, as_source
 
 BINDING = Binding(CallSpec(("x",), (), ("x",)))
 ROWS = 10
@@ -214,8 +214,8 @@ def test_others_are_not_recognized():
         pass
 
     Mine.__name__ = "DatasetV2"
-    assert not recognizes(Mine())
-    assert not recognizes(np.ones(3))
+    assert not matches(Mine())
+    assert not matches(np.ones(3))
 
 
 # ---------------------------------------------------------------- with TensorFlow alone

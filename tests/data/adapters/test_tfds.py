@@ -14,16 +14,17 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from helpers.sources import as_source
 
 from flaxfit import Trainer
 from flaxfit._core.errors import DataError
 from flaxfit._core.types import CallSpec
 from flaxfit.data import Examples
+from flaxfit.data import tfds as named
 from flaxfit.data.adapters.registry import adapt
-from flaxfit.data.adapters.tfds import _facts, recognizes
+from flaxfit.data.adapters.tfds import _facts, matches
 from flaxfit.data.binding.binding import Binding
 from flaxfit.data.datasets.stream import NO_FACTS
-from flaxfit.data.open import as_source
 
 tfds = pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("PIL")
@@ -131,14 +132,14 @@ def test_folders_of_prepared_datasets(data_dir):
     folder = data_dir / "few_digits" / "1.0.0"
     for given in (folder, str(folder), folder / "train", f"{folder}/train"):
         assert source_of(given).kind == "few_digits/train 1.0.0 (TFDS)"
-    source = source_of(folder / "test[:7]", what="evaluate")
+    source = source_of(folder / "test[:7]", name="evaluate")
     np.testing.assert_array_equal(rows(source)[1], stored(data_dir, "test[:7]")[1])
 
 
 def test_builders_and_data_sources(data_dir):
     builder = tfds.builder("few_digits", data_dir=data_dir)
     assert source_of(builder).kind == "few_digits/train 1.0.0 (TFDS)"
-    source = source_of(builder.as_data_source("test[:7]"), what="evaluate")
+    source = source_of(builder.as_data_source("test[:7]"), name="evaluate")
     assert source.kind == "few_digits/test[:7] 1.0.0 (TFDS)"
     np.testing.assert_array_equal(rows(source)[1], stored(data_dir, "test[:7]")[1])
 
@@ -146,7 +147,8 @@ def test_builders_and_data_sources(data_dir):
 def test_a_dataset_is_read_without_its_code(data_dir):
     code = (
         "from flaxfit.data.adapters.registry import adapt; import sys; "
-        f"examples = adapt('few_digits/test', what='fit', data_dir={str(data_dir)!r}); "
+        "from flaxfit.data import tfds; "
+        f"examples = adapt(tfds('few_digits/test', data_dir={str(data_dir)!r})); "
         "print(examples.kind, examples.length, 'tfds_datasets' in sys.modules, "
         "'tensorflow' in sys.modules)"
     )
@@ -220,7 +222,8 @@ def test_fit_is_that_of_the_same_arrays(data_dir):
         return trainer, history
 
     by_name, history = trained(
-        "few_digits", validation_data="few_digits/validation", data_dir=data_dir
+        named("few_digits", data_dir=data_dir),
+        validation_data=named("few_digits/validation", data_dir=data_dir),
     )
     by_arrays, expected = trained(images, labels, validation_data=held_out)
     for key in ("loss", "accuracy", "val_loss", "val_accuracy"):
@@ -229,21 +232,18 @@ def test_fit_is_that_of_the_same_arrays(data_dir):
         np.testing.assert_array_equal, by_name.state.params, by_arrays.state.params
     )
     x, y = stored(data_dir, "test")
-    arguments = {"data_dir": data_dir, "verbose": 0}
-    assert by_name.evaluate("few_digits/test", **arguments) == by_arrays.evaluate(
-        x, y, verbose=0
-    )
+    test = named("few_digits/test", data_dir=data_dir)
+    assert by_name.evaluate(test, verbose=0) == by_arrays.evaluate(x, y, verbose=0)
     np.testing.assert_array_equal(
-        by_name.predict("few_digits/test", **arguments), by_arrays.predict(x, verbose=0)
+        by_name.predict(test, verbose=0), by_arrays.predict(x, verbose=0)
     )
     assert by_name.class_names == tfds_datasets.NAMES
 
 
 def test_two_inputs_go_by_position(data_dir):
     trainer = Trainer(TwoInputs())
-    history = trainer.fit(
-        "few_patients/large", data_dir=data_dir, epochs=1, batch_size=128, verbose=0
-    )
+    dataset = named("few_patients/large", data_dir=data_dir)
+    history = trainer.fit(dataset, epochs=1, batch_size=128, verbose=0)
     source = source_of("few_patients/large", data_dir, TWO, batch_size=128)
     other = Trainer(TwoInputs())
     batch = source.example
@@ -256,10 +256,11 @@ def test_loaders_of_examples(data_dir):
         return example["image"][:, ::-1], example["label"]
 
     images, labels = stored(data_dir, "test")
-    for items in ("few_digits/test", tfds.builder("few_digits", data_dir=data_dir)):
-        source = source_of(Examples(items, load, threads=2), data_dir)
+    test = named("few_digits/test", data_dir=data_dir)
+    for items in (test, tfds.builder("few_digits", data_dir=data_dir)):
+        source = source_of(Examples(items, load, threads=2))
         count = source.num_examples
-        if isinstance(items, str):
+        if items is test:
             read = rows(source)
             np.testing.assert_array_equal(read[0], images[:, :, ::-1])
             np.testing.assert_array_equal(read[1], labels)
@@ -268,7 +269,7 @@ def test_loaders_of_examples(data_dir):
 
 
 def test_one_source_is_read_by_many_threads_and_by_processes(data_dir):
-    examples = adapt("few_digits", what="fit", data_dir=data_dir)
+    examples = adapt(named("few_digits", data_dir=data_dir))
     images, labels = stored(data_dir, "train")
     tasks = [np.random.default_rng(n).permutation(300)[:50] for n in range(40)]
     with ThreadPoolExecutor(8) as pool:
@@ -319,32 +320,33 @@ def test_what_cannot_be_read(data_dir, given, error, text):
 )
 def test_only_training_has_a_split_of_its_own(data_dir, what, line):
     with pytest.raises(ValueError, match=f"does not say which split: {HAS}.*{line}"):
-        source_of("few_digits", data_dir, what=what)
+        source_of("few_digits", data_dir, name=what)
 
 
 def test_builders_and_dicts_of_sources_need_a_split(data_dir):
     builder = tfds.builder("few_digits", data_dir=data_dir)
     with pytest.raises(ValueError, match=r"Write .*builder\.as_data_source\('test'\)"):
-        source_of(builder, what="evaluate")
+        source_of(builder, name="evaluate")
     sources = tfds.data_source("few_digits", data_dir=data_dir)
     counts = r"train \(300 examples\), validation \(40\), test \(60\)"
     with pytest.raises(ValueError, match=rf"{counts}\. Write fit\(sources\['train'\]"):
         source_of(sources)
     with pytest.raises(ValueError, match=r"validation_data=sources\['validation'\]"):
-        source_of(sources, what="validation_data")
+        source_of(sources, name="validation_data")
 
 
 def test_errors_come_through_the_trainer(data_dir):
+    dataset = named("few_digits", data_dir=data_dir)
     trainer = Trainer(Classifier())
     with pytest.raises(ValueError, match="validation_data='few_digits/validation'"):
-        trainer.fit("few_digits", validation_data="few_digits", data_dir=data_dir)
+        trainer.fit(dataset, validation_data=dataset)
     with pytest.raises(ValueError, match="y is given beside a few_digits/train"):
-        trainer.fit("few_digits", np.zeros(300, int), data_dir=data_dir)
+        trainer.fit(dataset, np.zeros(300, int))
 
 
 def test_array_files_and_what_else_is_no_dataset():
     for x in ("x.npy", Path("x.npz"), {}, {"x": np.zeros(3)}, None, b"mnist", 3, []):
-        assert not recognizes(x)
+        assert not matches(x)
 
 
 def test_an_unprepared_dataset_is_prepared_once(tmp_path, capsys):
@@ -457,7 +459,7 @@ def test_names_go_before_folders_that_lie_around(data_dir, tmp_path, monkeypatch
 def test_only_datasets_of_tfds_import_it():
     code = (
         "import sys, numpy as np; from flaxfit.data.adapters.registry import adapt; "
-        "adapt([np.zeros(3)], what='fit'); adapt({'x': np.zeros(3)}, what='fit'); "
+        "adapt([np.zeros(3)]); adapt({'x': np.zeros(3)}); "
         "print('tensorflow_datasets' in sys.modules)"
     )
     done = subprocess.run(

@@ -13,17 +13,17 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from helpers.sources import as_inputs_source, as_source  # noqa: E402
 from torch.utils import data  # noqa: E402
 
 from flaxfit import Callback, Trainer  # noqa: E402
 from flaxfit._core.errors import DataError  # noqa: E402
 from flaxfit._core.types import CallSpec  # noqa: E402
 from flaxfit.data import Batches, Examples  # noqa: E402
-from flaxfit.data.adapters.torch import as_dataset, recognizes  # noqa: E402
+from flaxfit.data.adapters.torch import adapt, matches  # noqa: E402
 from flaxfit.data.binding.binding import Binding  # noqa: E402
 from flaxfit.data.host.arrays import as_host  # noqa: E402
 from flaxfit.data.host.collate import collate  # noqa: E402
-from flaxfit.data.open import as_inputs_source, as_source  # noqa: E402
 
 BINDING = Binding(CallSpec(("x",), (), ("x",)))
 ROWS = 10
@@ -266,7 +266,7 @@ def test_workers_yield_the_same_batches_and_end(start):
 
 def refuses_two_readers(loader):
     source = source_of(loader)
-    other = source_of(loader, what="validation_data")
+    other = source_of(loader, name="validation_data")
     next(other.batches(1))
     text = r"read by two at once, and one of them is fit: .* a DataLoader of its own"
     with pytest.raises(DataError, match=text):
@@ -277,11 +277,10 @@ def test_workers_that_are_forked_are_warned_of_before_they_start():
     loader = data.DataLoader(Rows(), num_workers=2, multiprocessing_context="fork")
     text = r"given to fit starts its workers by fork, .* multiprocessing_context=\"fork"
     with pytest.warns(UserWarning, match=text) as caught:
-        as_dataset(loader, what="fit")
+        adapt(loader)
     assert len(caught) == 1
-    as_dataset(
+    adapt(
         data.DataLoader(Rows(), num_workers=2, multiprocessing_context="spawn"),
-        what="fit",
     )
 
 
@@ -293,13 +292,13 @@ def test_the_default_start_method_is_asked_for_and_not_decided():
 
     before = multiprocessing.get_start_method(allow_none=True)
     with pytest.warns(UserWarning, match="by fork"):
-        as_dataset(data.DataLoader(Rows(), num_workers=2), what="fit")
+        adapt(data.DataLoader(Rows(), num_workers=2))
     assert multiprocessing.get_start_method(allow_none=True) == before
 
 
 def test_what_is_known_of_lengths():
     def known(loader):
-        stream = as_dataset(loader, what="fit")
+        stream = adapt(loader)
         return stream.num_batches, stream.num_examples
 
     assert known(data.DataLoader(Rows(), batch_size=4, drop_last=True)) == (2, 8)
@@ -712,4 +711,4 @@ def test_predict_on_a_dataset():
 
 def test_others_are_not_recognized():
     for other in (torch.ones(3), nn.Dense(3), [1], iter(())):
-        assert not recognizes(other)
+        assert not matches(other)

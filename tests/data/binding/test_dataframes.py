@@ -6,6 +6,7 @@ import json
 import flax.linen as nn
 import numpy as np
 import pytest
+from helpers.sources import as_inputs_source, as_source, as_whole, split_data
 
 from flaxfit import DataError, Trainer
 from flaxfit._core.types import CallSpec
@@ -13,7 +14,6 @@ from flaxfit.data import Examples
 from flaxfit.data.binding.binding import Binding
 from flaxfit.data.binding.dataframes import as_column, labels
 from flaxfit.data.datasets.columns import Columns
-from flaxfit.data.open import as_inputs_source, as_source, as_whole, split_data
 
 pd = pytest.importorskip("pandas")
 pl = pytest.importorskip("polars")

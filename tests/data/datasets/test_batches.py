@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.sources import as_source
 
 from flaxfit import Batch, DataError, Trainer
 from flaxfit._core.types import CallSpec
 from flaxfit.data import Batches, Examples
 from flaxfit.data.binding.binding import Binding
 from flaxfit.data.datasets.stream import Stream
-from flaxfit.data.open import as_source
 
 BINDING = Binding(CallSpec(("x",), (), ("x",)))
 GRAPHS, REAL = 5, 4

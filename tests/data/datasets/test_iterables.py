@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.sources import as_inputs_source, as_source
 
 from flaxfit import Trainer
 from flaxfit._core.errors import DataError
@@ -20,7 +21,6 @@ from flaxfit.data import Examples
 from flaxfit.data.binding.binding import Binding
 from flaxfit.data.datasets.iterables import kind_of
 from flaxfit.data.host.arrays import own
-from flaxfit.data.open import as_inputs_source, as_source
 
 ONE = Binding(CallSpec(("x",), (), ("x",)))
 X = np.arange(20, dtype=np.float32).reshape(10, 2)
@@ -140,7 +140,7 @@ def test_an_iterator_goes_on_where_it_was_and_then_says_what_to_write():
 
 def test_an_iterator_that_ends_before_the_steps_asked_for():
     """Also where every reading starts at pass 0, as validation does."""
-    source = source_of(make_batches(), steps=2, what="validation_data")
+    source = source_of(make_batches(), steps=2, name="validation_data")
     assert len(list(itertools.islice(source.batches(0), 2))) == 2
     second = source.batches(0)
     assert next(second).targets[:2].tolist() == [8, 9]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.sources import as_inputs_source, as_source, split_data
 
 from flaxfit import DataError, Loss, Trainer
 from flaxfit._core.types import CallSpec
@@ -17,7 +18,6 @@ from flaxfit.data.datasets.example_dataset import ExampleSet, take_items
 from flaxfit.data.datasets.stream import Facts
 from flaxfit.data.host.padding import plan_buckets
 from flaxfit.data.host.padding_arguments import as_padding
-from flaxfit.data.open import as_inputs_source, as_source, split_data
 
 BINDING = Binding(CallSpec(("x",), (), ("x",)))
 LENGTHS = np.random.default_rng(0).integers(1, 21, 60)

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
+from helpers.sources import as_inputs_source, as_source, as_whole
 
 from flaxfit._core.errors import DataError
 from flaxfit._core.types import Batch, CallSpec
 from flaxfit.data.binding.binding import Binding
-from flaxfit.data.open import as_inputs_source, as_source, as_whole
 from flaxfit.data.sources.array_source import split_validation
 
 ONE = Binding(CallSpec(("x",), (), ("x",)))

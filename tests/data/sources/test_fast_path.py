@@ -3,11 +3,11 @@
 import jax
 import numpy as np
 import pytest
+from helpers.sources import as_source
 
 from flaxfit._core.errors import DataError
 from flaxfit._core.types import Batch, CallSpec
 from flaxfit.data.binding.binding import Binding
-from flaxfit.data.open import as_source
 from flaxfit.data.sources import fast_path
 from flaxfit.data.sources.fast_path import learn
 

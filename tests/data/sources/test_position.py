@@ -4,10 +4,10 @@ import itertools
 
 import numpy as np
 import pytest
+from helpers.sources import as_source
 
 from flaxfit._core.types import CallSpec
 from flaxfit.data.binding.binding import Binding
-from flaxfit.data.open import as_source
 from flaxfit.data.sources import stream_source
 from flaxfit.data.sources.position import Bookmarks, Position, epochs_of
 

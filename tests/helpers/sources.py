@@ -1,0 +1,61 @@
+"""Sources of data as `Trainer` opens them, without a trainer."""
+
+from flaxfit._core.errors import calling
+from flaxfit.data import tfds
+from flaxfit.data.open import (
+    BatchOptions,
+    batch_source,
+    one_batch,
+    open_dataset,
+    open_inputs,
+    split_dataset,
+)
+from flaxfit.trainer.data import refuse_assumed_split, refuse_endless
+
+_ARGUMENTS = {"fit": "steps_per_epoch", "validation_data": "validation_steps"}
+
+
+def as_source(
+    x,
+    y=None,
+    sample_weight=None,
+    *,
+    binding,
+    name="fit",
+    check=None,
+    data_dir=None,
+    **options,
+):
+    """Returns a source of what is given to the method `name`."""
+    with calling(name):
+        if data_dir is not None:
+            x = tfds(x, data_dir=data_dir)
+        size = options.get("batch_size")
+        dataset = open_dataset(x, y, sample_weight, batch_size=size)
+        if name != "fit":
+            refuse_assumed_split(dataset)
+        refuse_endless(dataset, options.get("steps"), _ARGUMENTS.get(name, "steps"))
+        source = batch_source(dataset, binding, BatchOptions(**options))
+    if check is not None:
+        source.check(check)
+    return source
+
+
+def as_inputs_source(x, *, binding, name="predict", **options):
+    """Returns a source of what is given to `predict`."""
+    with calling(name):
+        dataset = open_inputs(x, binding, batch_size=options.get("batch_size"))
+        if name == "predict":
+            refuse_endless(dataset, options.get("steps"), "steps")
+        options = BatchOptions(**options, inputs_only=True)
+        return batch_source(dataset, binding, options)
+
+
+def as_whole(x, y=None, sample_weight=None, *, binding, class_weight=None):
+    """Returns data as one batch."""
+    return one_batch(open_dataset(x, y, sample_weight), binding, class_weight)
+
+
+def split_data(x, y, sample_weight, fraction, *, binding):
+    """Returns the two datasets of a `validation_split`."""
+    return split_dataset(open_dataset(x, y, sample_weight), fraction, binding)
