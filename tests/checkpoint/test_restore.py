@@ -182,7 +182,7 @@ def test_a_file_of_weights_is_a_trainer_whose_optimizer_begins_anew(tmp_path):
     loaded = Trainer.load(path, Net())
     same(loaded.variables, trainer.variables)
     assert loaded.step == 0
-    with pytest.raises(CheckpointError, match="holds no training to go on with"):
+    with pytest.raises(CheckpointError, match="holds no training to resume"):
         Trainer(Net()).fit(X, Y, resume=path, verbose=0)
 
 

@@ -4,6 +4,7 @@ from flaxfit._core.errors import calling
 from flaxfit.data import tfds
 from flaxfit.data.open import (
     BatchOptions,
+    Dataset,
     batch_source,
     one_batch,
     open_dataset,
@@ -31,7 +32,9 @@ def as_source(
         if data_dir is not None:
             x = tfds(x, data_dir=data_dir)
         size = options.get("batch_size")
-        dataset = open_dataset(x, y, sample_weight, batch_size=size)
+        dataset = x
+        if not isinstance(x, Dataset):
+            dataset = open_dataset(x, y, sample_weight, batch_size=size)
         if name != "fit":
             refuse_assumed_split(dataset)
         refuse_endless(dataset, options.get("steps"), _ARGUMENTS.get(name, "steps"))

@@ -157,7 +157,7 @@ def test_a_callback_that_is_more_patient_goes_on(tmp_path, capsys):
     history = fit(make(), tmp_path, [EarlyStopping(patience=9)], verbose=2)
     assert history.epoch == [0, 1, 2]
     out = capsys.readouterr().out
-    assert "changed: the callbacks, or what they were given" in out
+    assert "changed: the callbacks, or their arguments" in out
     assert "EarlyStopping was not there before: it begins anew" in out
 
 
@@ -404,7 +404,7 @@ def test_files_that_hold_no_training_are_no_place_to_go_on(tmp_path):
     trainer = make()
     trainer.fit(X, Y, verbose=0)
     trainer.save(tmp_path / "plain.msgpack")
-    with pytest.raises(CheckpointError, match="holds no training to go on with"):
+    with pytest.raises(CheckpointError, match="holds no training to resume"):
         fit(make(), tmp_path / "a", resume=tmp_path / "plain.msgpack")
 
 
@@ -412,10 +412,10 @@ def test_files_that_hold_no_training_are_no_place_to_go_on(tmp_path):
     ("options", "text"),
     [
         ({"resume": "yes", "run_dir": "a"}, "There is no file 'yes'"),
-        ({"resume": 3}, 'resume=3: write "auto", "must", "never", or the path'),
-        ({"resume": "must"}, "resume='must' needs a run_dir"),
-        ({"save_every": 10}, "save_every=10 is about a run_dir"),
-        ({"monitor": "loss"}, "monitor='loss' is about a run_dir"),
+        ({"resume": 3}, 'resume=3. Write "auto", "must", "never", or the path'),
+        ({"resume": "must"}, "resume='must' requires a run_dir"),
+        ({"save_every": 10}, "save_every=10 requires a run_dir"),
+        ({"monitor": "loss"}, "monitor='loss' requires a run_dir"),
         ({"save_every": 0, "run_dir": "a"}, "save_every=0: write a number of steps"),
         ({"save_every": "5x", "run_dir": "a"}, "save_every='5x': write"),
         ({"monitor": "los", "run_dir": "a"}, "Did you mean 'loss'"),
@@ -471,7 +471,9 @@ def test_another_batch_size_is_refused_within_an_epoch(tmp_path):
     with pytest.raises(CheckpointError, match="batch_size was 4, is 8: examples would"):
         run(8, epochs=3)
     run(4, epochs=2)
-    with pytest.warns(UserWarning, match="batch_size was 4, is 8: the batches are of"):
+    with pytest.warns(
+        UserWarning, match="batch_size was 4, is 8: batches have the new size"
+    ):
         assert run(8, epochs=3).trainer.step == 12 + 3
 
 
@@ -479,7 +481,7 @@ def test_a_new_learning_rate_is_obeyed_and_announced(tmp_path, capsys):
     fit(make(), tmp_path, [InterruptAt(8)])
     history = fit(make(learning_rate=0.5), tmp_path, verbose=2)
     assert (
-        "learning_rate was None, is 0.5: the new one holds" in capsys.readouterr().out
+        "learning_rate was None, is 0.5: the new one applies" in capsys.readouterr().out
     )
     assert history.history["learning_rate"] == pytest.approx([1e-3, 0.5, 0.5])
 
@@ -495,7 +497,7 @@ def test_another_optimizer_does_not_fit_and_harms_nothing(tmp_path):
 
 def test_other_metrics_begin_anew_within_an_epoch(tmp_path):
     fit(make(), tmp_path, [InterruptAt(8)])
-    with pytest.warns(UserWarning, match="the means of epoch 2 begin at batch 2"):
+    with pytest.warns(UserWarning, match="the means of epoch 2 start at batch 2"):
         fit(Trainer(Net(), metrics=["accuracy", "top_2_accuracy"]), tmp_path)
 
 
@@ -566,7 +568,7 @@ def test_a_full_disk_costs_no_training(tmp_path, monkeypatch, whole):
         )
     )
     trainer = make()
-    with pytest.warns(UserWarning, match="failed: .*No space left.*training goes on"):
+    with pytest.warns(UserWarning, match="failed: .*No space left.*training continues"):
         history = fit(trainer, tmp_path, [switch])
     same(trainer.state, whole[0].state)
     assert history.history == whole[1].history

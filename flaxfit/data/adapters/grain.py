@@ -47,7 +47,7 @@ def matches(x: object) -> bool:
     return comes_from(x, "grain", *kinds)
 
 
-def adapt(x: Any, *, data_dir: str | None) -> Stream | ExampleSet:
+def adapt(x: Any) -> Stream | ExampleSet:
     """Returns its batches; or its examples, in its own order.
 
     Which of both they are its transformations tell, or its first element, which is

@@ -30,7 +30,7 @@ def matches(x: Any) -> bool:
     )
 
 
-def adapt(x: Any, *, data_dir: str | os.PathLike[str] | None = None) -> Any:
+def adapt(x: Any) -> Any:
     """Returns the arrays of a file.
 
     What lies in the file as it is in memory is mapped, and read row by row as it is

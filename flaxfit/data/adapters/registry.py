@@ -4,7 +4,6 @@
 or iterates over batches or examples.
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -33,26 +32,42 @@ from flaxfit.data.host.checks import check_lengths
 from flaxfit.data.host.collate import looks_single
 
 
-def adapt(x: Any, *, data_dir: str | os.PathLike[str] | None = None) -> Any:
-    """Returns a dataset as an `ExampleSet` or a `Stream`; other data as it is.
+def register_adapter(
+    matches: Callable[[Any], bool], adapt: Callable[[Any], Any]
+) -> None:
+    """Adds a kind of data to those that `fit`, `evaluate` and `predict` take.
+
+    Registered kinds are tried before the built-in ones, the latest first.
 
     Args:
-      x: whatever holds the data.
+      matches: whether an object is of this kind. It is called with all data that is
+        given, so it has to be fast and must not raise.
+      adapt: returns the data as a kind that is known already: arrays, `Examples`,
+        `Batches`, anything with `len(x)` and `x[0]`, an iterable of batches, or a
+        function that returns one.
+
+    Example:
+      `register_adapter(lambda x: isinstance(x, Corpus), lambda x: Examples(x.lines))`
+    """
+    _REGISTERED.insert(0, (matches, adapt))
+
+
+def adapt(x: Any) -> Any:
+    """Returns a dataset as an `ExampleSet` or a `Stream`; other data as it is.
 
     Raises:
       TypeError, ValueError, DataError: a dataset that cannot be read as it is.
     """
-    for matches, adapt in KINDS:
+    for matches, translate in _REGISTERED:
         if matches(x):
-            return adapt(x)
+            return adapt(translate(x))
+    for matches, translate in KINDS:
+        if matches(x):
+            return translate(x)
     return x
 
 
-def adapt_parts(
-    x: Any,
-    y: Any,
-    sample_weight: Any,
-) -> tuple[Any, Any, Any]:
+def adapt_parts(x: Any, y: Any, sample_weight: Any) -> tuple[Any, Any, Any]:
     """Returns data that was given in parts, with the arrays of files opened.
 
     If one of its arrays is read by slices, all of it is one `ExampleSet`.
@@ -92,9 +107,7 @@ def examples_of(x: Any, batch_size: int | None) -> ExampleSet | None:
     return replace(examples, iterate=iterate)
 
 
-def _open_examples(
-    examples: Examples, *, data_dir: str | os.PathLike[str] | None
-) -> ExampleSet:
+def _open_examples(examples: Examples) -> ExampleSet:
     """Returns what a user's `Examples` are made of, with what is done to them.
 
     Raises:
@@ -121,12 +134,9 @@ def _open_examples(
     return examples.applied_to(items)
 
 
-def _open_batches(
-    batches: Batches, *, data_dir: str | os.PathLike[str] | None
-) -> Stream:
+def _open_batches(batches: Batches) -> Stream:
     """Returns a user's `Batches`; see `open_batches`."""
-    adapted = adapt(batches.batches)
-    return open_batches(batches, adapted)
+    return open_batches(batches, adapt(batches.batches))
 
 
 def _example_set(items: Any) -> ExampleSet:
@@ -187,7 +197,9 @@ def refuse_batch_size(batch_size: Any, *, guessed: bool) -> None:
     )
 
 
-# (whether it is of the kind, what makes a dataset of it), in the order they are tried.
+_REGISTERED: list[tuple[Callable[[Any], bool], Callable[[Any], Any]]] = []
+
+# (whether data is of the kind, its adapter), in the order they are tried.
 KINDS: tuple[tuple[Callable[[Any], bool], Callable[..., Any]], ...] = (
     (lambda x: isinstance(x, Examples), _open_examples),
     (lambda x: isinstance(x, Batches), _open_batches),
