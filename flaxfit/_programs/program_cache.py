@@ -11,12 +11,12 @@ import jax.numpy as jnp
 
 from flaxfit._core.errors import DataError
 from flaxfit._core.tree_specs import (
-    Form,
-    describe_array,
-    forms_of,
+    LeafSpec,
+    add_row,
+    describe,
     listed,
-    one_row_more,
     shapes_of,
+    specs_of,
 )
 from flaxfit._core.types import Batch, Inputs, PyTree, TrainState
 from flaxfit._models.base import Adapted, ModelFamily
@@ -318,8 +318,8 @@ def check_batch(
     checked = ["inputs"] if inputs_only else ["inputs", "targets"]
     for name in checked:
         before, after = (
-            forms_of(getattr(built.example, name)),
-            forms_of(getattr(batch, name)),
+            specs_of(getattr(built.example, name)),
+            specs_of(getattr(batch, name)),
         )
         if not _alike(name, before, after):
             raise _unlike(name, before, after)
@@ -328,17 +328,17 @@ def check_batch(
         fitting = jax.eval_shape(
             built.task.model.init, built.template.rng, batch.inputs
         )[0]
-    if forms_of(fitting) != forms_of(built.template.params):
+    if specs_of(fitting) != specs_of(built.template.params):
         raise DataError(
-            f"Got inputs {listed(forms_of(batch.inputs))}, which need other "
-            f"parameters than {listed(forms_of(built.example.inputs))} did, for which "
+            f"Got inputs {listed(specs_of(batch.inputs))}, which need other "
+            f"parameters than {listed(specs_of(built.example.inputs))} did, for which "
             f"this trainer was built. Give it such inputs, or make a new Trainer."
         )
     if "targets" in checked:
         objective = _objective_of(built, settings, outputs, batch)
         if objective.name != built.task.objective.name:
             raise DataError(
-                f"Got targets {listed(forms_of(batch.targets))}, for which the "
+                f"Got targets {listed(specs_of(batch.targets))}, for which the "
                 f"loss would be {objective.name}; this trainer was built with "
                 f"{built.task.objective.name}. Name it: Trainer(model, loss=...)."
             )
@@ -371,7 +371,7 @@ def find_outputs(built: Built, batch: Batch, *, sown: bool) -> Outputs:
     # Not of outputs that are wrong anyhow: a model of one example may not grow.
     # Nor of inputs without rows, of which it is not told how they grow.
     if (sown or all(batched)) and has_rows(batch.replace(targets=None)):
-        grown = jax.tree.leaves(shapes(one_row_more(inputs, rows)))
+        grown = jax.tree.leaves(shapes(add_row(inputs, rows)))
         batched = [
             fits and more.shape == (rows + 1, *one.shape[1:])
             for fits, one, more in zip(batched, outputs, grown, strict=True)
@@ -379,8 +379,8 @@ def find_outputs(built: Built, batch: Batch, *, sown: bool) -> Outputs:
     if not sown and not all(batched):
         raise ValueError(
             f"predict joins outputs along their first axis, the batch, and for "
-            f"inputs {listed(forms_of(inputs))} the model returns "
-            f"{describe_array(outputs[batched.index(False)])}. For one example write "
+            f"inputs {listed(specs_of(inputs))} the model returns "
+            f"{describe(outputs[batched.index(False)])}. For one example write "
             f"x[None]; else let the model return [batch, ...] arrays, or call it "
             f"yourself: module.apply(trainer.variables, x)."
         )
@@ -393,17 +393,19 @@ def _form_of(tree: PyTree) -> tuple[Hashable, ...]:
     return structure, tuple((x.shape, x.dtype) for x in leaves)
 
 
-def _alike(name: str, before: Mapping[str, Form], after: Mapping[str, Form]) -> bool:
+def _alike(
+    name: str, before: Mapping[str, LeafSpec], after: Mapping[str, LeafSpec]
+) -> bool:
     either_kind = name == "targets"
     return before.keys() == after.keys() and all(
-        form.ndim == before[path].ndim
-        and (either_kind or before[path].kind in ("number", form.kind))
-        for path, form in after.items()
+        len(spec.shape) == len(before[path].shape)
+        and (either_kind or before[path].is_inexact or not spec.is_inexact)
+        for path, spec in after.items()
     )
 
 
 def _unlike(
-    name: str, before: Mapping[str, Form], after: Mapping[str, Form]
+    name: str, before: Mapping[str, LeafSpec], after: Mapping[str, LeafSpec]
 ) -> DataError:
     return DataError(
         f"Got {name} {listed(after)}; this trainer was built for {listed(before)}. "
@@ -421,9 +423,11 @@ def _objective_of(
         not the same one, or a metric is missing.
       ValueError: targets that do not fit the outputs.
     """
-    before, after = forms_of(built.example.targets), forms_of(batch.targets)
+    before, after = specs_of(built.example.targets), specs_of(batch.targets)
     rows = batch.weights.shape[0]
-    same_kinds = all(form.kind == before[path].kind for path, form in after.items())
+    same_kinds = all(
+        spec.is_inexact == before[path].is_inexact for path, spec in after.items()
+    )
     try:
         objective = resolve_objective(
             settings.loss, settings.loss_weights, outputs, batch.targets, rows
@@ -440,11 +444,17 @@ def _objective_of(
     return objective
 
 
-def _reshaping(name: str, before: Mapping[str, Form], after: Mapping[str, Form]) -> str:
+def _reshaping(
+    name: str, before: Mapping[str, LeafSpec], after: Mapping[str, LeafSpec]
+) -> str:
     """Returns the line to write where one axis too many or too few may be all."""
     if not after:
         return "Pass (x, y). "
-    more = {f.ndim - before[path].ndim for path, f in after.items() if path in before}
+    more = {
+        len(spec.shape) - len(before[path].shape)
+        for path, spec in after.items()
+        if path in before
+    }
     lines = {("inputs", -1): "For one example write x[None]. "}
     lines |= {("targets", -1): "Write y[:, None]. ", ("targets", 1): "Write y[:, 0]. "}
     return lines.get((name, more.pop()), "") if len(more) == 1 else ""

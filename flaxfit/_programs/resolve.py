@@ -9,7 +9,13 @@ import jax
 import numpy as np
 
 from flaxfit._core.errors import DataError, DetectionError
-from flaxfit._core.tree_specs import differences, forms_of, listed, shapes_of
+from flaxfit._core.tree_specs import (
+    diff,
+    difference_lines,
+    listed,
+    shapes_of,
+    specs_of,
+)
 from flaxfit._core.types import Batch, Inputs, PyTree, TrainState
 from flaxfit._models.base import Adapted, ModelFamily, Overrides
 from flaxfit._models.image_scaling import as_floats, given_floats
@@ -255,7 +261,7 @@ def noted(inputs: Inputs) -> Iterator[None]:
     except DetectionError:
         raise
     except Exception as error:
-        error.add_note(f"while tracing the model on {listed(forms_of(inputs))}")
+        error.add_note(f"while tracing the model on {listed(specs_of(inputs))}")
         raise
 
 
@@ -269,9 +275,9 @@ def _check_variables(variables: Mapping[str, PyTree], template: TrainState) -> N
     lines = []
     for name, tree in variables.items():
         if name in made:
-            lines += differences(
-                made[name], tree, where=name, wanted_is="the model has"
-            )
+            line = f"  {name}/{{path}}: the model has {{wanted}}, given {{given}}"
+            found = diff(specs_of(made[name]), specs_of(tree))
+            lines += difference_lines(found, line)
         else:
             lines.append(f"  {name}: the model has {', '.join(made)}")
     if lines:

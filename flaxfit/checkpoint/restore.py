@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxfit._core.errors import CheckpointError, did_you_mean
+from flaxfit._core.tree_specs import Difference, diff, difference_lines
 from flaxfit._core.types import HostArray, TrainState
 from flaxfit.checkpoint.encoding import (
     Key,
@@ -25,7 +26,6 @@ from flaxfit.checkpoint.encoding import (
     spec_of,
 )
 
-_MOST_LINES = 20
 _SMALL = 2**16
 _ALIGNMENT = 64  # What XLA asks of memory that it takes as it is.
 FIELDS = tuple(TrainState.__dataclass_fields__)
@@ -129,9 +129,10 @@ def restore(
     leaves, treedef = jax.tree_util.tree_flatten_with_path(template)
     expected = {path_of(path): leaf for path, leaf in leaves}
     match = _match(found, expected, dict(rename or {}), chosen)
-    report, fitting = _compare(match)
-    if strict:
-        _require_fit(match, report, raw_state)
+    differences = _compare(match)
+    report, fitting = _report(match, differences)
+    if strict and differences:
+        raise _misfit(differences, raw_state)
     if current is None and len(fitting) < len(expected):
         raise ValueError(
             "restore(...) does not take every leaf from the file: give current=, the "
@@ -240,56 +241,46 @@ def _position(path: Path, old: Path) -> int | None:
     return None
 
 
-def _compare(match: _Match) -> tuple[RestoreReport, set[Path]]:
-    """Returns in what the two sides differ, and the paths in which they do not."""
-    fitting: dict[Path, None] = {}
-    missing = []
-    mismatched: dict[str, tuple[str, str]] = {}
-    for path, like in match.wanted.items():
-        if path not in match.found:
-            if path not in match.exempt:
-                missing.append(joined(path))
-            continue
-        saved, here = spec_of(match.found[path]), spec_of(like)
-        if saved == here:
-            fitting[path] = None
-        else:
-            mismatched[joined(path)] = (str(saved), str(here))
-    unexpected = [joined(path) for path in match.found if path not in match.wanted]
+def _compare(match: _Match) -> list[Difference]:
+    """Returns the paths at which the model and the file differ."""
+    exempt = match.exempt
+    wanted = {p: spec_of(x) for p, x in match.wanted.items() if p not in exempt}
+    return diff(wanted, {path: spec_of(leaf) for path, leaf in match.found.items()})
+
+
+def _report(
+    match: _Match, differences: list[Difference]
+) -> tuple[RestoreReport, set[Path]]:
+    """Returns the report, and the paths whose values can be taken from the file."""
+    differing = {path for path, _, _ in differences}
+    fitting = [p for p in match.wanted if p in match.found and p not in differing]
     report = RestoreReport(
         loaded=tuple(map(joined, fitting)),
         renamed=MappingProxyType(
             {joined(old): joined(new) for old, new in match.renamed.items()}
         ),
-        missing=tuple(missing),
-        unexpected=tuple(unexpected),
-        mismatched=MappingProxyType(mismatched),
+        missing=tuple(joined(path) for path, _, saved in differences if saved is None),
+        unexpected=tuple(joined(path) for path, here, _ in differences if here is None),
+        mismatched=MappingProxyType(
+            {
+                joined(path): (str(saved), str(here))
+                for path, here, saved in differences
+                if here is not None and saved is not None
+            }
+        ),
         skipped=tuple(map(joined, match.skipped)),
     )
     return report, set(fitting)
 
 
-def _require_fit(
-    match: _Match,
-    report: RestoreReport,
-    raw_state: Mapping[str, Any],
-) -> None:
-    """Raises one error that lists everything in which the two differ."""
-    sides = dict(report.mismatched)
-    for path in (p for p in match.wanted if joined(p) in report.missing):
-        sides[joined(path)] = ("nothing", str(spec_of(match.wanted[path])))
-    for path in (p for p in match.found if p not in match.wanted):
-        sides[joined(path)] = (str(spec_of(match.found[path])), "nothing")
-    if not sides:
-        return
-    lines = [
-        f"  {path}: {saved} in the file, {here} here"
-        for path, (saved, here) in sorted(sides.items())
-    ]
-    if len(lines) > _MOST_LINES:
-        lines[_MOST_LINES:] = [f"  ... and {len(lines) - _MOST_LINES} more"]
+def _misfit(
+    differences: list[Difference], raw_state: Mapping[str, Any]
+) -> CheckpointError:
+    """Returns one error that lists everything in which the two differ."""
+    named = sorted(one._replace(path=joined(one.path)) for one in differences)
+    lines = difference_lines(named, "  {path}: {given} in the file, {wanted} here")
     advice = "Build the model as it was when the file was saved."
-    fields = {path.partition("/")[0] for path in sides}
+    fields = {path.partition("/")[0] for path, _, _ in named}
     if fields == {"opt_state"} and "opt_state" in raw_state:
         advice = (
             "Only the optimizer's state differs: give the Trainer the optimizer and "
@@ -299,7 +290,7 @@ def _require_fit(
         )
     elif fields.isdisjoint({"params", "collections"} | raw_state.keys()):
         advice = "The file holds weights only: load(path, ..., params_only=True)."
-    raise CheckpointError(
+    return CheckpointError(
         "\n".join(["The file does not fit this trainer:", *lines, advice])
     )
 

@@ -196,7 +196,7 @@ def test_class_weight_of_pictures_of_two_classes():
     ("targets", "message"),
     [
         (np.array([[0.0, 1, 1], [1, 0, 0]]), "float32.*not all rows are one-hot"),
-        (np.array([[0, 1, 1], [1, 0, 0]]), r"int32\[2, 3\].*several labels.*np\.where"),
+        (np.array([[0, 1, 1], [1, 0, 0]]), r"int32\[2,3\].*several labels.*np\.where"),
         (np.array([[False, True, True], [True, False, False]]), "not all rows are"),
         (np.array([[0.8, 0.2], [0.1, 0.9]]), r"weights\[y\.argmax\(-1\)\]"),
         (np.array([[0.0, 2.0], [1.0, 1.0]]), r"classes y\.astype\('int32'\)"),
