@@ -45,7 +45,19 @@ __all__ = [
     "make_train_step",
 ]
 
-# Pickles and reprs name the public path, so that they outlive moves inside the package.
-for _name in __all__:
-    globals()[_name].__module__ = __name__
-del _name
+# Values that are pickled, and errors, name their public path, so that their pickles
+# outlive moves inside the package. `inspect` then cannot find the source of the class,
+# so all other classes, such as `Trainer`, keep the path of their module.
+for _value in (
+    Average,
+    Batch,
+    CheckpointCorruptError,
+    CheckpointError,
+    DataError,
+    DetectionError,
+    History,
+    RestoreReport,
+    TrainState,
+):
+    _value.__module__ = __name__
+del _value

@@ -108,7 +108,7 @@ def _open(path: str) -> _File:
         raise
     except CheckpointError:
         data = Path(path).read_bytes() if os.path.isfile(path) else b""
-        if not data or corruption.is_ours(data):
+        if not data or corruption.is_checkpoint(data):
             raise
         content = file_format.read_plain(data, path)
         leaves = _named(content, ())
@@ -154,7 +154,7 @@ def _reason(text: str, path: str) -> str:
     return (
         text.removeprefix(f"{path!r} ")
         .removeprefix("is damaged: ")
-        .removesuffix(f" {corruption.AGAIN}")
+        .removesuffix(f" {corruption.ADVICE}")
     )
 
 

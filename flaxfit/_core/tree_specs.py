@@ -84,18 +84,21 @@ def diff(
     return [one for one in pairs if one.wanted != one.given]
 
 
-def difference_lines(differences: Iterable[Difference], line: str) -> list[str]:
+def difference_lines(
+    differences: Iterable[Difference], line: str, *, absent: str = "missing"
+) -> list[str]:
     """Returns a line for each difference, at most 20 and how many more there are.
 
     Args:
       differences: what `diff` returned.
       line: a template with `{path}`, `{wanted}` and `{given}`.
+      absent: stands for the spec where a tree does not have the path.
     """
     lines = [
         line.format(
             path=path,
-            wanted="missing" if wanted is None else wanted,
-            given="missing" if given is None else given,
+            wanted=absent if wanted is None else wanted,
+            given=absent if given is None else given,
         )
         for path, wanted, given in differences
     ]

@@ -7,7 +7,7 @@ import numpy as np
 
 from flaxfit._core.arrays import empty_array
 from flaxfit._core.types import Batch, HostArray
-from flaxfit._programs.chunks import Segment, Stack, stack_capacity
+from flaxfit._programs.chunks import Chunk, Stack, stack_capacity
 from flaxfit._programs.placement import Placement
 from flaxfit.data.host.arrays import copy_host_arrays, on_device
 
@@ -21,7 +21,7 @@ class Ready(NamedTuple):
       examples: rows of each batch that are no fill, and in training count.
     """
 
-    segment: Segment
+    segment: Chunk
     batches: int
     examples: tuple[int, ...]
 
@@ -83,9 +83,9 @@ class SegmentPacker:
 
     def send(self, closed: "_HostStack | _Alone") -> Ready:
         if isinstance(closed, _Alone):
-            segment = self._placement.put_segment(closed.batch)
+            segment = self._placement.put_chunk(closed.batch)
             return Ready(segment, 1, (closed.examples,))
-        segment = self._placement.put_segment(Stack(closed.batches))
+        segment = self._placement.put_chunk(Stack(closed.batches))
         return Ready(segment, len(closed.examples), tuple(closed.examples))
 
     def _capacity(self, batch: Batch) -> int:

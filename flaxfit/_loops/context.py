@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 from flaxfit._core.types import Logs, PyTree, TrainState
 from flaxfit._loops.feeder import Feed
 from flaxfit._loops.interrupt import Interrupt
-from flaxfit._programs.compile import Program, Running
+from flaxfit._programs.compile import EpochAccumulators, Program
 from flaxfit._reporting.display import Display
 from flaxfit._runs.saver import Saver
 from flaxfit.callbacks.base import CallbackList, LoopState
@@ -45,7 +45,7 @@ class FitPlan:
 
     epochs: range
     train: Program
-    running: Running
+    running: EpochAccumulators
     open_feed: Callable[[Position], Feed]
     steps_per_call: int | None
     order: Callable[[Logs], Logs]
@@ -61,4 +61,6 @@ class FitPlan:
     first_epoch: int
     batch: int = 0
     resume: Callable[[LoopState], None] = lambda loop: None
-    roll_back: Callable[[], tuple[TrainState, int, Running | None]] | None = None
+    roll_back: Callable[[], tuple[TrainState, int, EpochAccumulators | None]] | None = (
+        None
+    )

@@ -7,7 +7,7 @@ from flaxfit._core.types import Logs, TrainState
 from flaxfit._loops.dispatch_queue import Pace
 from flaxfit._loops.feeder import Feed, timed
 from flaxfit._loops.host_reads import read_logs, show_progress
-from flaxfit._programs.compile import Program, Running
+from flaxfit._programs.compile import EpochAccumulators, Program
 from flaxfit._reporting.display import Display, epoch_display
 
 
@@ -15,7 +15,7 @@ def eval_loop(
     state: TrainState,
     *,
     evaluate: Program,
-    running: Running,
+    running: EpochAccumulators,
     feed: Feed,
     total: int | None,
     steps_per_call: int | None,

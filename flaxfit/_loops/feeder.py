@@ -14,8 +14,8 @@ from flaxfit._loops.chunk_builder import Ready, SegmentPacker
 from flaxfit._loops.dispatch_queue import Pace
 from flaxfit._loops.prefetch import Prefetch
 from flaxfit._programs.chunks import (
-    Resident,
-    Segment,
+    Chunk,
+    DeviceDataset,
     Stack,
     order_capacity,
     stack_capacity,
@@ -145,7 +145,7 @@ def open_pass(
     return _KeptFeed(feed) if keep and fits else feed
 
 
-def first_segment(feed: Feed) -> Segment:
+def first_segment(feed: Feed) -> Chunk:
     """Returns the first segment of an epoch."""
     with feed.epoch() as segments:
         return next(iter(segments)).segment
@@ -192,9 +192,9 @@ class _ResidentFeed:
             left -= len(chosen)
             order = np.zeros((self._capacity, chosen.shape[1]), np.int32)
             order[: len(chosen)] = chosen
-            segment: Segment = Resident(self._data, order)
+            segment: Chunk = DeviceDataset(self._data, order)
             if self._put_order:
-                segment = self._placement.put_segment(segment)
+                segment = self._placement.put_chunk(segment)
             real = chosen >= 0
             if self._counted is not None:
                 real &= self._counted[rows_of(chosen)[0]]
@@ -243,7 +243,7 @@ class _PassFeed:
             batches, examples = self._source.stack(
                 first, number, self._capacity, own=self._own
             )
-            yield Ready(self._placement.put_segment(Stack(batches)), number, examples)
+            yield Ready(self._placement.put_chunk(Stack(batches)), number, examples)
 
 
 class _StreamFeed:

@@ -16,7 +16,7 @@ from flaxfit._loops.dispatch_queue import Pace
 from flaxfit._loops.feeder import Feed, timed
 from flaxfit._loops.host_reads import as_values, read, read_logs, show_progress
 from flaxfit._loops.nonfinite import Watch, counts_of
-from flaxfit._programs.compile import Running, shapes_of_call
+from flaxfit._programs.compile import EpochAccumulators, shapes_of_call
 from flaxfit._reporting.display import epoch_display
 from flaxfit.callbacks.base import LoopState
 from flaxfit.data.sources.position import Position
@@ -174,7 +174,7 @@ def _call(
     ready: Ready,
     start: int,
     count: int,
-) -> Running:
+) -> EpochAccumulators:
     """Dispatches `count` steps from batch `start` on."""
     timing, running, is_new = loop.history.timing, loop.running, False
     if timing.flops_per_step is None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from flaxfit._core.types import Logs, PyTree
 from flaxfit._loops.dispatch_queue import Pace
-from flaxfit._programs.compile import Running
+from flaxfit._programs.compile import EpochAccumulators
 from flaxfit._reporting.display import Display
 
 
@@ -17,7 +17,9 @@ def read(tree: PyTree) -> PyTree:
     return jax.device_get(tree)
 
 
-def read_logs(running: Running, order: Callable[[Logs], Logs]) -> dict[str, Any]:
+def read_logs(
+    running: EpochAccumulators, order: Callable[[Logs], Logs]
+) -> dict[str, Any]:
     """Returns the values of the accumulators as floats, in one read."""
     return as_values(read(running.logs), order)
 

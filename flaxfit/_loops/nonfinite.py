@@ -12,7 +12,7 @@ from flaxfit._loops.context import FitPlan
 from flaxfit._loops.dispatch_queue import Pace
 from flaxfit._loops.feeder import Feed
 from flaxfit._loops.host_reads import read
-from flaxfit._programs.compile import Running
+from flaxfit._programs.compile import EpochAccumulators
 from flaxfit.callbacks.base import LoopState
 from flaxfit.data.sources.position import Position
 
@@ -130,7 +130,7 @@ class Watch:
         return self.plan.open_feed(Position(epoch, loop.batch))
 
 
-def counts_of(running: Running) -> tuple[Any, Any]:
+def counts_of(running: EpochAccumulators) -> tuple[Any, Any]:
     """Returns the number of the first bad batch, or -1, and how many were left out."""
     return running.bad, running.skipped
 

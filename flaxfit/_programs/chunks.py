@@ -26,7 +26,7 @@ class Stack(flax.struct.PyTreeNode):
     batches: Batch
 
 
-class Resident(flax.struct.PyTreeNode):
+class DeviceDataset(flax.struct.PyTreeNode):
     """All examples, and which of them make the batches.
 
     Attributes:
@@ -39,20 +39,20 @@ class Resident(flax.struct.PyTreeNode):
     order: Array | HostArray
 
 
-Segment: TypeAlias = Batch | Stack | Resident
+Chunk: TypeAlias = Batch | Stack | DeviceDataset
 
 
-def batch_at(segment: Segment, index: Array | int) -> Batch:
+def batch_at(chunk: Chunk, index: Array | int) -> Batch:
     """Returns the batch number `index`; traceable, and the same to the last bit."""
-    if isinstance(segment, Batch):
-        return segment
-    if isinstance(segment, Stack):
-        return take(segment.batches, index)
-    coded: Array = take(segment.order, index)
+    if isinstance(chunk, Batch):
+        return chunk
+    if isinstance(chunk, Stack):
+        return take(chunk.batches, index)
+    coded: Array = take(chunk.order, index)
     is_fill = coded < 0
     rows = jnp.where(is_fill, ~coded, coded)
     batch: Batch = jax.tree.map(
-        lambda leaf: leaf.at[rows].get(mode="promise_in_bounds"), segment.data
+        lambda leaf: leaf.at[rows].get(mode="promise_in_bounds"), chunk.data
     )
     spread = append_axes(is_fill, batch.weights.ndim)
     return batch.replace(weights=jnp.where(spread, 0.0, batch.weights))
@@ -77,7 +77,7 @@ def stack_capacity(bytes_per_batch: int, asked: int | None = None) -> int:
 
 
 def order_capacity(batch_size: int, asked: int | None = None) -> int:
-    """Returns how many batches one `Resident.order` names, as `stack_capacity`."""
+    """Returns how many batches one `DeviceDataset.order` names, as `stack_capacity`."""
     most = 2 * _STACK_BATCHES if asked is None else asked
     room = _ORDER_BYTES if asked is None else _STACK_BYTES
     return max(1, min(most, room // (4 * batch_size)))

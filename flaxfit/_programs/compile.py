@@ -21,7 +21,7 @@ from flaxfit._core.types import (
     Sum,
     TrainState,
 )
-from flaxfit._programs.chunks import Segment, batch_at
+from flaxfit._programs.chunks import Chunk, batch_at
 from flaxfit._programs.placement import Placement
 from flaxfit._programs.steps import EvalStep, InitStep, PredictStep, TrainStep
 
@@ -33,7 +33,7 @@ _CONVOLUTION = "conv_general_dilated"
 Step = TypeVar("Step", bound=Callable[..., Any])
 
 
-class Running(flax.struct.PyTreeNode):
+class EpochAccumulators(flax.struct.PyTreeNode):
     """What accumulates on the device while an epoch runs.
 
     Attributes:
@@ -198,21 +198,22 @@ class Steps(NamedTuple):
 class Programs(NamedTuple):
     """All programs of a trainer, one per phase.
 
-    The first three that loop take a segment and run its batches
+    The first three that loop take a chunk and run its batches
     `start … start + count - 1`: one compile serves any number of steps. Where
-    `single`, `count` has to be 1.
+    `one_step_per_call`, `count` has to be 1.
 
     Attributes:
       init: `(rng, inputs, variables) -> state`.
-      train: `(state, running, segment, start, count) -> (state, running)`; the state
+      train: `(state, running, chunk, start, count) -> (state, running)`; the state
         is donated.
       step: `(state, batch) -> (state, logs)`, nothing donated: the public step.
-      evaluate: `(state, running, segment, start, count) -> running`.
-      predict: `(state, segment, start, count, first) -> outputs`; `[capacity, ...]`
-        of a `Stack` unless `single`. `first` is the number of the batch `start`.
+      evaluate: `(state, running, chunk, start, count) -> running`.
+      predict: `(state, chunk, start, count, first) -> outputs`; `[capacity, ...]`
+        of a `Stack` unless `one_step_per_call`. `first` is the number of the batch
+        `start`.
       intermediates: the same for the sown `intermediates`.
       gradient: `(state, batch) -> (loss, gradients)`, for `check`.
-      single: whether a call runs exactly one step.
+      one_step_per_call: whether a call runs exactly one step.
     """
 
     init: Program
@@ -222,7 +223,7 @@ class Programs(NamedTuple):
     predict: Program
     intermediates: Program
     gradient: Program
-    single: bool
+    one_step_per_call: bool
 
 
 def compile_programs(
@@ -248,44 +249,52 @@ def compile_programs(
         as one that makes a parameter so.
     """
     on_cpu = placement.devices[0].platform == "cpu"
-    single = calls_host or (convolves and on_cpu)
+    one_step_per_call = calls_host or (convolves and on_cpu)
     # It runs once: the time is better spent otherwise, and the bits are the same.
     run_once = {"xla_backend_optimization_level": 1} if on_cpu else None
 
     def train(
-        state: TrainState, running: Running, segment: Segment, start: Any, count: Any
-    ) -> tuple[TrainState, Running]:
+        state: TrainState,
+        running: EpochAccumulators,
+        chunk: Chunk,
+        start: Any,
+        count: Any,
+    ) -> tuple[TrainState, EpochAccumulators]:
         def step(
-            index: Any, carry: tuple[TrainState, Running]
-        ) -> tuple[TrainState, Running]:
-            state, logs = steps.train(carry[0], batch_at(segment, index))
+            index: Any, carry: tuple[TrainState, EpochAccumulators]
+        ) -> tuple[TrainState, EpochAccumulators]:
+            state, logs = steps.train(carry[0], batch_at(chunk, index))
             after = state, _accumulate(carry[1], logs)
             return _guarded(nonfinite, carry, after, logs)
 
-        if single or isinstance(segment, Batch):
+        if one_step_per_call or isinstance(chunk, Batch):
             return step(start, (state, running))
         if nonfinite not in ("stop", "rollback"):
             return jax.lax.fori_loop(start, start + count, step, (state, running))
 
-        def goes_on(carry: tuple[Any, tuple[TrainState, Running]]) -> Any:
+        def goes_on(carry: tuple[Any, tuple[TrainState, EpochAccumulators]]) -> Any:
             return (carry[0] < start + count) & (carry[1][1].bad < 0)
 
         def one_more(
-            carry: tuple[Any, tuple[TrainState, Running]],
-        ) -> tuple[Any, tuple[TrainState, Running]]:
+            carry: tuple[Any, tuple[TrainState, EpochAccumulators]],
+        ) -> tuple[Any, tuple[TrainState, EpochAccumulators]]:
             return carry[0] + 1, step(*carry)
 
         first = jnp.asarray(start, jnp.int32), (state, running)
         return jax.lax.while_loop(goes_on, one_more, first)[1]
 
     def evaluate(
-        state: TrainState, running: Running, segment: Segment, start: Any, count: Any
-    ) -> Running:
-        def step(index: Any, running: Running) -> Running:
-            batch = batch_at(segment, index)
+        state: TrainState,
+        running: EpochAccumulators,
+        chunk: Chunk,
+        start: Any,
+        count: Any,
+    ) -> EpochAccumulators:
+        def step(index: Any, running: EpochAccumulators) -> EpochAccumulators:
+            batch = batch_at(chunk, index)
             return _accumulate(running, steps.evaluate(state, batch, running.index))
 
-        if single or isinstance(segment, Batch):
+        if one_step_per_call or isinstance(chunk, Batch):
             return step(start, running)
         return jax.lax.fori_loop(start, start + count, step, running)
 
@@ -303,26 +312,28 @@ def compile_programs(
         ),
         step=Program("train step", steps.train),
         evaluate=Program("eval step", evaluate, out_shardings=whole),
-        predict=Program("predict step", _over_segment(steps.predict, single)),
+        predict=Program(
+            "predict step", _over_segment(steps.predict, one_step_per_call)
+        ),
         intermediates=Program(
-            "predict step", _over_segment(steps.intermediates, single)
+            "predict step", _over_segment(steps.intermediates, one_step_per_call)
         ),
         gradient=Program("gradient", steps.gradient),
-        single=single,
+        one_step_per_call=one_step_per_call,
     )
 
 
-def _over_segment(step: PredictStep, single: bool) -> Callable[..., PyTree]:
+def _over_segment(step: PredictStep, one_step_per_call: bool) -> Callable[..., PyTree]:
     def predict(
-        state: TrainState, segment: Segment, start: Any, count: Any, first: Any
+        state: TrainState, chunk: Chunk, start: Any, count: Any, first: Any
     ) -> PyTree:
         def outputs_at(index: Any) -> PyTree:
-            inputs: Inputs = batch_at(segment, index).inputs
+            inputs: Inputs = batch_at(chunk, index).inputs
             return step(state, inputs, jnp.int32(first + index - start))
 
-        if single or isinstance(segment, Batch):
+        if one_step_per_call or isinstance(chunk, Batch):
             return outputs_at(start)
-        capacity = jax.tree.leaves(segment)[0].shape[0]
+        capacity = jax.tree.leaves(chunk)[0].shape[0]
         empty = jax.tree.map(
             lambda leaf: jnp.zeros((capacity, *leaf.shape), leaf.dtype),
             jax.eval_shape(outputs_at, start),
@@ -338,7 +349,7 @@ def _over_segment(step: PredictStep, single: bool) -> Callable[..., PyTree]:
     return predict
 
 
-def _accumulate(running: Running, logs: Logs) -> Running:
+def _accumulate(running: EpochAccumulators, logs: Logs) -> EpochAccumulators:
     first = running.index == 0
 
     def merged(log: Any, before: Any) -> Any:
@@ -356,10 +367,10 @@ def _accumulate(running: Running, logs: Logs) -> Running:
 
 def _guarded(
     nonfinite: str,
-    before: tuple[TrainState, Running],
-    after: tuple[TrainState, Running],
+    before: tuple[TrainState, EpochAccumulators],
+    after: tuple[TrainState, EpochAccumulators],
     logs: Logs,
-) -> tuple[TrainState, Running]:
+) -> tuple[TrainState, EpochAccumulators]:
     """Returns `after` with a note of a loss that is not finite; see `nonfinite`.
 
     Only `"skip"` chooses between the two: that takes a pass over the state, and XLA
@@ -397,12 +408,12 @@ def _all_finite(tree: PyTree) -> Array:
     return jnp.all(jnp.array([True, *finite]))
 
 
-def empty_running(logs: PyTree, placement: Placement) -> Running:
+def empty_accumulators(logs: PyTree, placement: Placement) -> EpochAccumulators:
     """Returns the start of an epoch for `logs` of these shapes."""
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), logs)
     numbers: Any = np.array([0, -1, 0], np.int32)
-    empty = Running(numbers[0], zeros, numbers[1], numbers[2])
-    running: Running = jax.device_put(empty, placement.replicated)
+    empty = EpochAccumulators(numbers[0], zeros, numbers[1], numbers[2])
+    running: EpochAccumulators = jax.device_put(empty, placement.replicated)
     return running
 
 

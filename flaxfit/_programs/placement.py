@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from flaxfit._core.arrays import copy_array
 from flaxfit._core.types import Batch, HostArray, PyTree
 from flaxfit._core.validation import is_integer
-from flaxfit._programs.chunks import Segment, Stack
+from flaxfit._programs.chunks import Chunk, Stack
 
 _AXIS = "data"
 # Where nothing tells how much memory is free.
@@ -95,20 +95,20 @@ class Placement(NamedTuple):
 
         return jax.tree.map(put, tree)
 
-    def put_segment(self, segment: Segment) -> Segment:
-        """Returns a segment's batches on the devices, their rows divided among them.
+    def put_chunk(self, chunk: Chunk) -> Chunk:
+        """Returns a chunk's batches on the devices, their rows divided among them.
 
         Batches whose rows the devices do not divide go to each of them whole, and so
         do those whose inputs have no rows. The arrays may be shared with the device:
         they must not be written to again.
         """
-        if isinstance(segment, Batch):
-            return self._put_rows(segment, len(segment.weights), ())
-        if isinstance(segment, Stack):
-            rows = segment.batches.weights.shape[1]
-            return Stack(self._put_rows(segment.batches, rows, (None,)))
-        order = self._put_rows(segment.order, segment.order.shape[1], (None,))
-        return segment.replace(order=order)
+        if isinstance(chunk, Batch):
+            return self._put_rows(chunk, len(chunk.weights), ())
+        if isinstance(chunk, Stack):
+            rows = chunk.batches.weights.shape[1]
+            return Stack(self._put_rows(chunk.batches, rows, (None,)))
+        order = self._put_rows(chunk.order, chunk.order.shape[1], (None,))
+        return chunk.replace(order=order)
 
     def room_for(self, size: int, share: float) -> Literal["whole", "divided"] | None:
         """Returns how data fits on the devices: whole on each, by rows, or not.

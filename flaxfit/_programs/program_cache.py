@@ -21,7 +21,13 @@ from flaxfit._core.tree_specs import (
 from flaxfit._core.types import Batch, Inputs, PyTree, TrainState
 from flaxfit._models.base import Adapted, ModelFamily
 from flaxfit._programs.placement import Placement, has_rows
-from flaxfit._programs.resolve import Built, Settings, build, noted, trace_outputs
+from flaxfit._programs.resolve import (
+    ResolvedTask,
+    Settings,
+    noted,
+    resolve,
+    trace_outputs,
+)
 from flaxfit._programs.steps import make_predict_step
 from flaxfit.losses.objective import Objective, resolve_objective
 from flaxfit.metrics.resolve import resolve_metrics
@@ -58,7 +64,7 @@ class Outputs(NamedTuple):
     nbytes: int
 
 
-class Builder:
+class ProgramCache:
     """Owns the parts of one trainer, and makes them when the first data comes."""
 
     def __init__(
@@ -70,7 +76,7 @@ class Builder:
         self._family = family
         self._settings = settings
         self._asked_to_scale = settings.scale_images
-        self._built: Built | None = None
+        self._resolved: ResolvedTask | None = None
         # The forms of batches that were found to fit: looking again takes traces.
         self._fitting: set[Hashable] = set()
         self._outputs: dict[Hashable, Outputs] = {}
@@ -102,9 +108,9 @@ class Builder:
             self._settings = replace(self._settings, scale_images=pictures)
 
     @property
-    def is_built(self) -> bool:
+    def is_resolved(self) -> bool:
         """Whether there are parts already."""
-        return self._built is not None
+        return self._resolved is not None
 
     @property
     def placement(self) -> Placement:
@@ -134,23 +140,23 @@ class Builder:
         return needs_total_steps(self._settings.learning_rate)
 
     @property
-    def built(self) -> Built:
+    def resolved(self) -> ResolvedTask:
         """The parts.
 
         Raises:
           ValueError: there was no data yet to make them from.
         """
-        if self._built is None:
+        if self._resolved is None:
             raise ValueError(NO_DATA_YET)
-        return self._built
+        return self._resolved
 
     @property
     def compiles(self) -> dict[str, int]:
         """How often each phase was compiled so far."""
         counts = {phase: self._past[phase] for phase, _ in _PHASES}
-        if self._built is not None:
+        if self._resolved is not None:
             for phase, name in _PHASES:
-                counts[phase] += getattr(self._built.programs, name).traces
+                counts[phase] += getattr(self._resolved.programs, name).traces
         return counts
 
     def build(
@@ -158,35 +164,37 @@ class Builder:
         example: Batch,
         total_steps: int | None = None,
         *,
-        afresh: bool = False,
+        allow_rebuild: bool = False,
         placement: Placement | None = None,
-    ) -> Built:
+    ) -> ResolvedTask:
         """Returns the parts, made anew only where they have to be.
 
         Args:
           example: a batch like those to come.
           total_steps: the step at which training will end, None if unknown.
-          afresh: whether a batch of another form may replace what was built before,
-            as nothing was learnt yet.
+          allow_rebuild: whether a batch of another form may replace the current parts,
+            as nothing was trained yet.
           placement: the devices to use from here on, None for those used now.
 
         Raises:
           ValueError: see `build` and `check_batch`.
         """
-        built = self._built
+        resolved = self._resolved
         placement = placement or self._placement
         known: Adapted | None = None
         keep: tuple[str, ...] = ()
-        if built is not None and self._fits(example, afresh, not built.complete):
-            known = built.adapted
-            keep = _WITHOUT_OPTIMIZER if built.complete else _WITHOUT_TARGETS
-            same = not self.plans_ahead or total_steps in (None, built.total_steps)
-            if built.placement.devices != placement.devices:
+        if resolved is not None and self._fits(
+            example, allow_rebuild, not resolved.complete
+        ):
+            known = resolved.adapted
+            keep = _WITHOUT_OPTIMIZER if resolved.complete else _WITHOUT_TARGETS
+            same = not self.plans_ahead or total_steps in (None, resolved.total_steps)
+            if resolved.placement.devices != placement.devices:
                 keep = ()
-            elif built.complete and same:
-                return built
+            elif resolved.complete and same:
+                return resolved
         self._install(
-            build(
+            resolve(
                 self._model,
                 self._family,
                 self._settings,
@@ -197,7 +205,7 @@ class Builder:
             ),
             keep=keep,
         )
-        return self.built
+        return self.resolved
 
     def require_total_steps(self, total_steps: int | None) -> None:
         """Checks that the length of the training is known where it has to be.
@@ -208,12 +216,14 @@ class Builder:
         if total_steps is None and self.plans_ahead:
             raise ValueError(UNKNOWN_TOTAL_STEPS)
 
-    def build_for_inputs(self, example: Batch, *, afresh: bool = False) -> Built:
+    def build_for_inputs(
+        self, example: Batch, *, allow_rebuild: bool = False
+    ) -> ResolvedTask:
         """Returns the parts; without a loss if there never were targets."""
-        if self._built is None or not self._fits(example, afresh, True):
+        if self._resolved is None or not self._fits(example, allow_rebuild, True):
             settings = replace(self._settings, loss=None, metrics=None)
             self._install(
-                build(
+                resolve(
                     self._model,
                     self._family,
                     settings,
@@ -223,35 +233,38 @@ class Builder:
                     complete=False,
                 )
             )
-        return self.built
+        return self.resolved
 
-    def _install(self, built: Built, *, keep: tuple[str, ...] = ()) -> None:
-        """Makes `built` the current parts, with the old programs named in `keep`."""
-        old = self._built
-        if old is not None and old.programs.single != built.programs.single:
+    def _install(self, resolved: ResolvedTask, *, keep: tuple[str, ...] = ()) -> None:
+        """Makes `resolved` the current parts, with the old programs named in `keep`."""
+        old = self._resolved
+        if (
+            old is not None
+            and old.programs.one_step_per_call != resolved.programs.one_step_per_call
+        ):
             keep = ()  # they would give their outputs in another form
         if old is not None:
             kept = {name: getattr(old.programs, name) for name in keep}
-            built = built._replace(programs=built.programs._replace(**kept))
+            resolved = resolved._replace(programs=resolved.programs._replace(**kept))
             for phase, name in _PHASES:
                 if name not in keep:
                     self._past[phase] += getattr(old.programs, name).traces
         if not keep:
             self._fitting.clear()
             self._outputs.clear()
-        self._built = built
-        self._placement = built.placement
+        self._resolved = resolved
+        self._placement = resolved.placement
 
     def outputs_of(self, inputs: Inputs) -> PyTree:
         """Returns the shapes of what the model makes of inputs; nothing is built.
 
         None where it raises: whoever builds it for these inputs then says why.
         """
-        inputs, built, settings = shapes_of(inputs), self._built, self._settings
+        inputs, resolved, settings = shapes_of(inputs), self._resolved, self._settings
         try:
             adapted = (
-                built.adapted
-                if built is not None
+                resolved.adapted
+                if resolved is not None
                 else self._family.adapt(self._model, inputs, settings.overrides)
             )
             key = jax.eval_shape(lambda: jax.random.key(settings.seed))
@@ -263,20 +276,20 @@ class Builder:
         """Returns `find_outputs` of the batch, remembered by its form."""
         form = (sown, *_form_of((batch.inputs, batch.weights)))
         if form not in self._outputs:
-            self._outputs[form] = find_outputs(self.built, batch, sown=sown)
+            self._outputs[form] = find_outputs(self.resolved, batch, sown=sown)
         return self._outputs[form]
 
-    def _fits(self, batch: Batch, afresh: bool, inputs_only: bool) -> bool:
-        """Returns whether a batch fits what was built; raises unless `afresh`."""
-        if self.built.scaled != self.scaled:
+    def _fits(self, batch: Batch, allow_rebuild: bool, inputs_only: bool) -> bool:
+        """Returns whether a batch fits the parts; raises unless `allow_rebuild`."""
+        if self.resolved.scaled != self.scaled:
             return False
         form = (inputs_only, *_form_of((batch.inputs, batch.targets)))
         if form in self._fitting:
             return True
         try:
-            check_batch(self.built, self._settings, batch, inputs_only=inputs_only)
+            check_batch(self.resolved, self._settings, batch, inputs_only=inputs_only)
         except Exception:
-            if not afresh:
+            if not allow_rebuild:
                 raise
             return False
         self._fitting.add(form)
@@ -285,17 +298,21 @@ class Builder:
     def fresh_state(self, example: Batch) -> TrainState:
         """Returns a new state at step 0."""
         rng = jax.random.key(self._settings.seed)
-        variables = self._placement.put(self.built.variables)
-        state: TrainState = self.built.programs.init(rng, example.inputs, variables)
+        variables = self._placement.put(self.resolved.variables)
+        state: TrainState = self.resolved.programs.init(rng, example.inputs, variables)
         return state
 
     def check_values(self, batch: Batch) -> None:
-        """Checks values on the host; see `Built.check_values`."""
-        self.built.check_values(batch)
+        """Checks values on the host; see `ResolvedTask.check_values`."""
+        self.resolved.check_values(batch)
 
 
 def check_batch(
-    built: Built, settings: Settings, batch: Batch, *, inputs_only: bool = False
+    resolved: ResolvedTask,
+    settings: Settings,
+    batch: Batch,
+    *,
+    inputs_only: bool = False,
 ) -> None:
     """Checks that a batch is like the one everything was built from.
 
@@ -304,7 +321,7 @@ def check_batch(
     kind as long as loss and metrics are the same for both.
 
     Args:
-      built: the trainer's parts.
+      resolved: the parts of the trainer.
       settings: what they were built with.
       batch: arrays or shapes; rows and the lengths of axes may differ.
       inputs_only: whether targets do not matter.
@@ -318,40 +335,40 @@ def check_batch(
     checked = ["inputs"] if inputs_only else ["inputs", "targets"]
     for name in checked:
         before, after = (
-            specs_of(getattr(built.example, name)),
+            specs_of(getattr(resolved.example, name)),
             specs_of(getattr(batch, name)),
         )
         if not _alike(name, before, after):
             raise _unlike(name, before, after)
     with noted(batch.inputs):
-        outputs = trace_outputs(built.adapted, built.template.rng, batch.inputs)
+        outputs = trace_outputs(resolved.adapted, resolved.template.rng, batch.inputs)
         fitting = jax.eval_shape(
-            built.task.model.init, built.template.rng, batch.inputs
+            resolved.task.model.init, resolved.template.rng, batch.inputs
         )[0]
-    if specs_of(fitting) != specs_of(built.template.params):
+    if specs_of(fitting) != specs_of(resolved.template.params):
         raise DataError(
             f"Got inputs {listed(specs_of(batch.inputs))}, which need other "
-            f"parameters than {listed(specs_of(built.example.inputs))} did, for which "
-            f"this trainer was built. Give it such inputs, or make a new Trainer."
+            f"parameters than {listed(specs_of(resolved.example.inputs))} did, for "
+            f"which this trainer was built. Give it such inputs, or make a new Trainer."
         )
     if "targets" in checked:
-        objective = _objective_of(built, settings, outputs, batch)
-        if objective.name != built.task.objective.name:
+        objective = _objective_of(resolved, settings, outputs, batch)
+        if objective.name != resolved.task.objective.name:
             raise DataError(
                 f"Got targets {listed(specs_of(batch.targets))}, for which the "
                 f"loss would be {objective.name}; this trainer was built with "
-                f"{built.task.objective.name}. Name it: Trainer(model, loss=...)."
+                f"{resolved.task.objective.name}. Name it: Trainer(model, loss=...)."
             )
 
 
-def find_outputs(built: Built, batch: Batch, *, sown: bool) -> Outputs:
+def find_outputs(resolved: ResolvedTask, batch: Batch, *, sown: bool) -> Outputs:
     """Returns what would be predicted for such a batch.
 
     A first axis as long as the batch may be something else, time or layers: only
     that it grows with the batch tells.
 
     Args:
-      built: the trainer's parts.
+      resolved: the parts of the trainer.
       batch: inputs, and weights of their rows.
       sown: whether `intermediates` are predicted, where others may be among them.
 
@@ -359,11 +376,11 @@ def find_outputs(built: Built, batch: Batch, *, sown: bool) -> Outputs:
       ValueError: an output has another first axis.
     """
     inputs, rows = shapes_of(batch.inputs), batch.weights.shape[0]
-    step = make_predict_step(built.task, "intermediates" if sown else None)
+    step = make_predict_step(resolved.task, "intermediates" if sown else None)
 
     def shapes(inputs: Inputs) -> PyTree:
         index = jax.ShapeDtypeStruct((), jnp.int32)
-        return jax.eval_shape(step, built.template, inputs, index)
+        return jax.eval_shape(step, resolved.template, inputs, index)
 
     whole = shapes(inputs)
     outputs = jax.tree.leaves(whole)
@@ -414,7 +431,7 @@ def _unlike(
 
 
 def _objective_of(
-    built: Built, settings: Settings, outputs: PyTree, batch: Batch
+    resolved: ResolvedTask, settings: Settings, outputs: PyTree, batch: Batch
 ) -> Objective:
     """Returns the objective for a batch's targets.
 
@@ -423,7 +440,7 @@ def _objective_of(
         not the same one, or a metric is missing.
       ValueError: targets that do not fit the outputs.
     """
-    before, after = specs_of(built.example.targets), specs_of(batch.targets)
+    before, after = specs_of(resolved.example.targets), specs_of(batch.targets)
     rows = batch.weights.shape[0]
     same_kinds = all(
         spec.is_inexact == before[path].is_inexact for path, spec in after.items()
@@ -439,7 +456,7 @@ def _objective_of(
         if same_kinds:
             raise
         raise _unlike("targets", before, after) from error
-    if objective.name != built.task.objective.name:
+    if objective.name != resolved.task.objective.name:
         raise _unlike("targets", before, after)
     return objective
 

@@ -20,11 +20,11 @@ from flaxfit._core.types import Batch, Inputs, PyTree, TrainState
 from flaxfit._models.base import Adapted, ModelFamily, Overrides
 from flaxfit._models.image_scaling import as_floats, given_floats
 from flaxfit._programs.compile import (
+    EpochAccumulators,
     Programs,
-    Running,
     Steps,
     compile_programs,
-    empty_running,
+    empty_accumulators,
     preflight,
     traced_once,
 )
@@ -65,7 +65,7 @@ class Settings:
     scale_images: bool | str
 
 
-class Built(NamedTuple):
+class ResolvedTask(NamedTuple):
     """A trainer's parts, made once from the first batch it sees.
 
     Attributes:
@@ -98,13 +98,13 @@ class Built(NamedTuple):
     complete: bool
     scaled: bool
 
-    def empty(self) -> Running:
+    def empty(self) -> EpochAccumulators:
         """Returns an empty accumulator for training."""
-        return empty_running(self.logs, self.placement)
+        return empty_accumulators(self.logs, self.placement)
 
-    def empty_eval(self) -> Running:
+    def empty_eval(self) -> EpochAccumulators:
         """Returns an empty accumulator for evaluation."""
-        return empty_running(self.eval_logs, self.placement)
+        return empty_accumulators(self.eval_logs, self.placement)
 
     def history_names(self, *, validated: bool) -> list[str]:
         """Returns the names the History of a fit will have, in its order."""
@@ -138,7 +138,7 @@ class Built(NamedTuple):
             )
 
 
-def build(
+def resolve(
     model: Any,
     family: ModelFamily,
     settings: Settings,
@@ -147,7 +147,7 @@ def build(
     total_steps: int | None,
     known: Adapted | None = None,
     complete: bool = True,
-) -> Built:
+) -> ResolvedTask:
     """Detects, resolves and wires everything for batches like `example`.
 
     Nothing is compiled: all of it is abstract traces.
@@ -224,7 +224,7 @@ def build(
         convolves=traced.convolves,
         nonfinite=settings.nonfinite,
     )
-    return Built(
+    return ResolvedTask(
         adapted=adapted,
         task=task,
         programs=programs,

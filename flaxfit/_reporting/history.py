@@ -43,8 +43,14 @@ class History:
         self._epochs: dict[str, list[int]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # The record can be pickled; the trainer, functions and all, cannot.
-        return {**vars(self), "trainer": None}
+        # Without the trainer, whose functions cannot be pickled, and without a class of
+        # a private module.
+        timing = self.timing.__getstate__()
+        return {**vars(self), "trainer": None, "timing": timing}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, timing=Timing())
+        vars(self.timing).update(state["timing"])
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the record in plain values; `load_state_dict` takes it back."""

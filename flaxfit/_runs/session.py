@@ -12,7 +12,7 @@ import jax
 from flaxfit._core import validation
 from flaxfit._core.errors import CheckpointError
 from flaxfit._core.types import TrainState
-from flaxfit._programs.compile import Running
+from flaxfit._programs.compile import EpochAccumulators
 from flaxfit._reporting.display import Display
 from flaxfit._runs import checkpoint_manager
 from flaxfit._runs.recorder import RunRecorder
@@ -194,7 +194,7 @@ class Run:
         loop: LoopState,
         *,
         callbacks: CallbackList,
-        running: Running,
+        running: EpochAccumulators,
         as_state: Callable[[Any], TrainState],
     ) -> None:
         """Gives loop and callbacks back what they had; called when all have begun.
@@ -237,8 +237,8 @@ class Run:
             self._recorder.begin(loop, event)
 
     def roll_back(
-        self, running: Running, as_state: Callable[[Any], TrainState]
-    ) -> Callable[[], tuple[TrainState, int, Running | None]] | None:
+        self, running: EpochAccumulators, as_state: Callable[[Any], TrainState]
+    ) -> Callable[[], tuple[TrainState, int, EpochAccumulators | None]] | None:
         """Returns what reads the folder's last good checkpoint; None without a folder.
 
         Args:
@@ -249,7 +249,7 @@ class Run:
         if folder is None:
             return None
 
-        def read() -> tuple[TrainState, int, Running | None]:
+        def read() -> tuple[TrainState, int, EpochAccumulators | None]:
             self._writer.flush()
             found = checkpoint_manager.newest(folder)
             if found is None:

@@ -1,7 +1,6 @@
 """Checkpoints: a `TrainState` in one file, written atomically, read strictly."""
 
 from flaxfit.checkpoint.api import (
-    Checkpoint,
     Snapshot,
     check_writable,
     load,
@@ -14,6 +13,7 @@ from flaxfit.checkpoint.api import (
     verify,
     write,
 )
+from flaxfit.checkpoint.file_format import Checkpoint
 from flaxfit.checkpoint.restore import Put, RestoreReport, restore
 
 __all__ = [
@@ -34,4 +34,6 @@ __all__ = [
     "write",
 ]
 
-Checkpoint.__module__ = Snapshot.__module__ = __name__  # see flaxfit/__init__.py
+Checkpoint.__module__ = Snapshot.__module__ = (
+    __name__  # pickled, as in flaxfit/__init__.py
+)

@@ -19,12 +19,13 @@ from flaxfit._core.errors import CheckpointError
 from flaxfit._core.types import PyTree, TrainState
 from flaxfit.checkpoint import corruption, disk, encoding, file_format
 from flaxfit.checkpoint.encoding import DTYPES, joined
+from flaxfit.checkpoint.file_format import Checkpoint
 from flaxfit.checkpoint.msgpack_reader import SLACK
 from flaxfit.checkpoint.restore import FIELDS
 
 _FRONT = 2**16
 _PIECE = 2**23
-# The reader may build so much for each leaf, see `_msgpack`.
+# What the reader may build for each leaf, see `msgpack_reader`.
 _PER_LEAF = 1024
 
 
@@ -34,7 +35,7 @@ class Snapshot(NamedTuple):
     Attributes:
       state: nested dicts with NumPy arrays, scalars and None in them; a typed key is
         `{"key_data": ..., "key_impl": ...}`.
-      extra: the same, of whatever else is saved in arrays.
+      extra: the same, of everything else that is saved in arrays.
       leaves: a line for each leaf in the order of the file, such as
         `"float32[784,128] params/Dense_0/kernel"`, with a `~` before weak types.
       nbytes: the size of all arrays together.
@@ -44,15 +45,6 @@ class Snapshot(NamedTuple):
     extra: dict[str, Any]
     leaves: tuple[str, ...]
     nbytes: int
-
-
-class Checkpoint(NamedTuple):
-    """What lies in a file: plain nested dicts with NumPy arrays."""
-
-    path: str
-    meta: dict[str, Any]
-    state: dict[str, Any]
-    extra: dict[str, Any]
 
 
 def snapshot(
@@ -67,8 +59,8 @@ def snapshot(
       state: a `TrainState`, or some of its fields by name. Its leaves must be numeric
         arrays, scalars or typed PRNG keys.
       extra: more arrays, by name.
-      copy: whether the snapshot has memory of its own, so that it stays what it is
-        when the state is donated to a step. Without, it has to be written first.
+      copy: whether to copy the arrays, so that the snapshot stays valid when the
+        state is donated to a step. Without it, write the snapshot first.
 
     Raises:
       CheckpointError: something cannot be written, named by its path.
@@ -79,19 +71,23 @@ def snapshot(
     encoder = encoding.Encoder(copy=copy)
     encoded = encoder.encode(fields, ())
     more = encoder.encode(others, ("extra",)) if others else {}
-    _check_count(encoder)
+    # The reader would refuse the file: it would need more than its memory budget.
+    if len(encoder.leaves) * _PER_LEAF > encoder.nbytes + SLACK:
+        raise CheckpointError(
+            f"Cannot write {len(encoder.leaves):,} leaves of {encoder.nbytes:,} bytes "
+            "together: that is too many small ones. Stack them into larger arrays"
+        )
     return Snapshot(encoded, more, tuple(encoder.leaves), encoder.nbytes)
 
 
 def check_writable(state_template: TrainState | Mapping[str, PyTree]) -> None:
-    """Tries to write a state without its values, and to find its leaves again.
+    """Checks, without values, that a state can be written and read back.
 
     Args:
       state_template: a state of arrays or `jax.ShapeDtypeStruct`s.
 
     Raises:
-      CheckpointError: something could not be written or could not come back, named
-        by its path.
+      CheckpointError: something cannot be written or read back, named by its path.
     """
     fields = _fields(state_template)
     encoder = encoding.Encoder(abstract=True)
@@ -103,7 +99,7 @@ def check_writable(state_template: TrainState | Mapping[str, PyTree]) -> None:
         where = "Flax writes" if path in written else "jax has"
         raise CheckpointError(
             f"Cannot write {joined(path)}: {where} a leaf of this name and the other "
-            "does not, so it could not come back. Keep it outside of the state."
+            "does not, so it could not be read back. Keep it outside of the state"
         )
 
 
@@ -113,29 +109,20 @@ def _fields(state: TrainState | Mapping[str, PyTree]) -> dict[str, Any]:
     return dict(state)
 
 
-def _check_count(encoder: encoding.Encoder) -> None:
-    """Refuses what the reader would take for a bomb."""
-    if len(encoder.leaves) * _PER_LEAF > encoder.nbytes + SLACK:
-        raise CheckpointError(
-            f"Cannot write {len(encoder.leaves):,} leaves of {encoder.nbytes:,} bytes "
-            "together: these are too many small ones. Stack them into larger arrays."
-        )
-
-
 def nonfinite_leaf(snapshot: Snapshot) -> str | None:
-    """Returns the path of the first leaf that training has broken, None if none is.
+    """Returns the path of the first leaf that training has broken, if any.
 
-    That is a NaN among parameters, collections and the optimizer's state, or an
-    infinity among parameters; optimizers may hold infinities that mean something.
+    A leaf is broken by a NaN, in the parameters by an infinity too; an infinity in the
+    optimizer's state may be intended.
     """
     for field in ("params", "collections", "opt_state"):
         for path, leaf in encoding.leaves_of(snapshot.state.get(field), (field,)):
-            if _is_broken(leaf, infinite=field == "params"):
+            if _is_nonfinite(leaf, infinite=field == "params"):
                 return joined(path)
     return None
 
 
-def _is_broken(leaf: Any, *, infinite: bool) -> bool:
+def _is_nonfinite(leaf: Any, *, infinite: bool) -> bool:
     if isinstance(leaf, (float, complex)):
         leaf = np.asarray(leaf)
     if not isinstance(leaf, np.ndarray) or leaf.dtype.kind in "biu":
@@ -146,12 +133,11 @@ def _is_broken(leaf: Any, *, infinite: bool) -> bool:
         for piece in file_format.pieces(leaf):
             small = leaf.dtype.kind == "V" or leaf.dtype.itemsize < 4
             values = piece.astype(np.float32) if small else piece
-            # A finite sum has finite terms; the converse needs a closer look.
+            # A finite sum has finite terms, and is found faster than an array of bools.
             total = values.sum()
             if math.isfinite(total.real) and math.isfinite(total.imag):
                 continue
-            bad = ~np.isfinite(values) if infinite else np.isnan(values)
-            if bad.any():
+            if (~np.isfinite(values) if infinite else np.isnan(values)).any():
                 return True
     return False
 
@@ -162,8 +148,8 @@ def write(
     """Writes a snapshot into one file, all of it or nothing.
 
     Args:
-      path: the file; missing folders above it are made, an old file is replaced
-        only once the new one is safe on the disk.
+      path: the file; missing folders above it are made. An old file is replaced only
+        when the new one is safe on the disk.
       snapshot: what `snapshot` returned.
       meta: `dict`, `list`, `str`, `bytes`, numbers, `bool` and `None`, in any
         nesting. A tuple comes back as a list. The writer adds "format" and "leaves".
@@ -177,7 +163,7 @@ def write(
     if os.path.isdir(name):
         raise CheckpointError(
             f"{name!r} is a folder; give the file to write, for example "
-            f"{os.path.join(name, 'run.msgpack')!r}."
+            f"{os.path.join(name, 'run.msgpack')!r}"
         )
     described = encoding.encode_meta(meta, ("meta",))
     described |= {"format": file_format.FORMAT, "leaves": list(snapshot.leaves)}
@@ -190,7 +176,7 @@ def write(
         )
     except UnicodeEncodeError as err:
         raise CheckpointError(
-            f"Cannot write the text {err.object!r}: it is no Unicode."
+            f"Cannot write the text {err.object!r}: it is not valid Unicode"
         ) from err
 
 
@@ -208,8 +194,8 @@ def save(
 def load(path: str | os.PathLike[str]) -> Checkpoint:
     """Reads a file `save` has written; `restore` makes a state of its `state`.
 
-    The arrays are views into the file's bytes. Beyond these, the reader builds at
-    most as much as the file is long and 40 MiB more, whatever is in the file.
+    The arrays are views into the file's bytes. Whatever is in the file, the reader
+    builds at most as much as the file is long and 40 MiB more.
 
     Raises:
       CheckpointCorruptError: the file is damaged or cut off; it says where.
@@ -217,13 +203,13 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         says what it looks like.
     """
     name = os.fspath(path)
-    return Checkpoint(name, *file_format.read(_read(name), name))
+    return file_format.read(_read(name), name)
 
 
 def read_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads the description at the front of a file, however long that is.
 
-    Its checksum is not looked at, see `verify`.
+    It does not look at the checksum; `verify` does.
 
     Raises:
       CheckpointCorruptError: the description is damaged or cut off.
@@ -234,7 +220,7 @@ def read_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
     while True:
         data, size = _read_some(name, length)
         if not data.startswith(corruption.START):
-            return file_format.read(_read(name), name).meta  # It raises, and says why.
+            return file_format.read(_read(name), name).meta  # raises, and says why
         meta = file_format.read_front(data, size, name)
         if meta is not None:
             return meta
@@ -244,10 +230,7 @@ def read_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def verify(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads all of a file and looks at its checksums, in little memory.
-
-    Returns:
-      Its meta.
+    """Checks the checksum of a file, in little memory, and returns its meta.
 
     Raises:
       CheckpointCorruptError: the file is damaged or cut off; it says where.
@@ -259,7 +242,7 @@ def verify(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         with open(name, "rb") as file:
             while piece := file.read(_PIECE):
-                # The last four bytes are no part of what they are the checksum of.
+                # The last four bytes are the checksum of the bytes before them.
                 piece = last + piece
                 crc = zlib.crc32(memoryview(piece)[:-4], crc)
                 last = piece[-4:]
@@ -278,17 +261,17 @@ def load_params(path: str | os.PathLike[str]) -> PyTree:
         parameters, of `{"params": ..., "batch_stats": ...}` or of a `TrainState`.
 
     Returns:
-      Nested dicts with NumPy arrays of their own.
+      Nested dicts with NumPy arrays, which are copies.
 
     Raises:
-      CheckpointCorruptError: a file of flaxfit that is damaged.
+      CheckpointCorruptError: a damaged file of flaxfit.
       CheckpointError: it is something else.
     """
     return load_variables(path)["params"]
 
 
 def load_variables(path: str | os.PathLike[str]) -> dict[str, PyTree]:
-    """Reads what `module.apply` takes, as `load_params` does.
+    """Reads the variables that `module.apply` takes; see `load_params`.
 
     Returns:
       `{"params": ..., "collections": {"batch_stats": ...}}`; a file of plain parameters
@@ -297,13 +280,13 @@ def load_variables(path: str | os.PathLike[str]) -> dict[str, PyTree]:
     name = os.fspath(path)
     data = _read(name)
     collections: dict[str, PyTree] = {}
-    if corruption.is_ours(data):
+    if corruption.is_checkpoint(data):
         content: Any = file_format.read(data, name).state
         collections = content.get("collections", {})
         content = content.get("params")
     else:
         content = file_format.read_plain(data, name)
-    # Some keep all variables in the params of their TrainState.
+    # Some programs keep all variables in the params of their TrainState.
     while isinstance(content, dict) and isinstance(content.get("params"), dict):
         others = content.keys() - {"params", "opt_state", "tx"}
         collections |= {n: content[n] for n in others if isinstance(content[n], dict)}
@@ -311,10 +294,10 @@ def load_variables(path: str | os.PathLike[str]) -> dict[str, PyTree]:
     leaves = dict(encoding.leaves_of(content, ()))
     foreign = [path for path, leaf in leaves.items() if not _is_array(leaf)]
     if foreign or not leaves or not isinstance(content, dict):
-        what = joined(foreign[0]) if foreign else "a file without any"
+        what = joined(foreign[0]) if foreign else "its content"
         raise CheckpointError(
-            f"{name!r} holds no parameters: {what} is no array. Expected nested dicts "
-            "of arrays, alone or under 'params'."
+            f"{name!r} holds no parameters: {what} is not an array",
+            "Expected nested dicts of arrays, alone or under 'params'",
         )
     variables: dict[str, PyTree] = jax.tree.map(
         np.array, {"params": content, "collections": collections}
@@ -333,16 +316,16 @@ def _read(name: str) -> bytes:
 def _read_some(name: str, length: int | None) -> tuple[bytes, int]:
     """Returns the first bytes of a file, None for all, and its size."""
     if os.path.isdir(name):
-        raise CheckpointError(f"{name!r} is a folder; give the file that was saved.")
+        raise CheckpointError(f"{name!r} is a folder; give the file that was saved")
     try:
         with open(name, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             return file.read(-1 if length is None else length), size
     except FileNotFoundError as err:
-        raise CheckpointError(f"There is no file {name!r}.") from err
+        raise CheckpointError(f"There is no file {name!r}") from err
     except (OSError, MemoryError, ValueError) as err:
         raise _unreadable(name, err) from err
 
 
 def _unreadable(name: str, err: BaseException) -> CheckpointError:
-    return CheckpointError(f"{name!r} cannot be read: {err or type(err).__name__}.")
+    return CheckpointError(f"{name!r} cannot be read: {err or type(err).__name__}")

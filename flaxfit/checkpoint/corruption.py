@@ -1,6 +1,6 @@
-"""Distinguishes a damaged checkpoint from another file; locates the damage.
+"""Tells a damaged checkpoint from another kind of file, and locates the damage.
 
-Looks at checksums only, never into bytes that may be wrong.
+It looks at checksums only, never into bytes that may be wrong.
 """
 
 import struct
@@ -15,7 +15,7 @@ START = (b"\x83\xa4meta", b"\x84\xa4meta")
 TABLE = b"\xa5crc32\x82\xa6leaves"
 END = b"\xa5whole\xce"
 ENTRY = struct.Struct("<QI")
-AGAIN = "Take an older checkpoint, or copy the file again from where it is whole."
+ADVICE = "Take an older checkpoint, or copy the file again from an intact one."
 _FOREIGN = MappingProxyType(
     {
         b"\x80\x02": "a Python pickle",
@@ -32,48 +32,49 @@ _FOREIGN = MappingProxyType(
 )
 
 
-def is_ours(data: bytes) -> bool:
-    """Tells whether `data` is a file of this kind, whole or damaged."""
+def is_checkpoint(data: bytes) -> bool:
+    """Whether `data` is a file of flaxfit, intact or damaged."""
     cut = bool(data) and any(start.startswith(data) for start in START)
-    # Damage of the first bytes leaves the last ones.
+    # Damage to the first bytes leaves the last ones as they were.
     return cut or data.startswith(START) or data[-len(END) - 4 : -4] == END
 
 
-def whole(data: bytes) -> bool:
-    """Tells whether the last four bytes are the checksum of all others."""
+def is_intact(data: bytes) -> bool:
+    """Whether the last four bytes are the checksum of all others."""
     stored = int.from_bytes(data[-4:], "big")
     return len(data) > 4 and zlib.crc32(memoryview(data)[:-4]) == stored
 
 
 def looks_like(data: bytes) -> str | None:
-    """Returns what else a file is by its first bytes, None if they say nothing."""
+    """Returns the kind of another program's file, None if it is not known."""
     if data and not data.strip(b"\0"):
         return "nothing: all its bytes are zero, as after a crash or on a full disk"
-    known = (kind for start, kind in _FOREIGN.items() if data.startswith(start))
-    return next(known, None)
+    return next((k for start, k in _FOREIGN.items() if data.startswith(start)), None)
 
 
 def damage(data: bytes, path: str) -> CheckpointCorruptError:
-    """Returns the error that says where a file of ours is damaged."""
+    """Returns the error that says where a file of flaxfit is damaged."""
+    checksums = "its checksums are not what was written"
     table_at = data.rfind(TABLE)
-    if table_at < 0:
-        return _error(path, *_without_table(data))
     reader = Reader(data, at=table_at + len(TABLE))
     try:
-        table = reader.meta()
+        table = reader.meta() if table_at >= 0 else None
     except CheckpointError:
-        return _error(path, *_without_table(data))
+        table = None
     end = reader.at + len(END) + 4
-    if end > len(data):
-        return _error(path, *_without_table(data))
-    if end < len(data) and whole(data[:end]):
+    if table is None or end > len(data):
+        if data[-len(END) - 4 : -4] == END:
+            return _error(path, checksums)
+        cut = f"it is cut off: {len(data):,} bytes, of which the last ones are missing"
+        return _error(path, cut)
+    if end < len(data) and is_intact(data[:end]):
         return _error(path, f"{len(data) - end} bytes follow its end")
     marks = [(0, 0)]
     if isinstance(table, bytes) and len(table) % ENTRY.size == 0:
         marks += ENTRY.iter_unpack(table)
     ends = [at for at, _ in marks]
     if len(marks) < 2 or ends != sorted(ends) or ends[-1] > table_at:
-        return _error(path, "its checksums are not what was written")
+        return _error(path, checksums)
     view = memoryview(data)
     bad = [
         i
@@ -81,23 +82,17 @@ def damage(data: bytes, path: str) -> CheckpointCorruptError:
         if zlib.crc32(view[start:stop], before) != after
     ]
     if not bad or zlib.crc32(view[: ends[-1]]) == marks[-1][1]:
-        return _error(path, "its checksums are not what was written")
+        return _error(path, checksums)
     if bad[0] == 0:
         return _error(path, "its description is not what was written")
-    first = _leaf(data, bad[0] - 1)
-    more = f", nor are {len(bad) - 1} more" if len(bad) > 1 else ""
+    leaf = _leaf(data, bad[0] - 1)
+    more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
     span = f"bytes {ends[bad[0]]:,} to {ends[bad[0] + 1]:,}"
-    return _error(path, f"leaf {first} ({span}) is not what was written{more}", first)
-
-
-def _without_table(data: bytes) -> tuple[str]:
-    if data[-len(END) - 4 : -4] == END:
-        return ("its checksums are not what was written",)
-    return (f"it is cut off: {len(data):,} bytes, of which the last ones are missing",)
+    return _error(path, f"leaf {leaf} ({span}) is not what was written{more}", leaf)
 
 
 def _leaf(data: bytes, index: int) -> str:
-    """Returns the path of a leaf; the description is known to be right."""
+    """Returns the path of a leaf from the description, which is intact."""
     try:
         leaves = Reader(data, at=len(START[0])).meta()["leaves"]
         return str(leaves[index]).partition(" ")[2]
@@ -106,5 +101,5 @@ def _leaf(data: bytes, index: int) -> str:
 
 
 def _error(path: str, found: str, leaf: str | None = None) -> CheckpointCorruptError:
-    text = f"{path!r} is damaged: {found}. {AGAIN}"
+    text = f"{path!r} is damaged: {found}. {ADVICE}"
     return CheckpointCorruptError(text, path=path, leaf=leaf)

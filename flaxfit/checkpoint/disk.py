@@ -1,6 +1,6 @@
-"""All effects on the file system: atomic replacement, locks, free space.
+"""Writes to the file system: atomic replacement, locks, free space.
 
-Knows nothing of what the files hold. Nothing else in flaxfit opens a file to write.
+It knows nothing of the files' content. Nothing else in flaxfit opens a file to write.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ def replace_file(target: Path, write: Callable[[BinaryIO], None]) -> None:
 
     Args:
       target: the file; an old one stays until the new one is safe on the disk.
-      write: called with a file open for writing. What it raises comes through, and
-        leaves the old file and nothing else.
+      write: called with a file open for writing. An exception of it is raised again,
+        after which the old file is there and nothing else.
     """
     target = Path(os.path.realpath(target))
     _make_folder(target.parent)
@@ -61,7 +61,7 @@ def remove_stale(folder: Path, name: str | None = None) -> None:
         match = _TEMPORARY.fullmatch(path.name)
         if match is None or name not in (None, match["name"]):
             continue
-        # Somebody else may be removing it, or it may belong to somebody else.
+        # Another process may be removing it, or it may belong to another user.
         with contextlib.suppress(OSError), open(path, "r+b") as file:
             if _try_lock(file):
                 remove(path)
@@ -75,9 +75,9 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Holds `folder` for this process for the time inside.
+    """Locks `folder` for this process.
 
-    Systems without `fcntl` have no such locks: there this does nothing.
+    Systems without `fcntl` have no such locks; there this does nothing.
 
     Raises:
       CheckpointError: another process holds it.
@@ -91,7 +91,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
             whose = "this process" if holder == str(os.getpid()) else "another process"
             raise CheckpointError(
                 f"The folder {str(folder)!r} is being written by {whose} (pid "
-                f"{holder}). Wait for it to end, or give another folder."
+                f"{holder})",
+                "Wait for it to end, or give another folder",
             )
         file.truncate(0)
         file.write(str(os.getpid()).encode())
@@ -111,10 +112,10 @@ def free_bytes(folder: Path) -> int:
 
 
 def probe(folder: Path) -> None:
-    """Makes `folder` and tries to write into it.
+    """Makes `folder` and writes a test file into it, which it removes.
 
     Raises:
-      CheckpointError: nothing can be written there; with the system's reason.
+      CheckpointError: nothing can be written there; it gives the system's reason.
     """
     try:
         _make_folder(folder)
@@ -126,8 +127,7 @@ def probe(folder: Path) -> None:
             remove(path)
     except OSError as err:
         raise CheckpointError(
-            f"Nothing can be written into {str(folder)!r}: {err.strerror or err}. Give "
-            "a folder that can be written to."
+            f"Nothing can be written into {str(folder)!r}: {err.strerror or err}"
         ) from err
 
 
@@ -138,7 +138,7 @@ def _open_temporary(target: Path) -> tuple[Path, BinaryIO]:
         file = open(path, "xb", buffering=_BUFFER)
         try:
             _try_lock(file)
-            # Between opening and locking, another process may have taken it for stale.
+            # Before it was locked, another process may have removed it as stale.
             if os.name != "posix" or os.fstat(file.fileno()).st_nlink:
                 return path, file
         except BaseException:
@@ -183,7 +183,7 @@ def _try_lock(file: BinaryIO) -> bool | None:
 
 
 def _unlock(file: BinaryIO) -> None:
-    # Closing alone would leave it to a forked child that still has the descriptor.
+    # Closing is not enough: a forked child that has the descriptor keeps the lock.
     fcntl = _fcntl()
     if fcntl is not None:
         with contextlib.suppress(OSError):
@@ -199,6 +199,6 @@ def _fcntl() -> Any:
 
 
 def append(path: Path, data: bytes) -> None:
-    """Adds `data` to the end of a file, in one call; a log, not worth an fsync."""
+    """Appends `data` to a file in one call, without an fsync; meant for logs."""
     with open(path, "ab", buffering=0) as file:
         file.write(data)

@@ -1,6 +1,6 @@
 """Encodes training state as nested dicts of NumPy arrays, and decodes it.
 
-What `flax.serialization` cannot write is turned into what it can. Knows no files.
+Leaves that `flax.serialization` cannot write become ones that it can. Knows no files.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,7 +22,7 @@ MAX_DEPTH = 64
 
 CHUNKED = "__msgpack_chunked_array__"
 _KEY_FIELDS = frozenset({"key_data", "key_impl"})
-# Flax once wrote namedtuples so, and still takes whatever looks like it for one.
+# Flax once wrote namedtuples as such dicts, and still reads every such dict as one.
 _OLD_NAMEDTUPLE = frozenset({"name", "fields", "values"})
 _DTYPE_NAMES = (
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"),
@@ -40,26 +40,27 @@ DTYPES = MappingProxyType(
 )
 """The dtypes a file may hold, by their canonical names."""
 
-# NumPy makes up the name anew whenever it is asked for.
+# `dtype.name` computes the name at every access; this is faster.
 NAMES = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
 
-Path: TypeAlias = tuple[str, ...]
+KeyPath: TypeAlias = tuple[str, ...]
+"""The path of a leaf: `("params", "Dense_0", "kernel")`."""
 
 
 class Key(NamedTuple):
-    """A typed PRNG key as it lies in a file."""
+    """A typed PRNG key as a file stores it."""
 
     data: Any
     impl: str
 
 
-def joined(path: Path) -> str:
+def joined(path: KeyPath) -> str:
     """Returns `"params/Dense_0/kernel"`."""
     return "/".join(path) or "the state"
 
 
 def is_key_node(node: Mapping[str, Any]) -> bool:
-    """Tells whether a dict of a file is a typed key written out."""
+    """Whether a dict in a file stores a typed key."""
     return node.keys() == _KEY_FIELDS and isinstance(node["key_impl"], str)
 
 
@@ -67,8 +68,8 @@ class Encoder:
     """Makes Flax's state dict of a tree, and describes its leaves on the way.
 
     Args:
-      copy: whether every array gets memory of its own.
-      abstract: whether leaves may be shapes, which stay what they are.
+      copy: whether to copy every array.
+      abstract: whether leaves may be shapes, which stay as they are.
 
     Attributes:
       leaves: a line for every leaf so far.
@@ -81,25 +82,24 @@ class Encoder:
         self.leaves: list[str] = []
         self.nbytes = 0
 
-    def encode(self, node: PyTree, path: Path) -> Any:
+    def encode(self, node: PyTree, path: KeyPath) -> Any:
         """Returns nested dicts with NumPy arrays, scalars and None in them.
 
         Raises:
-          CheckpointError: something cannot be written, or could not come back.
+          CheckpointError: something cannot be written or read back.
         """
         content = _children(node, path)
         if isinstance(content, dict):
             # A split array or a key nests up to three levels more.
-            if len(path) > MAX_DEPTH - 4:
-                most = MAX_DEPTH - 4
+            if len(path) > (most := MAX_DEPTH - 4):
                 raise _refused(path, "a dict", f"nested more than {most} deep")
             if CHUNKED in content:
-                reason = f"the name {CHUNKED!r} means a large array"
+                reason = f"the name {CHUNKED!r} stands for a split array"
                 raise _refused(path, "a dict", reason)
             return {k: self.encode(v, (*path, k)) for k, v in content.items()}
         return None if content is None else self._leaf(content, path)
 
-    def _leaf(self, leaf: Any, path: Path) -> Any:
+    def _leaf(self, leaf: Any, path: KeyPath) -> Any:
         if type(leaf) in (bool, int, float, complex):
             if isinstance(leaf, int) and not -(2**63) <= leaf < 2**64:
                 raise _refused(path, "an int", "an integer of more than 64 bits")
@@ -110,11 +110,11 @@ class Encoder:
             return leaf
         abstract = self._abstract and isinstance(leaf, jax.ShapeDtypeStruct)
         if not abstract and not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
-            raise _refused(path, f"a {type(leaf).__qualname__}", "it is no array")
+            raise _refused(path, f"a {type(leaf).__qualname__}", "it is not an array")
         if _is_key(leaf):
             return self._key(leaf, path)
         if leaf.dtype not in NAMES and leaf.dtype.newbyteorder("=") not in NAMES:
-            reason = "it holds no numbers that jax has"
+            reason = "jax has no such dtype"
             raise _refused(path, f"an array of dtype {leaf.dtype}", reason)
         if not abstract:
             weak = is_weak(leaf)
@@ -122,7 +122,7 @@ class Encoder:
             self._describe(spec_of(leaf), path, weak, leaf.nbytes)
         return leaf
 
-    def _key(self, key: Any, path: Path) -> Any:
+    def _key(self, key: Any, path: KeyPath) -> Any:
         if isinstance(key, jax.ShapeDtypeStruct):
             return key
         impl = str(jax.random.key_impl(key))
@@ -130,12 +130,12 @@ class Encoder:
         self._describe(LeafSpec(key.shape, f"key<{impl}>"), path, False, data.nbytes)
         return {"key_data": data, "key_impl": impl}
 
-    def _describe(self, spec: LeafSpec, path: Path, weak: bool, nbytes: int) -> None:
+    def _describe(self, spec: LeafSpec, path: KeyPath, weak: bool, nbytes: int) -> None:
         self.leaves.append(f"{'~' if weak else ''}{spec} {joined(path)}")
         self.nbytes += nbytes
 
 
-def _children(node: Any, path: Path) -> Any:
+def _children(node: Any, path: KeyPath) -> Any:
     """Returns the children of `node` by the names Flax gives them, or a leaf."""
     kind = type(node)
     if isinstance(node, dict):  # Flax knows no subclasses of it.
@@ -162,10 +162,10 @@ def _children(node: Any, path: Path) -> Any:
 
 
 def start_copies(tree: PyTree) -> None:
-    """Lets all arrays of an accelerator come to the host at the same time."""
+    """Starts copying all arrays of an accelerator to the host at the same time."""
     try:
         leaves: list[Any] = jax.tree.leaves(tree)
-    except ValueError:  # Keys of a dict that jax cannot sort: the encoder names them.
+    except ValueError:  # jax cannot sort the keys of a dict; the encoder reports it
         return
     for leaf in leaves:
         if isinstance(leaf, jax.Array) and not _is_key(leaf) and not leaf.is_deleted():
@@ -175,7 +175,7 @@ def start_copies(tree: PyTree) -> None:
                 leaf.copy_to_host_async()
 
 
-def _usable(array: Any, path: Path) -> Any:
+def _usable(array: Any, path: KeyPath) -> Any:
     """Returns `array`; refuses one whose values are gone or on another host."""
     if isinstance(array, jax.Array):
         kind = f"a {type(array).__name__}"
@@ -185,12 +185,12 @@ def _usable(array: Any, path: Path) -> Any:
             reason = "it has been deleted, as a step's donated input is"
             raise _refused(path, kind, reason)
         if not (array.is_fully_addressable or array.is_fully_replicated):
-            reason = "its parts lie on several hosts; use orbax-checkpoint there"
+            reason = "its parts are on several hosts; use orbax-checkpoint there"
             raise _refused(path, kind, reason)
     return array
 
 
-def _on_host(array: Any, path: Path, *, copy: bool) -> HostArray:
+def _on_host(array: Any, path: KeyPath, *, copy: bool) -> HostArray:
     """Returns `array` on the host in the machine's byte order."""
     if type(array) is not np.ndarray:
         try:
@@ -201,19 +201,19 @@ def _on_host(array: Any, path: Path, *, copy: bool) -> HostArray:
             raise _refused(path, "a masked array", "its mask would be lost")
     else:
         host = array
-    if not host.dtype.isnative:  # Flax writes the dtype's name, which tells no order.
+    if not host.dtype.isnative:  # Flax writes a dtype's name, which has no byte order
         return host.astype(host.dtype.newbyteorder("="))
-    # On a CPU `host` is the device's own buffer, which a donated step overwrites.
+    # On a CPU `host` is the device's buffer, which a step overwrites once donated.
     return np.array(host) if copy and _may_alias(array) else host
 
 
 def _may_alias(array: Any) -> bool:
-    """Tells whether the host's view of `array` may change under it."""
+    """Whether the values of the host's view of `array` may change later."""
     if not isinstance(array, jax.Array):
         return True
     sharding = array.sharding
     if len(sharding.device_set) > 1 and not array.is_fully_replicated:
-        return False  # Its parts have just been put together in new memory.
+        return False  # its parts have just been joined in new memory
     device: Any = next(iter(sharding.device_set))
     platform = device.platform
     return platform == "cpu" or sharding.memory_kind not in (None, "device")
@@ -224,14 +224,14 @@ def _fits(number: int) -> bool:
     return bool(limits.min <= number <= limits.max)
 
 
-def _refused(path: Path, kind: str, reason: str) -> CheckpointError:
+def _refused(path: KeyPath, kind: str, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"Cannot write {joined(path)}, {kind}: {reason}. A state holds numeric "
-        "arrays, scalars and typed PRNG keys; keep anything else outside of it."
+        f"Cannot write {joined(path)}, {kind}: {reason}",
+        "A state holds numeric arrays, scalars and typed PRNG keys",
     )
 
 
-def encode_meta(value: Any, path: Path) -> Any:
+def encode_meta(value: Any, path: KeyPath) -> Any:
     """Returns `value` in msgpack's own types."""
     kind = type(value).__qualname__
     if len(path) > MAX_DEPTH:
@@ -252,16 +252,16 @@ def encode_meta(value: Any, path: Path) -> Any:
     raise _refused_meta(path, kind)
 
 
-def _refused_meta(path: Path, kind: str) -> CheckpointError:
+def _refused_meta(path: KeyPath, kind: str) -> CheckpointError:
     article = "an" if kind[0] in "aeiou" else "a"
     return CheckpointError(
         f"Cannot write {joined(path)}, {article} {kind}: meta holds dicts, lists, "
-        "strings, bytes, numbers of at most 64 bits, bools and None."
+        "strings, bytes, numbers of at most 64 bits, bools and None"
     )
 
 
-def leaves_of(node: Any, path: Path) -> Iterator[tuple[Path, Any]]:
-    """Yields every leaf of a file's state with its path; None is no leaf."""
+def leaves_of(node: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
+    """Yields every leaf of a file's state with its path; None is not a leaf."""
     if isinstance(node, Mapping):
         if is_key_node(node):
             yield path, Key(node["key_data"], node["key_impl"])
@@ -272,8 +272,8 @@ def leaves_of(node: Any, path: Path) -> Iterator[tuple[Path, Any]]:
         yield path, node
 
 
-def path_of(key_path: tuple[Any, ...]) -> Path:
-    """Returns the names Flax's state dict gives to the steps of jax's key path."""
+def path_of(key_path: tuple[Any, ...]) -> KeyPath:
+    """Returns jax's key path in the names of Flax's state dict."""
 
     def name(step: Any) -> str:
         for attribute in ("key", "name", "idx"):
@@ -285,23 +285,23 @@ def path_of(key_path: tuple[Any, ...]) -> Path:
 
 
 def _is_key(leaf: Any) -> bool:
-    """Tells whether `leaf` is an array, real or abstract, of typed PRNG keys."""
+    """Whether `leaf` is an array, real or abstract, of typed PRNG keys."""
     dtype: Any = getattr(leaf, "dtype", None)
-    # NumPy's own dtypes, nearly all there are, need no look at jax's hierarchy.
+    # Most dtypes are NumPy's; asking jax about each of them would be slower.
     known = dtype is None or isinstance(dtype, np.dtype)
     return not known and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def is_weak(leaf: Any) -> bool:
-    """Tells whether jax gives way to other dtypes where it meets `leaf`."""
+    """Whether `leaf` has a weak type, which yields to other dtypes."""
     return bool(getattr(leaf, "weak_type", type(leaf) in (int, float, complex)))
 
 
 def as_key(data: Any, impl: str) -> jax.Array:
-    """Returns a typed key of what lies in a file.
+    """Returns the typed key that a file stores.
 
     Raises:
-      TypeError, ValueError: there is no such implementation, or the data is of none.
+      TypeError, ValueError: an unknown implementation, or data that does not fit it.
     """
     key: jax.Array = jax.random.wrap_key_data(data, impl=impl)
     return key

@@ -3,10 +3,10 @@
 A file is a msgpack map of "meta", "state", perhaps "extra", and "crc32", where
 "state" is what `flax.serialization` writes. Knows neither folders nor templates.
 
-The last four bytes are the CRC-32 of everything before them, in every format there
-may ever be. Before them is a table: for the end of meta, then of every leaf, its
-offset and the CRC-32 of the file up to there, so one pass over the file serves all,
-and a damaged leaf is found without a look into damaged bytes.
+The last four bytes are the CRC-32 of everything before them, in every format to come.
+Before them is a table that holds, for the end of meta and of every leaf, the offset
+and the CRC-32 of the file up to there: one pass over the file computes all of them, and
+a damaged leaf is found without interpreting damaged bytes.
 """
 
 import zlib
@@ -20,15 +20,15 @@ from flax import serialization
 from flaxfit._core.errors import CheckpointCorruptError, CheckpointError
 from flaxfit._core.types import HostArray
 from flaxfit.checkpoint.corruption import (
-    AGAIN,
+    ADVICE,
     END,
     ENTRY,
     START,
     TABLE,
     damage,
-    is_ours,
+    is_checkpoint,
+    is_intact,
     looks_like,
-    whole,
 )
 from flaxfit.checkpoint.encoding import CHUNKED, NAMES, is_key_node
 from flaxfit.checkpoint.msgpack_reader import SLACK, CutOffError, Reader
@@ -39,12 +39,13 @@ _PIECE = 2**20
 
 
 class _NewerError(CheckpointError):
-    """The file is whole, but of a format that came later."""
+    """The file is intact, but its format is newer than this version."""
 
 
-class Content(NamedTuple):
-    """What lies in a file; arrays are views into its bytes."""
+class Checkpoint(NamedTuple):
+    """The content of a file: plain nested dicts with NumPy arrays."""
 
+    path: str
     meta: dict[str, Any]
     state: dict[str, Any]
     extra: dict[str, Any]
@@ -77,7 +78,7 @@ def write(
 
 
 class _Writer:
-    """Writes, and keeps the checksum of what it has written."""
+    """Writes a file and computes its checksums on the way."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -95,7 +96,7 @@ class _Writer:
         self._pending += self._pack(value)
 
     def mark(self) -> None:
-        """Notes the checksum up to here."""
+        """Adds the checksum up to here to the table."""
         self._flush()
         self._table += ENTRY.pack(self._at, self._crc)
 
@@ -210,19 +211,19 @@ def _pack_complex(value: Any) -> Any:
     return value
 
 
-def read(data: bytes, path: str) -> Content:
-    """Returns what a file holds; all of its checksums are right.
+def read(data: bytes, path: str) -> Checkpoint:
+    """Returns the content of a file whose checksums are all right.
 
-    The reader may build, beside the file's own bytes, at most as much as the file is
-    long and `_msgpack.SLACK` more; what wants more is refused before it is built.
+    Beyond the file's own bytes, the reader may build as much as the file is long and
+    `msgpack_reader.SLACK` more; a file that needs more is refused before it is built.
 
     Raises:
       CheckpointCorruptError: the file is damaged or cut off.
-      CheckpointError: it is something else, or of a newer format.
+      CheckpointError: it is something else, or its format is newer.
     """
-    if not is_ours(data):
+    if not is_checkpoint(data):
         raise _foreign(data, path)
-    if not whole(data):
+    if not is_intact(data):
         raise damage(data, path)
     reader = Reader(data)
     try:
@@ -236,23 +237,22 @@ def read(data: bytes, path: str) -> Content:
             elif name in ("state", "extra") and name not in parts:
                 parts[name] = reader.state()
             else:
-                raise CheckpointError(f"it has a part {name[:80]!r} where none belongs")
-        if reader.at != len(data):
-            raise CheckpointError(f"{len(data) - reader.at} bytes follow its end")
+                raise CheckpointError(f"it has an unexpected part {name[:80]!r}")
+        _check_end(reader, data)
         contents = [parts.get("meta"), parts.get("state"), parts.get("extra", {})]
         if not all(isinstance(part, dict) for part in contents):
-            raise CheckpointError("its meta, state or extra is no map")
+            raise CheckpointError("its meta, state or extra is not a map")
+    except _NewerError:
+        raise
     except CheckpointError as err:
-        if isinstance(err, _NewerError):
-            raise
         raise CheckpointError(
-            f"{path!r} has right checksums, but was not written by flaxfit: {err}."
+            f"{path!r} has right checksums, but was not written by flaxfit: {err}"
         ) from err
-    return Content(*contents)
+    return Checkpoint(path, *contents)
 
 
 def read_front(data: bytes, size: int, path: str) -> dict[str, Any] | None:
-    """Returns meta of the first bytes of a file, None if they do not hold all of it.
+    """Returns meta from the first bytes of a file, None if they do not hold all of it.
 
     Args:
       data: the first bytes.
@@ -260,79 +260,78 @@ def read_front(data: bytes, size: int, path: str) -> dict[str, Any] | None:
       path: the file, for messages.
 
     Raises:
-      CheckpointCorruptError: what is there is damaged.
+      CheckpointCorruptError: these bytes are damaged.
       CheckpointError: the format is newer.
     """
     reader = Reader(data, at=len(START[0]), budget=size + SLACK)
     try:
         meta = reader.meta()
+        if not isinstance(meta, dict):
+            raise CheckpointError("it is not a map")
     except CutOffError:
         return None
     except CheckpointError as err:
         raise CheckpointCorruptError(
-            f"{path!r} is damaged: its description cannot be read ({err}). {AGAIN}",
+            f"{path!r} is damaged: its description cannot be read: {err} {ADVICE}",
             path=path,
         ) from err
-    if not isinstance(meta, dict):
-        text = f"{path!r} is damaged: its description is no map. {AGAIN}"
-        raise CheckpointCorruptError(text, path=path)
     return _checked_format(meta, path)
 
 
 def read_plain(data: bytes, path: str) -> Any:
-    """Returns what a file of plain `flax.serialization` holds.
+    """Returns the content of a file of plain `flax.serialization`.
 
     Raises:
-      CheckpointError: it is no such file.
+      CheckpointError: it is something else.
     """
-    known = looks_like(data)
-    if known:
+    if known := looks_like(data):
         raise CheckpointError(
-            f"{path!r} is no checkpoint; it looks like {known}. Expected a file "
-            "written by trainer.save(path)."
+            f"{path!r} is no checkpoint; it looks like {known}",
+            "Expected a file written by trainer.save(path)",
         )
     if data and (0x90 <= data[0] < 0xA0 or data[0] in (0xDC, 0xDD)):
-        raise CheckpointError(
-            f"{path!r} is no checkpoint: it holds a list, not a map with 'meta' and "
-            "'state'."
-        )
+        raise _not_a_map(path, "list")
     reader = Reader(data)
     try:
         content = reader.state()
-        if reader.at != len(data):
-            raise CheckpointError(f"{len(data) - reader.at} bytes follow its end")
+        _check_end(reader, data)
     except CheckpointError as err:
         raise CheckpointError(
             f"{path!r} cannot be read: {len(data)} bytes that are no whole msgpack "
-            f"file ({err}). It is cut off, damaged, or was not written by "
-            "trainer.save(path)."
+            f"file: {err} It is cut off, damaged, or not written by trainer.save(path)"
         ) from err
     return content
 
 
+def _check_end(reader: Reader, data: bytes) -> None:
+    if reader.at != len(data):
+        raise CheckpointError(f"{len(data) - reader.at} bytes follow its end")
+
+
 def _foreign(data: bytes, path: str) -> CheckpointError:
-    """Returns the error for a file of something else."""
+    """Returns the error for a file that flaxfit did not write."""
     try:
         content = read_plain(data, path)
     except CheckpointError as err:
         return err
     if not isinstance(content, dict):
-        return CheckpointError(
-            f"{path!r} is no checkpoint: it holds a {type(content).__name__}, not a "
-            "map with 'meta' and 'state'."
-        )
+        return _not_a_map(path, type(content).__name__)
+    names = sorted(content)
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return CheckpointError(
         f"{path!r} was not written by trainer.save(path): it holds "
-        f"{_some(content)}, as a file of plain flax.serialization.to_bytes does. Read "
-        "its parameters with flaxfit.load_params(path), or all of it with "
-        "flax.serialization.from_bytes(target, data) and assign trainer.state."
+        f"{[name[:40] for name in names[:8]]}{more}, as a file of plain "
+        "flax.serialization.to_bytes does",
+        write="flaxfit.load_params(path) for its parameters, or "
+        "flax.serialization.from_bytes(target, data) for all of it",
     )
 
 
-def _some(content: Mapping[str, Any]) -> str:
-    names = sorted(content)
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return f"{[name[:40] for name in names[:8]]}{more}"
+def _not_a_map(path: str, kind: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path!r} is no checkpoint: it holds a {kind}, not a map with 'meta' and "
+        "'state'"
+    )
 
 
 def _checked_format(meta: Any, path: str) -> Any:

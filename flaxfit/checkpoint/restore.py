@@ -1,9 +1,9 @@
 """Matches a file's raw state to a `TrainState`: strict, lenient, or renamed.
 
-Knows no files, only what lay in one.
+It knows the content of files, not the files.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxfit._core.errors import CheckpointError, did_you_mean
+from flaxfit._core.errors import CheckpointError, UsageError, did_you_mean
 from flaxfit._core.tree_specs import Difference, diff, difference_lines
 from flaxfit._core.types import HostArray, TrainState
 from flaxfit.checkpoint.encoding import (
     Key,
-    Path,
+    KeyPath,
     as_key,
     is_weak,
     joined,
@@ -27,16 +27,17 @@ from flaxfit.checkpoint.encoding import (
 )
 
 _SMALL = 2**16
-_ALIGNMENT = 64  # What XLA asks of memory that it takes as it is.
+_ALIGNMENT = 64  # bytes; XLA copies host memory that is aligned otherwise
+_LINE = "{path}: {given} in the file, {wanted} here"
 FIELDS = tuple(TrainState.__dataclass_fields__)
 
 Put: TypeAlias = Callable[[HostArray, Any], jax.Array]
-"""Brings a host's array to where a leaf of the template lies."""
+"""Moves a host array to the devices of a leaf of the template."""
 
 
 @dataclass(frozen=True, repr=False)
 class RestoreReport:
-    """What became of each leaf of a file and of the model it was loaded into.
+    """Lists which leaves of a file were loaded into a model, and which were not.
 
     Attributes:
       loaded: paths in the model whose values come from the file.
@@ -64,7 +65,7 @@ class RestoreReport:
             "missing": list(self.missing),
             "unexpected": list(self.unexpected),
             "mismatched": [
-                f"{path}: {saved} in the file, {here} here"
+                _LINE.format(path=path, given=saved, wanted=here)
                 for path, (saved, here) in self.mismatched.items()
             ],
             "skipped": list(self.skipped),
@@ -80,13 +81,21 @@ class RestoreReport:
 
 
 class _Match(NamedTuple):
-    """The leaves of both sides, each by its path in the model."""
+    """The leaves of both sides by their paths in the model.
 
-    found: dict[Path, Any]
-    wanted: dict[Path, Any]
-    renamed: dict[Path, Path]
-    skipped: list[Path]
-    exempt: set[Path]
+    Attributes:
+      found: the leaves of the file.
+      wanted: the leaves of the template.
+      renamed: path in the file -> path in the model.
+      skipped: paths in the file that `rename` leaves out.
+      exempt: paths in the model that `rename` leaves out.
+    """
+
+    found: dict[KeyPath, Any]
+    wanted: dict[KeyPath, Any]
+    renamed: dict[KeyPath, KeyPath]
+    skipped: list[KeyPath]
+    exempt: set[KeyPath]
 
 
 def restore(
@@ -102,22 +111,22 @@ def restore(
     """Puts the state of a file into the structure of `template`.
 
     Args:
-      raw_state: what `load(path).state` is.
+      raw_state: `load(path).state`.
       template: a `TrainState` of arrays or `jax.ShapeDtypeStruct`s.
-      put: brings a NumPy array to where the template's leaf lies; without it, arrays
-        come to the default device.
-      strict: whether everything has to fit; else what does not is left as it is in
-        `current`, and the report says so.
+      put: moves a NumPy array to the devices of the template's leaf; without it,
+        arrays go to the default device.
+      strict: whether everything has to fit; otherwise a leaf that does not fit keeps
+        its value in `current`, and the report lists it.
       rename: prefix of a path in the file -> the one in the model, such as
-        `{"encoder": "backbone"}`, in parameters, in every collection and, where these
-        names follow each other first, in the optimizer's state. None for the latter
-        leaves that part of the file out and keeps what `current` has.
+        `{"encoder": "backbone"}`, in parameters, in every collection and, at the first
+        place where these names follow each other, in the optimizer's state. None as
+        the new prefix leaves that part of the file out and keeps that of `current`.
       parts: the fields to take, such as `("params", "collections")`; None for all.
-      current: the state that has what is not taken from the file.
+      current: the state that has the leaves not taken from the file.
 
     Returns:
-      A state of jax arrays with the template's dtypes and weak types, so a step
-      compiled for the template takes it without being compiled again, and a report.
+      A state of jax arrays with the template's dtypes and weak types, so that a step
+      compiled for the template takes it without another compile, and a report.
 
     Raises:
       CheckpointError: paths, shapes or dtypes differ, all of them listed; or `rename`
@@ -126,35 +135,34 @@ def restore(
     """
     chosen = FIELDS if parts is None else parts
     found = dict(leaves_of(raw_state, ()))
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(template)
-    expected = {path_of(path): leaf for path, leaf in leaves}
+    expected, treedef = _by_path(template), jax.tree.structure(template)
     match = _match(found, expected, dict(rename or {}), chosen)
-    differences = _compare(match)
-    report, fitting = _report(match, differences)
+    differences = _differences(match)
     if strict and differences:
-        raise _misfit(differences, raw_state)
+        raise _does_not_fit(differences, raw_state)
+    differing = {path for path, _, _ in differences}
+    fitting = [p for p in match.wanted if p in match.found and p not in differing]
     if current is None and len(fitting) < len(expected):
-        raise ValueError(
-            "restore(...) does not take every leaf from the file: give current=, the "
-            "state that has the others."
+        raise UsageError(
+            "restore(...) does not take every leaf from the file",
+            write="restore(..., current=state), the state that has the others",
         )
-    kept = {} if current is None else _by_path(current)
-    values = [
-        _as_jax(match.found[path], like, put) if path in fitting else kept[path]
-        for path, like in expected.items()
-    ]
-    restored: TrainState = jax.tree_util.tree_unflatten(treedef, values)
-    return restored, report
+    values = {} if current is None else _by_path(current)
+    for path in fitting:
+        values[path] = _as_jax(match.found[path], expected[path], put)
+    in_order = [values[path] for path in expected]
+    restored: TrainState = jax.tree_util.tree_unflatten(treedef, in_order)
+    return restored, _report(match, fitting, differences)
 
 
-def _by_path(state: TrainState) -> dict[Path, Any]:
+def _by_path(state: TrainState) -> dict[KeyPath, Any]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {path_of(path): leaf for path, leaf in leaves}
 
 
 def _match(
-    found: Mapping[Path, Any],
-    expected: Mapping[Path, Any],
+    found: Mapping[KeyPath, Any],
+    expected: Mapping[KeyPath, Any],
     rename: Mapping[str, str | None],
     chosen: Collection[str],
 ) -> _Match:
@@ -163,9 +171,9 @@ def _match(
         ((_parts(key), value) for key, value in rename.items()),
         key=lambda rule: -len(rule[0]),
     )
-    used: set[Path] = set()
+    used: set[KeyPath] = set()
     match = _Match({}, {}, {}, [], set())
-    sources: dict[Path, Path] = {}
+    sources: dict[KeyPath, KeyPath] = {}
     for path, leaf in found.items():
         new, rule = _renamed(path, rules)
         used |= {rule} if rule is not None else set()
@@ -177,7 +185,7 @@ def _match(
         if new in sources:
             raise CheckpointError(
                 f"rename= puts both {joined(sources[new])} and {joined(path)} of the "
-                f"file at {joined(new)}."
+                f"file at {joined(new)}"
             )
         sources[new] = path
         match.found[new] = leaf
@@ -199,21 +207,21 @@ def _match(
     return match
 
 
-def _parts(text: str) -> Path:
-    """Returns the components of a prefix; "params" before others says nothing."""
+def _parts(text: str) -> KeyPath:
+    """Returns the components of a prefix, without "params" before others."""
     path = tuple(part for part in text.split("/") if part)
     return path[1:] if len(path) > 1 and path[0] == "params" else path
 
 
-def _prefixes(path: Path) -> list[tuple[int, int]]:
+def _prefixes(path: KeyPath) -> list[tuple[int, int]]:
     """Returns the start and end of each part of a path that could be renamed."""
     start = {"params": 1, "collections": 2}.get(path[0], len(path))
     return [(start, end) for end in range(start + 1, len(path) + 1)]
 
 
 def _renamed(
-    path: Path, rules: list[tuple[Path, str | None]]
-) -> tuple[Path | None, Path | None]:
+    path: KeyPath, rules: list[tuple[KeyPath, str | None]]
+) -> tuple[KeyPath | None, KeyPath | None]:
     """Returns the new path, None to leave it out, and the rule that matched."""
     for old, new in rules:
         at = _position(path, old)
@@ -228,7 +236,7 @@ def _renamed(
     return path, None
 
 
-def _position(path: Path, old: Path) -> int | None:
+def _position(path: KeyPath, old: KeyPath) -> int | None:
     """Returns where in `path` the components `old` are to be replaced."""
     if old[:1] and old[0] in FIELDS:
         return 0 if path[: len(old)] == old else None
@@ -241,7 +249,7 @@ def _position(path: Path, old: Path) -> int | None:
     return None
 
 
-def _compare(match: _Match) -> list[Difference]:
+def _differences(match: _Match) -> list[Difference]:
     """Returns the paths at which the model and the file differ."""
     exempt = match.exempt
     wanted = {p: spec_of(x) for p, x in match.wanted.items() if p not in exempt}
@@ -249,44 +257,38 @@ def _compare(match: _Match) -> list[Difference]:
 
 
 def _report(
-    match: _Match, differences: list[Difference]
-) -> tuple[RestoreReport, set[Path]]:
-    """Returns the report, and the paths whose values can be taken from the file."""
-    differing = {path for path, _, _ in differences}
-    fitting = [p for p in match.wanted if p in match.found and p not in differing]
-    report = RestoreReport(
+    match: _Match, fitting: Collection[KeyPath], differences: Sequence[Difference]
+) -> RestoreReport:
+    renamed = {joined(old): joined(new) for old, new in match.renamed.items()}
+    both = {
+        joined(path): (str(saved), str(here))
+        for path, here, saved in differences
+        if here is not None and saved is not None
+    }
+    return RestoreReport(
         loaded=tuple(map(joined, fitting)),
-        renamed=MappingProxyType(
-            {joined(old): joined(new) for old, new in match.renamed.items()}
-        ),
+        renamed=MappingProxyType(renamed),
         missing=tuple(joined(path) for path, _, saved in differences if saved is None),
         unexpected=tuple(joined(path) for path, here, _ in differences if here is None),
-        mismatched=MappingProxyType(
-            {
-                joined(path): (str(saved), str(here))
-                for path, here, saved in differences
-                if here is not None and saved is not None
-            }
-        ),
+        mismatched=MappingProxyType(both),
         skipped=tuple(map(joined, match.skipped)),
     )
-    return report, set(fitting)
 
 
-def _misfit(
-    differences: list[Difference], raw_state: Mapping[str, Any]
+def _does_not_fit(
+    differences: Sequence[Difference], raw_state: Mapping[str, Any]
 ) -> CheckpointError:
-    """Returns one error that lists everything in which the two differ."""
-    named = sorted(one._replace(path=joined(one.path)) for one in differences)
-    lines = difference_lines(named, "  {path}: {given} in the file, {wanted} here")
+    """Returns the error that lists all differences."""
+    named = [one._replace(path=joined(one.path)) for one in differences]
+    named.sort(key=lambda one: str(one.path))
+    lines = difference_lines(named, f"  {_LINE}", absent="nothing")
     advice = "Build the model as it was when the file was saved."
     fields = {path.partition("/")[0] for path, _, _ in named}
     if fields == {"opt_state"} and "opt_state" in raw_state:
         advice = (
             "Only the optimizer's state differs: give the Trainer the optimizer and "
             "the options (clip_norm, freeze, ...) it had when the file was saved, or "
-            "take the weights and start the optimizer anew: load(path, ..., "
-            "params_only=True)."
+            "take the weights alone: load(path, ..., params_only=True)."
         )
     elif fields.isdisjoint({"params", "collections"} | raw_state.keys()):
         advice = "The file holds weights only: load(path, ..., params_only=True)."
@@ -299,34 +301,34 @@ def _as_jax(saved: Any, like: Any, put: Put | None) -> jax.Array:
     """Returns a leaf of the file as a jax array with the aval of `like`."""
     if isinstance(saved, Key):
         key = as_key(_put(saved.data), saved.impl)
-        # What brings an array to its place knows no keys, only their sharding does.
+        # `put` moves plain arrays only.
         sharding = getattr(like, "sharding", None) if put is not None else None
         return key if sharding is None else jax.device_put(key, sharding)
     host = saved
     if type(host) is not np.ndarray or host.dtype.itemsize > 4:
-        # Scalars have no dtype yet; 64 bits are 32 unless jax is told otherwise.
+        # A scalar has no dtype yet, and 64 bits become 32 unless jax_enable_x64 is set.
         host = np.asarray(saved, dtype=jnp.result_type(saved))
-    array: jax.Array = _put(host) if put is None else put(_own(host), like)
+    array: jax.Array = _put(host) if put is None else put(_unaliased(host), like)
     if not is_weak(like):
         return array
-    # Setting values keeps the weak type of what they are set into.
+    # `at[...].set` keeps the weak type of the array it sets values in.
     weak = jax.lax.full(array.shape, array.dtype.type(0).item()).at[...].set(array)
     return weak if put is None else jax.device_put(weak, array.sharding)
 
 
 def _put(host: Any) -> jax.Array:
-    """Returns `host` on the default device, uncommitted, in memory of jax's own."""
-    owned = _own(np.asarray(host))
-    # The one has less to do for each array, the other copies large ones once only.
+    """Returns `host` on the default device, uncommitted, in memory that jax owns."""
+    owned = _unaliased(np.asarray(host))
+    # `asarray` has less overhead per array, `device_put` copies a large one only once.
     return jnp.asarray(owned) if owned.nbytes <= _SMALL else jax.device_put(owned)
 
 
-def _own(host: HostArray) -> HostArray:
-    """Returns `host`, copied if jax on a CPU would take its memory as it is.
+def _unaliased(host: HostArray) -> HostArray:
+    """Returns `host`, copied if jax on a CPU would use its memory without a copy.
 
-    A step may be given the buffer for good, the file's bytes it may not.
+    A step may be given the buffer for donation; the file's bytes must not be.
     """
-    # Whatever is not aligned so is copied by jax, and need not be copied twice; for
-    # a small array it takes longer to ask than to copy.
+    # jax copies misaligned memory itself; for a small array a copy takes less time
+    # than to find that out.
     free = host.nbytes > _SMALL and host.ctypes.data % _ALIGNMENT
     return host if free else host.copy()

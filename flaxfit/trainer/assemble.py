@@ -13,7 +13,7 @@ from flaxfit._loops.interrupt import Interrupt
 from flaxfit._loops.predict_loop import Part, predict_loop
 from flaxfit._programs.placement import has_rows
 from flaxfit._programs.program_cache import Outputs
-from flaxfit._programs.resolve import Built
+from flaxfit._programs.resolve import ResolvedTask
 from flaxfit._reporting.display import Display, Silent
 from flaxfit._runs.session import Run
 from flaxfit.callbacks.base import CallbackList
@@ -25,7 +25,7 @@ from flaxfit.data.sources.stream_source import StreamSource
 
 
 def plan_fit(
-    built: Built,
+    resolved: ResolvedTask,
     execution: Execution,
     source: Source,
     validation: Source | None,
@@ -42,7 +42,7 @@ def plan_fit(
     nonfinite: str,
 ) -> FitPlan:
     """Returns what a fit is to do; see `Trainer.fit` and `FitPlan`."""
-    origin, empty = run.origin, built.empty()
+    origin, empty = run.origin, resolved.empty()
     end = max(epochs, origin.first_epoch)
 
     def interrupted() -> bool:
@@ -50,7 +50,7 @@ def plan_fit(
 
     def open_data(position: Position) -> Feed:
         return open_training(
-            built,
+            resolved,
             execution,
             source,
             epochs=end - origin.first_epoch - position.epoch,
@@ -63,7 +63,7 @@ def plan_fit(
     validate = None
     if validation is not None:
         validate = make_evaluate(
-            built,
+            resolved,
             execution,
             validation,
             steps=validation_steps,
@@ -72,12 +72,12 @@ def plan_fit(
         )
     return FitPlan(
         epochs=range(origin.epoch, epochs),
-        train=built.programs.train,
+        train=resolved.programs.train,
         running=empty,
         open_feed=open_data,
-        steps_per_call=execution.per_call(single=built.programs.single),
-        order=built.task.order,
-        learning_rate=built.task.optimizer.learning_rate,
+        steps_per_call=execution.per_call(single=resolved.programs.one_step_per_call),
+        order=resolved.task.order,
+        learning_rate=resolved.task.optimizer.learning_rate,
         validate=validate,
         validates_at=validates_at,
         callbacks=callbacks,
@@ -96,7 +96,7 @@ def plan_fit(
 
 
 def open_training(
-    built: Built,
+    resolved: ResolvedTask,
     execution: Execution,
     source: Source,
     *,
@@ -109,11 +109,11 @@ def open_training(
     """Returns the feed of a fit; see `open_feed`."""
     return open_feed(
         source,
-        built.placement,
+        resolved.placement,
         execution,
         epochs=epochs,
         steps=steps,
-        single=built.programs.single,
+        single=resolved.programs.one_step_per_call,
         position=position,
         bookmarks=bookmarks,
         stopped=stopped,
@@ -121,7 +121,7 @@ def open_training(
 
 
 def make_evaluate(
-    built: Built,
+    resolved: ResolvedTask,
     execution: Execution,
     source: Source,
     *,
@@ -133,7 +133,7 @@ def make_evaluate(
     """Returns `state -> values`, None where it was interrupted.
 
     Args:
-      built: the trainer's parts.
+      resolved: the parts of the trainer.
       execution: how to run.
       source: the data.
       steps: at most so many batches.
@@ -141,10 +141,10 @@ def make_evaluate(
       display: shows the progress.
       interrupted: asked before every call.
     """
-    programs, running = built.programs, built.empty_eval()
+    programs, running = resolved.programs, resolved.empty_eval()
     feed = open_pass(
         source,
-        built.placement,
+        resolved.placement,
         execution,
         steps=steps,
         keep=keep,
@@ -158,8 +158,8 @@ def make_evaluate(
             running=running,
             feed=feed,
             total=source.num_batches if steps is None else steps,
-            steps_per_call=execution.per_call(single=programs.single),
-            order=built.task.order,
+            steps_per_call=execution.per_call(single=programs.one_step_per_call),
+            order=resolved.task.order,
             display=display or Silent(),
             interrupted=interrupted,
         )
@@ -168,7 +168,7 @@ def make_evaluate(
 
 
 def open_prediction(
-    built: Built,
+    resolved: ResolvedTask,
     execution: Execution,
     source: Source,
     state: TrainState,
@@ -182,7 +182,7 @@ def open_prediction(
     """Returns the outputs for all inputs, call by call.
 
     Args:
-      built: the trainer's parts.
+      resolved: the parts of the trainer.
       execution: how to run.
       source: the data.
       state: what to predict with; it is only read.
@@ -192,27 +192,27 @@ def open_prediction(
       own: see `open_pass`.
       display: shows the progress.
     """
-    programs = built.programs
+    programs = resolved.programs
     return predict_loop(
         state,
         predict=programs.intermediates if sown else programs.predict,
-        single=programs.single,
+        single=programs.one_step_per_call,
         feed=open_pass(
             source,
-            built.placement,
+            resolved.placement,
             execution,
             steps=steps,
             own=own,
             bytes_per_output=outputs.nbytes,
         ),
         total=source.num_batches if steps is None else steps,
-        steps_per_call=execution.per_call(single=programs.single),
+        steps_per_call=execution.per_call(single=programs.one_step_per_call),
         display=display or Silent(),
     )
 
 
 def compile_ahead(
-    built: Built,
+    resolved: ResolvedTask,
     execution: Execution,
     source: Source,
     state: TrainState,
@@ -222,11 +222,11 @@ def compile_ahead(
     steps: int | None,
 ) -> dict[str, float]:
     """Compiles for this data; returns the seconds of every phase."""
-    programs, placement = built.programs, built.placement
+    programs, placement = resolved.programs, resolved.placement
     rows = placement.rounded(source.batch_size)
     weights = np.ones(len(source.example.weights), np.float32)
     inputs = Batch(source.example.inputs, None, weights)
-    training = open_training(built, execution, source, epochs=epochs, steps=steps)
+    training = open_training(resolved, execution, source, epochs=epochs, steps=steps)
     examples = open_pass(
         _source_of(source.example, rows), placement, execution, steps=None
     )
@@ -239,10 +239,10 @@ def compile_ahead(
     )
     return {
         "train": programs.train.compile(
-            state, built.empty(), first_segment(training), 0, 0
+            state, resolved.empty(), first_segment(training), 0, 0
         ),
         "eval": programs.evaluate.compile(
-            state, built.empty_eval(), first_segment(examples), 0, 0
+            state, resolved.empty_eval(), first_segment(examples), 0, 0
         ),
         "predict": programs.predict.compile(state, first_segment(unlabelled), 0, 0, 0),
     }

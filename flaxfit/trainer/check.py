@@ -12,7 +12,7 @@ from flaxfit._core.types import Batch, PyTree, TrainState
 from flaxfit._loops.host_reads import read
 from flaxfit._models.image_scaling import has_pictures
 from flaxfit._programs.placement import even_size
-from flaxfit._programs.resolve import Built
+from flaxfit._programs.resolve import ResolvedTask
 from flaxfit._reporting.display import (
     format_bytes,
     format_count,
@@ -65,7 +65,7 @@ class CheckReport:
 
 
 def first_lines(
-    built: Built,
+    resolved: ResolvedTask,
     state: TrainState,
     source: Source,
     spare_devices: int = 0,
@@ -74,13 +74,13 @@ def first_lines(
     """Returns the lines a `fit` begins with: two, more if there is more to say.
 
     Args:
-      built: the trainer's parts.
+      resolved: the parts of the trainer.
       state: the state before the first step.
       source: the data.
       spare_devices: how many devices have nothing to do.
       class_names: the names of the classes.
     """
-    detected = built.adapted.detected
+    detected = resolved.adapted.detected
     parts = [
         detected.name,
         f"{_size(state.params)[0]:,} params",
@@ -90,14 +90,14 @@ def first_lines(
     ]
     if detected.sown:
         parts.insert(3, f"sown: {_listed(detected.sown)}")
-    targets = built.example.targets
-    about = f" ({_targets_text(built)})" if targets is not None else ""
+    targets = resolved.example.targets
+    about = f" ({_targets_text(resolved)})" if targets is not None else ""
     lines = [
         " · ".join(parts),
         " · ".join(
             [
-                f"loss: {_loss_text(built)}{about}",
-                _optimizer_text(built, state),
+                f"loss: {_loss_text(resolved)}{about}",
+                _optimizer_text(resolved, state),
                 _device_text(state),
             ]
         ),
@@ -108,12 +108,12 @@ def first_lines(
         lines.append(f"columns: {source.facts.table}")
     if class_names:
         lines.append(f"classes: {listed_classes(class_names)}")
-    if built.scaled and has_pictures(source.example.inputs):
+    if resolved.scaled and has_pictures(source.example.inputs):
         lines.append("pictures: uint8, divided by 255 on the device")
-    if isinstance(built.example.inputs, dict) or len(built.example.inputs) > 1:
-        lines.append(_inputs_text(built.example))
+    if isinstance(resolved.example.inputs, dict) or len(resolved.example.inputs) > 1:
+        lines.append(_inputs_text(resolved.example))
     if spare_devices:
-        used = len(built.placement.devices)
+        used = len(resolved.placement.devices)
         everything = used + spare_devices
         size = even_size(source.batch_size, everything, source.num_examples)
         lines.append(
@@ -123,7 +123,7 @@ def first_lines(
         )
     if source.unused:
         lines.append(f"unused: {_listed(map(str, source.unused))}")
-    if built.task.objective.scalar_loss and _has_tail(source):
+    if resolved.task.objective.scalar_loss and _has_tail(source):
         lines.append(
             "the loss returns one number per batch: the last, shorter batch is not "
             "filled up but compiled for separately"
@@ -138,44 +138,47 @@ def listed_classes(names: Sequence[str]) -> str:
 
 
 def make_report(
-    built: Built, state: TrainState, source: Source, class_names: Sequence[str] = ()
+    resolved: ResolvedTask,
+    state: TrainState,
+    source: Source,
+    class_names: Sequence[str] = (),
 ) -> CheckReport:
     """Computes the report on the first batch; the state is only read."""
     example = source.example
-    loss, gradients = read(built.programs.gradient(state, example))
+    loss, gradients = read(resolved.programs.gradient(state, example))
     zero = tuple(
         _path(path)
         for path, leaf in jax.tree_util.tree_flatten_with_path(gradients)[0]
         if not np.any(leaf)
     )
-    cost = built.programs.train.analyze(state, built.empty(), example, 0, 1)
+    cost = resolved.programs.train.analyze(state, resolved.empty(), example, 0, 1)
     flops = cost.get("flops")
     step_bytes = cost.get("bytes")
-    chance = _chance(built)
-    tail = built.task.objective.scalar_loss and _has_tail(source)
+    chance = _chance(resolved)
+    tail = resolved.task.objective.scalar_loss and _has_tail(source)
     steps = (2 if tail else 1) * source.shapes
     compiles = {"train": steps, "eval": steps, "predict": source.shapes}
     rows = {
-        **_model_rows(built, state),
-        **_data_rows(built, source, example),
+        **_model_rows(resolved, state),
+        **_data_rows(resolved, source, example),
         **({"classes": listed_classes(class_names)} if class_names else {}),
-        "loss": _loss_text(built),
+        "loss": _loss_text(resolved),
         "loss now" if int(read(state.step)) else "initial loss": format_value(
             float(loss)
         )
         + ("" if chance is None else f" (by chance {format_value(chance)})"),
-        "metrics": _listed(built.task.metrics),
-        "optimizer": _optimizer_text(built, state),
+        "metrics": _listed(resolved.task.metrics),
+        "optimizer": _optimizer_text(resolved, state),
         "zero gradient": _listed(zero),
-        **_warning_rows(built, state, example),
+        **_warning_rows(resolved, state, example),
         "one step": _step_text(flops, step_bytes),
         "compiles": ", ".join(f"{n} {_TIMES} {phase}" for phase, n in compiles.items()),
     }
     return CheckReport(rows, float(loss), chance, zero, flops, step_bytes, compiles)
 
 
-def _model_rows(built: Built, state: TrainState) -> dict[str, str]:
-    detected = built.adapted.detected
+def _model_rows(resolved: ResolvedTask, state: TrainState) -> dict[str, str]:
+    detected = resolved.adapted.detected
     why = dict(detected.reasons or {})
     count, size = _size(state.params)
     rows = {
@@ -190,13 +193,15 @@ def _model_rows(built: Built, state: TrainState) -> dict[str, str]:
     return {n: f"{v} ({why[n]})" if n in why else v for n, v in rows.items()}
 
 
-def _warning_rows(built: Built, state: TrainState, example: Batch) -> dict[str, str]:
+def _warning_rows(
+    resolved: ResolvedTask, state: TrainState, example: Batch
+) -> dict[str, str]:
     """Says where outputs look like probabilities though their loss takes logits."""
-    terms = [term for term in built.task.objective.terms if term.loss.of_logits]
+    terms = [term for term in resolved.task.objective.terms if term.loss.of_logits]
     if not terms:
         return {}
-    with built.programs.predict.uncounted():
-        outputs = read(built.programs.predict(state, example, 0, 1, 0))
+    with resolved.programs.predict.uncounted():
+        outputs = read(resolved.programs.predict(state, example, 0, 1, 0))
     warnings = []
     for term in terms:
         values = np.asarray(pick(outputs, term.path), np.float32)
@@ -211,11 +216,13 @@ def _warning_rows(built: Built, state: TrainState, example: Batch) -> dict[str, 
     return {"warning": "; ".join(warnings)} if warnings else {}
 
 
-def _data_rows(built: Built, source: Source, example: Batch) -> dict[str, str]:
+def _data_rows(
+    resolved: ResolvedTask, source: Source, example: Batch
+) -> dict[str, str]:
     rows = {
         "data": _data_text(source),
         "inputs": _inputs_text(example).removeprefix("inputs: "),
-        "outputs": _shapes(built.outputs),
+        "outputs": _shapes(resolved.outputs),
         "targets": _shapes(example.targets),
     }
     if source.facts.table:
@@ -237,31 +244,31 @@ def _data_text(source: Source) -> str:
     return f"{source.kind}: {size}{batches} batches of {source.batch_size}"
 
 
-def _chance(built: Built) -> float | None:
-    objective = built.task.objective
+def _chance(resolved: ResolvedTask) -> float | None:
+    objective = resolved.task.objective
     if not objective.single or objective.terms[0].path:
         return None
-    shape = getattr(built.outputs, "shape", None)
+    shape = getattr(resolved.outputs, "shape", None)
     return None if shape is None else objective.terms[0].loss.chance_loss(shape)
 
 
-def _loss_text(built: Built) -> str:
-    sown = "losses" in built.adapted.detected.sown
-    names = [built.task.objective.name] if built.task.objective.terms else []
+def _loss_text(resolved: ResolvedTask) -> str:
+    sown = "losses" in resolved.adapted.detected.sown
+    names = [resolved.task.objective.name] if resolved.task.objective.terms else []
     return " + ".join([*names, *(["sown losses"] if sown else [])])
 
 
-def _targets_text(built: Built) -> str:
-    targets = jax.tree.leaves(built.example.targets)
-    outputs = jax.tree.leaves(built.outputs)
+def _targets_text(resolved: ResolvedTask) -> str:
+    targets = jax.tree.leaves(resolved.example.targets)
+    outputs = jax.tree.leaves(resolved.outputs)
     if len(targets) != 1 or len(outputs) != 1:
         return f"{len(targets)} targets, {len(outputs)} outputs"
     width = outputs[0].shape[-1] if len(outputs[0].shape) > 1 else 1
     return f"{targets[0].dtype} targets, {width} output{'s' if width != 1 else ''}"
 
 
-def _optimizer_text(built: Built, state: TrainState) -> str:
-    optimizer = built.task.optimizer
+def _optimizer_text(resolved: ResolvedTask, state: TrainState) -> str:
+    optimizer = resolved.task.optimizer
     rate = optimizer.learning_rate(state.opt_state)
     if rate is None:
         return optimizer.name

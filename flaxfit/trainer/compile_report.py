@@ -8,7 +8,7 @@ import jax
 
 from flaxfit._core.tree_specs import LeafSpec, diff, difference_lines
 from flaxfit._core.types import Batch
-from flaxfit._programs.chunks import Resident, Stack, batch_at
+from flaxfit._programs.chunks import DeviceDataset, Stack, batch_at
 from flaxfit._programs.compile import Program
 from flaxfit._reporting.display import Display
 from flaxfit._reporting.timing import Clock
@@ -81,16 +81,16 @@ def _other_length(changed: Sequence[tuple[Any, Any]]) -> str | None:
 def _parts(signature: tuple[Any, ...]) -> tuple[dict[str, Any], str]:
     """Returns the arrays a call was compiled for by name, and in what they lie."""
     for argument in signature:
-        if isinstance(argument, Batch | Stack | Resident):
-            batch = jax.eval_shape(lambda segment: batch_at(segment, 0), argument)
+        if isinstance(argument, Batch | Stack | DeviceDataset):
+            batch = jax.eval_shape(lambda chunk: batch_at(chunk, 0), argument)
             return dict(named_leaves(batch)), _describe(argument)
     return {}, ""
 
 
-def _describe(segment: Batch | Stack | Resident) -> str:
-    if isinstance(segment, Batch):
+def _describe(chunk: Batch | Stack | DeviceDataset) -> str:
+    if isinstance(chunk, Batch):
         return "one batch"
-    rows = jax.tree.leaves(segment)[0].shape[0]
-    if isinstance(segment, Stack):
+    rows = jax.tree.leaves(chunk)[0].shape[0]
+    if isinstance(chunk, Stack):
         return f"{rows} batches"
     return f"{rows:,} rows on the device"

@@ -11,7 +11,7 @@ import numpy as np
 from flaxfit._core.errors import DataError
 from flaxfit._core.types import Batch
 from flaxfit._programs.placement import has_rows
-from flaxfit._programs.program_cache import Builder
+from flaxfit._programs.program_cache import ProgramCache
 from flaxfit.checkpoint import Checkpoint
 from flaxfit.data.binding.binding import Binding, Whole
 from flaxfit.data.datasets.columns import Columns
@@ -37,7 +37,9 @@ class Reader:
       class_names: of the data that was learnt from; empty where it had none.
     """
 
-    def __init__(self, builder: Builder, keeper: StateKeeper, given: Binding) -> None:
+    def __init__(
+        self, builder: ProgramCache, keeper: StateKeeper, given: Binding
+    ) -> None:
         self.batch_size = DEFAULT_BATCH_SIZE
         self.class_names: tuple[str, ...] = ()
         self._builder = builder
@@ -63,17 +65,17 @@ class Reader:
         self.class_names = tuple(saved.meta.get("class_names", ()))
         return self._binding
 
-    def learn(self, source: Source | Whole, *, afresh: bool) -> None:
+    def learn(self, source: Source | Whole, *, allow_rebuild: bool) -> None:
         """Takes over what the data says of itself, before anything is built of it.
 
         Args:
           source: the data.
-          afresh: whether it may replace what was known; else it has to agree.
+          allow_rebuild: whether it may replace what was known; else it has to agree.
 
         Raises:
           DataError: its classes are not those the trainer was trained on.
         """
-        if not afresh:
+        if not allow_rebuild:
             self.refuse_other_classes(source)
             return
         self._builder.learn(source.facts.pictures)

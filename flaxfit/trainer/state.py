@@ -13,7 +13,7 @@ from flaxfit._core.errors import CheckpointCorruptError, CheckpointError
 from flaxfit._core.tree_specs import shapes_of
 from flaxfit._core.types import Batch, StateHolder, TrainState
 from flaxfit._loops.host_reads import read
-from flaxfit._programs.program_cache import NO_DATA_YET, Builder
+from flaxfit._programs.program_cache import NO_DATA_YET, ProgramCache
 from flaxfit._reporting.timing import Clock
 from flaxfit._runs.checkpoint_manager import newest
 from flaxfit._runs.session import Run
@@ -54,7 +54,7 @@ class StateKeeper:
       pending: what is to be read once the model's inputs are known, or None.
     """
 
-    def __init__(self, builder: Builder) -> None:
+    def __init__(self, builder: ProgramCache) -> None:
         self.holder = StateHolder()
         self.clocks: list[Clock] = []
         self.pending: Pending | None = None
@@ -95,14 +95,14 @@ class StateKeeper:
         Raises:
           ValueError: it does not fit the model.
         """
-        built = self._builder.built
-        self.holder.put(built.placement.put(own_state(state, built.template)))
+        resolved = self._builder.resolved
+        self.holder.put(resolved.placement.put(own_state(state, resolved.template)))
         self.pending = None
 
     def settle(self, example: Batch) -> None:
         """Sees to it that there is a state for batches like `example`."""
         self.restore_pending()
-        placement, template = self._builder.placement, self._builder.built.template
+        placement, template = self._builder.placement, self._builder.resolved.template
         with self.holder.lock:
             if not self.holder.empty:
                 state = self.holder.peek()
@@ -145,11 +145,11 @@ class StateKeeper:
         Raises:
           CheckpointError: it does not fit the model.
         """
-        built, saved = self._builder.built, pending.saved
+        resolved, saved = self._builder.resolved, pending.saved
         weights = pending.weights_only
         current = self.holder.peek() if not self.holder.empty else None
         if weights or not pending.strict or pending.rename:
-            zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), built.example)
+            zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), resolved.example)
             fresh = self._builder.fresh_state(zeros)
             current = current or fresh
             if weights:
@@ -165,13 +165,13 @@ class StateKeeper:
             current=current,
         )
         if weights:
-            opt_state = built.task.optimizer.tx.init(state.params)
-            state = built.placement.put(state.replace(opt_state=opt_state))
+            opt_state = resolved.task.optimizer.tx.init(state.params)
+            state = resolved.placement.put(state.replace(opt_state=opt_state))
         # A constant rate lies in the state, and would win over the new one.
         elif pending.new_rate and not self._builder.plans_ahead:
             state = self._with_new_rate(state)
         elif current is not None:
-            state = built.placement.put(state)  # buffers of its own
+            state = resolved.placement.put(state)  # buffers of its own
         self.holder.put(state)
         self.pending = None
         return report
@@ -187,19 +187,19 @@ class StateKeeper:
     def _read_state(
         self, raw_state: Mapping[str, Any], where: str = "", **options: Any
     ) -> tuple[TrainState, RestoreReport]:
-        built = self._builder.built
+        resolved = self._builder.resolved
         try:
             state, report = checkpoint.restore(
-                raw_state, built.template, put=built.placement.put_host, **options
+                raw_state, resolved.template, put=resolved.placement.put_host, **options
             )
         except CheckpointError as error:
             if where:
                 error.add_note(f"while reading {where!r}")
             raise
-        return built.placement.put_keys(state), report
+        return resolved.placement.put_keys(state), report
 
     def _with_new_rate(self, state: TrainState) -> TrainState:
-        fresh = self._builder.built.task.optimizer.tx.init(state.params)
+        fresh = self._builder.resolved.task.optimizer.tx.init(state.params)
         return state.replace(opt_state=with_rates_of(state.opt_state, fresh))
 
 

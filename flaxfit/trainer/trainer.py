@@ -34,8 +34,8 @@ from flaxfit._models.base import Overrides
 from flaxfit._programs import steps as _steps
 from flaxfit._programs.compile import listening
 from flaxfit._programs.placement import find_placement, has_rows
-from flaxfit._programs.program_cache import Builder, Outputs
-from flaxfit._programs.resolve import Built, Settings
+from flaxfit._programs.program_cache import Outputs, ProgramCache
+from flaxfit._programs.resolve import ResolvedTask, Settings
 from flaxfit._programs.steps import Task, TrainStep
 from flaxfit._reporting.display import Display, make_display, make_progress
 from flaxfit._reporting.history import History
@@ -219,7 +219,7 @@ class Trainer:
         )
         family = model_family(model)
         self._name = type(model).__name__
-        self._builder = Builder(model, family, settings, find_placement(devices))
+        self._builder = ProgramCache(model, family, settings, find_placement(devices))
         self._keeper = StateKeeper(self._builder)
         binding = Binding(
             family.call_spec(model, overrides),
@@ -230,7 +230,11 @@ class Trainer:
         self._reader = Reader(self._builder, self._keeper, binding)
         self._execution = Execution(
             steps_per_call=integer_or_auto("steps_per_call", steps_per_call),
-            device_data=fraction("device_data", device_data),
+            device_data=fraction(
+                "device_data",
+                device_data,
+                write="device_data=0.5, a share of the free device memory",
+            ),
             prefetch=integer("prefetch", prefetch, least=0),
         )
         use_compilation_cache(compilation_cache)
@@ -390,7 +394,7 @@ class Trainer:
             clock.switch("compiling")  # traces and the compile of `init`
             if origin.saved is not None:
                 self._reader.refuse_other_classes(source)
-            built = self._build(source, total_steps, place=True)
+            resolved = self._build(source, total_steps, place=True)
             validation = self._validation_source(
                 validation_data,
                 validation_batch_size,
@@ -414,7 +418,7 @@ class Trainer:
             if verbose != 0:
                 state = self._keeper.holder.peek()
                 for line in first_lines(
-                    built,
+                    resolved,
                     state,
                     source,
                     self._builder.spare_devices,
@@ -433,14 +437,14 @@ class Trainer:
                 epochs=epochs,
                 steps_per_epoch=epoch_steps,
                 log_names=[
-                    *built.history_names(validated=validation is not None),
+                    *resolved.history_names(validated=validation is not None),
                     *CallbackList(hooks).log_names,
                 ],
                 clock=clock,
             )
             clock.switch("stepping")
             plan = plan_fit(
-                built,
+                resolved,
                 self._execution,
                 source,
                 validation,
@@ -536,13 +540,13 @@ class Trainer:
         epoch_steps = steps or source.num_batches
         total_steps = epoch_steps and self.step + epochs * epoch_steps
         self._builder.require_total_steps(total_steps)
-        built = self._build(source, total_steps, place=True)
+        resolved = self._build(source, total_steps, place=True)
         self._reader.batch_size = source.batch_size
         self._keeper.settle(source.example)
         outputs = self._builder.find_outputs(source.example, sown=False)
         with listening(CompileReport(display)), self._keeper.holder.borrow() as state:
             return compile_ahead(
-                built,
+                resolved,
                 self._execution,
                 source,
                 state,
@@ -576,16 +580,16 @@ class Trainer:
         """
         refuse_list(return_dict)
         batch = self._one_batch(x, y, sample_weight, class_weight, "train_on_batch")
-        built = self._builder.built
-        self._builder.require_total_steps(built.total_steps)
+        resolved = self._builder.resolved
+        self._builder.require_total_steps(resolved.total_steps)
         with Interrupt() as interrupt:
-            running, placed = built.empty(), built.placement.put_segment(batch)
+            running, placed = resolved.empty(), resolved.placement.put_chunk(batch)
             with interrupt.shield(), self._keeper.holder.lock:
-                state, running = built.programs.train(
+                state, running = resolved.programs.train(
                     self._keeper.holder.take(), running, placed, 0, 1
                 )
                 self._keeper.holder.put(state)
-            logs = read_logs(running, built.task.order)
+            logs = read_logs(running, resolved.task.order)
         if interrupt.requested:
             raise KeyboardInterrupt
         return logs
@@ -637,7 +641,7 @@ class Trainer:
             divided=True,
             data_dir=data_dir,
         )
-        built = self._build(source)
+        resolved = self._build(source)
         self._keeper.settle(source.example)
         with (
             Interrupt() as interrupt,
@@ -645,7 +649,7 @@ class Trainer:
             self._keeper.holder.borrow() as state,
         ):
             evaluate = make_evaluate(
-                built,
+                resolved,
                 self._execution,
                 source,
                 steps=steps,
@@ -668,11 +672,13 @@ class Trainer:
         """Returns the loss and metrics of one batch of any size, as floats."""
         refuse_list(return_dict)
         batch = self._one_batch(x, y, sample_weight, None, "test_on_batch")
-        built = self._builder.built
-        placed = built.placement.put_segment(batch)
+        resolved = self._builder.resolved
+        placed = resolved.placement.put_chunk(batch)
         with self._keeper.holder.borrow() as state:
-            running = built.programs.evaluate(state, built.empty_eval(), placed, 0, 1)
-            logs = read_logs(running, built.task.order)
+            running = resolved.programs.evaluate(
+                state, resolved.empty_eval(), placed, 0, 1
+            )
+            logs = read_logs(running, resolved.task.order)
         return logs
 
     # ---------------------------------------------------------------- prediction
@@ -821,14 +827,14 @@ class Trainer:
         self, source: Source, steps: int | None, *, sown: bool = False
     ) -> "_Inputs":
         """Sees to it that there are parts and a state for inputs, and checks them."""
-        self._reader.learn(source, afresh=not self._keeper.settled)
-        built = self._builder.build_for_inputs(
-            source.example, afresh=not self._keeper.settled
+        self._reader.learn(source, allow_rebuild=not self._keeper.settled)
+        resolved = self._builder.build_for_inputs(
+            source.example, allow_rebuild=not self._keeper.settled
         )
         source.check()
         outputs = self._builder.find_outputs(source.example, sown=sown)
         self._keeper.settle(source.example)
-        return _Inputs(built, source, outputs, steps, sown)
+        return _Inputs(resolved, source, outputs, steps, sown)
 
     def _predict(
         self,
@@ -839,7 +845,7 @@ class Trainer:
         display: Display | None = None,
     ) -> Generator[Part]:
         return open_prediction(
-            inputs.built,
+            inputs.resolved,
             self._execution,
             inputs.source,
             state,
@@ -862,7 +868,7 @@ class Trainer:
           batch: `(x, y)`, `(x, y, weights)` or a dict of arrays, or a `Batch`.
         """
         batch = self._reader.raw_batch(batch)
-        self._builder.build(batch, afresh=not self._keeper.settled)
+        self._builder.build(batch, allow_rebuild=not self._keeper.settled)
         if all(isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(batch)):
             self._builder.check_values(batch)
         self._keeper.restore_pending()
@@ -888,13 +894,13 @@ class Trainer:
                 f"trainer.train_step(state, batch)."
             )
         batch = self._reader.raw_batch(batch)
-        built = self._builder.build(batch)
-        self._builder.require_total_steps(built.total_steps)
+        resolved = self._builder.build(batch)
+        self._builder.require_total_steps(resolved.total_steps)
         leaves = jax.tree.leaves(batch)
         if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-            batch = built.placement.put_segment(batch)
-        state, logs = built.programs.step(state, batch)
-        return state, built.task.order(logs)
+            batch = resolved.placement.put_chunk(batch)
+        state, logs = resolved.programs.step(state, batch)
+        return state, resolved.task.order(logs)
 
     # --------------------------------------------------------------------- state
 
@@ -921,8 +927,10 @@ class Trainer:
         The parameters are those `evaluate` and `predict` use.
         """
         state = self.state
-        built = self._builder.built
-        params = built.task.optimizer.evaluation_params(state.opt_state, state.params)
+        resolved = self._builder.resolved
+        params = resolved.task.optimizer.evaluation_params(
+            state.opt_state, state.params
+        )
         return {"params": params, **state.collections}
 
     @property
@@ -950,12 +958,12 @@ class Trainer:
         """
         if x is not None:
             source = as_inputs_source(x, binding=self._reader.binding, what="summary")
-            built = self._builder.build_for_inputs(
-                source.example, afresh=not self._keeper.settled
+            resolved = self._builder.build_for_inputs(
+                source.example, allow_rebuild=not self._keeper.settled
             )
         else:
-            built = self._builder.built
-        return Text(built.adapted.summary(built.example.inputs))
+            resolved = self._builder.resolved
+        return Text(resolved.adapted.summary(resolved.example.inputs))
 
     def check(
         self,
@@ -983,13 +991,13 @@ class Trainer:
             refuse=partial(refuse_to_use_up, what="check"),
             data_dir=data_dir,
         )
-        built = self._build(source)
+        resolved = self._build(source)
         self._keeper.restore_pending()
         if self._keeper.holder.empty:
             state = self._builder.fresh_state(source.example)
-            return make_report(built, state, source, self._reader.class_names)
+            return make_report(resolved, state, source, self._reader.class_names)
         with self._keeper.holder.borrow() as state:
-            return make_report(built, state, source, self._reader.class_names)
+            return make_report(resolved, state, source, self._reader.class_names)
 
     def __repr__(self) -> str:
         progress = "untrained" if self._keeper.holder.empty else f"step {self.step}"
@@ -1100,7 +1108,7 @@ class Trainer:
         scaled = saved.meta.get("config", {}).get("scale_images")
         if isinstance(scaled, bool):
             self._builder.learn(scaled)
-        if not self._builder.is_built:
+        if not self._builder.is_resolved:
             example = example_of(saved.meta)
             if example is None:
                 raise ValueError(
@@ -1141,7 +1149,7 @@ class Trainer:
                 ),
                 data_dir=data_dir,
             )
-            self._build(source, afresh=False)
+            self._build(source, allow_rebuild=False)
         except Exception as error:
             error.add_note(note)
             raise
@@ -1151,9 +1159,9 @@ class Trainer:
         self, x: Any, y: Any, sample_weight: Any, class_weight: Any, what: str
     ) -> Batch:
         whole = self._reader.one_batch(x, y, sample_weight, class_weight, what=what)
-        afresh = not self._keeper.settled
-        self._reader.learn(whole, afresh=afresh)
-        self._builder.build(whole.batch, afresh=afresh)
+        allow_rebuild = not self._keeper.settled
+        self._reader.learn(whole, allow_rebuild=allow_rebuild)
+        self._builder.build(whole.batch, allow_rebuild=allow_rebuild)
         self._builder.check_values(whole.batch)
         self._keeper.settle(whole.batch)
         return whole.batch
@@ -1163,10 +1171,12 @@ class Trainer:
         source: Source,
         total_steps: int | None = None,
         *,
-        afresh: bool | None = None,
+        allow_rebuild: bool | None = None,
         place: bool = False,
-    ) -> Built:
-        afresh = not self._keeper.settled if afresh is None else afresh
+    ) -> ResolvedTask:
+        allow_rebuild = (
+            not self._keeper.settled if allow_rebuild is None else allow_rebuild
+        )
         placement = None
         if place and has_rows(source.example):
             placement = self._builder.placement_for(
@@ -1179,22 +1189,25 @@ class Trainer:
                     f" which do not divide batch_size={source.batch_size}. Write "
                     f"batch_size={now.rounded(source.batch_size)} inside of it."
                 )
-        self._reader.learn(source, afresh=afresh)
-        built = self._builder.build(
-            source.example, total_steps, afresh=afresh, placement=placement
+        self._reader.learn(source, allow_rebuild=allow_rebuild)
+        resolved = self._builder.build(
+            source.example,
+            total_steps,
+            allow_rebuild=allow_rebuild,
+            placement=placement,
         )
-        if built.task.objective.scalar_loss:
+        if resolved.task.objective.scalar_loss:
             source.pad = False
         source.check()
-        return built
+        return resolved
 
     def _meta(self) -> dict[str, Any]:
-        built = self._builder.built
+        resolved = self._builder.resolved
         return to_meta(
             {**self._config, "scale_images": self._builder.scaled},
-            built.example,
+            resolved.example,
             batch_size=self._reader.batch_size,
-            opt_state=built.template.opt_state,
+            opt_state=resolved.template.opt_state,
             class_names=self._reader.class_names,
             columns=self._reader.columns,
         )
@@ -1214,7 +1227,7 @@ class Trainer:
 class _Inputs(NamedTuple):
     """What a prediction runs on."""
 
-    built: Built
+    resolved: ResolvedTask
     source: Source
     outputs: Outputs
     steps: int | None

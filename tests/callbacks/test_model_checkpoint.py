@@ -200,10 +200,14 @@ def test_a_state_that_is_not_finite_is_not_saved_over_a_good_one(tmp_path):
         ({"filepath": "{epch}.msgpack"}, ValueError, "Did you mean 'epoch'"),
         ({"filepath": "{epoch"}, ValueError, "cannot be filled in"),
         ({"monitor": "val_los", "save_best_only": True}, ValueError, "'val_loss'"),
-        ({"mode": "up"}, ValueError, "mode='up': write"),
-        ({"keep": 0}, ValueError, "keep=0: write a number of files"),
+        ({"mode": "up"}, ValueError, "mode='up'. Expected one of 'auto', 'min', 'max'"),
+        ({"keep": 0}, ValueError, "keep=0. Expected a whole number of at least 1"),
         ({"keep": 2}, ValueError, "keep=2 of one file"),
-        ({"save_freq": "soon"}, ValueError, "save_freq='soon': write"),
+        (
+            {"save_freq": "soon"},
+            ValueError,
+            "save_freq='soon'. Expected a number of steps",
+        ),
         ({"filepath": "file/a.msgpack"}, CheckpointError, "file"),
     ],
 )
@@ -223,7 +227,7 @@ def test_saving_every_epoch_leaves_several_steps_in_one_call(saves, tmp_path):
     callback = ModelCheckpoint(tmp_path / "last.msgpack")
     trainer, calls = Trainer(nn.Dense(3), steps_per_call=4), []
     trainer.fit(X, Y, batch_size=4, verbose=0)
-    program = trainer._builder.built.programs.train
+    program = trainer._builder.resolved.programs.train
     run, how = program._jitted, {"callbacks": callback}
     program._jitted = lambda *args: calls.append(args[-1]) or run(*args)
     if saves == "run_dir":

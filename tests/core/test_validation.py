@@ -83,5 +83,7 @@ def test_limits():
 
 def test_a_choice_suggests_the_nearest():
     assert validation.choice("mode", "min", ("min", "max")) == "min"
-    with pytest.raises(UsageError, match="one of 'stop', 'skip'. Did you mean 'stop'?"):
+    with pytest.raises(
+        UsageError, match=r"one of 'stop', 'skip'\. Did you mean 'stop'\?"
+    ):
         validation.choice("nonfinite", "stopp", ("stop", "skip"))

@@ -16,7 +16,7 @@ from helpers.asserts import count_reads
 from flaxfit import Callback, LambdaCallback, Trainer
 from flaxfit._core.types import Batch
 from flaxfit._loops.feeder import Execution
-from flaxfit._programs.chunks import Resident, Stack
+from flaxfit._programs.chunks import DeviceDataset, Stack
 from flaxfit._programs.compile import Program
 from flaxfit.data.sources.array_source import ArraySource
 
@@ -101,12 +101,15 @@ def test_arguments_say_how_to_run():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"steps_per_call": 0}, r'steps_per_call=0: .*>= 1\. Or "auto"'),
-        ({"steps_per_call": "fast"}, r"steps_per_call='fast': .*Or \"auto\""),
+        ({"steps_per_call": 0}, r'steps_per_call=0\. .*at least 1\. Write .*="auto"'),
+        ({"steps_per_call": "fast"}, r"steps_per_call='fast'\. .*=\"auto\""),
         ({"steps_per_call": True}, "steps_per_call=True"),
-        ({"prefetch": -1}, r"prefetch=-1: write a whole number >= 0\."),
+        ({"prefetch": -1}, r"prefetch=-1\. Expected a whole number of at least 0\."),
         ({"prefetch": None}, "prefetch=None"),
-        ({"device_data": 1.5}, r"device_data=1\.5: write a share .*device_data=0\.5"),
+        (
+            {"device_data": 1.5},
+            r"device_data=1\.5\. .*\[0, 1\]\. Write device_data=0\.5, a share of",
+        ),
         ({"device_data": -0.1}, r"device_data=-0\.1"),
         ({"device_data": True}, "device_data=True"),
         ({"device_data": float("nan")}, "device_data=nan"),
@@ -273,19 +276,19 @@ def test_dicts_of_several_inputs_are_the_same_to_the_last_bit():
     for state, history in results[1:]:
         same(state, results[0][0])
         assert history == results[0][1]
-    signature = trainer._builder.built.programs.train.signatures[-1]
+    signature = trainer._builder.resolved.programs.train.signatures[-1]
     assert signature[2].inputs["left"].dtype == np.uint8
 
 
-@pytest.mark.parametrize("kind", [Resident, Stack, Batch])
+@pytest.mark.parametrize("kind", [DeviceDataset, Stack, Batch])
 def test_bytes_stay_bytes_on_the_device(kind, run):
     execution = {
-        Resident: {},
+        DeviceDataset: {},
         Stack: {"device_data": 0},
         Batch: {"device_data": 0, "prefetch": 0},
     }[kind]
     calls = []
-    program = run.trainer._builder.built.programs.train
+    program = run.trainer._builder.resolved.programs.train
     original = Program.__call__
 
     def noted(self, *args):
@@ -299,7 +302,7 @@ def test_bytes_stay_bytes_on_the_device(kind, run):
     assert calls
     for segment in calls:
         assert type(segment) is kind
-        batch = {"Resident": "data", "Stack": "batches"}.get(kind.__name__)
+        batch = {"DeviceDataset": "data", "Stack": "batches"}.get(kind.__name__)
         inputs = (getattr(segment, batch) if batch else segment).inputs
         assert [leaf.dtype for leaf in inputs] == [np.uint8]
         assert all(isinstance(leaf, jax.Array) for leaf in inputs)
@@ -469,7 +472,7 @@ def test_intervals_that_are_none(every, run):
     before = run.trainer.step
     callback = LambdaCallback(every_steps=every, on_train_batch_end=lambda loop: None)
     with pytest.raises(
-        ValueError, match=r"LambdaCallback\.every_steps = .*whole number of steps"
+        ValueError, match=r"LambdaCallback\.every_steps=.*a whole number of at least 1"
     ):
         run.trainer.fit(X, Y, batch_size=SIZE, callbacks=callback, verbose=0)
     assert run.trainer.step == before

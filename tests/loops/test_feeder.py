@@ -15,7 +15,7 @@ from flaxfit import LambdaCallback, Trainer
 from flaxfit._core.types import Batch
 from flaxfit._loops.feeder import Execution, _rounded, open_feed, open_pass
 from flaxfit._programs.chunks import (
-    Resident,
+    DeviceDataset,
     Stack,
     batch_at,
     order_capacity,
@@ -133,7 +133,7 @@ def test_single_steps_of_resident_data_need_no_other_segments():
     feed = feed_of(source(), Execution(), single=True)
     with feed.epoch() as segments:
         (ready,) = segments
-    assert isinstance(ready.segment, Resident)
+    assert isinstance(ready.segment, DeviceDataset)
 
 
 def test_an_epoch_of_resident_data_sends_an_order_and_no_data():
@@ -153,8 +153,8 @@ def test_data_stays_in_its_own_dtype(dtype, device_data):
     feed = feed_of(source(x=x), Execution(device_data=device_data))
     with feed.epoch() as segments:
         segment = next(iter(segments)).segment
-    batch = segment.data if isinstance(segment, Resident) else segment.batches
-    assert isinstance(segment, Resident if device_data else Stack)
+    batch = segment.data if isinstance(segment, DeviceDataset) else segment.batches
+    assert isinstance(segment, DeviceDataset if device_data else Stack)
     assert batch.inputs[0].dtype == dtype
 
 
@@ -171,9 +171,9 @@ def test_what_does_not_fit_or_must_not_be_filled_is_streamed(monkeypatch):
             return type(next(iter(segments)).segment)
 
     assert source().nbytes == 70 * (5 * 4 + 4 + 4)  # 72 rows on the device: 2016
-    assert first(Execution(device_data=0.252)) is Resident
+    assert first(Execution(device_data=0.252)) is DeviceDataset
     assert first(Execution(device_data=0.251)) is Stack
-    assert first(Execution(device_data=0.251), rows=60) is Resident
+    assert first(Execution(device_data=0.251), rows=60) is DeviceDataset
     assert first(Execution(device_data=1.0), pad=False) is Batch
 
 

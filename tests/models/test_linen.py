@@ -285,7 +285,7 @@ def test_trap_trains_like_a_hand_written_loop(name):
     # Adam would blow the rounding noise of gradients that are 0 up to full steps.
     trainer = Trainer(case.module, optimizer="sgd", learning_rate=0.1)
     history = trainer.fit(X, Y, batch_size=8, epochs=2, shuffle=False, verbose=0)
-    detected = trainer._builder.built.adapted.detected
+    detected = trainer._builder.resolved.adapted.detected
     assert (detected.carried, detected.rngs) == (case.carried, case.rngs)
     assert detected.train_flag == case.flag
     assert_equal(trainer.variables, dict(by_hand(case, 4)), rtol=0, atol=1e-6)
@@ -311,7 +311,7 @@ def test_batch_norm_of_the_pmap_age_equals_the_one_without_axis_name():
     old, new = Trainer(PmapAge()), Trainer(Today())
     for trainer in (old, new):
         trainer.fit(X, Y, batch_size=8, epochs=2, verbose=0)
-    assert old._builder.built.adapted.detected.axis_names == ("batch",)
+    assert old._builder.resolved.adapted.detected.axis_names == ("batch",)
     jax.tree.map(np.testing.assert_array_equal, old.variables, new.variables)
 
 
@@ -349,7 +349,7 @@ def test_a_stream_that_is_asked_for_is_there_in_training_only():
 
     trainer = Trainer(Hinted(), learning_rate=1e-6)
     history = trainer.fit(X, Y, verbose=0).history
-    detected = trainer._builder.built.adapted.detected
+    detected = trainer._builder.resolved.adapted.detected
     assert (detected.rngs, detected.eval_rngs) == (("inner", "noise"), ())
     assert history["loss"][0] > 5 > trainer.evaluate(X, Y)["loss"]
 
@@ -363,7 +363,7 @@ def test_an_explicit_params_stream_does_not_swallow_dropout():
 
     trainer = Trainer(Both())
     trainer.fit(X, Y, verbose=0)
-    detected = trainer._builder.built.adapted.detected
+    detected = trainer._builder.resolved.adapted.detected
     assert (detected.rngs, detected.eval_rngs) == (("dropout", "params"), ("params",))
 
 
@@ -380,7 +380,7 @@ def test_a_jitted_submodule_makes_no_stream_of_params():
 
     trainer = Trainer(Jitted())
     trainer.fit(X, Y, verbose=0)
-    detected = trainer._builder.built.adapted.detected
+    detected = trainer._builder.resolved.adapted.detected
     assert (detected.rngs, detected.eval_rngs) == (("dropout",), ())
 
     class Unsplit(nn.Module):
@@ -413,7 +413,7 @@ def test_flags_as_attributes_are_all_set_beside_an_argument():
 
     trainer = Trainer(Both())
     trainer.fit(X, Y, batch_size=8, verbose=0)
-    detected = trainer._builder.built.adapted.detected
+    detected = trainer._builder.resolved.adapted.detected
     assert detected.rngs == ("dropout",)
     assert detected.train_flag == (
         "train=, attribute deterministic, attribute use_running_average"
@@ -456,7 +456,7 @@ def test_every_flag_of_the_call_is_set():
 
     trainer = Trainer(Two())
     trainer.fit(X, Y, verbose=0)
-    assert trainer._builder.built.adapted.detected.rngs == ("dropout",)
+    assert trainer._builder.resolved.adapted.detected.rngs == ("dropout",)
 
 
 def test_a_flag_behind_keyword_arguments_can_be_named():
@@ -467,7 +467,7 @@ def test_a_flag_behind_keyword_arguments_can_be_named():
 
     trainer = Trainer(Wrapper(), train_flag="training")
     trainer.fit(X, Y, verbose=0)
-    assert trainer._builder.built.adapted.detected.rngs == ("dropout",)
+    assert trainer._builder.resolved.adapted.detected.rngs == ("dropout",)
 
 
 @pytest.mark.parametrize("mode", [True, False])
@@ -692,14 +692,14 @@ def test_a_function_can_choose_the_module_of_a_mode():
         train_flag=lambda module, train: module.clone(deterministic=not train),
     )
     trainer.fit(X, Y, batch_size=8, epochs=1, verbose=0)
-    assert trainer._builder.built.adapted.detected.rngs == ("dropout",)
+    assert trainer._builder.resolved.adapted.detected.rngs == ("dropout",)
 
 
 def test_collections_and_rngs_can_be_said():
     trainer = Trainer(Counter(), collections=[], rngs=["extra"])
     trainer.fit(X, Y, batch_size=8, epochs=1, verbose=0)
     assert trainer.state.collections == {}
-    assert trainer._builder.built.adapted.detected.rngs == ("extra",)
+    assert trainer._builder.resolved.adapted.detected.rngs == ("extra",)
     with pytest.raises(DetectionError, match="init makes no 'ema'"):
         Trainer(Counter(), collections=["ema"]).fit(X, Y, verbose=0)
 

@@ -9,8 +9,8 @@ import pytest
 from flaxfit import LambdaCallback, Trainer
 from flaxfit._core.types import Average, Batch
 from flaxfit._loops.feeder import Execution
-from flaxfit._programs.chunks import Resident, Stack, batch_at
-from flaxfit._programs.compile import Program, empty_running, listening, preflight
+from flaxfit._programs.chunks import DeviceDataset, Stack, batch_at
+from flaxfit._programs.compile import Program, empty_accumulators, listening, preflight
 from flaxfit._programs.placement import find_placement
 
 RNG = np.random.default_rng(0)
@@ -38,7 +38,7 @@ class Net(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def built():
+def resolved():
     """A trainer's parts, a state, and all batches in the three forms."""
     trainer = Trainer(Net(), optimizer="sgd", learning_rate=0.1)
     batches = [
@@ -47,9 +47,9 @@ def built():
     ]
     stack = Stack(jax.tree.map(lambda *leaves: np.stack(leaves), *batches))
     data = Batch((X,), Y, np.ones(64, np.float32))
-    resident = Resident(data, np.arange(64, dtype=np.int32).reshape(8, 8))
+    resident = DeviceDataset(data, np.arange(64, dtype=np.int32).reshape(8, 8))
     state = trainer.init(batches[0])
-    return trainer._builder.built, state, batches, stack, resident
+    return trainer._builder.resolved, state, batches, stack, resident
 
 
 def steps_of(trainer_built, state, segment, counts):
@@ -65,8 +65,8 @@ def steps_of(trainer_built, state, segment, counts):
 
 
 @pytest.mark.parametrize("form", ["stack", "resident"])
-def test_one_trace_for_any_number_of_steps_and_the_same_bits(built, form):
-    parts, state, batches, stack, resident = built
+def test_one_trace_for_any_number_of_steps_and_the_same_bits(resolved, form):
+    parts, state, batches, stack, resident = resolved
     segment = stack if form == "stack" else resident
     before = parts.programs.train.traces
     results = [
@@ -93,8 +93,8 @@ def test_one_trace_for_any_number_of_steps_and_the_same_bits(built, form):
     assert isinstance(logs["loss"], Average)
 
 
-def test_the_state_is_donated_and_the_public_step_s_is_not(built):
-    parts, state, batches, *_ = built
+def test_the_state_is_donated_and_the_public_step_s_is_not(resolved):
+    parts, state, batches, *_ = resolved
     given = jax.tree.map(jnp.copy, state)
     parts.programs.train(given, parts.empty(), batches[0], 0, 1)
     assert given.params["Dense_0"]["kernel"].is_deleted()
@@ -102,8 +102,8 @@ def test_the_state_is_donated_and_the_public_step_s_is_not(built):
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
-def test_evaluation_in_one_call_and_batch_by_batch(built):
-    parts, state, batches, stack, resident = built
+def test_evaluation_in_one_call_and_batch_by_batch(resolved):
+    parts, state, batches, stack, resident = resolved
     evaluate = parts.programs.evaluate
     by_batch = parts.empty_eval()
     for batch in batches:
@@ -120,9 +120,9 @@ def test_evaluation_in_one_call_and_batch_by_batch(built):
     np.testing.assert_allclose(by_batch.logs["loss"].compute(), expected, rtol=1e-6)
 
 
-def test_prediction_writes_the_batches_asked_for(built):
-    parts, state, batches, stack, _ = built
-    assert not parts.programs.single
+def test_prediction_writes_the_batches_asked_for(resolved):
+    parts, state, batches, stack, _ = resolved
+    assert not parts.programs.one_step_per_call
     predict = parts.programs.predict
     expected = (
         Net()
@@ -169,12 +169,12 @@ def test_batch_at_reads_fill_as_weight_0():
     data = Batch({"a": X[:6]}, Y[:6], np.arange(1, 7, dtype=np.float32))
     data = jax.tree.map(jnp.asarray, data)
     order = jnp.array([[0, 3, 5], [4, ~0, ~3]], jnp.int32)
-    resident = Resident(data, order)
+    resident = DeviceDataset(data, order)
     first, second = batch_at(resident, 0), batch_at(resident, 1)
     same(first, Batch({"a": X[[0, 3, 5]]}, Y[[0, 3, 5]], np.float32([1, 4, 6])))
     same(second, Batch({"a": X[[4, 0, 3]]}, Y[[4, 0, 3]], np.float32([5, 0, 0])))
     wide = data.replace(weights=jnp.ones((6, 2), jnp.float32))
-    weights = batch_at(Resident(wide, order), 1).weights
+    weights = batch_at(DeviceDataset(wide, order), 1).weights
     same(weights, np.float32([[1, 1], [0, 0], [0, 0]]))
     same(batch_at(first, 0), first)
 
@@ -339,7 +339,7 @@ def test_which_models_run_one_by_one(model, x, single):
             Batch((x,), None, np.ones(64, np.float32))
         ),
     ):
-        assert parts.programs.single == single
+        assert parts.programs.one_step_per_call == single
     assert trainer.compiles == {"train": 0, "eval": 0, "predict": 0}
 
 
@@ -494,7 +494,10 @@ def test_empty_running_has_buffers_of_its_own():
     logs = {"loss": Average.empty()}
     shapes = jax.eval_shape(lambda: logs)
     placement = find_placement(1)
-    one, two = empty_running(shapes, placement), empty_running(shapes, placement)
+    one, two = (
+        empty_accumulators(shapes, placement),
+        empty_accumulators(shapes, placement),
+    )
     assert int(one.index) == 0
     assert one.index.dtype == jnp.int32
     pointers = {

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 import flaxfit._programs.placement
 from flaxfit import LambdaCallback, Trainer
 from flaxfit._core.types import Batch, copy_state
-from flaxfit._programs.chunks import Resident, Stack
+from flaxfit._programs.chunks import DeviceDataset, Stack
 from flaxfit._programs.placement import Placement, find_placement, free_memory
 
 RNG = np.random.default_rng(0)
@@ -152,15 +152,15 @@ def shard_rows(leaf, axis):
 
 def test_rows_of_batches_are_divided_and_odd_ones_go_whole():
     placement = find_placement(8)
-    assert shard_rows(placement.put_segment(batch(16)).inputs[0], 0) == {2}
-    assert shard_rows(placement.put_segment(batch(7)).inputs[0], 0) == {7}
+    assert shard_rows(placement.put_chunk(batch(16)).inputs[0], 0) == {2}
+    assert shard_rows(placement.put_chunk(batch(7)).inputs[0], 0) == {7}
     stack = Stack(jax.tree.map(lambda leaf: np.stack([leaf] * 3), batch(16)))
-    placed = placement.put_segment(stack).batches
+    placed = placement.put_chunk(stack).batches
     assert [shard_rows(leaf, 1) for leaf in jax.tree.leaves(placed)] == [{2}] * 3
     assert shard_rows(placed.targets, 0) == {3}
     order = np.zeros((5, 16), np.int32)
     whole = placement.put_data(batch(64), "whole")
-    resident = placement.put_segment(Resident(whole, order))
+    resident = placement.put_chunk(DeviceDataset(whole, order))
     assert shard_rows(resident.order, 1) == {2}
     assert shard_rows(resident.data.inputs[0], 0) == {64}
     divided = placement.put_data(batch(64), "divided")
@@ -169,7 +169,7 @@ def test_rows_of_batches_are_divided_and_odd_ones_go_whole():
 
 def test_all_axes_of_a_mesh_divide_the_rows():
     mesh = Mesh(np.array(DEVICES).reshape(4, 2), ("a", "b"))
-    placed = find_placement(mesh).put_segment(batch(16))
+    placed = find_placement(mesh).put_chunk(batch(16))
     assert shard_rows(placed.inputs[0], 0) == {2}
     rows = {shard.index[0].start for shard in placed.inputs[0].addressable_shards}
     assert rows == set(range(0, 16, 2))

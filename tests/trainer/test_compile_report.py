@@ -9,7 +9,7 @@ import pytest
 
 from flaxfit import Trainer
 from flaxfit._core.types import Batch
-from flaxfit._programs.chunks import Resident, Stack
+from flaxfit._programs.chunks import DeviceDataset, Stack
 from flaxfit._programs.compile import Program, listening
 from flaxfit._reporting.display import Silent
 from flaxfit._reporting.timing import Clock
@@ -118,20 +118,20 @@ def test_verbose_0_says_nothing(capsys):
         (batch(), stacked(batch(), 5), "^the data is 5 batches, was one batch$"),
         (stacked(batch(), 5), stacked(batch(), 7), "^the data is 7 batches, was 5 "),
         (
-            Resident(batch(rows=1500), np.zeros((4, 8), np.int32)),
-            Resident(batch(rows=2000), np.zeros((4, 8), np.int32)),
+            DeviceDataset(batch(rows=1500), np.zeros((4, 8), np.int32)),
+            DeviceDataset(batch(rows=2000), np.zeros((4, 8), np.int32)),
             "^the data is 2,000 rows on the device, was 1,500 rows on the device$",
         ),
         (
-            Resident(batch(rows=16), np.zeros((4, 8), np.int32)),
-            Resident(batch(rows=16), np.zeros((4, 2), np.int32)),
+            DeviceDataset(batch(rows=16), np.zeros((4, 8), np.int32)),
+            DeviceDataset(batch(rows=16), np.zeros((4, 2), np.int32)),
             r"^x is float32\[2,8,2\], was float32\[8,8,2\]; .*weights",
         ),
         (batch(), batch(), "^the devices or the state are others$"),
     ],
 )
 def test_the_cause_is_named_with_both_sides(before, now, why):
-    program = Program("train step", lambda state, segment: None)
+    program = Program("train step", lambda state, chunk: None)
     assert why_again(program) is None
     program.signatures = (("state", before),)
     assert why_again(program) is None
@@ -140,7 +140,7 @@ def test_the_cause_is_named_with_both_sides(before, now, why):
 
 
 def test_a_batch_with_one_more_input_is_named():
-    program = Program("train step", lambda segment: None)
+    program = Program("train step", lambda chunk: None)
     one, two = batch(), batch()
     two = two.replace(inputs=(two.inputs[0], two.inputs[0]))
     program.signatures = ((one,), (two,))

@@ -710,7 +710,7 @@ def test_a_fit_that_fails_at_the_door_leaves_the_batch_size():
     with pytest.raises(flaxfit.DataError, match="nan"):
         trainer.fit(X, LABELS, batch_size=16, validation_data=bad, verbose=0)
     trainer.predict(X)
-    shapes = [s for s in trainer._builder.built.programs.predict.signatures]
+    shapes = [s for s in trainer._builder.resolved.programs.predict.signatures]
     assert trainer._reader.batch_size == 8 and len(shapes) == 1
 
 
