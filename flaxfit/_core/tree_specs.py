@@ -103,7 +103,9 @@ def difference_lines(
         for path, wanted, given in differences
     ]
     more = len(lines) - _MOST_LINES
-    return lines if more <= 0 else [*lines[:_MOST_LINES], f"... and {more} more"]
+    indent = " " * (len(line) - len(line.lstrip()))
+    rest = [f"{indent}... and {more} more"] if more > 0 else []
+    return lines[:_MOST_LINES] + rest
 
 
 def add_row(tree: PyTree, rows: int) -> PyTree:
