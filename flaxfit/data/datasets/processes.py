@@ -59,8 +59,8 @@ class Processes:
         )
         with _sigint_blocked():
             self._executor.submit(int)  # starts them
-        # At exit loky waits for the tasks in flight, before `atexit` functions run. This
-        # runs before that, because it is registered after loky's own function.
+        # At exit loky waits for the tasks in flight, before `atexit` functions run.
+        # What is registered last runs first: this, before loky's own function.
         threading._register_atexit(self._end)  # type: ignore[attr-defined]
 
     def submit(self, task: Any) -> "Future[Any]":

@@ -1,6 +1,7 @@
 """Threads and processes that work ahead: ordered, bounded, and gone afterwards."""
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -40,8 +41,9 @@ def workers_alive():
 
 @pytest.fixture(autouse=True)
 def none_left(monkeypatch):
-    monkeypatch.setattr(processes, "_IDLE_SECONDS", 3.0)
+    monkeypatch.setattr(processes, "_IDLE_SECONDS", 10.0)
     yield
+    gc.collect()  # the maps of a fit
     assert wait_until(lambda: not alive())
 
 
@@ -379,6 +381,7 @@ def test_fit_is_the_same_by_threads_and_processes(how, prefetch):
         return history.history["loss"]
 
     assert losses(**how) == losses()
+    gc.collect()
     assert wait_until(lambda: not workers_alive() and not alive())
 
 
