@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import partial
 from importlib import import_module
 from types import ModuleType
@@ -128,20 +129,19 @@ def _dumps(value: Any) -> bytes:
 
 # What follows runs in the worker processes.
 
-_function: Callable[[Any], Any]
+_function: ContextVar[Callable[[Any], Any]] = ContextVar("function")
 
 
 def _begin(function: bytes, parent: int) -> None:
     """Prepares a process: its function, its output, its end."""
-    global _function
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     # The standard output is buffered, and processes are killed.
     sys.stdout = sys.stderr
     try:
-        _function = pickle.loads(function)
+        _function.set(pickle.loads(function))
     except Exception as error:
         error.add_note("while a process unpickled load and the items")
-        _function = partial(_raise, error)
+        _function.set(partial(_raise, error))
 
 
 def _raise(error: Exception, task: Any) -> Any:
@@ -158,7 +158,7 @@ def _end_with(parent: int) -> None:
 
 def _apply(task: Any) -> Any:
     try:
-        return _Result(_function(task))
+        return _Result(_function.get()(task))
     except BaseException as error:
         raise _sendable(error) from error.__cause__
 
