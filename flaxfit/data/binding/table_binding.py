@@ -380,7 +380,7 @@ def _refuse_leak(table: Table, y: Any, found: _Targets, parts: Any) -> None:
     target = found.values
     if not isinstance(target, np.ndarray) or target.size != len(target):
         return
-    suspects = set(TARGET_NAMES)
+    suspects: set[Any] = set(TARGET_NAMES)
     if _named(y):
         suspects |= {getattr(y, "name", None), *getattr(y, "columns", ())}
     for name in names_in(parts):
