@@ -183,7 +183,8 @@ def as_column(value: Any, name: Name | None = None) -> Column:
     # A column without any value may have been meant as numbers.
     empty = len(missing) > 0 and bool(missing.all())
     kind = "number" if empty else _kind_of(series)
-    values, names = np.empty(0), tuple[str, ...]()
+    values: HostArray = np.empty(0)
+    names: tuple[str, ...] = ()
     if not missing.any():
         if kind == "category":
             values, names = _codes_of(native, library)
