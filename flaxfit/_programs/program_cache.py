@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flaxfit._core.errors import DataError
 from flaxfit._core.tree_specs import (
@@ -29,7 +30,8 @@ from flaxfit._programs.resolve import (
     trace_outputs,
 )
 from flaxfit._programs.steps import make_predict_step
-from flaxfit.losses.objective import Objective, resolve_objective
+from flaxfit.data.host.checks import check_tokens
+from flaxfit.losses.objective import Objective, check_targets, resolve_objective
 from flaxfit.metrics.resolve import resolve_metrics
 from flaxfit.optimizers.resolve import UNKNOWN_TOTAL_STEPS, needs_total_steps
 
@@ -303,8 +305,25 @@ class ProgramCache:
         return state
 
     def check_values(self, batch: Batch) -> None:
-        """Checks values on the host; see `ResolvedTask.check_values`."""
-        self.resolved.check_values(batch)
+        """Checks the values of inputs and targets on the host.
+
+        Raises:
+          DataError: tokens or labels out of range, NaN in targets, or weights where
+            the loss takes none.
+        """
+        resolved, objective = self.resolved, self.resolved.task.objective
+        check_tokens(batch, resolved.adapted.detected.vocabularies)
+        if batch.targets is not None:
+            check_targets(objective, resolved.outputs, batch.targets, batch.weights)
+        if not objective.scalar_loss or batch.weights is None:
+            return
+        if np.any(batch.weights != 1):
+            raise DataError(
+                f"The loss {objective.name} returns one number for a whole batch, so "
+                "its examples cannot be weighted",
+                "Return one value per example, float[batch], or leave sample_weight "
+                "and class_weight out",
+            )
 
 
 def check_batch(

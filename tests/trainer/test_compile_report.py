@@ -10,7 +10,7 @@ import pytest
 from flaxfit import Trainer
 from flaxfit._core.types import Batch
 from flaxfit._programs.chunks import DeviceDataset, Stack
-from flaxfit._programs.compile import Program, listening
+from flaxfit._programs.compile import Program, listening, noting
 from flaxfit._reporting.display import Silent
 from flaxfit._reporting.timing import Clock
 from flaxfit.trainer.compile_report import CompileReport, why_again
@@ -160,8 +160,8 @@ class Shown(Silent):
 
 def test_time_of_compiles_is_counted_as_such():
     display, clock = Shown(), Clock()
-    program = Program("train step", lambda batch: batch.weights.sum())
-    init = Program("init", lambda batch: batch.weights.sum() + 1)
+    program = Program("train step", noting(lambda batch: batch.weights.sum()))
+    init = Program("init", noting(lambda batch: batch.weights.sum() + 1))
     with listening(CompileReport(display, clock)):
         with clock.phase("evaluating"):
             program(batch())
