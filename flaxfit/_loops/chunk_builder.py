@@ -9,7 +9,7 @@ from flaxfit._core.arrays import empty_array
 from flaxfit._core.types import Batch, HostArray
 from flaxfit._programs.chunks import Chunk, Stack, stack_capacity
 from flaxfit._programs.placement import Placement
-from flaxfit.data.host.arrays import on_device, own
+from flaxfit.data.host.arrays import copy_host_arrays, on_device
 
 
 class DeviceChunk(NamedTuple):
@@ -70,7 +70,7 @@ class ChunkBuilder:
         if not isinstance(self._open, _HostStack):
             capacity = self._capacity(batch)
             if capacity == 1:
-                batch = own(batch) if self._reuses_buffers else batch
+                batch = copy_host_arrays(batch) if self._reuses_buffers else batch
                 self._open = _SingleBatch(batch, examples)
                 return
             self._open = _HostStack(batch, capacity)

@@ -10,8 +10,8 @@ from typing import Any, Self
 
 import jax
 
+from flaxfit._core import validation
 from flaxfit._core.errors import CheckpointError, UsageError
-from flaxfit._core.intervals import as_interval
 from flaxfit._core.types import TrainState
 from flaxfit._programs.compile import EpochAccumulators
 from flaxfit._reporting.display import Display
@@ -55,7 +55,7 @@ class RunOptions:
         Raises:
           ValueError: a wrong value, or one that requires a `run_dir`.
         """
-        as_interval("save_every", save_every)
+        validation.interval("save_every", save_every)
         if isinstance(resume, os.PathLike):
             resume = os.fspath(resume)
         if not isinstance(resume, str) or not resume:

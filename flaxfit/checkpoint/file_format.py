@@ -17,19 +17,9 @@ import msgpack
 import numpy as np
 from flax import serialization
 
-from flaxfit._core.errors import CheckpointCorruptError, CheckpointError
+from flaxfit._core.errors import CheckpointError
 from flaxfit._core.types import HostArray
-from flaxfit.checkpoint.corruption import (
-    ADVICE,
-    END,
-    ENTRY,
-    START,
-    TABLE,
-    damage,
-    is_checkpoint,
-    is_intact,
-    looks_like,
-)
+from flaxfit.checkpoint import corruption
 from flaxfit.checkpoint.encoding import CHUNKED, NAMES, is_key_node
 from flaxfit.checkpoint.msgpack_reader import SLACK, CutOffError, Reader
 
@@ -66,7 +56,7 @@ def write(
       extra: the same; left out of the file if empty.
     """
     writer = _Writer(file)
-    writer.say(START[1] if extra else START[0])
+    writer.say(corruption.START[1] if extra else corruption.START[0])
     writer.value(meta)
     writer.mark()
     writer.value("state")
@@ -98,46 +88,39 @@ class _Writer:
     def mark(self) -> None:
         """Adds the checksum up to here to the table."""
         self._flush()
-        self._table += ENTRY.pack(self._at, self._crc)
+        self._table += corruption.ENTRY.pack(self._at, self._crc)
 
-    def tree(self, node: Any) -> None:
+    def tree(self, node: Any, *, marked: bool = True) -> None:
+        """Writes nested dicts; if `marked`, with a checksum after every leaf."""
         if isinstance(node, dict):
-            self._pending += self._map_head(len(node))
-            is_key = is_key_node(node)
+            inside = marked and not is_key_node(node)  # a key is one leaf
+            self.say(self._map_head(len(node)))
             for name, child in node.items():
-                self._pending += self._pack(name)
-                if is_key:
-                    self._leaf(child)
-                else:
-                    self.tree(child)
-            if is_key:
-                self.mark()
-        elif node is None:
-            self.value(None)
+                self.value(name)
+                self.tree(child, marked=inside)
+            marked = marked and not inside
+        elif not isinstance(node, np.ndarray):
+            self.value(node)
+            marked = marked and node is not None
+        elif node.nbytes > serialization.MAX_CHUNK_SIZE:
+            self.tree(_split(node), marked=False)
         else:
-            self._leaf(node)
+            self._array(node)
+        if marked:
             self.mark()
 
     def end(self) -> None:
-        self.say(TABLE + _head(_BIN, len(self._table)) + self._table)
-        self.say(END)
+        self.say(corruption.TABLE + _head(_BIN, len(self._table)) + self._table)
+        self.say(corruption.END)
         self._flush()
         self.say(self._crc.to_bytes(4, "big"))
         self._flush()
 
-    def _leaf(self, leaf: Any) -> None:
-        if not isinstance(leaf, np.ndarray):
-            self.value(leaf)
-        elif leaf.nbytes > serialization.MAX_CHUNK_SIZE:
-            self._chunks(leaf)
-        else:
-            self._array(leaf, leaf.shape)
-
-    def _array(self, array: HostArray, shape: tuple[int, ...]) -> None:
-        """Writes an array of any layout under `shape`."""
+    def _array(self, array: HostArray) -> None:
+        """Writes an array of any layout."""
         nbytes = array.nbytes
-        inner = b"\x93" + self._pack(list(shape)) + self._pack(NAMES[array.dtype])
-        inner += _head(_BIN, nbytes)
+        inner = b"\x93" + self._pack(list(array.shape))
+        inner += self._pack(NAMES[array.dtype]) + _head(_BIN, nbytes)
         self.say(_head(_EXT, len(inner) + nbytes) + b"\x01" + inner)
         if nbytes <= _SMALL:
             self.say(array.tobytes())
@@ -145,20 +128,6 @@ class _Writer:
         self._flush()
         for piece in pieces(array):
             self._put(piece.view(np.uint8).data)
-
-    def _chunks(self, array: HostArray) -> None:
-        """Writes an array as Flax splits it."""
-        size = max(1, int(serialization.MAX_CHUNK_SIZE / array.dtype.itemsize))
-        shape = {str(i): n for i, n in enumerate(array.shape)}
-        self.say(self._map_head(3) + self._pack(CHUNKED) + self._pack(True))
-        self.say(self._pack("shape") + self._pack(shape) + self._pack("chunks"))
-        flat = array.reshape(-1)
-        starts = range(0, flat.size, size)
-        self.say(self._map_head(len(starts)))
-        for i, start in enumerate(starts):
-            chunk = flat[start : start + size]
-            self.say(self._pack(str(i)))
-            self._array(chunk, chunk.shape)
 
     def _put(self, raw: Any) -> None:
         self._crc = zlib.crc32(raw, self._crc)
@@ -169,6 +138,18 @@ class _Writer:
         if self._pending:
             self._put(bytes(self._pending))
             self._pending.clear()
+
+
+def _split(array: HostArray) -> dict[str, Any]:
+    """Splits a large array as Flax does."""
+    size = max(1, int(serialization.MAX_CHUNK_SIZE / array.dtype.itemsize))
+    flat = array.reshape(-1)
+    starts = enumerate(range(0, flat.size, size))
+    return {
+        CHUNKED: True,
+        "shape": {str(i): length for i, length in enumerate(array.shape)},
+        "chunks": {str(i): flat[start : start + size] for i, start in starts},
+    }
 
 
 def pieces(array: HostArray) -> Iterator[HostArray]:
@@ -221,10 +202,10 @@ def read(data: bytes, path: str) -> Checkpoint:
       CheckpointCorruptError: the file is damaged or cut off.
       CheckpointError: it is something else, or its format is newer.
     """
-    if not is_checkpoint(data):
+    if not corruption.is_checkpoint(data):
         raise _foreign(data, path)
-    if not is_intact(data):
-        raise damage(data, path)
+    if not corruption.is_intact(data):
+        raise corruption.damage(data, path)
     reader = Reader(data)
     try:
         parts: dict[str, Any] = {}
@@ -263,7 +244,7 @@ def read_front(data: bytes, size: int, path: str) -> dict[str, Any] | None:
       CheckpointCorruptError: these bytes are damaged.
       CheckpointError: the format is newer.
     """
-    reader = Reader(data, at=len(START[0]), budget=size + SLACK)
+    reader = Reader(data, at=len(corruption.START[0]), budget=size + SLACK)
     try:
         meta = reader.meta()
         if not isinstance(meta, dict):
@@ -271,10 +252,8 @@ def read_front(data: bytes, size: int, path: str) -> dict[str, Any] | None:
     except CutOffError:
         return None
     except CheckpointError as err:
-        raise CheckpointCorruptError(
-            f"{path!r} is damaged: its description cannot be read: {err} {ADVICE}",
-            path=path,
-        ) from err
+        found = f"its description cannot be read ({err.given})"
+        raise corruption.error(path, found) from err
     return _checked_format(meta, path)
 
 
@@ -284,7 +263,7 @@ def read_plain(data: bytes, path: str) -> Any:
     Raises:
       CheckpointError: it is something else.
     """
-    if known := looks_like(data):
+    if known := corruption.looks_like(data):
         raise CheckpointError(
             f"{path!r} is no checkpoint; it looks like {known}",
             "Expected a file written by trainer.save(path)",

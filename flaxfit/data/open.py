@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flaxfit._core.counts import as_count
+from flaxfit._core import validation
 from flaxfit._core.errors import DataError, UsageError, caller
 from flaxfit._core.types import Batch
 from flaxfit.data.adapters import chunked_arrays, npy_files
@@ -95,7 +95,9 @@ class BatchOptions:
         rows = self.default_batch_size
         if self.batch_size is not None or rows is None:
             wanted = DEFAULT_BATCH_SIZE if self.batch_size is None else self.batch_size
-            rows = as_count("batch_size", wanted)
+            rows = validation.integer(
+                "batch_size", wanted, write=f"batch_size={DEFAULT_BATCH_SIZE}"
+            )
             # More would fill every batch up, and BatchNorm would count rows twice.
             rows = rows if examples is None else min(rows, examples)
         return -(-rows // self.multiple_of) * self.multiple_of
@@ -194,7 +196,7 @@ def batch_source(dataset: Dataset, binding: Binding, options: BatchOptions) -> S
         multiple_of=options.multiple_of,
         structural=not callable(binding.inputs),
     )
-    source.facts = reader.told(source.facts)
+    source.facts = reader.with_table_info(source.facts)
     if not options.inputs_only:
         check_finite(source.example)
     return source

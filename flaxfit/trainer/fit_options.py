@@ -4,15 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from flaxfit._core.counts import as_count, as_optional_count
 from flaxfit._core.errors import UsageError
+from flaxfit._core.validation import boolean, integer, optional_integer
 from flaxfit._runs.resume import ResumePoint
 from flaxfit._runs.session import RunOptions
-from flaxfit.callbacks.base import Callback
+from flaxfit.callbacks.base import Callback, as_callbacks
 from flaxfit.data.sources.base import Source
-from flaxfit.trainer.arguments import as_callbacks, as_epoch_filter
+from flaxfit.trainer.arguments import as_epoch_filter
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class ValidationOptions:
             data=given["validation_data"],
             split=given["validation_split"],
             batch_size=given["validation_batch_size"],
-            steps=as_optional_count("validation_steps", given["validation_steps"]),
+            steps=optional_integer("validation_steps", given["validation_steps"]),
             happens_at=as_epoch_filter(given["validation_freq"]),
         )
 
@@ -88,17 +86,14 @@ class FitOptions:
         Raises:
           ValueError: a wrong value, or two that exclude each other.
         """
-        shuffle = given["shuffle"]
-        if not isinstance(shuffle, bool | np.bool_):
-            raise UsageError(f"shuffle={shuffle!r}", write="True or False")
         run = {n: given[n] for n in ("run_dir", "save_every", "resume", "monitor")}
         return cls(
-            epochs=as_count("epochs", given["epochs"]),
-            initial_epoch=as_count("initial_epoch", given["initial_epoch"], least=0),
+            epochs=integer("epochs", given["epochs"]),
+            initial_epoch=integer("initial_epoch", given["initial_epoch"], least=0),
             batch_size=given["batch_size"],
-            shuffle=bool(shuffle),
+            shuffle=boolean("shuffle", given["shuffle"]),
             class_weight=given["class_weight"],
-            steps=as_optional_count("steps_per_epoch", given["steps_per_epoch"]),
+            steps=optional_integer("steps_per_epoch", given["steps_per_epoch"]),
             validation=ValidationOptions.checked(given),
             callbacks=as_callbacks(given["callbacks"]),
             run=RunOptions.checked(**run, nonfinite=nonfinite),

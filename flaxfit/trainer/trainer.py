@@ -12,10 +12,18 @@ import jax
 import numpy as np
 
 from flaxfit import checkpoint
-from flaxfit._core.counts import as_count, as_optional_count
 from flaxfit._core.errors import CheckpointError, UsageError, UsageTypeError, calling
 from flaxfit._core.state_store import TrainStateStore
 from flaxfit._core.types import Batch, Logs, PyTree, TrainState
+from flaxfit._core.validation import (
+    choice,
+    fraction,
+    integer,
+    integer_or_auto,
+    names,
+    optional_integer,
+    switch,
+)
 from flaxfit._loops.context import FitContext, FitData
 from flaxfit._loops.eval_loop import Evaluation
 from flaxfit._loops.feeder import Execution
@@ -55,15 +63,7 @@ from flaxfit.data.open import (
     split_dataset,
 )
 from flaxfit.data.sources.base import Source
-from flaxfit.trainer.arguments import (
-    as_choice,
-    as_names,
-    as_share,
-    as_steps_per_call,
-    as_switch,
-    as_variables,
-    refuse_list,
-)
+from flaxfit.trainer.arguments import as_variables, refuse_list
 from flaxfit.trainer.check import CheckReport, Text, first_lines, make_report
 from flaxfit.trainer.compilation_cache import use_compilation_cache
 from flaxfit.trainer.compile_ahead import compile_ahead
@@ -216,9 +216,13 @@ class Trainer:
         self._name = type(model).__name__
         self._programs = ProgramCache(model, family, settings, find_placement(devices))
         self._execution = Execution(
-            steps_per_call=as_steps_per_call(steps_per_call),
-            device_data=as_share("device_data", device_data),
-            prefetch=as_count("prefetch", prefetch, least=0),
+            steps_per_call=integer_or_auto("steps_per_call", steps_per_call),
+            device_data=fraction(
+                "device_data",
+                device_data,
+                write="device_data=0.5, a share of the free device memory",
+            ),
+            prefetch=integer("prefetch", prefetch, least=0),
         )
         self._store = TrainStateStore()
         # A file's state that waits until the model's inputs are known.
@@ -399,8 +403,8 @@ class Trainer:
                 "optimizer=..., metrics=...), then fit. trainer.compile(x, y) compiles "
                 "ahead for that data."
             )
-        epochs = as_count("epochs", epochs)
-        steps = as_optional_count("steps_per_epoch", steps_per_epoch)
+        epochs = integer("epochs", epochs)
+        steps = optional_integer("steps_per_epoch", steps_per_epoch)
         display = make_display(verbose)
         with calling("compile"), listening(CompileReport(display)):
             dataset = self._reader.open(x, y, batch_size=batch_size, is_training=True)
@@ -501,7 +505,7 @@ class Trainer:
           ValueError: as `fit`.
         """
         refuse_list(return_dict)
-        steps = as_optional_count("steps", steps)
+        steps = optional_integer("steps", steps)
         display = make_progress(verbose)
         with (
             calling("evaluate"),
@@ -1237,7 +1241,7 @@ class Trainer:
         may_be_endless: bool = False,
     ) -> Prediction:
         """Returns the prediction for data, with programs and state ready."""
-        steps = as_optional_count("steps", steps)
+        steps = optional_integer("steps", steps)
         dataset, options = self._reader.inputs(x, batch_size=batch_size, steps=steps)
         if not may_be_endless:
             refuse_endless(dataset, steps, "steps")
@@ -1318,15 +1322,15 @@ def _checked_settings(given: Mapping[str, Any]) -> Settings:
         metrics=given["metrics"],
         overrides=Overrides(
             given["train_flag"],
-            as_names("collections", given["collections"]),
-            as_names("rngs", given["rngs"]),
+            names("collections", given["collections"]),
+            names("rngs", given["rngs"]),
         ),
         optimizer_options={name: given[name] for name in _OPTIMIZER_OPTIONS},
         variables=as_variables(given["variables"]),
-        seed=as_count("seed", given["seed"], least=0),
+        seed=integer("seed", given["seed"], least=0),
         make_train_step=given["make_train_step"] or _steps.make_train_step,
-        nonfinite=as_choice("nonfinite", given["nonfinite"], policies),
-        scale_images=as_switch("scale_images", given["scale_images"]),
+        nonfinite=choice("nonfinite", given["nonfinite"], policies),
+        scale_images=switch("scale_images", given["scale_images"]),
     )
 
 

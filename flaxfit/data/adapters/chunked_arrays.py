@@ -17,6 +17,7 @@ import numpy as np
 
 from flaxfit._core.errors import DataError
 from flaxfit._core.lazy_types import comes_from
+from flaxfit._core.tree_specs import describe
 from flaxfit._core.types import Batch, HostArray
 from flaxfit.data.binding.binding import WEIGHT_NAMES
 from flaxfit.data.datasets.example_dataset import ExampleSet, take_rows
@@ -271,7 +272,7 @@ def _read(array: Any, start: int, stop: int) -> HostArray:
     if part.shape != (stop - start, *array.shape[1:]):
         raise DataError(
             f"a {_kind_of(array)} of shape {tuple(array.shape)} gave "
-            f"{part.dtype}{list(part.shape)} for its rows {start} to {stop - 1}."
+            f"{describe(part)} for its rows {start} to {stop - 1}."
         )
     return part
 

@@ -3,6 +3,7 @@
 It knows nothing of models; `table_binding` decides which columns are inputs.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
@@ -25,38 +26,27 @@ _COLUMNS = (
     ("polars", "Series"),
     ("pyarrow", "Array", "ChunkedArray"),
 )
-_LIBRARIES = ("pandas", "polars", "pyarrow")
-_CELLS = ("df[{n}]", "pl.col({n})", "table[{n}]")
 _ONE_HOT = (
-    "pd.get_dummies(df, columns=[{n}])",
-    "df.to_dummies({n})",
-    "pc.equal({c}, value) for a column of each value",
+    "pd.get_dummies(df, columns=[{n}]) (polars: df.to_dummies({n}); pyarrow: "
+    "pc.equal(table[{n}], value)) for a column of each value"
 )
-_SECONDS = "({c} - {c}.min()).dt.total_seconds()"
-# What to write against a problem, in each of the libraries.
-_LINES: Mapping[str, tuple[str, str, str]] = MappingProxyType(
+# What to write against a problem of the column {n}.
+_LINES: Mapping[str, str] = MappingProxyType(
     {
-        "missing": (
-            "df = df.dropna(), or {c}.fillna(0)",
-            "df = df.drop_nulls().drop_nans(), or {c}.fill_null(0)",
-            "table = table.drop_null(), or pc.fill_null({c}, 0)",
-        ),
+        "missing": "df = df.dropna() (polars: df.drop_nulls(); pyarrow: "
+        "table.drop_null()), or fill the gaps, df[{n}].fillna(0)",
         "text": _ONE_HOT,
         "category": _ONE_HOT,
-        "labels": (
-            "df[{n}] = {c}.astype('category')",
-            "df.with_columns({c}.cast(pl.Categorical))",
-            "{c}.dictionary_encode()",
-        ),
-        "date": (_SECONDS, _SECONDS, "pc.seconds_between(start, {c})"),
-        "object": (
-            "pd.to_numeric({c}), or np.stack({c}) for a column of arrays",
-            "{c}.cast(pl.Float32), or np.stack(df[{n}]) for a column of arrays",
-            "{c}.cast('float32'), or np.stack({c}.to_pylist()) for a column of arrays",
-        ),
+        "labels": "df[{n}] = df[{n}].astype('category') (polars: "
+        "pl.col({n}).cast(pl.Categorical); pyarrow: table[{n}].dictionary_encode())",
+        "date": "(df[{n}] - df[{n}].min()).dt.total_seconds() (pyarrow: "
+        "pc.seconds_between(start, table[{n}]))",
+        "object": "pd.to_numeric(df[{n}]) (polars: pl.col({n}).cast(pl.Float32); "
+        "pyarrow: table[{n}].cast('float32')), or np.stack(np.asarray(df[{n}])) for a "
+        "column of arrays",
     }
 )
-_WORDS = MappingProxyType(
+_KINDS = MappingProxyType(
     {
         "text": "text",
         "category": "a category, whose codes are not quantities",
@@ -71,7 +61,6 @@ class Column(NamedTuple):
 
     Attributes:
       name: its name, None where it has none.
-      library: the library it comes from: `"pandas"`.
       kind: `"number"`, `"category"`, `"text"`, `"date"` or `"object"`.
       dtype: the library's name of its dtype.
       values: `[rows]`: numbers, text, or the codes of a category. Empty for other kinds
@@ -81,7 +70,6 @@ class Column(NamedTuple):
     """
 
     name: Name | None
-    library: str
     kind: str
     dtype: str
     values: HostArray
@@ -95,10 +83,7 @@ class Column(NamedTuple):
 
     def line(self, problem: str) -> str:
         """Returns the code to write against a problem."""
-        library = _LIBRARIES.index(self.library)
-        name = repr("y" if self.name is None else self.name)
-        cell = _CELLS[library].format(n=name)
-        return _LINES[problem][library].format(n=name, c=cell)
+        return _LINES[problem].format(n=repr("y" if self.name is None else self.name))
 
 
 class Table(NamedTuple):
@@ -137,11 +122,10 @@ def refuse_lazy(value: Any, **unused: Any) -> NoReturn:
     """Raises UsageTypeError for a value that `is_lazy`."""
     del unused
     polars = comes_from(value, "polars", "LazyFrame")
-    kind = f"{'polars' if polars else 'pyarrow'} {type(value).__name__}"
     raise UsageTypeError(
-        f"a {kind} holds no rows yet",
+        f"a {type(value).__name__} holds no rows yet",
         write=f"{'df.collect()' if polars else 'dataset.to_table()'} for the table, or "
-        "if it is too large for memory a function that yields parts of it",
+        "pass a function that yields parts of it",
     )
 
 
@@ -161,11 +145,9 @@ def as_table(value: Any) -> Table:
                 "Names are text or whole numbers",
                 "df.columns = ['_'.join(map(str, c)) for c in df.columns]",
             )
-        if names.count(name) > 1:
-            raise DataError(
-                f"the {kind} has {names.count(name)} columns named {name!r}",
-                "Rename them, so that it is clear which one is meant",
-            )
+    name, count = Counter(names).most_common(1)[0] if names else ("", 0)
+    if count > 1:
+        raise DataError(f"the {kind} has {count} columns named {name!r}", "Rename them")
     return Table(kind, tuple(names), lambda name: as_column(value[name], name))
 
 
@@ -174,25 +156,33 @@ def as_column(value: Any, name: Name | None = None) -> Column:
     import narwhals.stable.v2 as nw
 
     library = _library_of(value, _COLUMNS)
-    series = nw.from_native(_as_series(value, library), series_only=True)
+    if library == "pandas":
+        import pandas as pd
+
+        value = pd.Series(value)
+    elif comes_from(value, "pyarrow", "Array"):
+        import pyarrow as pa
+
+        value = pa.chunked_array([value])
+    series = nw.from_native(value, series_only=True)
     if name is None and library != "pyarrow" and isinstance(series.name, str | int):
         name = None if series.name == "" else series.name
-    native = series.to_native()
-    dtype = str(native.type if library == "pyarrow" else native.dtype)
+    dtype = str(value.type if library == "pyarrow" else value.dtype)
     missing = np.asarray(series.is_null().to_numpy(), bool)
     # A column without any value may have been meant as numbers.
     empty = len(missing) > 0 and bool(missing.all())
     kind = "number" if empty else _kind_of(series)
-    values, names = np.empty(0), tuple[str, ...]()
+    values: HostArray = np.empty(0)
+    names: tuple[str, ...] = ()
     if not missing.any():
         if kind == "category":
-            values, names = _codes_of(native, library)
+            values, names = _codes_of(value, library)
         elif kind in ("number", "text"):
             values = series.to_numpy()
     if values.dtype.kind == "f" and len(values):
         missing = np.isnan(values)
     row = int(np.argmax(missing)) if missing.any() else None
-    return Column(name, library, kind, dtype, values, names, row)
+    return Column(name, kind, dtype, values, names, row)
 
 
 def plain_columns(value: Any) -> dict[Name, HostArray]:
@@ -212,7 +202,7 @@ def numbers(column: Column, *, floats: bool = False) -> HostArray:
     """
     if column.kind != "number":
         raise DataError(
-            f"{column.where} is {_WORDS[column.kind]} ({column.dtype})",
+            f"{column.where} is {_KINDS[column.kind]} ({column.dtype})",
             "Only numbers can be trained on",
             f"{column.line(column.kind)}; Trainer(model, inputs=[...]) to leave it "
             f"out; or Trainer(model, targets={column.name!r}) to predict it",
@@ -288,19 +278,6 @@ def _refuse_missing(column: Column) -> None:
 
 def _library_of(value: object, kinds: tuple[tuple[str, ...], ...]) -> str:
     return next(kind[0] for kind in kinds if comes_from(value, *kind))
-
-
-def _as_series(value: Any, library: str) -> Any:
-    """Returns a column as the type that narwhals knows."""
-    if library == "pandas":
-        import pandas as pd
-
-        return pd.Series(value)
-    if library == "pyarrow":
-        import pyarrow as pa
-
-        return pa.chunked_array([value]) if isinstance(value, pa.Array) else value
-    return value
 
 
 def _kind_of(series: Any) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from flaxfit._core.counts import as_count
+from flaxfit._core.validation import integer
 from flaxfit.data.datasets.example_dataset import Chain, ExampleSet
 from flaxfit.data.host.padding import Padding
 from flaxfit.data.host.padding_arguments import as_padding
@@ -27,7 +27,7 @@ class Examples:
         meanwhile: Pillow, zlib, NumPy.
       processes: how many processes load instead, for Python that computes. Each is
         sent a copy of `items` and `load`, which may be defined anywhere and need no
-        `if __name__ == "__main__"`. It takes `pip install "flaxfit[data]"`.
+        `if __name__ == "__main__"`. They need `pip install loky`.
       collate: list of examples -> batch, in place of stacking their arrays.
       class_names: the names of the classes 0, 1, …
       pad_to: the length to which examples of different length are padded along their
@@ -81,7 +81,7 @@ class Examples:
     def __post_init__(self) -> None:
         """Checks the arguments."""
         for name in ("threads", "processes"):
-            as_count(name, getattr(self, name), least=0)
+            integer(name, getattr(self, name), least=0)
         for name in ("load", "collate"):
             function = getattr(self, name)
             if function is not None and not callable(function):

@@ -404,10 +404,10 @@ def test_inputs_that_a_dataset_names_do_not_leave_the_mask_out():
         ({"pad_to": 24, "mask": "m"}, DataError, "key of the mask in a dict"),
         ({"pad_to": 24, "pad_value": 0.5}, DataError, "0.5 for int32"),
         ({"pad_to": 24, "pad_value": np.nan}, DataError, "nan for int32"),
-        ({"pad_to": []}, ValueError, "expected a length"),
+        ({"pad_to": []}, ValueError, "Expected a length"),
         ({"pad_to": [8, 4]}, ValueError, "ascending"),
         ({"pad_to": 0}, ValueError, "at least 1"),
-        ({"pad_to": "max"}, ValueError, "expected a length"),
+        ({"pad_to": "max"}, ValueError, "Expected a length"),
         ({"pad_to": {0: [4, 8], 1: [4, 8, 9]}}, ValueError, "equally many"),
         ({"pad_to": {}}, ValueError, "equally many"),
         ({"pad_to": 24, "mask": 3}, TypeError, "attention_mask"),
@@ -473,7 +473,7 @@ def test_the_item_that_is_too_long_is_named_whatever_the_order():
 
 def test_processes_load_as_one_does():
     """What processes send back is the batch that this one would have made."""
-    pytest.importorskip("cloudpickle")
+    pytest.importorskip("loky")
     numbers = list(range(60))
     items = [(x.tolist(), y.tolist()) for x, y in ITEMS]
 
