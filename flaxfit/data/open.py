@@ -132,7 +132,10 @@ def open_dataset(
     if isinstance(x, ExampleSet | Stream):
         return x
     examples = examples_of(x, batch_size)
-    return examples or replace(from_iterable(x), guessed=True)
+    if examples is not None:
+        return examples
+    stream = from_iterable(x)
+    return replace(stream, examples=examples_in(stream))
 
 
 def open_inputs(x: Any, binding: Binding, *, batch_size: int | None = None) -> Dataset:
@@ -147,7 +150,7 @@ def open_inputs(x: Any, binding: Binding, *, batch_size: int | None = None) -> D
     dataset = open_dataset(x, batch_size=batch_size)
     if isinstance(dataset, ExampleSet):
         # Outputs come in the order of the inputs.
-        return replace(dataset, in_buckets=False)
+        return dataset.in_order()
     return dataset
 
 
@@ -222,14 +225,15 @@ def one_batch(
       ValueError: another dataset.
     """
     if not isinstance(dataset, Arrays):
-        if isinstance(dataset, Stream) and dataset.num_batches == 1:
-            options = BatchOptions(class_weight=class_weight)
-            source = batch_source(dataset, binding, options)
-            return Whole(source.example, source.unused, source.facts)
-        raise UsageError(
-            f"{caller()} needs arrays here, not a {dataset.kind}",
-            write="x, y = next(iter(dataset)) for its first batch",
-        )
+        ready = isinstance(dataset, Stream) and dataset.examples is None
+        if not ready or dataset.num_batches != 1:
+            raise UsageError(
+                f"{caller()} takes one batch of arrays, not a dataset ({dataset.kind})",
+                write="x, y = next(iter(dataset)) for its first batch",
+            )
+        options = BatchOptions(class_weight=class_weight)
+        source = batch_source(dataset, binding, options)
+        return Whole(source.example, source.unused, source.facts)
     whole = read_arrays(dataset.x, dataset.y, dataset.sample_weight, binding)
     data = whole.batch
     if class_weight is not None:
@@ -321,7 +325,7 @@ def _as_stream(dataset: ExampleSet | Stream, options: BatchOptions) -> Stream:
       ValueError: `batch_size` for ready batches.
     """
     if isinstance(dataset, Stream):
-        if not dataset.guessed or options.default_batch_size is None:
+        if dataset.examples is None or options.default_batch_size is None:
             return _ready_batches(dataset, options)
         # After a fit that made batches of examples, others may come as examples.
         first, dataset = peek(dataset)
@@ -338,7 +342,7 @@ def _as_stream(dataset: ExampleSet | Stream, options: BatchOptions) -> Stream:
 
 
 def _ready_batches(stream: Stream, options: BatchOptions) -> Stream:
-    guessed = stream.guessed or stream.examples is not None
+    guessed = stream.examples is not None
     refuse_batch_size(options.batch_size, guessed=guessed)
     if stream.seeded is None:
         return stream

@@ -6,7 +6,7 @@ from flaxfit._core.types import Batch, TrainState
 from flaxfit._loops.feeder import Execution, first_chunk, open_feed, open_pass
 from flaxfit._programs.placement import has_rows
 from flaxfit._programs.resolve import ResolvedTask
-from flaxfit.data.datasets.stream import Stream
+from flaxfit.data.datasets.stream import BatchForm, Stream
 from flaxfit.data.sources.array_source import ArraySource
 from flaxfit.data.sources.base import Source
 from flaxfit.data.sources.stream_source import StreamSource
@@ -54,6 +54,8 @@ def _source_of(batch: Batch, rows: int) -> Source:
     if has_rows(batch):
         return ArraySource(batch, rows)
     stream = Stream(
-        "batch", lambda *unused: iter([batch]), size=lambda batch: len(batch.weights)
+        "batch",
+        lambda *unused: iter([batch]),
+        form=BatchForm(size=lambda batch: len(batch.weights)),
     )
     return StreamSource(stream, lambda batch: batch)

@@ -276,7 +276,8 @@ def refuse_assumed_split(dataset: Dataset) -> None:
 
 def warn_of_order(dataset: Dataset) -> None:
     """Warns where outputs come in another order than the dataset's."""
-    if isinstance(dataset, Stream) and dataset.shuffles:
+    facts = dataset.facts if isinstance(dataset, Stream) else None
+    if facts is not None and facts.shuffles:
         warnings.warn(
             f"{caller()} got a DataLoader(..., shuffle=True): the outputs come in its "
             "order, which is not the dataset's. Write DataLoader(..., shuffle=False), "

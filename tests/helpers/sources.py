@@ -23,7 +23,6 @@ def as_source(
     *,
     binding,
     name="fit",
-    check=None,
     data_dir=None,
     **options,
 ):
@@ -38,10 +37,7 @@ def as_source(
         if name != "fit":
             refuse_assumed_split(dataset)
         refuse_endless(dataset, options.get("steps"), _ARGUMENTS.get(name, "steps"))
-        source = batch_source(dataset, binding, BatchOptions(**options))
-    if check is not None:
-        source.check(check)
-    return source
+        return batch_source(dataset, binding, BatchOptions(**options))
 
 
 def as_inputs_source(x, *, binding, name="predict", **options):

@@ -17,7 +17,7 @@ import numpy as np
 from flaxfit._core.errors import DataError, caller
 from flaxfit._core.lazy_types import comes_from
 from flaxfit._core.types import HostArray
-from flaxfit.data.datasets.example_dataset import ExampleSet
+from flaxfit.data.datasets.example_dataset import ExampleSet, Loading
 from flaxfit.data.datasets.shuffling import order_of_pass
 from flaxfit.data.datasets.stream import Stream, get_state, set_state
 from flaxfit.data.host.collate import looks_single
@@ -80,7 +80,7 @@ def adapt(x: Any) -> Stream | ExampleSet:
         length,
         _Take(x),
         order=partial(_order_of_pass, length),
-        threads=_THREADS,
+        loading=Loading(threads=_THREADS),
     )
     try:
         single = looks_single(x[0])

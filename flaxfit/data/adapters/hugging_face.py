@@ -20,7 +20,7 @@ from flaxfit._core.lazy_types import comes_from
 from flaxfit._core.types import HostArray
 from flaxfit.data.adapters.latest_reader import begin_reading, is_latest
 from flaxfit.data.binding.binding import TARGET_NAMES
-from flaxfit.data.datasets.example_dataset import ExampleSet, take_items
+from flaxfit.data.datasets.example_dataset import ExampleSet, Loading, take_items
 from flaxfit.data.datasets.stream import Facts
 from flaxfit.data.host.arrays import call_text
 from flaxfit.data.host.collate import collate
@@ -58,7 +58,7 @@ def adapt(x: Any) -> ExampleSet:
         return ExampleSet(
             "Hugging Face IterableDataset",
             iterate=partial(_iterate, x),
-            collate=_collate,
+            loading=Loading(collate=_collate),
             facts=_facts(x.features, x.column_names or ())
             if x.features
             else Facts(pictures=_begins_with_pictures(x)),
@@ -78,7 +78,7 @@ def adapt(x: Any) -> ExampleSet:
         len(x),
         take_items(x),
         take_batch,
-        collate=_collate,
+        loading=Loading(collate=_collate),
         # The keys that a transform returns are not known.
         facts=replace(facts, keys=(), targets=None) if custom else facts,
     )

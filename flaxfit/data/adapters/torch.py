@@ -120,10 +120,12 @@ def _from_loader(loader: Any) -> Stream:
         open_with((0,)),
         num_batches=_num_batches(loader),
         num_examples=_num_examples(loader),
-        facts=Facts(class_names=_class_names(loader.dataset)),
+        facts=Facts(
+            class_names=_class_names(loader.dataset),
+            shuffles=loader.batch_size is not None
+            and comes_from(loader.sampler, "torch", "RandomSampler"),
+        ),
         seeded=open_with,
-        shuffles=loader.batch_size is not None
-        and comes_from(loader.sampler, "torch", "RandomSampler"),
     )
 
 

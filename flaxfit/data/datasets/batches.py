@@ -8,7 +8,7 @@ from typing import Any
 from flaxfit._core.types import Batch
 from flaxfit.data.datasets.example_dataset import ExampleSet
 from flaxfit.data.datasets.iterables import from_iterable
-from flaxfit.data.datasets.stream import Open, Stream
+from flaxfit.data.datasets.stream import BatchForm, Open, Stream
 from flaxfit.data.host.arrays import call_text, is_array
 from flaxfit.data.host.padding import Padded, Padding
 from flaxfit.data.host.padding_arguments import as_padding
@@ -89,7 +89,7 @@ class Batches:
     def of_stream(self, stream: Stream) -> Stream:
         """Returns the batches as these arguments ask for."""
         if self.size is not None:
-            return replace(stream, size=self.size, num_examples=None)
+            return replace(stream, form=BatchForm(size=self.size), num_examples=None)
         padding = self.padding
         assert padding is not None
         seeded = stream.seeded
@@ -99,7 +99,7 @@ class Batches:
             stream,
             open=partial(_open, stream.open, padding),
             seeded=seeded,
-            shapes=padding.buckets,
+            form=replace(stream.form, shapes=padding.buckets),
         )
 
 

@@ -13,7 +13,14 @@ import numpy as np
 from flaxfit._core.types import HostArray
 from flaxfit.data.datasets.example_dataset import ExampleSet, takes_rng
 from flaxfit.data.datasets.shuffling import batches_of_pass, rows_of, seeded
-from flaxfit.data.datasets.stream import Filled, Open, Stream, get_state, set_state
+from flaxfit.data.datasets.stream import (
+    BatchForm,
+    Filled,
+    Open,
+    Stream,
+    get_state,
+    set_state,
+)
 from flaxfit.data.datasets.workers import OrderedMap
 from flaxfit.data.host.arrays import copy_host_arrays
 from flaxfit.data.host.padding import plan_buckets, raw_of
@@ -35,9 +42,10 @@ def stream_examples(
     total = examples.length
     assert total is not None
 
+    loading = examples.loading
     # One for all passes: processes stay from one to the next.
     work = OrderedMap(
-        _AnyPass(examples), threads=examples.threads, processes=examples.processes
+        _AnyPass(examples), threads=loading.threads, processes=loading.processes
     )
 
     def open_pass(pass_index: int, start: int) -> Iterator[Any]:
@@ -69,7 +77,7 @@ def _stream_in_order(
     def open_pass(pass_index: int, start: int) -> Iterator[Any]:
         del start
         work = _InOrder(examples, (*seed, pass_index))
-        drawing = examples.drawn(*seed, pass_index)
+        drawing = examples.seeded(*seed, pass_index)
         with drawing:
             items = iterate(pass_index)
         if examples.drawing is not None:
@@ -77,7 +85,7 @@ def _stream_in_order(
         made = _Chunks(
             items,
             batch_size,
-            OrderedMap(work, threads=examples.threads),
+            OrderedMap(work, threads=examples.loading.threads),
         )
         return _sorted(examples, made, batch_size)
 
@@ -163,13 +171,14 @@ class _Chunks:
 
 
 def _stream(examples: ExampleSet, open_pass: Open, batch_size: int) -> Stream:
-    padding = examples.padding
+    bucketing = examples.bucketing
     return Stream(
         examples.kind,
         open_pass,
-        shapes=1 if padding is None else padding.buckets,
+        form=BatchForm()
+        if bucketing is None
         # The first batch may be the short one of a bucket.
-        batch_size=None if padding is None else batch_size,
+        else BatchForm(bucketing.padding.buckets, batch_size),
         facts=examples.facts,
     )
 
@@ -180,13 +189,13 @@ def _sorted(
     """Returns batches, made of what was loaded where only that tells the bucket."""
     if not examples.sorts:
         return made
-    assert examples.padding is not None
-    return examples.padding.in_buckets(chain.from_iterable(made), batch_size)
+    assert examples.bucketing is not None
+    return examples.bucketing.padding.in_buckets(chain.from_iterable(made), batch_size)
 
 
 def batch_of_rows(examples: ExampleSet, rows: HostArray) -> Any:
     """Returns the raw batch of some rows, which are had by index."""
-    return raw_of(_ByIndex(replace(examples, in_buckets=False), (0,))(rows))
+    return raw_of(_ByIndex(examples.in_order(), (0,))(rows))
 
 
 @dataclass(frozen=True)
@@ -209,13 +218,13 @@ class _ByIndex:
 
     def __call__(self, coded: HostArray) -> Any:
         rows, real = rows_of(coded)
-        with self.examples.drawn(*self.seed, int(rows[0])):
+        with self.examples.seeded(*self.seed, int(rows[0])):
             raw = self._batch(rows)
         return raw if real == len(rows) else Filled(raw, real)
 
     def _batch(self, rows: HostArray) -> Any:
         examples = self.examples
-        single = examples.load is not None or examples.padding is not None
+        single = examples.loading.load is not None or examples.bucketing is not None
         if examples.take_batch is not None and not single:
             return examples.take_batch(rows)
         assert examples.take is not None
@@ -248,11 +257,11 @@ def _made(
 ) -> Any:
     """Returns the batch of some items, or `(row, example)` of each to be sorted."""
     loaded = _loaded(examples, items, rows, seed)
-    if examples.padding is None:
-        return examples.collate(loaded)
+    if examples.bucketing is None:
+        return examples.loading.collate(loaded)
     if examples.sorts:
         return list(zip(rows, loaded, strict=True))
-    return examples.padding.collate(loaded, rows)
+    return examples.bucketing.padding.collate(loaded, rows)
 
 
 def _loaded(
@@ -262,7 +271,7 @@ def _loaded(
     seed: tuple[int, ...],
 ) -> Sequence[Any]:
     """Returns the examples of some items."""
-    load = examples.load
+    load = examples.loading.load
     if load is None:
         return items
     draws = takes_rng(load)

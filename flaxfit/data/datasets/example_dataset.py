@@ -18,33 +18,68 @@ from flaxfit.data.host.padding import Padding
 
 
 @dataclass(frozen=True)
-class ExampleSet:
-    """Examples of one kind of dataset, and what is done to each of them.
-
-    Either `take` or `iterate` is there.
+class Loading:
+    """How items become examples, and examples a batch.
 
     Attributes:
-      kind: what it is, in words: `"torch Dataset"`.
-      length: the number of examples, None where only reading tells.
-      take: rows `int64[n]` -> their items.
-      take_batch: rows `int64[n]` -> them as a raw batch, for datasets of columns;
-        used where nothing is done to single examples.
-      iterate: pass -> its items, one after the other.
-      one_shot: whether `iterate` goes on with the same iterator each time.
-      endless: see `Stream`.
-      load: item -> example, or None.
+      load: item -> example, None to take items as they are.
       threads: see `Examples`.
       processes: see `Examples`.
       collate: examples -> raw batch.
-      padding: how examples of different length are padded, or None.
+    """
+
+    load: Callable[..., Any] | None = None
+    threads: int = 0
+    processes: int = 0
+    collate: Callable[[Sequence[Any]], Any] = collate
+
+
+@dataclass(frozen=True)
+class Bucketing:
+    """How examples of different lengths are padded.
+
+    Attributes:
+      padding: the padding of a batch.
       buckets: the bucket of every example, `int64[length]`, where that is known.
-      in_buckets: whether a batch holds examples of one bucket; else they keep their
-        order, and a batch is padded for the longest one.
+      sorted: whether a batch holds examples of one bucket; else they keep their order,
+        and a batch is padded for the longest one.
+    """
+
+    padding: Padding
+    buckets: HostArray | None = None
+    sorted: bool = True
+
+    @property
+    def plan(self) -> HostArray | None:
+        """The bucket of every example if batches are planned by them."""
+        return self.buckets if self.sorted else None
+
+    @property
+    def needs_loading(self) -> bool:
+        """Whether an example has to be loaded to know its bucket."""
+        return self.padding.buckets > 1 and self.sorted and self.buckets is None
+
+
+@dataclass(frozen=True)
+class ExampleSet:
+    """A dataset of single examples; has `take`, `take_batch` or `iterate`.
+
+    Attributes:
+      kind: the kind of dataset in words: `"torch Dataset"`.
+      length: the number of examples, None where only reading tells.
+      take: rows `int64[n]` -> their items.
+      take_batch: rows `int64[n]` -> a raw batch of them, for datasets of columns; used
+        where single examples are neither loaded nor padded.
+      iterate: pass -> its items in order.
+      one_shot: whether `iterate` continues the same iterator each time.
+      endless: see `Stream`.
+      loading: how items become batches.
+      bucketing: how examples of different lengths are padded, or None.
       order: the order of a pass, see `order_of_pass`.
-      drawing: seed -> what to be inside of, again and again, while items are read:
-        their draws are then a function of the seed. None where a library has no draws
-        of its own. Several threads draw as they come.
-      facts: what the dataset says of itself.
+      drawing: seed -> a re-entrant context manager under which items are read: their
+        random draws are then a function of the seed. None where a library draws
+        nothing itself. With several threads the draws follow no seed.
+      facts: what the dataset says about itself.
     """
 
     kind: str
@@ -54,48 +89,51 @@ class ExampleSet:
     iterate: Callable[[int], Iterator[Any]] | None = None
     one_shot: bool = False
     endless: bool = False
-    load: Callable[..., Any] | None = None
-    threads: int = 0
-    processes: int = 0
-    collate: Callable[[Sequence[Any]], Any] = collate
-    padding: Padding | None = None
-    buckets: HostArray | None = None
-    in_buckets: bool = True
+    loading: Loading = Loading()
+    bucketing: Bucketing | None = None
     order: Callable[..., HostArray] = order_of_pass
     drawing: Callable[[Sequence[int]], AbstractContextManager[Any]] | None = None
     facts: Facts = field(default=NO_FACTS)
 
-    def drawn(self, *seed: int) -> AbstractContextManager[Any]:
-        """Returns what to be inside of while items are read; see `drawing`."""
-        if self.drawing is None or self.threads > 1:
+    def seeded(self, *seed: int) -> AbstractContextManager[Any]:
+        """Returns the context manager under which items are read; see `drawing`."""
+        if self.drawing is None or self.loading.threads > 1:
             return nullcontext()
         return self.drawing(seed)
 
     @property
     def by_index(self) -> bool:
-        """Whether any of them can be had at once."""
+        """Whether examples have random access."""
         return self.take is not None or self.take_batch is not None
 
     @property
     def plan(self) -> HostArray | None:
         """The bucket of every example if batches are planned by them."""
-        return self.buckets if self.in_buckets else None
+        return None if self.bucketing is None else self.bucketing.plan
 
     @property
     def sorts(self) -> bool:
-        """Whether only what was loaded tells which batch it goes into."""
-        several = self.padding is not None and self.padding.buckets > 1
-        return several and self.in_buckets and self.buckets is None
+        """Whether an example has to be loaded to know its batch."""
+        return self.bucketing is not None and self.bucketing.needs_loading
 
     def part(self, start: int, stop: int) -> "ExampleSet":
-        """Returns the examples from `start` up to `stop`, which are had by index."""
+        """Returns the examples from `start` up to `stop`; needs random access."""
+        bucketing = self.bucketing
+        if bucketing is not None and bucketing.buckets is not None:
+            bucketing = replace(bucketing, buckets=bucketing.buckets[start:stop])
         return replace(
             self,
             length=stop - start,
             take=self.take and _Part(self.take, start),
             take_batch=self.take_batch and _Part(self.take_batch, start),
-            buckets=None if self.buckets is None else self.buckets[start:stop],
+            bucketing=bucketing,
         )
+
+    def in_order(self) -> "ExampleSet":
+        """Returns the examples without sorting them by their length."""
+        if self.bucketing is None:
+            return self
+        return replace(self, bucketing=replace(self.bucketing, sorted=False))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from flaxfit._core.validation import integer
-from flaxfit.data.datasets.example_dataset import Chain, ExampleSet
+from flaxfit.data.datasets.example_dataset import Bucketing, Chain, ExampleSet, Loading
 from flaxfit.data.host.padding import Padding
 from flaxfit.data.host.padding_arguments import as_padding
 
@@ -115,20 +115,19 @@ class Examples:
 
     def applied_to(self, items: ExampleSet) -> ExampleSet:
         """Returns the items with what these arguments ask for."""
-        changes: dict[str, Any] = {
-            "threads": self.threads or items.threads,
-            "processes": self.processes or items.processes,
-        }
-        if self.load is not None:
-            changes["load"] = (
-                self.load if items.load is None else Chain(items.load, self.load)
-            )
-        if self.collate is not None:
-            changes["collate"] = self.collate
+        before, facts = items.loading, items.facts
+        load = self.load or before.load
+        if self.load is not None and before.load is not None:
+            load = Chain(before.load, self.load)
         if self.class_names:
-            names = tuple(self.class_names)
-            changes["facts"] = replace(items.facts, class_names=names)
-        changed = replace(items, **changes)
+            facts = replace(facts, class_names=tuple(self.class_names))
+        loading = Loading(
+            load,
+            self.threads or before.threads,
+            self.processes or before.processes,
+            self.collate or before.collate,
+        )
+        changed = replace(items, loading=loading, facts=facts)
         return changed if self.padding is None else self._padded(changed, self.padding)
 
     def _padded(self, items: ExampleSet, padding: Padding) -> ExampleSet:
@@ -140,11 +139,11 @@ class Examples:
                     "it out."
                 )
             buckets = padding.buckets_of(self.lengths, items.length)
-        elif isinstance(self.items, list) and items.load is None:
+        elif isinstance(self.items, list) and items.loading.load is None:
             measured = (padding.bucket_of(*pair) for pair in enumerate(self.items))
             buckets = np.fromiter(measured, np.int64, len(self.items))
         if padding.masks:
             # Inputs that are named beforehand would leave the mask out.
             keys = (*facts.keys, *padding.masks)
             facts = replace(facts, keys=keys, inputs=None)
-        return replace(items, padding=padding, buckets=buckets, facts=facts)
+        return replace(items, bucketing=Bucketing(padding, buckets), facts=facts)

@@ -15,32 +15,42 @@ Open: TypeAlias = Callable[[int, int], Iterator[Any]]
 
 
 @dataclass(frozen=True)
+class BatchForm:
+    """The shapes of the batches of a stream.
+
+    Attributes:
+      shapes: how many shapes batches may have besides their rows, 1 where all are
+        alike. A program is compiled for each.
+      batch_size: the rows batches are padded to, None for those of the first batch.
+      size: raw batch -> its number of examples, where inputs are nested arrays without
+        a common batch axis. Such batches stay as they are, whatever their shapes.
+    """
+
+    shapes: int = 1
+    batch_size: int | None = None
+    size: Callable[[Any], int] | None = None
+
+
+@dataclass(frozen=True)
 class Stream:
     """Raw batches of one kind of dataset.
 
     Attributes:
-      kind: what it is, in words: `"torch DataLoader"`.
+      kind: the kind of dataset in words: `"torch DataLoader"`.
       open: see `Open`; where the stream does not seek, `start` is 0.
       num_batches: batches of a pass, None where only reading tells.
       num_examples: examples of a pass, None where only reading tells.
       one_shot: whether it can be read only once; `open` then returns the same
         iterator again.
-      endless: whether it is known to have no end, so that somebody has to say how many
-        batches to take.
-      seeks: whether `open` begins anywhere without reading what is before.
-      shapes: how many shapes batches may have besides their rows, 1 where all are
-        alike. Each of them is compiled for.
-      batch_size: the rows batches are filled up to, None for those of the first.
-      size: raw batch -> its number of examples, where inputs are nested arrays without
-        a common batch axis. Such batches go on as they are, whatever their shapes.
+      endless: whether it is known to have no end.
+      seeks: whether `open` can start anywhere without reading what comes before.
+      form: the shapes of the batches.
       seeded: seed -> what to open in place of `open`, where the draws of a pass are a
         function of seed and pass; None where the data alone decides.
-      examples: the `ExampleSet` of what may be single examples that only look like
-        batches, for `Examples`, which says so.
-      guessed: whether only an iterable's items tell examples from batches.
-      shuffles: whether the batches are in another order than the dataset.
-      again: what to write where it is used up, or empty.
-      facts: what the dataset says of itself.
+      examples: the same data as single examples, where only its items tell whether
+        they are batches; else None.
+      again: what to write where it is used up; empty for the usual advice.
+      facts: what the dataset says about itself.
     """
 
     kind: str
@@ -50,13 +60,9 @@ class Stream:
     one_shot: bool = False
     endless: bool = False
     seeks: bool = False
-    shapes: int = 1
-    batch_size: int | None = None
-    size: Callable[[Any], int] | None = None
+    form: BatchForm = BatchForm()
     seeded: Callable[[Sequence[int]], Open] | None = None
     examples: Any = None
-    guessed: bool = False
-    shuffles: bool = False
     again: str = ""
     facts: "Facts | None" = None
 
@@ -87,6 +93,7 @@ class Facts:
         `float32` between 0 and 1.
       columns: what the columns of tables are read as from here on.
       table: which columns of a table were read as what, in words; empty for others.
+      shuffles: whether batches come in another order than the dataset's.
       assumed_split: the error for evaluation and prediction where no split was named
         and `train` was taken; empty where one was.
     """
@@ -98,6 +105,7 @@ class Facts:
     pictures: bool = False
     columns: Columns | None = None
     table: str = ""
+    shuffles: bool = False
     assumed_split: str = ""
 
 

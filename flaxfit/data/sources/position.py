@@ -2,14 +2,18 @@
 
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from itertools import count, islice
 from typing import Any, NamedTuple
 
 from flaxfit._core.types import Batch
+from flaxfit.data.datasets.stream import Stream, get_state
 from flaxfit.data.sources.base import Source
 
 _MOST_BOOKMARKS = 512
+# Saving iterator state is not free; replaying up to 50 ms of data is not noticeable.
+_SECONDS_BETWEEN_MARKS = 0.05
 
 
 class Position(NamedTuple):
@@ -33,6 +37,37 @@ class Position(NamedTuple):
         if steps is None:
             return self.epoch, self.batch
         return divmod(self.epoch * steps + self.batch, length or sys.maxsize)
+
+
+class IteratorMark:
+    """The state of an iterator, saved now and then while a source reads it.
+
+    Args:
+      stream: what is read; if it seeks, no state is needed.
+
+    Attributes:
+      latest: `{"pass": …, "number": …, "state": …}`, the state after that many batches;
+        None where the iterator has none.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        self._seeks = stream.seeks
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the state; the next batch saves it again."""
+        self.latest: dict[str, Any] | None = None
+        self._saved_at = -_SECONDS_BETWEEN_MARKS
+
+    def note(self, iterator: Iterator[Any], pass_index: int, number: int) -> None:
+        """Saves the state after `number` batches, if enough time has passed."""
+        now = time.monotonic()
+        if self._seeks or now - self._saved_at < _SECONDS_BETWEEN_MARKS:
+            return
+        self._saved_at = now
+        state = get_state(iterator)
+        if state is not None:
+            self.latest = {"pass": pass_index, "number": number, "state": state}
 
 
 class Bookmarks:

@@ -1,16 +1,16 @@
-"""A source that reads, checks and fills the raw batches of a `Stream`.
+"""A source that reads, checks and pads the raw batches of a `Stream`.
 
-Nothing is lost by looking ahead: the first batch is read when the source is made,
-and handed out again by the first pass.
+The first batch is read when the source is made, and yielded again by the first pass:
+looking ahead loses nothing.
 
-A loader may fill one buffer again and again, while steps on the batches before are
-still under way: batches are lent, and whoever keeps one copies it. The first one is
-copied here.
+A loader may fill one buffer again and again, while earlier steps still run. So a batch
+is valid only until the next one is read, and a consumer that keeps it copies it. The
+first batch is copied here.
 """
 
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,14 +19,7 @@ import numpy as np
 from flaxfit._core.errors import DataError, caller
 from flaxfit._core.tree_specs import LeafSpec, diff, difference_lines
 from flaxfit._core.types import Batch
-from flaxfit.data.datasets.stream import (
-    NO_FACTS,
-    Facts,
-    Filled,
-    Stream,
-    get_state,
-    set_state,
-)
+from flaxfit.data.datasets.stream import NO_FACTS, Facts, Filled, Stream, set_state
 from flaxfit.data.host.arrays import (
     as_host,
     call_text,
@@ -39,24 +32,41 @@ from flaxfit.data.host.arrays import (
 from flaxfit.data.host.checks import check_lengths, check_sized, check_weights
 from flaxfit.data.host.weights import with_weights
 from flaxfit.data.sources.fast_path import Recipe, learn
+from flaxfit.data.sources.position import IteratorMark
 
-# Reading so long again is not noticed, and asking an iterator where it stands costs.
-_SECONDS_BETWEEN_BOOKMARKS = 0.05
+
+@dataclass
+class _Progress:
+    """Counts over all passes, for error messages.
+
+    Attributes:
+      caller: the method that the data was given to.
+      steps: the number of steps that it asked for.
+      yielded: batches so far.
+      passes: passes so far. A caller that evaluates again restarts at pass 0.
+    """
+
+    caller: str
+    steps: int | None
+    yielded: int = 0
+    passes: int = 0
 
 
 class StreamSource:
-    """Batches made of the raw batches of a `Stream`.
+    """Batches made from the raw batches of a `Stream`.
 
     Args:
       stream: the raw batches.
       read: raw batch -> `Batch` of NumPy and jax arrays; `weights` may be None.
       unused: raw batch -> the keys of which nothing is read.
-      steps: the number of steps asked for; an iterator that ends before it is an
-        error.
+      steps: the number of steps asked for; an iterator that ends before is an error.
       multiple_of: rounds the rows of a batch up, where the stream knows how many
         examples there are.
-      structural: whether `read` looks at structure and names alone, so that it does
+      structural: whether `read` depends on structure and names alone, so that it does
         the same with every batch.
+
+    Attributes:
+      pad, unused, facts, batch_size, example: see `Source`.
 
     Raises:
       DataError: there is no batch, or the first one cannot be read.
@@ -75,51 +85,72 @@ class StreamSource:
         multiple_of: int = 1,
         structural: bool = False,
     ) -> None:
-        self.kind = stream.kind
-        self.shapes = stream.shapes
-        self.one_shot = stream.one_shot
-        self.seeks = stream.seeks
-        self.num_batches = stream.num_batches
-        self.num_examples = stream.num_examples
         self.facts: Facts = stream.facts or NO_FACTS
+        self.pad = True
         self._stream = stream
         self._read = read
-        self.pad = True
         self._check: Callable[[Batch], None] | None = None
-        # Read here: later passes may be read in a thread, or for another method.
-        self._caller = caller()
-        self._steps = steps
-        self._warned = False
-        # Of batches and of passes: callers that evaluate again start at 0 each time.
-        self._handed_out = 0
-        self._passes = 0
-        self._mark: dict[str, Any] | None = None
-        self._marked = -_SECONDS_BETWEEN_BOOKMARKS
+        # The caller's name now: later passes are read in a thread, or for another call.
+        self._progress = _Progress(caller(), steps)
+        self._mark = IteratorMark(stream)
         self._recipe: Recipe | None = None
         iterator = self._open(0, 0)
         try:
             raw = self._next(iterator, 0, 0)
         except StopIteration:
             raise DataError(
-                f"no batches: the {self.kind} given to {caller()} yielded nothing. "
-                f"{self._again()}"
+                f"no batches: the {self.kind} given to {caller()} yielded nothing",
+                self._reusable(),
             ) from None
-        self._note(iterator, 0, 1)
+        self._mark.note(iterator, 0, 1)
         first = copy_host_arrays(self._converted(raw, 0, 0, to_host=True))
         plain = raw.raw if isinstance(raw, Filled) else raw
         self.unused = unused(plain)
-        if structural and stream.size is None:
+        if structural and stream.form.size is None:
             self._recipe = learn(plain, read)
-        self._signature = _signature(first)
-        self._shapes = {self._shapes_of(first)}
-        rows = max(len(first.weights), stream.batch_size or 0)
-        known = stream.num_examples is not None
-        self.batch_size = -(-rows // multiple_of) * multiple_of if known else rows
-        self.example = fill(first, self.batch_size)
-        # The batch, until the first pass takes it over. What lies on a device goes on
-        # from there, as all later batches do.
+        rows = max(len(first.weights), stream.form.batch_size or 0)
+        if stream.num_examples is not None:
+            rows = -(-rows // multiple_of) * multiple_of
+        self.batch_size = rows
+        self.example = fill(first, rows)
+        self._likeness = _Likeness(stream, first, self.example)
+        # The first batch, until the first pass yields it. Arrays on a device stay
+        # there, as those of all later batches do.
         ahead = self._converted(raw, 0, 0) if on_device(raw) else first
         self._ahead: tuple[Iterator[Any], Batch] | None = (iterator, ahead)
+
+    @property
+    def kind(self) -> str:
+        """See `Stream`, as for the properties below."""
+        return self._stream.kind
+
+    @property
+    def shapes(self) -> int:
+        return self._stream.form.shapes
+
+    @property
+    def one_shot(self) -> bool:
+        return self._stream.one_shot
+
+    @property
+    def seeks(self) -> bool:
+        return self._stream.seeks
+
+    @property
+    def num_batches(self) -> int | None:
+        return self._stream.num_batches
+
+    @property
+    def num_examples(self) -> int | None:
+        return self._stream.num_examples
+
+    @property
+    def bookmark(self) -> Mapping[str, Any] | None:
+        """The latest saved state of an iterator, as plain values; see `IteratorMark`.
+
+        `batches` continues from it. None where the iterator has no state.
+        """
+        return self._mark.latest
 
     def check(self, check_values: Callable[[Batch], None]) -> None:
         """Checks the first batch; later ones are checked before they are padded.
@@ -130,41 +161,32 @@ class StreamSource:
         check_values(self.example)
         self._check = check_values
 
-    @property
-    def bookmark(self) -> Mapping[str, Any] | None:
-        """Where an iterator of its own state stood after a batch handed out lately.
-
-        Plain values; `batches` reads on from there. None where there is no such state.
-        """
-        return self._mark
-
     def batches(
         self,
         pass_index: int,
         start: int = 0,
         bookmark: Mapping[str, Any] | None = None,
     ) -> Iterator[Batch]:
-        """Yields the batches of one pass; the data decides the order.
+        """Yields the batches of one pass; the data determines the order.
 
-        What comes before number `start` is read and left out, but by streams that
+        Batches before number `start` are read and skipped, except by streams that
         seek.
 
         Args:
           pass_index: which pass.
           start: the number of the first batch.
-          bookmark: of the same pass, at `start` or before.
+          bookmark: a saved state of the same pass, at `start` or before.
 
         Raises:
-          DataError: nothing is left, an iterator ends before the steps asked for, or
-            a batch differs from the first one in structure, dtype or shape beyond
+          DataError: there is no more data, an iterator ends before the steps asked for,
+            or a batch differs from the first one in structure, dtype or shape beyond
             the batch axis.
         """
         number, ahead, self._ahead = 0, self._ahead, None
         if bookmark is not None or ahead is None or pass_index or start:
-            # What was noted is of another reading.
-            self._mark, self._marked = None, -_SECONDS_BETWEEN_BOOKMARKS
-        named = max(pass_index, self._passes)  # in messages
-        self._passes += 1
+            self._mark.reset()  # the saved state belongs to a different pass
+        named = max(pass_index, self._progress.passes)  # in messages
+        self._progress.passes += 1
         if bookmark is not None:
             iterator = self._open(pass_index, 0)
             set_state(iterator, bookmark["state"])
@@ -177,33 +199,39 @@ class StreamSource:
         else:
             number = start if self.seeks else 0
             iterator = self._open(pass_index, number)
-        del ahead
-        while number < start:
-            try:
-                self._next(iterator, number, named)
-            except StopIteration:
-                raise DataError(
-                    f"the {self.kind} given to {self._caller} ends after {number} "
-                    f"batches, but {start} of them were trained on before this run "
-                    f"was interrupted. {self._again()}"
-                ) from None
-            number += 1
+        del ahead  # or the first batch would stay in memory for the whole pass
+        self._skip(iterator, number, start, named)
+        number = max(number, start)
         while True:
             try:
                 raw = self._next(iterator, number, named)
             except StopIteration:
                 break
-            self._note(iterator, pass_index, number + 1)
-            batch = self._made(raw)
+            self._mark.note(iterator, pass_index, number + 1)
+            batch = self._fast(raw)
             if batch is None:
                 batch = self._converted(raw, number, named)
-                self._compare(batch, f"batch {number} of pass {named}")
+                self._likeness.compare(batch, f"batch {number} of pass {named}")
             yield self._finished(batch, number, named)
             number += 1
-        # Whoever asks for so many steps reads no further: this is the end before it.
-        short = self.one_shot and self._steps is not None
-        if number == 0 or short:
-            raise DataError(self._used_up(named))
+        # A caller with a step limit stops earlier, so reaching this point means that
+        # the iterator ran out.
+        if number == 0 or (self.one_shot and self._progress.steps is not None):
+            raise self._used_up(named)
+
+    def _skip(
+        self, iterator: Iterator[Any], number: int, start: int, pass_index: int
+    ) -> None:
+        for skipped in range(number, start):
+            try:
+                self._next(iterator, skipped, pass_index)
+            except StopIteration:
+                raise DataError(
+                    f"the {self.kind} given to {self._progress.caller} ends after "
+                    f"{skipped} batches, but {start} of them were trained on before "
+                    "this run was interrupted",
+                    self._reusable(),
+                ) from None
 
     def _open(self, pass_index: int, start: int) -> Iterator[Any]:
         try:
@@ -214,18 +242,6 @@ class StreamSource:
             error.add_note(f"while starting pass {pass_index} over the data")
             raise
 
-    def _note(self, iterator: Iterator[Any], pass_index: int, number: int) -> None:
-        """Notes where an iterator stands that has a state, now and then."""
-        if self.seeks:
-            return
-        now = time.monotonic()
-        if now - self._marked < _SECONDS_BETWEEN_BOOKMARKS:
-            return
-        self._marked = now
-        state = get_state(iterator)
-        if state is not None:
-            self._mark = {"pass": pass_index, "number": number, "state": state}
-
     def _next(self, iterator: Iterator[Any], number: int, pass_index: int) -> Any:
         try:
             return next(iterator)
@@ -235,22 +251,25 @@ class StreamSource:
             error.add_note(f"while reading batch {number} of pass {pass_index}")
             if "already executing" in str(error):
                 error.add_note(
-                    "A fit before this one still reads from it in the background. "
-                    "Wait for it, or write Trainer(model, prefetch=0)."
+                    "An earlier fit still reads from it in the background. Wait for "
+                    "it, or write Trainer(model, prefetch=0)."
                 )
             raise
 
     def _converted(
         self, raw: Any, number: int, pass_index: int, *, to_host: bool = False
     ) -> Batch:
-        """Returns a raw batch with weights, checked but not filled."""
+        """Returns a raw batch with weights, checked but not padded."""
         rows = None
         if isinstance(raw, Filled):
             raw, rows = raw
         try:
             given = as_host(self._read(raw), but_device=not to_host)
-            size = self._checked_size(raw, given)
-            batch = with_weights(narrow(given), size)
+            size = self._stream.form.size
+            count = (
+                check_lengths(given) if size is None else check_sized(given, size(raw))
+            )
+            batch = with_weights(narrow(given), count)
             if isinstance(batch.weights, np.ndarray):
                 check_weights(batch.weights, all_zero=True)
             return batch if rows is None else self._without_fill(batch, rows)
@@ -260,7 +279,7 @@ class StreamSource:
             error.add_note(f"while reading batch {number} of pass {pass_index}")
             raise
 
-    def _made(self, raw: Any) -> Batch | None:
+    def _fast(self, raw: Any) -> Batch | None:
         """Returns a raw batch that is like the first one, else None."""
         if self._recipe is None:
             return None
@@ -270,14 +289,8 @@ class StreamSource:
             return batch
         return self._without_fill(batch, rows)
 
-    def _checked_size(self, raw: Any, batch: Batch) -> int:
-        """Returns the examples of a batch whose arrays were checked."""
-        if self._stream.size is None:
-            return check_lengths(batch)
-        return check_sized(batch, self._stream.size(raw))
-
     def _without_fill(self, batch: Batch, rows: int) -> Batch:
-        """Returns the batch with weight 0 for its fill, or without it."""
+        """Returns the batch with weight 0 for its padding, or without it."""
         if not self.pad:
             real: Batch = jax.tree.map(lambda leaf: leaf[:rows], batch)
             return real
@@ -286,88 +299,108 @@ class StreamSource:
         return batch.replace(weights=weights)
 
     def _finished(self, batch: Batch, number: int, pass_index: int) -> Batch:
-        """Returns a batch checked and filled up."""
+        """Returns a batch checked and padded."""
         place = f"batch {number} of pass {pass_index}"
-        sized = self._stream.size is not None
         if self._check is not None:
             try:
-                self._check(self._checkable(batch))
+                self._check(self._on_host(batch))
             except DataError as error:
                 raise DataError(f"{place}: {error}") from error
-        rows = len(batch.weights)
-        if rows > self.batch_size and not sized:
-            self._grow(place, rows)
-        self._handed_out += 1
-        return fill(batch, self.batch_size) if self.pad and not sized else batch
+        self._progress.yielded += 1
+        if self._stream.form.size is not None:
+            return batch
+        if len(batch.weights) > self.batch_size:
+            if self.pad:
+                self._likeness.warn_of_growth(
+                    place, len(batch.weights), self.batch_size
+                )
+            self.batch_size = len(batch.weights)
+        return fill(batch, self.batch_size) if self.pad else batch
 
-    def _compare(self, batch: Batch, place: str) -> None:
-        """Compares a batch with the first one."""
-        known = len(self._shapes)
-        self._shapes.add(self._shapes_of(batch))
-        alike = _signature(batch) == self._signature
-        sized = self._stream.size is not None
-        if not alike or (not sized and len(self._shapes) > self._stream.shapes):
-            raise DataError(f"{place} {_difference(batch, self.example)}")
-        if sized and len(self._shapes) > known:
-            self._vary(place)
-
-    def _shapes_of(self, batch: Batch) -> tuple[tuple[int, ...], ...]:
-        """Returns the shapes that a program is compiled for, rows left out."""
-        first = 0 if self._stream.size is not None else 1
-        return tuple(leaf.shape[first:] for leaf in jax.tree.leaves(batch))
-
-    def _checkable(self, batch: Batch) -> Batch:
+    def _on_host(self, batch: Batch) -> Batch:
         """Returns the batch with the first one's values for those on a device."""
+        first = self.example
         if on_device(batch.inputs):
-            batch = batch.replace(inputs=self.example.inputs)
+            batch = batch.replace(inputs=first.inputs)
         if on_device((batch.targets, batch.weights)):
-            first = self.example
             batch = batch.replace(targets=first.targets, weights=first.weights)
         return batch
 
-    def _vary(self, place: str) -> None:
-        if not self._warned:
-            warnings.warn(
+    def _used_up(self, pass_index: int) -> DataError:
+        progress = self._progress
+        steps = f" ({progress.steps} steps were asked for)" if progress.steps else ""
+        if self.one_shot:
+            given = (
+                f"the iterator given to {progress.caller} is used up, after "
+                f"{progress.yielded} batches in all, but there is more to do{steps}"
+            )
+        else:
+            given = (
+                f"no batches in pass {pass_index}: the {self.kind} given to "
+                f"{progress.caller} yielded nothing this time{steps}"
+            )
+        return DataError(given, self._reusable())
+
+    def _reusable(self) -> str:
+        name = self._progress.caller
+        return self._stream.again or (
+            "Pass something that can be read again and again: a list, a loader, or the "
+            f"function that makes the batches, {call_text('make_batches', name)} not "
+            f"{call_text('make_batches()', name)}."
+        )
+
+
+class _Likeness:
+    """Compares batches with the first one.
+
+    Args:
+      stream: knows how many shapes there may be.
+      first: the first batch.
+      example: it, padded.
+    """
+
+    def __init__(self, stream: Stream, first: Batch, example: Batch) -> None:
+        self._form = stream.form
+        self._example = example
+        self._signature = _signature(first)
+        self._shapes = {self._shapes_of(first)}
+        self._warned = False
+
+    def compare(self, batch: Batch, place: str) -> None:
+        """Checks a batch; warns of new shapes where they are allowed.
+
+        Raises:
+          DataError: it differs from the first one.
+        """
+        known, sized = len(self._shapes), self._form.size is not None
+        self._shapes.add(self._shapes_of(batch))
+        alike = _signature(batch) == self._signature
+        if not alike or (not sized and len(self._shapes) > self._form.shapes):
+            raise DataError(f"{place} {_difference(batch, self._example)}")
+        if sized and len(self._shapes) > known:
+            self._warn(
                 f"{place} has other shapes than those before: every batch of new "
                 "shapes compiles once more. Pad all of them to one shape, at weight 0 "
-                "for what is padding.",
-                UserWarning,
-                stacklevel=2,
+                "for what is padding."
             )
-            self._warned = True
 
-    def _grow(self, place: str, rows: int) -> None:
-        if not self._warned and self.pad:
-            warnings.warn(
-                f"{place} has {rows} rows, the ones before had {self.batch_size}: "
-                "every larger batch compiles once more. Let the first batch be the "
-                "largest, or yield batches of one size.",
-                UserWarning,
-                stacklevel=2,
-            )
-            self._warned = True
-        self.batch_size = rows
-
-    def _used_up(self, pass_index: int) -> str:
-        asked = f" ({self._steps} steps were asked for)" if self._steps else ""
-        if self.one_shot:
-            return (
-                f"the iterator given to {self._caller} is used up, after "
-                f"{self._handed_out} batches in all, but there is more to do{asked}. "
-                f"{self._again()}"
-            )
-        return (
-            f"no batches in pass {pass_index}: the {self.kind} given to {self._caller} "
-            f"yielded nothing this time{asked}. {self._again()}"
+    def warn_of_growth(self, place: str, rows: int, before: int) -> None:
+        """Warns once of a batch that is larger than those before."""
+        self._warn(
+            f"{place} has {rows} rows, the ones before had {before}: every larger "
+            "batch compiles once more. Let the first batch be the largest, or yield "
+            "batches of one size."
         )
 
-    def _again(self) -> str:
-        return self._stream.again or (
-            "Pass something that can be read again and again: a list, a loader, or "
-            f"the function that makes the batches, "
-            f"{call_text('make_batches', self._caller)} not "
-            f"{call_text('make_batches()', self._caller)}."
-        )
+    def _warn(self, text: str) -> None:
+        if not self._warned:
+            warnings.warn(text, UserWarning, stacklevel=2)
+            self._warned = True
+
+    def _shapes_of(self, batch: Batch) -> tuple[tuple[int, ...], ...]:
+        """Returns the shapes that a program is compiled for, without the rows."""
+        first = 0 if self._form.size is not None else 1
+        return tuple(leaf.shape[first:] for leaf in jax.tree.leaves(batch))
 
 
 def _signature(batch: Batch) -> tuple[Any, ...]:

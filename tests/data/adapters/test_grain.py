@@ -14,7 +14,7 @@ from flaxfit._core.errors import DataError
 from flaxfit._core.types import CallSpec
 from flaxfit.data import Examples
 from flaxfit.data.binding.binding import Binding
-from flaxfit.data.sources import stream_source
+from flaxfit.data.sources import position
 
 grain = pytest.importorskip("grain")
 
@@ -182,7 +182,7 @@ def test_none_in_other_places_is_refused():
 @pytest.mark.parametrize("seconds", [0, 1e9])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_new_source_goes_on_in_mid_pass(kind, seconds, monkeypatch):
-    monkeypatch.setattr(stream_source, "_SECONDS_BETWEEN_BOOKMARKS", seconds)
+    monkeypatch.setattr(position, "_SECONDS_BETWEEN_MARKS", seconds)
 
     def batches_from(dataset, start, bookmark):
         source = source_of(dataset, **size_for(kind))
@@ -211,7 +211,7 @@ def test_a_new_source_goes_on_in_mid_pass(kind, seconds, monkeypatch):
 
 @pytest.mark.parametrize("how", [{}, {"threads": 2}], ids=str)
 def test_examples_in_order_go_on_with_their_own_random_numbers(how, monkeypatch):
-    monkeypatch.setattr(stream_source, "_SECONDS_BETWEEN_BOOKMARKS", 0)
+    monkeypatch.setattr(position, "_SECONDS_BETWEEN_MARKS", 0)
 
     def source():
         examples = Examples(in_threads(shuffled()), jitter, **how)
@@ -228,7 +228,7 @@ def test_examples_in_order_go_on_with_their_own_random_numbers(how, monkeypatch)
 
 
 def test_an_iterator_goes_on_where_another_stood(monkeypatch):
-    monkeypatch.setattr(stream_source, "_SECONDS_BETWEEN_BOOKMARKS", 0)
+    monkeypatch.setattr(position, "_SECONDS_BETWEEN_MARKS", 0)
     for make in (lambda: in_threads(shuffled()).batch(4), loader):
         source = source_of(iter(make()), steps=6)
         assert source.one_shot

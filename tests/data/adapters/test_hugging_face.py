@@ -342,9 +342,7 @@ def batched(rows):
 )
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_a_stream_is_entered_in_the_middle(change, size, monkeypatch):
-    monkeypatch.setattr(
-        "flaxfit.data.sources.stream_source._SECONDS_BETWEEN_BOOKMARKS", 0.0
-    )
+    monkeypatch.setattr("flaxfit.data.sources.position._SECONDS_BETWEEN_MARKS", 0.0)
 
     def source():
         stream = change(table().to_iterable_dataset(num_shards=2))
@@ -363,9 +361,7 @@ def test_a_stream_is_entered_in_the_middle(change, size, monkeypatch):
 
 
 def test_a_stream_that_two_read_is_read_past(monkeypatch):
-    monkeypatch.setattr(
-        "flaxfit.data.sources.stream_source._SECONDS_BETWEEN_BOOKMARKS", 0.0
-    )
+    monkeypatch.setattr("flaxfit.data.sources.position._SECONDS_BETWEEN_MARKS", 0.0)
     stream = table().to_iterable_dataset()
     first, second = (source_of(stream, batch_size=4) for _ in range(2))
     batches = first.batches(1)

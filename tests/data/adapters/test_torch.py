@@ -390,9 +390,7 @@ class Stateful(data.DataLoader):
 
 
 def test_a_loader_with_a_state_is_entered_in_the_middle(monkeypatch):
-    monkeypatch.setattr(
-        "flaxfit.data.sources.stream_source._SECONDS_BETWEEN_BOOKMARKS", 0.0
-    )
+    monkeypatch.setattr("flaxfit.data.sources.position._SECONDS_BETWEEN_MARKS", 0.0)
     source = source_of(Stateful(Rows()))
     batches = source.batches(1)
     read = [next(batches).targets.tolist() for _ in range(2)]
@@ -416,9 +414,7 @@ def test_a_loader_of_torchdata_goes_on_with_the_draws_of_its_items(
     options, monkeypatch
 ):
     loaders = pytest.importorskip("torchdata.stateful_dataloader")
-    monkeypatch.setattr(
-        "flaxfit.data.sources.stream_source._SECONDS_BETWEEN_BOOKMARKS", 0.0
-    )
+    monkeypatch.setattr("flaxfit.data.sources.position._SECONDS_BETWEEN_MARKS", 0.0)
 
     class Drawn(data.Dataset):
         def __len__(self):

@@ -451,11 +451,11 @@ def test_split_keeps_what_was_understood():
     table = DF.assign(city="x")
     chosen = Binding(ONE.call, inputs=["c", "a"])
     train, validation = split_data(table, None, None, 0.5, binding=chosen)
-    assert train.unused == validation.unused == ("b", "city")
-    assert train.facts.columns == Columns((("c", "a"),), "label")
+    assert train.x.unused == validation.x.unused == ("b", "city")
+    assert train.x.facts.columns == Columns((("c", "a"),), "label")
     whole = as_whole(table, binding=chosen)
     np.testing.assert_array_equal(
-        validation.batch.inputs[0], whole.batch.inputs[0][10:]
+        validation.x.batch.inputs[0], whole.batch.inputs[0][10:]
     )
 
 

@@ -245,7 +245,10 @@ def test_what_is_on_the_host_is_checked_beside_what_is_on_a_device():
         yield jnp.asarray(X[4:8]), Y[4:8]
         yield X[8:], jnp.asarray(Y[8:])
 
-    rows(source_of(batches, check=check))
+    source = source_of(batches)
+    source.check(check)
+    assert seen.pop() == (0, 0)
+    rows(source)
     assert seen == [(0, 0), (0, 4), (16, 0)]
 
 
@@ -417,9 +420,8 @@ def test_check_is_called_with_real_rows_of_every_batch():
         if batch.targets.max() > 8:
             raise DataError("targets hold 9")
 
-    source = source_of(make_batches, check=check)
-    assert seen == []
-    source.check()
+    source = source_of(make_batches)
+    source.check(check)
     assert seen.pop() == 4
     with pytest.raises(DataError, match="batch 2 of pass 0: targets hold 9"):
         rows(source)

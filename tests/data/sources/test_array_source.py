@@ -290,10 +290,10 @@ def test_a_first_batch_of_weight_zero_is_fine():
 
 def test_check_sees_all_rows_and_only_when_asked():
     seen = []
-    source = as_source(X, Y, binding=ONE, batch_size=4, check=seen.append)
+    source = as_source(X, Y, binding=ONE, batch_size=4)
     rows(source)
     assert seen == []
-    source.check()
+    source.check(seen.append)
     assert [batch.targets.tolist() for batch in seen] == [Y.tolist()]
     assert seen[0].weights.tolist() == [1] * 10
 
@@ -365,5 +365,5 @@ def test_predict_refuses_a_list_of_examples():
 def test_as_batch_is_whole_and_has_weights():
     batch = as_whole(X, Y, binding=ONE).batch
     assert (len(batch.targets), batch.weights.tolist()) == (10, [1] * 10)
-    with pytest.raises(ValueError, match=r"not a list: .*next\(iter\(dataset\)\)"):
+    with pytest.raises(ValueError, match=r"not a dataset.*next\(iter\(dataset\)\)"):
         as_whole([(X, Y)], binding=ONE)

@@ -8,7 +8,7 @@ from helpers.sources import as_source
 
 from flaxfit._core.types import CallSpec
 from flaxfit.data.binding.binding import Binding
-from flaxfit.data.sources import stream_source
+from flaxfit.data.sources import position
 from flaxfit.data.sources.position import Bookmarks, Position, epochs_of
 
 BINDING = Binding(CallSpec(("x",), (), ("x",)))
@@ -74,7 +74,7 @@ def stopped_at(source, steps, position):
 
 @pytest.fixture(params=[0.0, 60.0], ids=["every batch noted", "the first batch noted"])
 def seconds(request, monkeypatch):
-    monkeypatch.setattr(stream_source, "_SECONDS_BETWEEN_BOOKMARKS", request.param)
+    monkeypatch.setattr(position, "_SECONDS_BETWEEN_MARKS", request.param)
     return request.param
 
 
@@ -98,7 +98,7 @@ def test_every_position_goes_on_with_what_was_to_come(steps, epoch, batch, secon
 
 
 def test_a_bookmark_saves_the_reading_of_what_was_trained_on(monkeypatch):
-    monkeypatch.setattr(stream_source, "_SECONDS_BETWEEN_BOOKMARKS", 0.0)
+    monkeypatch.setattr(position, "_SECONDS_BETWEEN_MARKS", 0.0)
     mark = stopped_at(source_of(Loader()), None, Position(0, 4))
     assert mark["state"] == {"next": 4}
     loader = Loader()
