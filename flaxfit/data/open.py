@@ -225,8 +225,8 @@ def one_batch(
       ValueError: another dataset.
     """
     if not isinstance(dataset, Arrays):
-        ready = isinstance(dataset, Stream) and dataset.examples is None
-        if not ready or dataset.num_batches != 1:
+        batches = dataset if isinstance(dataset, Stream) else None
+        if batches is None or batches.examples or batches.num_batches != 1:
             raise UsageError(
                 f"{caller()} takes one batch of arrays, not a dataset ({dataset.kind})",
                 write="x, y = next(iter(dataset)) for its first batch",
