@@ -455,7 +455,7 @@ def test_losses_that_do_not_fit_the_outputs(loss, weights, match):
 
 def test_losses_and_targets_nested_differently():
     array = shaped((4, 2))
-    with pytest.raises(ValueError, match="for a single loss. Write one number"):
+    with pytest.raises(ValueError, match=r"for a single loss\. Write one number"):
         resolve("mse", array, array, {"a": 1.0})
     with pytest.raises(ValueError, match="ignore_label of f needs one array"):
         mine = Loss(lambda o, t: o, ignore_label=0, name="f")
