@@ -175,9 +175,9 @@ def look_up(fn: LossFn | str) -> tuple[str | None, LossSpec]:
         raise UsageTypeError(f"loss is the class {fn.__name__}", write=_call(fn))
     if not callable(fn):
         raise UsageTypeError(
-            f"Got a loss of type {type(fn).__name__}",
-            "Expected a name or a function (outputs, targets) -> float[batch]",
-            "Loss('squared_error')",
+            f"A loss is a name or a function (outputs, targets) -> float[batch], not "
+            f"{type(fn).__name__}",
+            write="Loss('squared_error')",
         )
     known = _known_name(fn)
     if known is not None:

@@ -142,8 +142,8 @@ def _check_distribution(loss: Loss, targets: Any, where: str, weights: Any) -> N
     raise DataError(
         f"The targets{where} hold {held} at row {_first_row(bad)}; {loss.name} takes "
         "one-hot rows or probabilities of classes",
-        "one_hot returns such a row for a label out of range: pass the labels, "
-        "y.astype('int32'), or give rows that do not count sample_weight 0",
+        "one_hot returns such a row for a label out of range: pass the labels "
+        "themselves, y.astype('int32'), or give rows that do not count sample_weight 0",
     )
 
 
