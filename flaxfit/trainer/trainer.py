@@ -857,8 +857,8 @@ class Trainer:
     def init(self, batch: Any) -> TrainState:
         """Returns a fresh state for batches like `batch`, at step 0.
 
-        Parameters equal those of `module.init(jax.random.key(seed), …)`. The
-        trainer's own state is left alone.
+        Parameters equal those of `module.init(jax.random.key(seed), …)`, up to
+        rounding of the last bit. The trainer's own state is left alone.
 
         Args:
           batch: `(x, y)`, `(x, y, weights)` or a dict of arrays, or a `Batch`.
