@@ -364,7 +364,7 @@ def test_wrong_metrics_for_the_loss():
     with pytest.raises(ValueError, match="needs targets"):
         resolve("accuracy", lambda o, t: o, o, None)
     pair = {"a": o, "b": o}
-    with pytest.raises(ValueError, match=r"write metrics=\{'a': 'mae'\}"):
+    with pytest.raises(ValueError, match=r"Write metrics=\{'a': 'mae'\}"):
         resolve("mae", lambda o, t: o["a"], pair, t)
     with pytest.raises(ValueError, match=r"also \['bb'\]"):
         resolve({"a": "mae", "bb": "mae"}, "mse", pair, t)

@@ -1,7 +1,6 @@
-import functools
-
 """Every trap of linen, with no argument but the model, against a hand-written step."""
 
+import functools
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
