@@ -4,10 +4,10 @@ import os
 import signal
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from helpers.models import Linear
 
 from flaxfit import Callback, Trainer
 from flaxfit._core.errors import DataError
@@ -25,13 +25,6 @@ COLUMNS = {
 }
 BINDING = Binding(CallSpec(("x",), (), ("x",)))
 FORMS = ("tuple", "dict", "weighted tuple", "weighted dict")
-
-
-class Net(nn.Module):
-    @nn.compact
-    def __call__(self, x, train: bool):
-        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x))
-        return nn.Dense(3)(nn.Dropout(0.2, deterministic=not train)(nn.relu(x)))
 
 
 # ---------------------------------------------------------------- the kinds of data
@@ -373,7 +366,7 @@ class InterruptAt(Callback):
 
 
 def trained(name, folder, form, run=None, callbacks=(), epochs=2):
-    trainer = Trainer(Net(), metrics=["accuracy"])
+    trainer = Trainer(Linear(), metrics=["accuracy"])
     history = trainer.fit(
         made(name, folder, form),
         **options(name),
