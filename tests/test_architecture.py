@@ -339,7 +339,7 @@ for data in (
     trainer.fit(data, verbose=0)
 trainer.evaluate(batches, verbose=0), trainer.predict(batches, verbose=0)
 heavy = {"tensorflow", "tensorflow_datasets", "torch", "grain", "pandas", "polars",
-         "pyarrow", "datasets", "zarr", "h5py", "PIL"}
+         "pyarrow", "narwhals", "datasets", "zarr", "h5py", "PIL"}
 print(sorted(heavy & set(sys.modules)))
 """
     out = subprocess.run(

@@ -4,6 +4,7 @@ from typing import Any
 
 import flax.linen as nn
 
+from flaxfit._core.errors import UsageTypeError
 from flaxfit._core.types import CallSpec, Inputs, Model
 from flaxfit._models import linen
 from flaxfit._models.base import Adapted, Detected, ModelFamily, Overrides
@@ -20,19 +21,20 @@ def model_family(model: Any) -> ModelFamily:
     if isinstance(model, Model):
         return ModelFamily(_function_call_spec, _adapt_functions)
     if isinstance(model, type):
-        raise TypeError(
-            f"Trainer got the class {model.__name__}, not a module. Write "
-            f"Trainer({model.__name__}(...))."
+        raise UsageTypeError(
+            f"Trainer got the class {model.__name__}, not a module",
+            write=f"Trainer({model.__name__}(...))",
         )
     if any(base.__module__.startswith("flax.nnx") for base in type(model).__mro__):
-        raise TypeError(
+        raise UsageTypeError(
             f"{type(model).__name__} is a flax.nnx module, and this version trains "
-            f"flax.linen modules. Bring it as two pure functions: "
-            f"Trainer(flaxfit.Model(init, apply))."
+            "flax.linen modules",
+            write="Trainer(flaxfit.Model(init, apply)), of two pure functions",
         )
-    raise TypeError(
+    raise UsageTypeError(
         f"Trainer got a {type(model).__name__}; it takes a flax.linen module or "
-        f"flaxfit.Model(init, apply), e.g. Trainer(nn.Dense(10))."
+        "flaxfit.Model(init, apply)",
+        write="e.g. Trainer(nn.Dense(10))",
     )
 
 
@@ -53,6 +55,6 @@ def _adapt_functions(model: Model, inputs: Inputs, overrides: Overrides) -> Adap
         rngs=asked,
         eval_rngs=asked,
         train_flag="train=",
-        reasons={"rngs": "given as rngs=, or dropout", "train flag": "Model.apply's"},
+        reasons={"rngs": "given as rngs=, or dropout", "train flag": "of Model.apply"},
     )
     return Adapted(model, detected, lambda unused: "Model(init, apply)")

@@ -12,18 +12,18 @@ from flaxfit._core.types import Array, CallSpec, Inputs, Model
 
 @dataclass(frozen=True)
 class Detected:
-    """What was found out about a model.
+    """The properties detected in a model.
 
     Attributes:
       name: the module's class name.
-      carried: the collections that go from step to step.
-      sown: the collections that are only written in a call.
+      carried: the collections that are carried from step to step.
+      sown: the collections that a call only writes.
       rngs: the names of the RNG streams that training draws from or asks for.
       eval_rngs: those that evaluation draws from.
       train_flag: how training and evaluation differ, as the first line shows it.
       axis_names: the mapped axes the model asks for, bound to an axis of size 1.
-      vocabularies: the path of an input that is looked up in a table -> its rows.
-      reasons: for each item why it is as it is, for `Trainer.check`.
+      vocabularies: path of an input that is looked up in a table -> rows of the table.
+      reasons: the name of an item -> why it was detected, for `Trainer.check`.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Adapted(NamedTuple):
 
 @dataclass(frozen=True)
 class Overrides:
-    """What the user said instead of leaving it to detection (`"auto"`).
+    """Settings that the user gave in place of detection (`"auto"`).
 
     Attributes:
       train_flag: an argument or attribute name, `"not <name>"` where True means
@@ -62,7 +62,12 @@ class Overrides:
 
 
 class ModelFamily(NamedTuple):
-    """One library's two functions: what its call takes, and how it is adapted."""
+    """The two functions that adapt the models of one library.
+
+    Attributes:
+      call_spec: returns the inputs of a model's call.
+      adapt: returns the model as pure functions.
+    """
 
     call_spec: Callable[[Any, Overrides], CallSpec]
     adapt: Callable[[Any, Inputs, Overrides], Adapted]
@@ -71,10 +76,10 @@ class ModelFamily(NamedTuple):
 def stream_rngs(
     rng: Array, names: Iterable[str], step: Array | int | None = None
 ) -> dict[str, Array]:
-    """Returns a key of its own for every stream: a function of name and step.
+    """Returns a key for every stream: `fold_in(fold_in(rng, crc32(name)), step)`.
 
-    `fold_in(fold_in(rng, crc32(name)), step)`: a stream added later changes none
-    of the others, and no key has to be carried from step to step.
+    So a stream added later changes none of the others, and no key has to be carried
+    from step to step.
     """
     keys = {n: jax.random.fold_in(rng, zlib.crc32(n.encode())) for n in names}
     if step is None:

@@ -7,26 +7,26 @@ from flaxfit._core.types import Array, Inputs, Model, PyTree
 from flaxfit._models.base import Adapted
 
 
-def as_floats(inputs: Inputs) -> Inputs:
-    """Returns inputs in which every picture is `float32`, its bytes divided by 255.
+def scale_images(inputs: Inputs) -> Inputs:
+    """Returns inputs in which every image is `float32`, its bytes divided by 255.
 
-    A picture is `uint8[batch, height, width, ...]`; all else stays as it is.
+    An image is `uint8[batch, height, width, ...]`; other inputs stay as they are.
     """
-    floats: Inputs = jax.tree.map(_as_float, inputs)
-    return floats
+    scaled: Inputs = jax.tree.map(_scale, inputs)
+    return scaled
 
 
-def has_pictures(inputs: Inputs) -> bool:
+def has_images(inputs: Inputs) -> bool:
     """Whether any of the inputs is `uint8[batch, height, width, ...]`."""
-    return any(map(_is_picture, jax.tree.leaves(inputs)))
+    return any(map(_is_image, jax.tree.leaves(inputs)))
 
 
-def given_floats(adapted: Adapted) -> Adapted:
-    """Returns the model that scales pictures before it is called with them."""
+def with_scaled_images(adapted: Adapted) -> Adapted:
+    """Returns the model, which now scales images before it is called with them."""
     model = adapted.model
 
     def init(rng: Array, inputs: Inputs) -> tuple[PyTree, dict[str, PyTree]]:
-        return model.init(rng, as_floats(inputs))
+        return model.init(rng, scale_images(inputs))
 
     def apply(
         params: PyTree,
@@ -34,14 +34,14 @@ def given_floats(adapted: Adapted) -> Adapted:
         inputs: Inputs,
         **options: object,
     ) -> tuple[PyTree, dict[str, PyTree], dict[str, PyTree]]:
-        return model.apply(params, collections, as_floats(inputs), **options)  # type: ignore[arg-type]
+        return model.apply(params, collections, scale_images(inputs), **options)  # type: ignore[arg-type]
 
     return adapted._replace(model=Model(init, apply))
 
 
-def _is_picture(leaf: Array) -> bool:
+def _is_image(leaf: Array) -> bool:
     return leaf.dtype == jnp.uint8 and leaf.ndim >= 3
 
 
-def _as_float(leaf: Array) -> Array:
-    return leaf.astype(jnp.float32) / 255 if _is_picture(leaf) else leaf
+def _scale(leaf: Array) -> Array:
+    return leaf.astype(jnp.float32) / 255 if _is_image(leaf) else leaf

@@ -1,13 +1,10 @@
 """Adapts Flax linen modules; detection uses abstract traces only."""
 
-import contextlib
 import inspect
 import re
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import flax.core
 import flax.errors
@@ -28,15 +25,22 @@ from flaxfit._models.linen_flag import (
 )
 from flaxfit._models.linen_summary import layer_table
 
-# Written by convention, never state: a `sow` that reduces keeps its shape.
+# By convention never state, although a `sow` that reduces keeps its shape as well.
 NEVER_CARRIED = frozenset({"losses", "metrics", "intermediates", "perturbations"})
 _MAX_TRACES = 32
-_ONE_AT_A_TIME = threading.RLock()  # flax's Scope is the same in all threads
 
 
 @dataclass
-class Probe:
-    """What the abstract traces have learnt so far; local to one detection."""
+class Findings:
+    """What the abstract traces have found so far; local to one detection.
+
+    Attributes:
+      rngs: the streams to supply in training.
+      eval_rngs: the streams to supply in evaluation.
+      axis_names: the mapped axes the module asks for.
+      moded_layers: the types of layers that need a train flag.
+      vocabularies: see `Detected`.
+    """
 
     rngs: set[str] = field(default_factory=set)
     eval_rngs: set[str] = field(default_factory=set)
@@ -78,28 +82,27 @@ def adapt(module: nn.Module, inputs: Inputs, overrides: Overrides) -> Adapted:
       DetectionError: BatchNorm or Dropout without a train flag.
     """
     flag = find_train_flag(module, overrides)
-    probe = Probe()
+    found = Findings()
     if not isinstance(overrides.rngs, str):
-        probe.rngs.update(overrides.rngs)
-    traced = _trace_until_known(module, inputs, flag, probe)
-    if flag.name == "none" and overrides.train_flag == "auto" and probe.moded_layers:
-        raise no_flag_error(module, probe.moded_layers)
-    initial, after_train = traced
+        found.rngs.update(overrides.rngs)
+    initial, after_train = _trace_until_known(module, inputs, flag, found)
+    if flag.name == "none" and overrides.train_flag == "auto" and found.moded_layers:
+        raise no_flag_error(module, found.moded_layers)
     carried = _carried(initial, after_train, overrides)
     written = set(initial) | set(after_train)
     sown = tuple(sorted(written - set(carried) - {"params"}))
-    rngs = tuple(sorted(probe.rngs))
-    model = _make_model(module, flag, carried, rngs, tuple(probe.axis_names))
+    rngs = tuple(sorted(found.rngs))
+    model = _make_model(module, flag, carried, rngs, tuple(found.axis_names))
     detected = Detected(
         name=type(module).__name__,
         carried=carried,
         sown=sown,
         rngs=rngs,
-        eval_rngs=tuple(sorted(probe.eval_rngs)),
+        eval_rngs=tuple(sorted(found.eval_rngs)),
         train_flag=flag.name,
-        axis_names=tuple(probe.axis_names),
-        vocabularies=probe.vocabularies,
-        reasons=_reasons(flag, probe, carried, sown),
+        axis_names=tuple(found.axis_names),
+        vocabularies=found.vocabularies,
+        reasons=_reasons(found, carried, sown),
     )
 
     def variables(inputs: Inputs) -> dict[str, PyTree]:
@@ -140,8 +143,8 @@ def _make_model(
 
 
 def _bind_axes(function: Callable[[], Any], axis_names: tuple[str, ...]) -> Any:
-    # Code from the pmap age names a mapped axis. One of size 1, over which
-    # nothing varies, changes no number: under jit the statistics are global.
+    # Modules written for pmap name a mapped axis. An axis of size 1 changes no
+    # number: under jit, statistics are global already.
     for name in axis_names:
         function = _bound(function, name)
     return function()
@@ -172,7 +175,7 @@ def _apply(
     with in_mode(module, flag, train) as (target, kwargs):
         args, named = call_arguments(target, inputs, kwargs)
         # Mutable in evaluation too: BatchNorm under `nn.scan` needs it, and a
-        # module may count its calls. Whoever evaluates drops what comes back.
+        # module may count its calls. The evaluation step drops the result.
         outputs, updated = target.apply(
             variables,
             *args,
@@ -184,156 +187,120 @@ def _apply(
 
 
 def _trace_until_known(
-    module: nn.Module, inputs: Inputs, flag: TrainFlag, probe: Probe
+    module: nn.Module, inputs: Inputs, flag: TrainFlag, found: Findings
 ) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
     """Traces init, train and eval abstractly, learning from each refusal."""
 
     def trace(inputs: Inputs) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
-        key = jax.random.key(0)
-        # "params" stands in for every stream that is not known yet.
-        streams = dict.fromkeys((*probe.rngs, "params"), key)
-        eval_streams = dict.fromkeys((*probe.eval_rngs, "params"), key)
-        axes = tuple(probe.axis_names)
-        initial = _bind_axes(lambda: _init(module, flag, inputs, streams), axes)
-        variables = {n: v for n, v in initial.items() if n not in NEVER_CARRIED}
-        with (
-            nn.intercept_methods(_note_vocabularies(probe, inputs)),
-            _noting_streams(drawn=probe.rngs, asked=probe.rngs),
-        ):
-            _, after_train = _bind_axes(
-                lambda: _apply(module, flag, variables, inputs, True, streams), axes
-            )
-        # In evaluation a stream that is only asked for stays out: it may be there
-        # to tell training from evaluation.
-        with _noting_streams(drawn=probe.eval_rngs, asked=set()):
-            _bind_axes(
-                lambda: _apply(module, flag, variables, inputs, False, eval_streams),
-                axes,
-            )
+        key, axes = jax.random.key(0), tuple(found.axis_names)
+
+        def call(train: bool, drawn: set[str], asked: set[str]) -> dict[str, PyTree]:
+            streams = dict.fromkeys(drawn, key)
+            with nn.intercept_methods(_note_streams(drawn, asked)):
+                _, updated = _bind_axes(
+                    lambda: _apply(module, flag, variables, inputs, train, streams),
+                    axes,
+                )
+            return updated
+
+        with nn.intercept_methods(_note_layers(found, inputs)):
+            # Only init gets a stream "params": elsewhere it would stand in for streams
+            # that are missing, e.g. give all rows of an `nn.vmap` one mask.
+            streams = dict.fromkeys((*found.rngs, "params"), key)
+            initial = _bind_axes(lambda: _init(module, flag, inputs, streams), axes)
+            variables = {n: v for n, v in initial.items() if n not in NEVER_CARRIED}
+            after_train = call(True, found.rngs, asked=found.rngs)
+            # In evaluation a stream that is only asked for is not supplied: the model
+            # may tell training from evaluation by it.
+            call(False, found.eval_rngs, asked=set())
         return initial, after_train
 
     for _ in range(_MAX_TRACES):
-        known = (set(probe.rngs), set(probe.eval_rngs))
+        known = (set(found.rngs), set(found.eval_rngs))
         try:
-            with nn.intercept_methods(_note_moded_layers(probe)):
-                # A function of its own each time: jax remembers what it has traced.
-                traced = jax.eval_shape(lambda x: trace(x), inputs)
+            # A new function each time, as jax caches traces by function.
+            traced = jax.eval_shape(lambda x: trace(x), inputs)
         except NameError as error:
-            names = probe.axis_names
+            names = found.axis_names
             names.append(_new_name(r"unbound axis name:? (\w+)", error, names))
+        except flax.errors.InvalidRngError as error:
+            # A missing stream was noted, unless a function inside of a lifted transform
+            # draws from it. A supplied stream is missing where such a transform drops
+            # it: that is an error of the model.
+            if known == (found.rngs, found.eval_rngs):
+                both = found.rngs & found.eval_rngs
+                name = _new_name(r'PRNG for "(.+)"', error, both)
+                (found.eval_rngs if name in found.rngs else found.rngs).add(name)
         except ValueError as error:
             unset = "must be passed to the constructor or at call time" in str(error)
             if unset and flag.name == "none":
-                raise no_flag_error(module, probe.moded_layers) from error
+                raise no_flag_error(module, found.moded_layers) from error
             raise
         else:
-            # A stream that is there may open the way to others.
-            if known == (probe.rngs, probe.eval_rngs):
-                _keep_params_if_drawn(module, flag, inputs, probe, traced[0])
+            # With a stream supplied, the model may draw from others.
+            if known == (found.rngs, found.eval_rngs):
                 return traced
     raise DetectionError(  # pragma: no cover - more streams than anyone names
         f"{type(module).__name__} asks for more than {_MAX_TRACES} RNG streams and "
-        f"axis names; name the streams: Trainer(model, rngs=[...])."
+        "axis names",
+        write="Trainer(model, rngs=[...]), which names the streams",
     )
 
 
-def _keep_params_if_drawn(
-    module: nn.Module,
-    flag: TrainFlag,
-    inputs: Inputs,
-    probe: Probe,
-    initial: dict[str, PyTree],
-) -> None:
-    """Drops the stream "params" where nothing but a lifted transform touched it.
+def _note_streams(drawn: set[str], asked: set[str]) -> Callable[..., Any]:
+    """Notes the streams a call draws from (`make_rng`) or asks for (`has_rng`).
 
-    Supplied without need it would stand in for streams that are not, e.g. give all
-    rows of an `nn.vmap` one mask.
+    It misses a function inside of a lifted transform that asks the module it is given
+    before it calls a method of it.
     """
-    variables = {n: v for n, v in initial.items() if n not in NEVER_CARRIED}
-    for train, streams in ((True, probe.rngs), (False, probe.eval_rngs)):
-        if "params" not in streams:
-            continue
-        streams.discard("params")
 
-        def trace(variables: PyTree, inputs: Inputs, train: bool = train) -> Any:
-            names = probe.rngs if train else probe.eval_rngs
-            rngs = dict.fromkeys(names, jax.random.key(0))
-            return _bind_axes(
-                lambda: _apply(module, flag, variables, inputs, train, rngs),
-                tuple(probe.axis_names),
-            )
-
-        try:
-            jax.eval_shape(trace, variables, inputs)
-        except flax.errors.InvalidRngError as error:
-            if 'PRNG for "params"' not in str(error):
-                raise
-            streams.add("params")
-
-
-@contextlib.contextmanager
-def _noting_streams(drawn: set[str], asked: set[str]) -> Iterator[None]:
-    """Notes the streams a call draws from (`make_rng`) or asks for (`has_rng`)."""
-    scope, thread = flax.core.Scope, threading.get_ident()
-    make, has = scope.make_rng, scope.has_rng
-    drawing: list[str] = []
-
-    def make_rng(self: Any, name: str = "params") -> Any:
-        if threading.get_ident() != thread:
-            return make(self, name)
-        drawn.add(name)
-        drawing.append(name)  # flax asks for the stream, and for "params" in its place
-        try:
-            return make(self, name)
-        finally:
-            drawing.pop()
-
-    def has_rng(self: Any, name: str) -> bool:
-        if not drawing and threading.get_ident() == thread:
-            asked.add(name)
-        return bool(has(self, name))
-
-    with _ONE_AT_A_TIME, mock.patch.multiple(scope, make_rng=make_rng, has_rng=has_rng):
-        yield
-
-
-def _new_name(pattern: str, error: Exception, known: Any) -> str:
-    found = re.search(pattern, str(error))
-    if found is None or found[1] in known:
-        raise error
-    return found[1]
-
-
-def _note_moded_layers(probe: Probe) -> Callable[..., Any]:
     def note(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
-        drops = isinstance(module, nn.Dropout) and module.rate > 0
-        if drops or isinstance(module, nn.BatchNorm):
-            probe.moded_layers.add(type(module).__name__)
-        elif getattr(module, "dropout_rate", 0) and hasattr(module, "deterministic"):
-            probe.moded_layers.add(type(module).__name__)
+
+        def make_rng(name: str = "params") -> Any:
+            drawn.add(name)
+            return type(module).make_rng(module, name)
+
+        def has_rng(name: str) -> bool:
+            asked.add(name)
+            return bool(type(module).has_rng(module, name))
+
+        # Flax calls a copy of the user's module, made for this one call.
+        vars(module).update(make_rng=make_rng, has_rng=has_rng)
         return next_fun(*args, **kwargs)
 
     return note
 
 
-def _note_vocabularies(probe: Probe, inputs: Inputs) -> Callable[..., Any]:
-    """Notes which inputs go into an `nn.Embed` just as they came in.
+def _new_name(pattern: str, error: Exception, known: Any) -> str:
+    match = re.search(pattern, str(error))
+    if match is None or match[1] in known:
+        raise error
+    return match[1]
 
-    A token beyond its table is NaN, one below 0 a row from its end, both silently:
-    with the table's size known the data can be checked.
+
+def _note_layers(found: Findings, inputs: Inputs) -> Callable[..., Any]:
+    """Notes layers that need a train flag, and `nn.Embed`s of unchanged inputs.
+
+    For a token beyond its table an `nn.Embed` silently returns NaN, for a negative one
+    a row from the end. With the table's size known, the data can be checked.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(inputs)
 
     def note(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
+        rate = module.rate if isinstance(module, nn.Dropout) else 0
+        if hasattr(module, "deterministic"):  # attention layers
+            rate = rate or getattr(module, "dropout_rate", 0)
+        if rate or isinstance(module, nn.BatchNorm):
+            found.moded_layers.add(type(module).__name__)
         if isinstance(module, nn.Embed) and context.method_name == "__call__":
             tokens = args[0] if args else kwargs.get("inputs")
             for path, leaf in leaves:
                 if leaf is tokens:
                     name = jax.tree_util.keystr(path, simple=True, separator="/")
-                    rows = probe.vocabularies.get(name, module.num_embeddings)
-                    probe.vocabularies[name] = min(rows, module.num_embeddings)
+                    rows = found.vocabularies.get(name, module.num_embeddings)
+                    found.vocabularies[name] = min(rows, module.num_embeddings)
         return next_fun(*args, **kwargs)
 
     return note
@@ -342,19 +309,19 @@ def _note_vocabularies(probe: Probe, inputs: Inputs) -> Callable[..., Any]:
 def _carried(
     initial: dict[str, PyTree], after: dict[str, PyTree], overrides: Overrides
 ) -> tuple[str, ...]:
-    found = set(initial) - {"params"}
+    made = set(initial) - {"params"}
     if not isinstance(overrides.collections, str):
         asked = tuple(overrides.collections)
-        if missing := sorted(set(asked) - found):
+        if missing := sorted(set(asked) - made):
             raise DetectionError(
                 f"collections={list(asked)}: the model's init makes no "
-                f"{', '.join(map(repr, missing))}; it makes {sorted(found)}."
+                f"{', '.join(map(repr, missing))}; it makes {sorted(made)}"
             )
         return tuple(sorted(asked))
     return tuple(
         sorted(
             name
-            for name in found - NEVER_CARRIED
+            for name in made - NEVER_CARRIED
             if name in after and _same_form(initial[name], after[name])
         )
     )
@@ -369,21 +336,20 @@ def _same_form(a: PyTree, b: PyTree) -> bool:
 
 
 def _reasons(
-    flag: TrainFlag, probe: Probe, carried: tuple[str, ...], sown: tuple[str, ...]
+    found: Findings, carried: tuple[str, ...], sown: tuple[str, ...]
 ) -> dict[str, str]:
+    layers = ", ".join(sorted(found.moded_layers))
     return {
-        "collections": "carried: init makes them and a call returns them in the same "
-        "form"
+        "collections": "init makes them, and a call returns them in the same form"
         if carried
         else "init makes nothing but params that a call returns in the same form",
-        "sown": "written by the call, not read: losses join the loss, metrics are "
-        "logged"
+        "sown": "a call writes them: losses join the loss, metrics are logged"
         if sown
-        else "the call writes no other collection",
-        "rngs": "streams that a call in training asked for"
-        if probe.rngs
-        else "no call asked for a random stream",
-        "train flag": f"layers that need one: {', '.join(sorted(probe.moded_layers))}"
-        if probe.moded_layers
+        else "a call writes no other collection",
+        "rngs": "a call in training asks for them"
+        if found.rngs
+        else "no call asks for a random stream",
+        "train flag": f"layers that need one: {layers}"
+        if layers
         else "no BatchNorm or Dropout found",
     }

@@ -12,7 +12,7 @@ from flaxfit._core.errors import DetectionError
 from flaxfit._core.types import Inputs
 from flaxfit._models.base import Overrides
 
-# Name -> whether True means evaluation; in the order they are looked for.
+# Name -> whether True means evaluation, in the order of the search.
 FLAGS: Mapping[str, bool] = MappingProxyType(
     {
         "train": False,
@@ -25,15 +25,15 @@ FLAGS: Mapping[str, bool] = MappingProxyType(
 
 
 class TrainFlag(NamedTuple):
-    """How one module is put into training or evaluation.
+    """How to put one module into training or evaluation.
 
     Attributes:
       name: the flag's name, for messages.
-      arguments: call arguments to set -> whether True means evaluation.
-      attributes: module attributes to set -> likewise.
+      arguments: call arguments to set, each with whether True means evaluation.
+      attributes: module attributes to set, likewise.
       cleared: attributes to set to None because the argument decides.
-      layers: set the flag on the layers that leave it unset.
-      function: the user's own `(module, train) -> module`.
+      layers: whether to set the flag on the layers that leave it unset.
+      function: the user's function `(module, train) -> module`.
     """
 
     name: str
@@ -45,10 +45,10 @@ class TrainFlag(NamedTuple):
 
 
 def find_train_flag(module: nn.Module, overrides: Overrides) -> TrainFlag:
-    """Returns how the module tells training from evaluation; see DESIGN of `FLAGS`.
+    """Returns how the module tells training from evaluation.
 
     Raises:
-      DetectionError: a named flag is neither argument nor attribute.
+      DetectionError: a flag that the user named is neither argument nor attribute.
     """
     asked = overrides.train_flag
     if callable(asked):
@@ -73,10 +73,11 @@ def find_train_flag(module: nn.Module, overrides: Overrides) -> TrainFlag:
             raise DetectionError(
                 f"train_flag={asked!r}: {type(module).__name__} has no such argument "
                 f"of __call__ ({', '.join(parameters) or 'no arguments'}) and no such "
-                f"attribute. Write the name it has, train_flag=None if it has none, "
-                f"or train_flag=lambda module, train: module.clone(...)."
+                "attribute",
+                write="the name it has, train_flag=None if it has none, or "
+                "train_flag=lambda module, train: module.clone(...)",
             )
-    # All that there are are set: one left alone would contradict the others.
+    # Every flag found is set; one left unset could contradict the others.
     arguments = [
         n for i, n in enumerate(in_call) if not i or parameters[n].default is not None
     ]
@@ -86,7 +87,7 @@ def find_train_flag(module: nn.Module, overrides: Overrides) -> TrainFlag:
         ", ".join(names) or "none",
         arguments=tuple((n, inverted[n]) for n in arguments),
         attributes=tuple((n, inverted[n]) for n in attributes),
-        # `nn.merge_param` refuses a flag that is given twice.
+        # `nn.merge_param` refuses a flag given as both.
         cleared=tuple(
             n
             for n in arguments
@@ -143,8 +144,8 @@ def call_arguments(
     """Returns the positional and named arguments of a call, its flags included."""
     if isinstance(inputs, dict):
         return (), {**inputs, **flags}
-    # By position where the flag comes next: `nn.remat(..., static_argnums=...)`
-    # can keep only a positional argument out of the trace.
+    # Flags that come next go by position: `nn.remat(..., static_argnums=...)` can keep
+    # only a positional argument out of the trace.
     args, named = list(inputs), dict(flags)
     for parameter in list(parameters_of(module).values())[len(args) :]:
         by_position = parameter.kind is not inspect.Parameter.KEYWORD_ONLY
@@ -160,9 +161,10 @@ def no_flag_error(module: nn.Module, moded_layers: Iterable[str]) -> DetectionEr
     return DetectionError(
         f"{type(module).__name__} contains {layers}, but nothing tells training from "
         f"evaluation: its __call__ has none of the arguments {', '.join(FLAGS)}, and "
-        f"the module no such attribute. Add `train: bool` to __call__ and pass "
-        f"`use_running_average=not train`, `deterministic=not train` on; or say which "
-        f'it is: Trainer(model, train_flag="name") ("not name" where True means '
-        f'evaluation); train_flag="layers" to set every BatchNorm and Dropout that '
-        f"leaves it unset; train_flag=None to run it alike in both modes."
+        "the module no such attribute",
+        "Add `train: bool` to __call__ and pass `use_running_average=not train`, "
+        "`deterministic=not train` on",
+        'Trainer(model, train_flag="name") for a flag of another name ("not name" if '
+        'True means evaluation), train_flag="layers" to set it on every BatchNorm and '
+        "Dropout that leaves it unset, or train_flag=None to run alike in both modes",
     )

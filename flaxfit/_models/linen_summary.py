@@ -18,11 +18,11 @@ class _Layer(NamedTuple):
 
 
 def layer_table(init: Callable[[Inputs], Mapping[str, PyTree]], inputs: Inputs) -> str:
-    """Returns the table; everything is found by an abstract trace.
+    """Returns a table of the layers, found by an abstract trace.
 
     Args:
       init: makes the variables, `{"params": ..., ...}`; a column for each collection.
-      inputs: what the module is called with; shapes are enough.
+      inputs: the inputs of the call; shapes are enough.
     """
     layers: dict[tuple[str, ...], _Layer] = {}
 
@@ -56,7 +56,7 @@ def layer_table(init: Callable[[Inputs], Mapping[str, PyTree]], inputs: Inputs) 
 
 
 def _sizes(tree: PyTree, layers: Mapping[tuple[str, ...], _Layer]) -> dict[Any, int]:
-    """Returns how many numbers each layer holds itself, its inner layers left out."""
+    """Returns how many numbers each layer holds, without those of its inner layers."""
     sizes: dict[Any, int] = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         path = tuple(str(k.key) for k in keys if isinstance(k, jax.tree_util.DictKey))

@@ -12,7 +12,7 @@ from flaxfit._core.errors import DataError, DetectionError
 from flaxfit._core.tree_specs import differences, forms_of, listed, shapes_of
 from flaxfit._core.types import Batch, Inputs, PyTree, TrainState
 from flaxfit._models.base import Adapted, ModelFamily, Overrides
-from flaxfit._models.image_scaling import as_floats, given_floats
+from flaxfit._models.image_scaling import scale_images, with_scaled_images
 from flaxfit._programs.compile import (
     EpochAccumulators,
     Programs,
@@ -163,11 +163,11 @@ def resolve(
     example = shapes_of(example)
     key = jax.eval_shape(lambda: jax.random.key(settings.seed))
     scaled = settings.scale_images is True
-    seen = jax.eval_shape(as_floats, example.inputs) if scaled else example.inputs
+    seen = jax.eval_shape(scale_images, example.inputs) if scaled else example.inputs
     with noted(seen):
         adapted = known or family.adapt(model, seen, settings.overrides)
         if scaled and not known:
-            adapted = given_floats(adapted)
+            adapted = with_scaled_images(adapted)
         outputs = trace_outputs(adapted, key, example.inputs)
     rows = example.weights.shape[0]
     objective = resolve_objective(

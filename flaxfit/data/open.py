@@ -158,7 +158,7 @@ def as_source(
         multiple_of=multiple_of,
         structural=not callable(binding.inputs),
     )
-    source.facts = reader.told(source.facts)
+    source.facts = reader.with_table_info(source.facts)
     check_finite(source.example)
     return source
 
@@ -232,7 +232,7 @@ def as_inputs_source(
         multiple_of=multiple_of,
         structural=not callable(binding.inputs),
     )
-    source.facts = reader.told(source.facts)
+    source.facts = reader.with_table_info(source.facts)
     return source
 
 

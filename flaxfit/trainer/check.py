@@ -10,7 +10,7 @@ import numpy as np
 from flaxfit._core.tree_specs import describe_array
 from flaxfit._core.types import Batch, PyTree, TrainState
 from flaxfit._loops.host_reads import read
-from flaxfit._models.image_scaling import has_pictures
+from flaxfit._models.image_scaling import has_images
 from flaxfit._programs.placement import even_size
 from flaxfit._programs.resolve import ResolvedTask
 from flaxfit._reporting.display import (
@@ -108,7 +108,7 @@ def first_lines(
         lines.append(f"columns: {source.facts.table}")
     if class_names:
         lines.append(f"classes: {listed_classes(class_names)}")
-    if resolved.scaled and has_pictures(source.example.inputs):
+    if resolved.scaled and has_images(source.example.inputs):
         lines.append("pictures: uint8, divided by 255 on the device")
     if isinstance(resolved.example.inputs, dict) or len(resolved.example.inputs) > 1:
         lines.append(_inputs_text(resolved.example))

@@ -176,7 +176,7 @@ def f17_hostile(trials: int, seed: int, folder: Path) -> Outcome:
             path.write_bytes(data)
             fresh(_assert_harmless, path)
     source = Path(flaxfit.__file__).parent
-    # What processes send each other is no file, and of this one's own making.
+    # Its pickles are no files: they are made and read by flaxfit's own processes.
     files = set(source.rglob("*.py")) - {source / "data" / "datasets" / "processes.py"}
     for file in sorted(files):
         with tally.trial(f"the source of {file.name}"):

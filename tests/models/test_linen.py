@@ -320,23 +320,57 @@ def test_the_unbound_axis_message_of_jax_is_still_understood():
         jax.eval_shape(lambda x: jax.lax.pmean(x, "batch"), jnp.zeros(2))
 
 
-def test_streams_are_noted_where_flax_draws_them():
-    """The one place that reaches into flax; it must fail loudly if flax moves it."""
-    from flaxfit._models.linen import _noting_streams
+class _Asks(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        if self.has_rng("extra"):
+            x += 1
+        return x + jax.random.normal(self.make_rng("noise"), x.shape)
 
-    class Asks(nn.Module):
+
+class _AsksInside(nn.Module):
+    inner: nn.Module
+
+    def setup(self):
+        self.scale = self.has_rng("scale")
+
+    def __call__(self, x):
+        return nn.remat(lambda module, x: module(x))(self.inner, x)
+
+
+@pytest.mark.parametrize(
+    ("module", "asked"),
+    [(_Asks(), {"extra"}), (_AsksInside(_Asks()), {"extra", "scale"})],
+)
+def test_streams_are_noted_and_neither_flax_nor_the_module_is_changed(module, asked):
+    from flaxfit._models.linen import _note_streams
+
+    drawn, found, key = set(), set(), jax.random.key(0)
+    scope, modules = flax.core.Scope, (module, getattr(module, "inner", module))
+    before = vars(scope).copy(), vars(nn.Module).copy()
+    with nn.intercept_methods(_note_streams(drawn, found)):
+        module.apply({}, X, rngs={"params": key})
+    assert (drawn, found) == ({"noise"}, asked)
+    assert (vars(scope), vars(nn.Module)) == before
+    for each in modules:
+        assert "make_rng" not in vars(each) and "has_rng" not in vars(each)
+
+
+def test_a_stream_drawn_by_a_function_in_a_lifted_transform():
+    def noise(module, x):
+        return jax.random.normal(module.make_rng("noise"), x.shape)
+
+    class Lifted(nn.Module):
         @nn.compact
-        def __call__(self, x):
-            if self.has_rng("extra"):
-                x += 1
-            return x + jax.random.normal(self.make_rng("noise"), x.shape)
+        def __call__(self, x, train: bool):
+            if train:
+                x += nn.remat(noise)(self, x)
+            return nn.Dense(3)(nn.Dropout(0.5, deterministic=not train)(x))
 
-    drawn, asked, key = set(), set(), jax.random.key(0)
-    make, has = flax.core.Scope.make_rng, flax.core.Scope.has_rng
-    with _noting_streams(drawn, asked):
-        Asks().apply({}, X, rngs={"params": key})
-    assert (drawn, asked) == ({"noise"}, {"extra"})
-    assert (flax.core.Scope.make_rng, flax.core.Scope.has_rng) == (make, has)
+    trainer = Trainer(Lifted())
+    trainer.fit(X, Y, verbose=0)
+    detected = trainer._builder.resolved.adapted.detected
+    assert (detected.rngs, detected.eval_rngs) == (("dropout", "noise"), ())
 
 
 def test_a_stream_that_is_asked_for_is_there_in_training_only():

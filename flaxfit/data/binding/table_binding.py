@@ -1,7 +1,7 @@
 """Binds columns of a table to inputs, targets and weights.
 
-The first table decides; what it was read as is remembered, and every later one is read
-by the names of its columns, whatever their order.
+The first table decides; later tables are read by the same names of columns, whatever
+their order.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ _MOST_NAMES = 6
 
 
 class _Targets(NamedTuple):
-    """Targets, and what is remembered of them; see `Columns`."""
+    """Targets, and the facts about them to remember; see `Columns`."""
 
     values: PyTree = None
     names: Part | Mapping[str, Part] | None = None
@@ -59,11 +59,11 @@ def read_table(raw: Any, binding: Binding, *, targets: bool = True) -> Whole:
     Args:
       raw: the table, `(table, y)` or `(table, y, weights)`. Without `y`, the targets
         and weights are columns of the table.
-      binding: how data is read, and what earlier tables were read as.
+      binding: how data is read, and how earlier tables were read.
       targets: False to read inputs alone.
 
     Returns:
-      The examples; `facts.columns` is what to remember.
+      The examples; remember `facts.columns` for later tables.
 
     Raises:
       DataError: columns that are missing, without a number, ambiguous, or targets
@@ -87,7 +87,7 @@ def read_table(raw: Any, binding: Binding, *, targets: bool = True) -> Whole:
     found = _Targets()
     if targets and not whole:
         refuse_other_order(x, y, "y")
-        found = _apart(y, inputs, binding, known, parts_of)
+        found = _given_apart(y, inputs, binding, known, parts_of)
         _refuse_leak(table, y, found, parts_of)
     elif targets and taken is not None:
         found = _from_table(table, taken, inputs, binding)
@@ -119,7 +119,7 @@ class TableReader:
       targets: False to read inputs alone.
 
     Attributes:
-      unused: the columns of which nothing was read.
+      unused: the columns that were not read.
     """
 
     def __init__(self, binding: Binding, *, targets: bool = True) -> None:
@@ -136,15 +136,15 @@ class TableReader:
         self._table = whole.facts.table
         return whole.batch
 
-    def told(self, facts: Facts) -> Facts:
-        """Returns what a dataset says of itself with what its tables say."""
+    def with_table_info(self, facts: Facts) -> Facts:
+        """Returns the facts of a dataset with those of its tables."""
         columns = self._binding.columns
         names = facts.class_names or (columns.class_names if columns else ())
         return replace(facts, columns=columns, class_names=names, table=self._table)
 
 
 def holds_column(raw: Any) -> bool:
-    """Whether data is `(x, y)` or `(x, y, weights)` with a column or table as `y`."""
+    """Whether data is `(x, y)` or `(x, y, weights)` with a column or table for `y`."""
     if not isinstance(raw, tuple | list) or hasattr(raw, "_fields"):
         return False
     return 2 <= len(raw) <= 3 and (is_column(raw[1]) or is_table(raw[1]))
@@ -154,13 +154,13 @@ def read_column(raw: Any, binding: Binding) -> Whole:
     """Reads arrays with targets that `holds_column`.
 
     Raises:
-      DataError: targets that are text, have no value, or are none of the classes.
+      DataError: targets that are text, missing or of an unknown class.
     """
     x, y, weights = (*raw, None)[:3]
     refuse_inner_tables(x, "x")
     known = binding.columns or Columns()
     batch = binding.split((as_host(x), None, as_host(weights)))
-    found = _apart(y, batch.inputs, binding, known, known.inputs)
+    found = _given_apart(y, batch.inputs, binding, known, known.inputs)
     columns = Columns(None, found.names, found.axis, found.class_names)
     return Whole(
         batch.replace(targets=found.values),
@@ -169,39 +169,33 @@ def read_column(raw: Any, binding: Binding) -> Whole:
 
 
 def refuse_inner_tables(data: Any, where: str) -> None:
-    """Refuses tables inside of other data, whose columns would lose their names.
+    """Raises DataError for a table inside of other data.
 
-    Raises:
-      DataError: there is one.
+    Its columns would be read by their order, not by their names.
     """
     if is_table(data):
-        kind = type(data).__name__
         raise DataError(
-            f"{where} holds a {kind} beside other inputs, where the order of its "
-            "columns would count, and not their names. Give one table with all the "
-            "columns, and say which are which input: Trainer(model, inputs={'left': "
-            "['a', 'b'], 'right': ['c']}); or give arrays, df[['a', 'b']].to_numpy()."
+            f"{where} holds a {type(data).__name__} beside other inputs",
+            "Give one table with all the columns, or arrays, df[['a', 'b']].to_numpy()",
+            "Trainer(model, inputs={'left': ['a', 'b'], 'right': ['c']}) to name the "
+            "columns of each input",
         )
-    values: Sequence[Any] = ()
-    if isinstance(data, list) and not data:
-        return
-    if isinstance(data, Mapping):
-        values = list(data.values())
-    elif isinstance(data, tuple) or (isinstance(data, list) and is_table(data[0])):
-        values = data
-    for value in values:
-        refuse_inner_tables(value, where)
+    if isinstance(data, list):
+        data = tuple(data) if data and is_table(data[0]) else ()
+    values = data.values() if isinstance(data, Mapping) else data
+    if isinstance(data, Mapping | tuple):
+        for value in values:
+            refuse_inner_tables(value, where)
 
 
 def _target_names(
     table: Table, binding: Binding, known: Columns, whole: bool
 ) -> Part | Mapping[str, Part] | None:
-    """Returns the columns that are targets; those said may be missing."""
+    """Returns the columns that are targets; the user may name absent ones."""
     if known.targets is not None:
         return known.targets
-    said = binding.targets
-    if said is not None:
-        return _part(said)
+    if binding.targets is not None:
+        return _part(binding.targets)
     names = [n for n in TARGET_NAMES if n in table.names and whole]
     return next((n for n in names if n not in known.input_names), None)
 
@@ -216,20 +210,20 @@ def _choose(
     table: Table, free: Sequence[Name], binding: Binding
 ) -> tuple[Part, ...] | dict[str, Part]:
     """Finds the call's inputs among the columns that are `free`."""
-    call, said = binding.call, binding.inputs
-    if isinstance(said, Mapping):
-        return {name: _part(columns) for name, columns in said.items()}
-    if isinstance(said, str | int):
-        return (said,)
-    if said is not None:
-        columns = tuple(said)  # type: ignore[arg-type]
+    call, named_inputs = binding.call, binding.inputs
+    if isinstance(named_inputs, Mapping):
+        return {name: _part(columns) for name, columns in named_inputs.items()}
+    if isinstance(named_inputs, str | int):
+        return (named_inputs,)
+    if named_inputs is not None:
+        columns = tuple(named_inputs)  # type: ignore[arg-type]
         if _takes_one(call):
             return (columns,)
         by_name = all(name in call.names for name in columns)
         return {name: name for name in columns} if by_name else columns
     named = [name for name in call.names if name in free]
     complete = all(name in table.names for name in call.required)
-    sequential = not call.names and call.var_positional  # names none of its inputs
+    sequential = not call.names and call.var_positional  # nn.Sequential
     if call.var_keyword and complete and not sequential:
         return {str(name): name for name in (*call.required, *free)}
     if _takes_one(call):
@@ -252,76 +246,78 @@ def _takes_one(call: CallSpec) -> bool:
 def _unclear(
     table: Table, free: Sequence[Name], named: Sequence[Name], call: CallSpec
 ) -> DataError:
-    kind, columns = table.kind, listed(free)
     if not free:
         return DataError(
-            f"the {kind} has no column left for the inputs: {listed(table.names)} "
-            "are targets or weights."
+            f"the {table.kind} has no column left for the inputs: "
+            f"{listed(table.names)} are targets or weights"
         )
+    given = f"the {table.kind} has the columns {listed(free)}"
     if _takes_one(call):
         return DataError(
-            f"the model's call takes {listed(call.names)}, and the {kind} has a "
-            f"column {named[0]!r} among {columns}: is it the input, or all of them? "
-            f"Write Trainer(model, inputs={named[0]!r}) for that column alone, or "
-            f"Trainer(model, inputs={list(free)!r}) for a matrix of them."
+            f"{given}, and the model's call takes {listed(call.names)}",
+            f"The input may be {named[0]!r} or all of them",
+            f"Trainer(model, inputs={named[0]!r}) for that column alone, or "
+            f"Trainer(model, inputs={list(free)!r}) for a matrix of them",
         )
     example = {name: free[i % len(free)] for i, name in enumerate(call.required)}
     return DataError(
-        f"the {kind} has the columns {columns}; the model's call takes "
-        f"{listed(call.names)} and requires {listed(call.required)}. Say which "
-        f"column or columns are which input: Trainer(model, inputs={example!r})."
+        f"{given}; the model's call takes {listed(call.names)} and requires "
+        f"{listed(call.required)}",
+        write=f"Trainer(model, inputs={example!r}), with the columns of each input",
     )
 
 
-def _require(table: Table, parts: Any, what: str) -> None:
+def _require(table: Table, parts: Any, role: str) -> None:
     missing = [name for name in names_in(parts) if name not in table.names]
     if missing:
         near = did_you_mean(str(missing[0]), map(str, table.names))
         raise DataError(
             f"the {table.kind} has no column {', '.join(map(repr, missing))}, which "
-            f"{'is' if len(missing) == 1 else 'are'} among {what}; it has "
-            f"{listed(table.names)}.{near} Columns go by their names, in any order; "
-            "others are left out."
+            f"{'is' if len(missing) == 1 else 'are'} among {role}; it has "
+            f"{listed(table.names)}.{near}"
         )
 
 
 def _inputs(x: Any, table: Table, parts: Any, binding: Binding) -> Inputs:
     if callable(binding.inputs):
         made = binding.inputs(x)
-        if isinstance(made, tuple):
-            return binding.by_position(tuple(_own(each) for each in made))
         if isinstance(made, Mapping):
-            return {name: _own(each) for name, each in made.items()}
-        return binding.by_position((_own(made),))
+            return {name: _as_array(each) for name, each in made.items()}
+        made = made if isinstance(made, tuple) else (made,)
+        return binding.by_position(tuple(map(_as_array, made)))
     if isinstance(parts, Mapping):
-        return {name: _values(table, part) for name, part in parts.items()}
-    return binding.by_position(tuple(_values(table, part) for part in parts))
+        return {name: _values(table, p, floats=True) for name, p in parts.items()}
+    return binding.by_position(tuple(_values(table, p, floats=True) for p in parts))
 
 
-def _own(made: Any) -> Any:
+def _as_array(made: Any) -> Any:
     """Returns what the user's function made of a table as arrays."""
     if is_table(made):
         table = as_table(made)
-        return _values(table, table.names)
+        return _values(table, table.names, floats=True)
     return numbers(as_column(made)) if is_column(made) else as_host(made)
 
 
-def _values(table: Table, part: Part) -> HostArray:
-    """Returns a column `[rows]`, or a matrix `float32[rows, columns]`."""
+def _values(table: Table, part: Part, *, floats: bool) -> HostArray:
+    """Returns a column `[rows]`, or a matrix `[rows, columns]`.
+
+    Args:
+      table: the table.
+      part: one column or several.
+      floats: whether a matrix of integers is `float32` too.
+    """
     if not isinstance(part, tuple):
         return numbers(table.column(part))
-    columns = [numbers(table.column(name), floats=True) for name in part]
-    matrix = np.empty((len(columns[0]) if columns else 0, len(columns)), np.float32)
-    for place, column in enumerate(columns):
-        matrix[:, place] = column
-    return matrix
+    columns = [numbers(table.column(name), floats=floats) for name in part]
+    whole = not floats and all(column.dtype.kind in "iub" for column in columns)
+    return np.stack(columns, axis=1, dtype=None if whole else np.float32)
 
 
 def _from_table(table: Table, names: Any, inputs: Inputs, binding: Binding) -> _Targets:
-    """Returns targets that are columns of the table, or of a table of their own."""
+    """Returns targets that are columns of this table or of a separate one."""
     known = binding.columns
     if not isinstance(names, tuple | Mapping):
-        return _lone(table.column(names), names, inputs, binding)
+        return _one_column(table.column(names), names, inputs, binding)
     if known is None or known.targets is None:
         outputs = _outputs(binding, inputs)
         if isinstance(outputs, Mapping):
@@ -330,37 +326,25 @@ def _from_table(table: Table, names: Any, inputs: Inputs, binding: Binding) -> _
                 for name in names
             }
     if isinstance(names, Mapping):
-        values: Any = {k: _matrix(table, part) for k, part in names.items()}
-    else:
-        values = _matrix(table, names)
-    return _Targets(values, names)
+        by_name = {k: _values(table, part, floats=False) for k, part in names.items()}
+        return _Targets(by_name, names)
+    return _Targets(_values(table, names, floats=False), names)
 
 
-def _matrix(table: Table, part: Part) -> HostArray:
-    if not isinstance(part, tuple):
-        return numbers(table.column(part))
-    columns = [numbers(table.column(name)) for name in part]
-    whole = all(column.dtype.kind in "iub" for column in columns)
-    return np.stack(columns, axis=1, dtype=None if whole else np.float32)
-
-
-def _lone(
+def _one_column(
     column: Column, name: Name | None, inputs: Inputs, binding: Binding
 ) -> _Targets:
     """Returns one column of targets, `[rows]` or `[rows, 1]` as the output is."""
     known = binding.columns
     values, class_names = labels(column, known.class_names if known else ())
-    if known is None:
-        axis = _is_column(_outputs(binding, inputs))
-    else:
-        axis = known.target_axis
+    axis = known.target_axis if known else _is_column(_outputs(binding, inputs))
     return _Targets(values[:, None] if axis else values, name, axis, class_names)
 
 
-def _apart(
+def _given_apart(
     y: Any, inputs: Inputs, binding: Binding, known: Columns, parts: Any
 ) -> _Targets:
-    """Returns targets that are given beside the table."""
+    """Returns targets that are given beside the inputs."""
     if is_table(y):
         table = as_table(y)
         names: Any = known.targets
@@ -372,17 +356,17 @@ def _apart(
         found = _from_table(table, names, inputs, binding)
     elif is_column(y):
         column = as_column(y)
-        found = _lone(column, column.name, inputs, binding)
+        found = _one_column(column, column.name, inputs, binding)
     else:
         values = as_host(y)
         return _Targets(values, axis=_is_column(values))
-    # A column of that name which is an input is not what these targets are.
+    # An input of the same name is another column: do not look for targets there.
     clash = {*names_in(parts)} & {*names_in(found.names)}
     return found._replace(names=None) if clash else found
 
 
 def _outputs(binding: Binding, inputs: Inputs) -> PyTree:
-    """Returns the shapes of the model's outputs; None if they are not known."""
+    """Returns the shapes of the model's outputs, None if they are unknown."""
     return None if binding.outputs is None else binding.outputs(narrow(inputs))
 
 
@@ -392,23 +376,22 @@ def _is_column(output: Any) -> bool:
 
 
 def _refuse_leak(table: Table, y: Any, found: _Targets, parts: Any) -> None:
-    """Refuses targets that are an input as well, by name and by values.
-
-    Raises:
-      DataError: they are.
-    """
+    """Raises DataError for targets that are an input as well, by name and values."""
     target = found.values
     if not isinstance(target, np.ndarray) or target.size != len(target):
         return
-    own = {getattr(y, "name", None), *getattr(y, "columns", ())} if _named(y) else set()
+    suspects: set[Any] = set(TARGET_NAMES)
+    if _named(y):
+        suspects |= {getattr(y, "name", None), *getattr(y, "columns", ())}
     for name in names_in(parts):
-        if name not in own and name not in TARGET_NAMES:
+        if name not in suspects:
             continue
         if np.array_equal(table.column(name).values, target.reshape(-1)):
             raise DataError(
-                f"the column {name!r} of x is y: the model would be given what it is "
-                f"to predict. Write fit(df) with Trainer(model, targets={name!r}), or "
-                f"leave the column out of x: df.drop(columns={name!r})."
+                f"the column {name!r} of x is y: the model would see what it is to "
+                "predict",
+                write=f"fit(df) with Trainer(model, targets={name!r}), or leave the "
+                f"column out of x, df.drop(columns={name!r})",
             )
 
 
@@ -419,11 +402,7 @@ def _named(y: Any) -> bool:
 
 
 def refuse_other_order(x: Any, y: Any, name: str) -> None:
-    """Refuses rows that pandas's index says are the same, in another order.
-
-    Raises:
-      DataError: they are.
-    """
+    """Raises DataError if pandas's index shows the same rows in another order."""
     framed = [comes_from(each, "pandas", "Series", "DataFrame") for each in (x, y)]
     if not all(framed) or len(x) != len(y) or x.index.equals(y.index):
         return
@@ -431,14 +410,13 @@ def refuse_other_order(x: Any, y: Any, name: str) -> None:
         row = int(np.argmin(np.asarray(x.index == y.index)))
         raise DataError(
             f"{name} has the rows of x in another order: row {row} is "
-            f"{x.index[row]!r} in x and {y.index[row]!r} in {name}. Rows are taken as "
-            f"they come: write {name}.loc[x.index], or {name}.to_numpy() if they "
-            "belong together as they are."
+            f"{x.index[row]!r} in x and {y.index[row]!r} in {name}",
+            write=f"{name}.loc[x.index], or {name}.to_numpy() if their order is right",
         )
 
 
 def _in_words(inputs: Any, targets: Any, weight: Name | None) -> str:
-    """Returns which columns were read as what: `"a, b, c · targets: d"`."""
+    """Returns the role of each column: `"a, b, c · targets: d"`."""
     names = [str(name) for name in names_in(inputs)]
     more = f", … ({len(names)})" if len(names) > _MOST_NAMES else ""
     parts = [", ".join(names[:_MOST_NAMES]) + more]

@@ -27,7 +27,7 @@ class Examples:
         meanwhile: Pillow, zlib, NumPy.
       processes: how many processes load instead, for Python that computes. Each is
         sent a copy of `items` and `load`, which may be defined anywhere and need no
-        `if __name__ == "__main__"`. It takes `pip install "flaxfit[data]"`.
+        `if __name__ == "__main__"`. They need `pip install loky`.
       collate: list of examples -> batch, in place of stacking their arrays.
       class_names: the names of the classes 0, 1, …
       pad_to: the length to which examples of different length are padded along their

@@ -1,8 +1,8 @@
-"""Runs functions ahead of time in threads or processes, in order and bounded."""
+"""Runs a function ahead of time in threads or processes, in order and bounded."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import BrokenExecutor, Future
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -11,22 +11,21 @@ from typing import Any, TypeAlias
 from flaxfit.data.datasets.processes import Processes
 
 Submit: TypeAlias = Callable[[Any], "Future[Any]"]
-"""`task -> what will be its result`."""
+"""`task -> the future of its result`."""
 
-_Todo: TypeAlias = "SimpleQueue[tuple[Any, Future[Any]] | None]"
+_Queue: TypeAlias = "SimpleQueue[tuple[Any, Future[Any]] | None]"
 
 
 class OrderedMap:
-    """The same work on every task: in the caller's thread, in others, or in processes.
+    """One function applied to many tasks, by this thread, by others or by processes.
 
-    Threads and processes work ahead: of results and work under way there are at most
-    twice as many as of them. Processes stay for the tasks of the next call, if it
-    comes soon, and end with the map.
+    Threads and processes work ahead: results and tasks in flight are at most twice
+    their number. Processes are kept for the next call and end with the map.
 
     Args:
-      function: the work; for processes it is pickled.
-      threads: how many threads work at once.
-      processes: how many processes work instead.
+      function: task -> result; pickled for processes.
+      threads: the number of threads.
+      processes: the number of processes, in place of threads.
     """
 
     def __init__(
@@ -44,12 +43,12 @@ class OrderedMap:
     def __call__(self, tasks: Iterable[Any]) -> Iterator[Any]:
         """Yields the result of every task, in their order.
 
-        Whoever closes the iterator before its end calls off what waits.
+        Closing the iterator early cancels the tasks that wait.
 
         Raises:
-          Exception: what a task raised, or reading the tasks, after all results
+          Exception: what a task, or reading the tasks, raised, after all results
             before it.
-          ImportError, TypeError, RuntimeError: see `Processes`.
+          ImportError, UsageTypeError, RuntimeError: see `Processes`.
         """
         if self._processes:
             return self._in_processes(tasks)
@@ -58,25 +57,29 @@ class OrderedMap:
         return map(self._function, tasks)
 
     def _in_processes(self, tasks: Iterable[Any]) -> Iterator[Any]:
-        idle, self._idle = self._idle, None
-        if idle is None or not idle.wake():
-            idle = Processes(self._function, self._processes)
-        processes = idle
+        # A second pass at the same time finds none idle and starts its own.
+        processes, self._idle = self._idle, None
+        if processes is None:
+            processes = Processes(self._function, self._processes)
         try:
             yield from _in_order(tasks, processes.submit, 2 * self._processes)
-        except BaseException:
+        except BaseException as error:
             processes.close()
+            if isinstance(error, BrokenExecutor):
+                error.add_note(
+                    "If memory ran out, write fewer processes: each holds a copy of "
+                    "the items. processes=0 runs the same code in this process."
+                )
             raise
         self._idle = processes
-        processes.rest()
 
 
 def _in_threads(
     function: Callable[[Any], Any], tasks: Iterable[Any], threads: int
 ) -> Iterator[Any]:
-    todo: _Todo = SimpleQueue()
-    # Daemons, which a ThreadPoolExecutor has none of: nobody waits at exit for one that
-    # hangs in a loader.
+    todo: _Queue = SimpleQueue()
+    # Not a ThreadPoolExecutor: its threads are no daemons, so the program could not end
+    # while one hangs in a loader.
     for number in range(threads):
         name = f"flaxfit-worker-{number}"
         Thread(target=_work, args=(function, todo), name=name, daemon=True).start()
@@ -96,25 +99,25 @@ def _in_threads(
             todo.put(None)
 
 
-def _work(function: Callable[[Any], Any], todo: _Todo) -> None:
+def _work(function: Callable[[Any], Any], todo: _Queue) -> None:
     while (given := todo.get()) is not None:
         task, future = given
         try:
             future.set_result(function(task))
         except BaseException as error:
             future.set_exception(error)
-        del given, task, future  # while it waits for the next
+        del given, task, future  # waiting for the next must not keep them alive
 
 
 def _in_order(tasks: Iterable[Any], submit: Submit, most: int) -> Iterator[Any]:
-    """Yields the results of tasks, of which `most` are submitted at once."""
+    """Yields the results of tasks; at most `most` are submitted at once."""
     waiting: deque[Future[Any]] = deque()
-    left = iter(tasks)
+    remaining = iter(tasks)
     ended = False
     while True:
         while not ended and len(waiting) < most:
             try:
-                task = next(left)
+                task = next(remaining)
             except StopIteration:
                 ended = True
             except Exception as error:

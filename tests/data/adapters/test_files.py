@@ -98,8 +98,9 @@ def test_files_train_as_the_arrays_do(data, folder):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_a_file_that_is_split_stays_on_the_disk(dtype, tmp_path):
-    path = tmp_path / "data.npz"
-    np.savez(path, X.astype(dtype), Y.astype(np.int64))
+    path = tmp_path / "x.npy", tmp_path / "y.npy"
+    np.save(path[0], X.astype(dtype))
+    np.save(path[1], Y.astype(np.int64))
     parts = split_data(path, None, None, 0.25, binding=ONE)
     sizes = []
     for part in parts:
@@ -145,44 +146,57 @@ def test_with_weights_validation_and_for_the_other_methods(folder):
     assert trainer.evaluate("plain.npz") == trainer.evaluate(X, Y)
 
 
-def test_members_are_mapped_where_they_lie(tmp_path):
-    arrays = {
-        "f32": X,
-        "i64": Y,
-        "u8": np.arange(7, dtype=np.uint8),
-        "big": X.astype(">f8"),
-        "columns": np.asfortranarray(X),
-        "ünicode": X[:3],
-        "scalar": np.float32(3),
-        "none": np.zeros((0, 3), np.int16),
-        "flags": X[:, 0] > 0,
-    }
+ARRAYS = {
+    "f32": X,
+    "i64": Y,
+    "u8": np.arange(7, dtype=np.uint8),
+    "big": X.astype(">f8"),
+    "columns": np.asfortranarray(X),
+    "ünicode": X[:3],
+    "none": np.zeros((0, 3), np.int16),
+    "flags": X[:, 0] > 0,
+}
+
+
+def same_array(one, other):
+    np.testing.assert_array_equal(one, other)
+    assert one.dtype == other.dtype
+    assert one.flags.f_contiguous == other.flags.f_contiguous
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_an_npy_is_mapped(name, tmp_path):
+    np.save(tmp_path / "a.npy", ARRAYS[name])
+    array = adapt(str(tmp_path / "a.npy"), what="fit")
+    same_array(array, ARRAYS[name])
+    assert isinstance(array, np.memmap)
+    assert not array.flags.writeable
+
+
+def test_arrays_of_an_npz_keep_names_order_and_dtypes(tmp_path):
+    arrays = {name: a for name, a in ARRAYS.items() if len(a) == 100}
+    arrays["scalar"] = np.float32(3)
     np.savez(tmp_path / "a.npz", **arrays)
-    got = npy_files._read_members(str(tmp_path / "a.npz"))
+    got = adapt(str(tmp_path / "a.npz"), what="fit")
     assert list(got) == list(arrays)
-    loaded = np.load(tmp_path / "a.npz")
     for name, array in got.items():
-        np.testing.assert_array_equal(array, loaded[name])
-        assert array.dtype == loaded[name].dtype
-        assert array.flags.f_contiguous == loaded[name].flags.f_contiguous
-        assert isinstance(array, np.memmap) == (name != "none")
-        assert name == "none" or not array.flags.writeable
+        same_array(array, np.load(tmp_path / "a.npz")[name])
 
 
-def test_a_member_that_an_archive_describes_afterwards(tmp_path):
-    """Written to what cannot be sought; its local header has an extra field, too."""
+def test_an_archive_may_hold_other_files(tmp_path):
+    """This one is written to what cannot be sought: its sizes come afterwards."""
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("notes.txt", "no array")
         with archive.open("x.npy", "w", force_zip64=True) as member:
             np.save(member, X)
     got = adapt(str(tmp_path / "a.npz"), what="fit")
-    assert isinstance(got["x"], np.memmap)
+    assert list(got) == ["x"]
     np.testing.assert_array_equal(got["x"], X)
 
 
-def test_what_is_mapped_is_streamed_and_what_is_compressed_is_in_memory(folder):
-    for name, in_memory in (("plain", False), ("small", True)):
-        source = as_source(f"{name}.npz", binding=ONE)
+def test_an_npy_is_streamed_and_an_npz_is_in_memory(folder):
+    for data, in_memory in (("plain.npz", True), ("small.npz", True), ("x.npy", False)):
+        source = as_source(data, binding=ONE)
         assert (source.kind, source.in_memory) == ("arrays", in_memory)
 
 

@@ -268,17 +268,29 @@ def test_categories_without_an_order_of_their_own():
     assert values.tolist() == [3, 5]
 
 
+def test_dtypes_of_few_libraries():
+    words = pa.chunked_array([pa.array(["b", None]).dictionary_encode()])
+    arrow = pd.Series(pd.arrays.ArrowExtensionArray(words))
+    with pytest.raises(DataError, match="y has no value at row 1"):
+        labels(as_column(arrow))
+    assert labels(as_column(arrow[:1]))[1] == ("b",)
+    assert as_column(pa.array(["a"]).cast(pa.string_view())).kind == "text"
+    assert as_column(pl.Series([1], dtype=pl.Int128)).kind == "object"
+    assert as_column(pd.Index([1, 2], name="i"))[:2] == ("i", "number")
+    assert as_column(pd.Categorical(["a"])).categories == ("a",)
+
+
 NOW = datetime.datetime(2020, 1, 1)
 WRONG = {
     "text": (["p", "q", "r"], "the column 'z' is text"),
     "missing": ([1, None, 3], "the column 'z' has no value at row 1"),
-    "none at all": ([None, None, None], "the column 'z' "),
+    "none at all": ([None, None, None], "the column 'z' has no value at row 0"),
     "nan": ([1.0, 2.0, float("nan")], "the column 'z' has no value at row 2"),
     "infinite": ([1.0, float("inf"), 2.0], "the column 'z' holds inf at row 1"),
     "too large": ([1.0, 2.0, 1e300], r"the column 'z' holds 1e\+300 at row 2"),
     "missing bool": ([None, True, False], "the column 'z' "),
     "date": ([NOW, NOW, NOW], "the column 'z' is a point or a span of time"),
-    "lists": ([[1], [2], [3]], r"the column 'z' is no plain numbers.*np\.stack"),
+    "lists": ([[1], [2], [3]], r"the column 'z' is not plain numbers.*np\.stack"),
 }
 
 
@@ -321,7 +333,7 @@ def test_lines_to_write_work():
     inputs = as_source(dummies, binding=ONE).example.inputs[0]
     assert inputs.tolist() == [[1, 1, 0], [0, 0, 1]]
     category = table.assign(city=table["city"].astype("category"))
-    with pytest.raises(DataError, match="whose codes are no quantity"):
+    with pytest.raises(DataError, match="whose codes are not quantities"):
         as_source(category, binding=ONE)
     missing = table.assign(label=pd.Categorical(["p", None]))
     with pytest.raises(DataError, match="'label' has no value at row 1"):
@@ -344,8 +356,8 @@ def test_lines_to_write_work():
         ((DF, DF["label"]), DataError, "the column 'label' of x is y"),
         ((DF, Y), DataError, "the column 'label' of x is y"),
         ((pl.from_pandas(DF), pl.from_pandas(DF)["label"]), DataError, "'label' of x"),
-        ((DF[["a"]], DF["label"][::-1]), DataError, r"write y\.loc\[x\.index\]"),
-        ((DF[["a"]], Y, DF["label"][::-1]), DataError, r"write sample_weight\.loc"),
+        ((DF[["a"]], DF["label"][::-1]), DataError, r"Write y\.loc\[x\.index\]"),
+        ((DF[["a"]], Y, DF["label"][::-1]), DataError, r"Write sample_weight\.loc"),
         ((DF[["a"]], Y[:5]), DataError, "arrays of different length"),
         ((pd.DataFrame({"left": [2**40], "right": [1], "y": [0]}),), DataError, "x/le"),
     ],

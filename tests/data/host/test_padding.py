@@ -473,7 +473,7 @@ def test_the_item_that_is_too_long_is_named_whatever_the_order():
 
 def test_processes_load_as_one_does():
     """What processes send back is the batch that this one would have made."""
-    pytest.importorskip("cloudpickle")
+    pytest.importorskip("loky")
     numbers = list(range(60))
     items = [(x.tolist(), y.tolist()) for x, y in ITEMS]
 
