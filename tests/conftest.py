@@ -28,9 +28,9 @@ def pytest_collection_modifyitems(items):
     """Marks tests by what they use, before `-m` chooses among them."""
     for item in items:
         row = item.callspec.id if hasattr(item, "callspec") else ""
-        slow = item.get_closest_marker("slow") is not None
+        given = {marker.name for marker in item.iter_markers()}
         source = inspect.getsource(item.module)
-        for name in markers_of(source, item.originalname, row, slow):
+        for name in markers_of(source, item.originalname, row, given) - given:
             item.add_marker(name)
 
 

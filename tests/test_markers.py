@@ -53,8 +53,9 @@ def test_a_module_that_is_skipped_without_a_library():
     assert markers_of(source, "test_a") == {"torch", "optional", "quick"}
 
 
-def test_what_is_slow_is_not_quick():
-    assert markers_of(MODULE, "test_plain", slow=True) == set()
+@pytest.mark.parametrize("name", ["slow", "process"])
+def test_what_is_marked_is_not_quick(name):
+    assert markers_of(MODULE, "test_plain", given={name}) == {name}
 
 
 def test_this_test_is_quick(request):

@@ -31,7 +31,8 @@ ROWS = {
     "zarr": "zarr",
     "h5py": "h5py",
 }
-_PROCESSES = {"subprocess", "multiprocessing", "run_script", "processes"}
+_TRAINERS = {"Trainer", "runpy", "exec"}  # examples and the README train too
+_PROCESSES = {"subprocess", "multiprocessing", "processes"}
 _DEVICES = {"eight_devices", "devices"}
 
 
@@ -72,14 +73,14 @@ def _names(node):
     return found
 
 
-def markers_of(source, function, row="", slow=False):
+def markers_of(source, function, row="", given=()):
     """Returns the markers of a test.
 
     Args:
       source: the source of its module.
       function: its name.
       row: the id of its parameters, as in `[row]`.
-      slow: whether it is marked as slow.
+      given: the names of the markers it has in its source.
     """
     reached = uses(source)
     names = reached[""] | reached.get(function, set())
@@ -87,15 +88,15 @@ def markers_of(source, function, row="", slow=False):
     packages |= {ROWS[word] for word in row.lower().split("-") if word in ROWS}
     first = row.lower().split(" ")[0].split("-")[0]
     packages |= {ROWS[first]} if first in ROWS else set()
-    found = set()
+    found = set(given)
     for package in packages:
         found |= set(LIBRARIES.get(package, ("optional",)))
-    if "Trainer" in names:
+    if names & _TRAINERS:
         found.add("trains")
     if names & _PROCESSES:
         found.add("process")
     if names & _DEVICES:
         found.add("multi_device")
-    if not found & {"trains", "process"} and not slow:
+    if not found & {"trains", "process", "slow"}:
         found.add("quick")
     return found
