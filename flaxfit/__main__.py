@@ -12,8 +12,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-      0 if all is well; 1 if `verify` found damage or `diff` a difference; 2 if a file
-      could not be read.
+      0 without findings, 1 if `verify` found damage or `diff` a difference, 2 if a file
+      cannot be read.
     """
     given = _parser().parse_args(arguments)
     try:
@@ -34,14 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m flaxfit", description="Looks at the files of trainer.save."
+        prog="python -m flaxfit", description="Examines the files of trainer.save."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    inspect = commands.add_parser("inspect", help="what is in a file")
+    inspect = commands.add_parser("inspect", help="show the content of a file")
     inspect.add_argument("files", nargs="+", metavar="FILE")
-    verify = commands.add_parser("verify", help="whether files are whole")
+    verify = commands.add_parser("verify", help="check that files are intact")
     verify.add_argument("files", nargs="+", metavar="FILE", help="a file or a folder")
-    diff = commands.add_parser("diff", help="in what two files differ")
+    diff = commands.add_parser("diff", help="compare two files")
     diff.add_argument("one", metavar="A")
     diff.add_argument("other", metavar="B")
     return parser

@@ -13,12 +13,11 @@ from flaxfit._reporting.display import format_bytes
 from flaxfit.checkpoint import corruption, file_format
 from flaxfit.checkpoint.encoding import DTYPES, Key, joined, leaves_of, spec_of
 
-_MOST_LINES = 40
 _POSITION = ("step", "epoch", "batch")
 
 
 class _File(NamedTuple):
-    """What lies in a file of flaxfit or of plain Flax."""
+    """The content of a file of flaxfit or of plain Flax."""
 
     kind: str
     size: int
@@ -27,7 +26,7 @@ class _File(NamedTuple):
 
 
 def inspect_text(path: str) -> str:
-    """Returns what a file holds: its kind, versions, position and a table of leaves.
+    """Returns a file's kind, versions, position and a table of its leaves.
 
     Raises:
       CheckpointError: it cannot be read.
@@ -40,50 +39,48 @@ def inspect_text(path: str) -> str:
         lines.append(f"  written by {text}")
     position = [f"{name} {value}" for name, value in _position(file)]
     lines += ["  " + ", ".join(position)] if position else []
-    rows = [(name, _line(leaf), _nbytes(leaf)) for name, leaf in file.leaves.items()]
-    width = max((len(name) for name, _, _ in rows), default=0)
-    middle = max((len(line) for _, line, _ in rows), default=0)
-    lines.append("")
-    lines += [
-        f"  {name:<{width}}  {line:<{middle}}  {format_bytes(size):>9}"
-        for name, line, size in rows
-    ]
-    lines.append("")
-    for part in dict.fromkeys(name.partition("/")[0] for name in file.leaves):
-        own = [row for row in rows if row[0].partition("/")[0] == part]
-        size = format_bytes(sum(row[2] for row in own))
-        count = f"{len(own):,} {'leaf' if len(own) == 1 else 'leaves'}"
-        lines.append(f"  {part:<{width}}  {count:<{middle}}  {size:>9}")
-    size = format_bytes(sum(row[2] for row in rows))
-    lines.append(
-        f"  {'total':<{width}}  {f'{len(rows):,} leaves':<{middle}}  {size:>9}"
-    )
+    rows = [(n, str(spec_of(leaf)), _nbytes(leaf)) for n, leaf in file.leaves.items()]
+    parts: dict[str, list[int]] = {}
+    for name, _, size in rows:
+        parts.setdefault(name.partition("/")[0], []).append(size)
+    sums = [*parts.items(), ("total", [size for _, _, size in rows])]
+    totals = [(part, _count(sizes), sum(sizes)) for part, sizes in sums]
+    width = max(len(name) for name, _, _ in rows + totals)
+    middle = max(len(text) for _, text, _ in rows + totals)
+    for block in (rows, totals):
+        lines.append("")
+        lines += [
+            f"  {a:<{width}}  {b:<{middle}}  {format_bytes(c):>9}" for a, b, c in block
+        ]
     return "\n".join(lines)
 
 
+def _count(leaves: Sequence[Any]) -> str:
+    return f"{len(leaves):,} {'leaf' if len(leaves) == 1 else 'leaves'}"
+
+
 def verify_text(paths: Sequence[str]) -> tuple[str, bool]:
-    """Returns one line for each file, and whether all of them are whole.
+    """Returns one line for each file, and whether all of them are intact.
 
     Args:
-      paths: files, or folders whose `*.msgpack` files are meant.
+      paths: files, or folders that hold `*.msgpack` files.
     """
     lines, good = [], True
     for path in _files(paths):
         try:
             checkpoint.verify(path)
-        except CheckpointCorruptError as err:
-            lines.append(f"{path}: DAMAGED: {_reason(str(err), path)}")
-            good = False
-        except CheckpointError as err:
-            lines.append(f"{path}: NOT READ: {_reason(str(err), path)}")
-            good = False
-        else:
             lines.append(f"{path}: ok")
+        except CheckpointError as err:
+            damaged = isinstance(err, CheckpointCorruptError)
+            text = str(err).removeprefix(f"{path!r} ").removeprefix("is damaged: ")
+            text = text.removesuffix(f" {corruption.ADVICE}")
+            lines.append(f"{path}: {'DAMAGED' if damaged else 'NOT READ'}: {text}")
+            good = False
     return "\n".join(lines), good
 
 
 def diff_text(one: str, other: str) -> tuple[str, bool]:
-    """Returns in what two files differ, and whether they are equal.
+    """Returns the differences of two files, and whether they are equal.
 
     Raises:
       CheckpointError: one of them cannot be read.
@@ -101,7 +98,7 @@ def diff_text(one: str, other: str) -> tuple[str, bool]:
 
 
 def _open(path: str) -> _File:
-    """Returns what any of the files we know holds."""
+    """Reads a file of flaxfit or of plain Flax."""
     try:
         file = checkpoint.load(path)
     except CheckpointCorruptError:
@@ -123,7 +120,7 @@ def _named(tree: Any, path: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _position(file: _File) -> Iterator[tuple[str, Any]]:
-    """Yields step, epoch and batch, where the file tells."""
+    """Yields step, epoch and batch, as far as the file has them."""
     for name in _POSITION:
         value = file.meta.get(name)
         if value is None and name == "step":
@@ -131,10 +128,6 @@ def _position(file: _File) -> Iterator[tuple[str, Any]]:
             value = int(step) if step is not None and np.size(step) == 1 else None
         if isinstance(value, (int, float)):
             yield name, value
-
-
-def _line(leaf: Any) -> str:
-    return str(spec_of(leaf))
 
 
 def _nbytes(leaf: Any) -> int:
@@ -149,20 +142,11 @@ def _files(paths: Sequence[str]) -> Iterator[str]:
             yield path
 
 
-def _reason(text: str, path: str) -> str:
-    """Returns the middle of an error's text, without path and advice."""
-    return (
-        text.removeprefix(f"{path!r} ")
-        .removeprefix("is damaged: ")
-        .removesuffix(f" {corruption.ADVICE}")
-    )
-
-
 def _meta_differences(one: Any, other: Any, path: tuple[str, ...]) -> Iterator[str]:
-    """Yields a line for each part of meta in which two files differ."""
+    """Yields a line for each part of meta that differs."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         for name in dict.fromkeys([*one, *other]):
-            if path or name != "leaves":  # The leaves themselves are compared.
+            if path or name != "leaves":  # the leaves themselves are compared
                 a, b = (side.get(name, "nothing") for side in (one, other))
                 yield from _meta_differences(a, b, (*path, name))
     elif repr(one) != repr(other):  # NaN equals NaN here.
@@ -189,7 +173,7 @@ def _leaf_difference(one: Any, other: Any) -> str | None:
         differing = (a != b) & ~((a != a) & (b != b))
     count = int(differing.sum())
     if not count:
-        return None  # 0 and -0, or NaNs of other bits.
+        return None  # 0 and -0, or NaNs of other bits
     real = distance[differing & np.isfinite(distance)]
     most = f", max |difference| {real.max():.3g}" if real.size else ""
     return f"{count:,} of {a.size:,} differ{most}"

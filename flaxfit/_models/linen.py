@@ -4,6 +4,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import flax.core
@@ -146,14 +147,11 @@ def _bind_axes(function: Callable[[], Any], axis_names: tuple[str, ...]) -> Any:
     # Modules written for pmap name a mapped axis. An axis of size 1 changes no
     # number: under jit, statistics are global already.
     for name in axis_names:
-        function = _bound(function, name)
+        mapped = jax.vmap(
+            lambda unused, inner=function: inner(), axis_name=name, out_axes=None
+        )
+        function = partial(mapped, jnp.zeros(1))
     return function()
-
-
-def _bound(function: Callable[[], Any], name: str) -> Callable[[], Any]:
-    return lambda: jax.vmap(lambda unused: function(), axis_name=name, out_axes=None)(
-        jnp.zeros(1)
-    )
 
 
 def _init(

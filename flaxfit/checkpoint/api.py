@@ -18,7 +18,7 @@ import numpy as np
 from flaxfit._core.errors import CheckpointError
 from flaxfit._core.types import PyTree, TrainState
 from flaxfit.checkpoint import corruption, disk, encoding, file_format
-from flaxfit.checkpoint.encoding import DTYPES, joined
+from flaxfit.checkpoint.encoding import joined
 from flaxfit.checkpoint.file_format import Checkpoint
 from flaxfit.checkpoint.msgpack_reader import SLACK
 from flaxfit.checkpoint.restore import FIELDS
@@ -292,7 +292,11 @@ def load_variables(path: str | os.PathLike[str]) -> dict[str, PyTree]:
         collections |= {n: content[n] for n in others if isinstance(content[n], dict)}
         content = content["params"]
     leaves = dict(encoding.leaves_of(content, ()))
-    foreign = [path for path, leaf in leaves.items() if not _is_array(leaf)]
+    foreign = [
+        path
+        for path, leaf in leaves.items()
+        if getattr(leaf, "dtype", None) not in encoding.NAMES
+    ]
     if foreign or not leaves or not isinstance(content, dict):
         what = joined(foreign[0]) if foreign else "its content"
         raise CheckpointError(
@@ -303,10 +307,6 @@ def load_variables(path: str | os.PathLike[str]) -> dict[str, PyTree]:
         np.array, {"params": content, "collections": collections}
     )
     return variables
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype.name in DTYPES
 
 
 def _read(name: str) -> bytes:

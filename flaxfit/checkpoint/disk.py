@@ -1,19 +1,22 @@
-"""Writes to the file system: atomic replacement, locks, free space.
+"""Writes to the file system: atomic replacement and locks.
 
 It knows nothing of the files' content. Nothing else in flaxfit opens a file to write.
 """
 
 import contextlib
-import importlib
 import os
 import re
-import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from flaxfit._core.errors import CheckpointError
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 _BUFFER = 2**20
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.tmp", re.DOTALL)
@@ -103,14 +106,6 @@ def lock_folder(folder: Path) -> Iterator[None]:
             _unlock(file)
 
 
-def free_bytes(folder: Path) -> int:
-    """Returns how much can still be written into `folder`, which may not exist yet."""
-    for existing in (folder, *folder.absolute().parents):
-        if existing.is_dir():
-            return shutil.disk_usage(existing).free
-    raise FileNotFoundError(folder)
-
-
 def probe(folder: Path) -> None:
     """Makes `folder` and writes a test file into it, which it removes.
 
@@ -170,7 +165,6 @@ def _sync_folder(folder: Path) -> None:
 
 def _try_lock(file: BinaryIO) -> bool | None:
     """Returns whether `file` is now locked, None where that cannot be done."""
-    fcntl = _fcntl()
     if fcntl is None:
         return None
     try:
@@ -184,18 +178,9 @@ def _try_lock(file: BinaryIO) -> bool | None:
 
 def _unlock(file: BinaryIO) -> None:
     # Closing is not enough: a forked child that has the descriptor keeps the lock.
-    fcntl = _fcntl()
     if fcntl is not None:
         with contextlib.suppress(OSError):
             fcntl.flock(file.fileno(), fcntl.LOCK_UN)
-
-
-def _fcntl() -> Any:
-    """Returns the module, None on systems that have none."""
-    try:
-        return importlib.import_module("fcntl")
-    except ImportError:
-        return None
 
 
 def append(path: Path, data: bytes) -> None:

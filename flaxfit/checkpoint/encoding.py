@@ -112,9 +112,9 @@ class Encoder:
         if type(leaf) in (bool, int, float, complex):
             if isinstance(leaf, int) and not -(2**63) <= leaf < 2**64:
                 raise _refused(path, "an int", "an integer of more than 64 bits")
-            if type(leaf) is int and not _fits(leaf):
-                held = jnp.result_type(int)
-                raise _refused(path, "an int", f"{held} cannot hold {leaf}")
+            limits = jnp.iinfo(jnp.result_type(int))
+            if type(leaf) is int and not limits.min <= leaf <= limits.max:
+                raise _refused(path, "an int", f"{limits.dtype} cannot hold {leaf}")
             self._describe(spec_of(leaf), path, is_weak(leaf), 16)
             return leaf
         abstract = self._abstract and isinstance(leaf, jax.ShapeDtypeStruct)
@@ -228,11 +228,6 @@ def _may_alias(array: Any) -> bool:
     return platform == "cpu" or sharding.memory_kind not in (None, "device")
 
 
-def _fits(number: int) -> bool:
-    limits = jnp.iinfo(jnp.result_type(int))
-    return bool(limits.min <= number <= limits.max)
-
-
 def _refused(path: KeyPath, kind: str, reason: str) -> CheckpointError:
     return CheckpointError(
         f"Cannot write {joined(path)}, {kind}: {reason}",
@@ -306,21 +301,12 @@ def is_weak(leaf: Any) -> bool:
     return bool(getattr(leaf, "weak_type", type(leaf) in (int, float, complex)))
 
 
-def as_key(data: Any, impl: str) -> jax.Array:
-    """Returns the typed key that a file stores.
-
-    Raises:
-      TypeError, ValueError: an unknown implementation, or data that does not fit it.
-    """
-    key: jax.Array = jax.random.wrap_key_data(data, impl=impl)
-    return key
-
-
 def spec_of(leaf: Any) -> Spec:
     """Returns shape and dtype of an array, a scalar, a key or anything else."""
     if isinstance(leaf, Key):
         try:
-            key = jax.eval_shape(partial(as_key, impl=leaf.impl), leaf.data)
+            wrap = partial(jax.random.wrap_key_data, impl=leaf.impl)
+            key = jax.eval_shape(wrap, leaf.data)
         except (TypeError, ValueError):
             return Spec((), f"unreadable key of {leaf.impl}")
         return Spec(key.shape, str(key.dtype))

@@ -100,22 +100,23 @@ class _Writer:
         self._flush()
         self._table += ENTRY.pack(self._at, self._crc)
 
-    def tree(self, node: Any) -> None:
+    def tree(self, node: Any, *, marked: bool = True) -> None:
+        """Writes nested dicts; if `marked`, with a checksum after every leaf."""
         if isinstance(node, dict):
-            self._pending += self._map_head(len(node))
-            is_key = is_key_node(node)
+            inside = marked and not is_key_node(node)  # a key is one leaf
+            self.say(self._map_head(len(node)))
             for name, child in node.items():
-                self._pending += self._pack(name)
-                if is_key:
-                    self._leaf(child)
-                else:
-                    self.tree(child)
-            if is_key:
-                self.mark()
-        elif node is None:
-            self.value(None)
+                self.value(name)
+                self.tree(child, marked=inside)
+            marked = marked and not inside
+        elif not isinstance(node, np.ndarray):
+            self.value(node)
+            marked = marked and node is not None
+        elif node.nbytes > serialization.MAX_CHUNK_SIZE:
+            self.tree(_split(node), marked=False)
         else:
-            self._leaf(node)
+            self._array(node)
+        if marked:
             self.mark()
 
     def end(self) -> None:
@@ -125,19 +126,11 @@ class _Writer:
         self.say(self._crc.to_bytes(4, "big"))
         self._flush()
 
-    def _leaf(self, leaf: Any) -> None:
-        if not isinstance(leaf, np.ndarray):
-            self.value(leaf)
-        elif leaf.nbytes > serialization.MAX_CHUNK_SIZE:
-            self._chunks(leaf)
-        else:
-            self._array(leaf, leaf.shape)
-
-    def _array(self, array: HostArray, shape: tuple[int, ...]) -> None:
-        """Writes an array of any layout under `shape`."""
+    def _array(self, array: HostArray) -> None:
+        """Writes an array of any layout."""
         nbytes = array.nbytes
-        inner = b"\x93" + self._pack(list(shape)) + self._pack(NAMES[array.dtype])
-        inner += _head(_BIN, nbytes)
+        inner = b"\x93" + self._pack(list(array.shape))
+        inner += self._pack(NAMES[array.dtype]) + _head(_BIN, nbytes)
         self.say(_head(_EXT, len(inner) + nbytes) + b"\x01" + inner)
         if nbytes <= _SMALL:
             self.say(array.tobytes())
@@ -145,20 +138,6 @@ class _Writer:
         self._flush()
         for piece in pieces(array):
             self._put(piece.view(np.uint8).data)
-
-    def _chunks(self, array: HostArray) -> None:
-        """Writes an array as Flax splits it."""
-        size = max(1, int(serialization.MAX_CHUNK_SIZE / array.dtype.itemsize))
-        shape = {str(i): n for i, n in enumerate(array.shape)}
-        self.say(self._map_head(3) + self._pack(CHUNKED) + self._pack(True))
-        self.say(self._pack("shape") + self._pack(shape) + self._pack("chunks"))
-        flat = array.reshape(-1)
-        starts = range(0, flat.size, size)
-        self.say(self._map_head(len(starts)))
-        for i, start in enumerate(starts):
-            chunk = flat[start : start + size]
-            self.say(self._pack(str(i)))
-            self._array(chunk, chunk.shape)
 
     def _put(self, raw: Any) -> None:
         self._crc = zlib.crc32(raw, self._crc)
@@ -169,6 +148,18 @@ class _Writer:
         if self._pending:
             self._put(bytes(self._pending))
             self._pending.clear()
+
+
+def _split(array: HostArray) -> dict[str, Any]:
+    """Splits a large array as Flax does."""
+    size = max(1, int(serialization.MAX_CHUNK_SIZE / array.dtype.itemsize))
+    flat = array.reshape(-1)
+    starts = enumerate(range(0, flat.size, size))
+    return {
+        CHUNKED: True,
+        "shape": {str(i): length for i, length in enumerate(array.shape)},
+        "chunks": {str(i): flat[start : start + size] for i, start in starts},
+    }
 
 
 def pieces(array: HostArray) -> Iterator[HostArray]:

@@ -17,7 +17,6 @@ from flaxfit._core.types import HostArray, TrainState
 from flaxfit.checkpoint.encoding import (
     Key,
     KeyPath,
-    as_key,
     is_weak,
     joined,
     leaves_of,
@@ -306,7 +305,7 @@ def _does_not_fit(
 def _as_jax(saved: Any, like: Any, put: Put | None) -> jax.Array:
     """Returns a leaf of the file as a jax array with the aval of `like`."""
     if isinstance(saved, Key):
-        key = as_key(_put(saved.data), saved.impl)
+        key = jax.random.wrap_key_data(_put(saved.data), impl=saved.impl)
         # `put` moves plain arrays only.
         sharding = getattr(like, "sharding", None) if put is not None else None
         return key if sharding is None else jax.device_put(key, sharding)
