@@ -1,7 +1,7 @@
-"""Paths, shapes and dtypes of a tree, and the differences between two trees."""
+"""Shapes and dtypes of the leaves of a tree, and how two trees differ in them."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -11,56 +11,108 @@ from flaxfit._core.types import PyTree
 _MOST_LINES = 20
 
 
-class Form(NamedTuple):
-    """What there is to say of an array without its values.
+class LeafSpec(NamedTuple):
+    """Shape and dtype of an array.
 
     Attributes:
-      kind: `"number"` or `"integer"`, as far as a model cares.
-      ndim: its number of axes.
-      text: e.g. `"float32[32, 784]"`.
+      shape: the length of each axis, or a name for one of any length.
+      dtype: the name of the dtype.
     """
 
-    kind: str
-    ndim: int
-    text: str
+    shape: tuple[int | str, ...]
+    dtype: str
+
+    @classmethod
+    def of(cls, array: Any) -> Self:
+        """Returns the spec of anything with a shape and a dtype."""
+        return cls(tuple(array.shape), str(array.dtype))
+
+    @property
+    def is_inexact(self) -> bool:
+        """Whether the dtype is a float or complex one."""
+        return self.dtype.startswith(("float", "bfloat", "complex"))
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
 
 
-def forms_of(tree: PyTree) -> dict[str, Form]:
-    """Returns the form of every leaf by its path, with the dtypes jax would use."""
+class Difference(NamedTuple):
+    """One path at which two trees differ; None where a tree does not have it."""
+
+    path: Any
+    wanted: LeafSpec | None
+    given: LeafSpec | None
+
+
+def specs_of(tree: PyTree) -> dict[str, LeafSpec]:
+    """Returns the spec of every leaf by its path, with the dtypes jax would use."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path): _form(shape_of(leaf)) for path, leaf in leaves}
+    return {path_text(path): LeafSpec.of(shape_of(leaf)) for path, leaf in leaves}
 
 
-def listed(forms: Mapping[str, Form]) -> str:
-    """Returns e.g. `"['x'] float32[32, 3], ['y'] int32[32]"`."""
-    return ", ".join(f"{path} {f.text}".strip() for path, f in forms.items()) or "none"
+def path_text(path: Any) -> str:
+    """Returns the text of a path of jax: `"Dense_0/kernel"`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def differences(
-    wanted: PyTree, given: PyTree, *, where: str = "", wanted_is: str
+def listed(specs: Mapping[str, LeafSpec]) -> str:
+    """Returns e.g. `"x: float32[32,3], y: int32[32]"`; a single array has no name."""
+    if list(specs) in ([""], ["0"]):
+        return str(*specs.values())
+    return ", ".join(f"{path}: {spec}" for path, spec in specs.items()) or "none"
+
+
+def describe(tree: PyTree) -> str:
+    """Returns e.g. `"float32[32,784]"`, in the nesting of `tree`.
+
+    A leaf that is not an array is described by the name of its type.
+    """
+
+    def one(x: Any) -> str:
+        is_array = hasattr(x, "shape") and hasattr(x, "dtype")
+        return str(LeafSpec.of(x)) if is_array else type(x).__name__
+
+    return str(jax.tree.map(one, tree)).replace("'", "")
+
+
+def diff(
+    wanted: Mapping[Any, LeafSpec], given: Mapping[Any, LeafSpec]
+) -> list[Difference]:
+    """Returns the paths at which two trees differ, those of `wanted` first."""
+    paths = dict.fromkeys([*wanted, *given])
+    pairs = (Difference(path, wanted.get(path), given.get(path)) for path in paths)
+    return [one for one in pairs if one.wanted != one.given]
+
+
+def difference_lines(
+    differences: Iterable[Difference], line: str, *, absent: str = "missing"
 ) -> list[str]:
-    """Returns a line for each path that differs, at most 20 and how many more.
+    """Returns a line for each difference, at most 20 and how many more there are.
 
     Args:
-      wanted: arrays or shapes.
-      given: arrays or shapes.
-      where: comes before every path.
-      wanted_is: says what `wanted` is, e.g. `"the model has"`.
+      differences: what `diff` returned.
+      line: a template with `{path}`, `{wanted}` and `{given}`.
+      absent: stands for the spec where a tree does not have the path.
     """
-    before, after = forms_of(wanted), forms_of(given)
-    lines = []
-    for path in sorted(before.keys() | after.keys()):
-        texts = [f[path].text if path in f else "absent" for f in (before, after)]
-        if texts[0] != texts[1]:
-            lines.append(f"  {where}{path}: {wanted_is} {texts[0]}, given {texts[1]}")
+    lines = [
+        line.format(
+            path=path,
+            wanted=absent if wanted is None else wanted,
+            given=absent if given is None else given,
+        )
+        for path, wanted, given in differences
+    ]
     more = len(lines) - _MOST_LINES
-    return lines if more <= 0 else [*lines[:_MOST_LINES], f"  and {more} more"]
+    indent = " " * (len(line) - len(line.lstrip()))
+    rest = [f"{indent}... and {more} more"] if more > 0 else []
+    return lines[:_MOST_LINES] + rest
 
 
-def one_row_more(tree: PyTree, rows: int) -> PyTree:
-    """Returns the shapes of a batch with one row more than its `rows`.
+def add_row(tree: PyTree, rows: int) -> PyTree:
+    """Returns the shapes of a batch with one more row than its `rows`.
 
-    What grows with it has the batch as its first axis; what stays has not.
+    An array whose first axis does not have `rows` entries keeps its shape. So do the
+    outputs of a model that do not depend on the batch, which tells the two apart.
     """
 
     def longer(x: Any) -> jax.ShapeDtypeStruct:
@@ -68,11 +120,6 @@ def one_row_more(tree: PyTree, rows: int) -> PyTree:
         return jax.ShapeDtypeStruct(shape, x.dtype)
 
     return jax.tree.map(longer, shapes_of(tree))
-
-
-def describe_array(x: Any) -> str:
-    """Returns e.g. `"float32[32, 784]"`."""
-    return f"{x.dtype}{list(x.shape)}"
 
 
 def shapes_of(tree: PyTree) -> PyTree:
@@ -87,8 +134,3 @@ def shape_of(x: Any) -> jax.ShapeDtypeStruct:
     if jnp.issubdtype(x.dtype, jax.dtypes.extended):
         return jax.ShapeDtypeStruct(x.shape, x.dtype)
     return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
-
-
-def _form(x: jax.ShapeDtypeStruct) -> Form:
-    kind = "number" if jnp.issubdtype(x.dtype, jnp.inexact) else "integer"
-    return Form(kind, len(x.shape), describe_array(x))

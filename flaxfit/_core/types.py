@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxfit._core.arrays import append_axes, copy_array
+
 Array: TypeAlias = jax.Array
 HostArray: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 PyTree: TypeAlias = Any
@@ -175,8 +177,7 @@ class Average(flax.struct.PyTreeNode):
         """
         values = values.astype(jnp.float32)
         weights = weights.astype(jnp.float32)
-        spread = weights.reshape(weights.shape + (1,) * (values.ndim - weights.ndim))
-        spread = jnp.broadcast_to(spread, values.shape)
+        spread = jnp.broadcast_to(append_axes(weights, values.ndim), values.shape)
         kept = jnp.where(spread == 0, 0, values)
         return cls.sums(jnp.sum(spread * kept), jnp.sum(spread))
 
@@ -300,13 +301,6 @@ class StateHolder:
 
 
 def copy_state(state: TrainState) -> TrainState:
-    """Returns the same values in buffers of their own, where they are."""
+    """Returns the same values in new buffers on the same devices."""
     copied: TrainState = jax.tree.map(copy_array, state)
     return copied
-
-
-def copy_array(array: Array) -> Array:
-    """Returns the same values in a buffer of its own, on the same devices."""
-    # Without a sharding, a key would leave its devices.
-    where = array.sharding if array.committed else None
-    return jax.device_put(array, where, may_alias=False)

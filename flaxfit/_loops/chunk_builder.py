@@ -9,7 +9,7 @@ from flaxfit._core.arrays import empty_array
 from flaxfit._core.types import Batch, HostArray
 from flaxfit._programs.chunks import Chunk, Stack, stack_capacity
 from flaxfit._programs.placement import Placement
-from flaxfit.data.host.arrays import on_device, own
+from flaxfit.data.host.arrays import copy_host_arrays, on_device
 
 
 class Ready(NamedTuple):
@@ -70,7 +70,7 @@ class SegmentPacker:
         if not isinstance(self._packed, _HostStack):
             capacity = self._capacity(batch)
             if capacity == 1:
-                batch = own(batch) if self._lent else batch
+                batch = copy_host_arrays(batch) if self._lent else batch
                 self._packed = _Alone(batch, examples)
                 return
             self._packed = _HostStack(batch, capacity)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
+from flaxfit._core.tree_specs import describe
 from flaxfit._core.types import Inputs, PyTree
 
 _MAX_OUTPUTS = 1  # arrays shown of a nested output
@@ -68,7 +69,7 @@ def _sizes(tree: PyTree, layers: Mapping[tuple[str, ...], _Layer]) -> dict[Any, 
 
 def _shapes(outputs: PyTree) -> str:
     leaves = [x for x in jax.tree.leaves(outputs) if hasattr(x, "shape")]
-    texts = [f"{x.dtype}[{','.join(map(str, x.shape))}]" for x in leaves]
+    texts = [describe(x) for x in leaves]
     more = ", …" if len(texts) > _MAX_OUTPUTS else ""
     return ", ".join(texts[:_MAX_OUTPUTS]) + more
 

@@ -6,6 +6,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from flaxfit._core.arrays import append_axes
 from flaxfit._core.types import Array, Batch, HostArray, PyTree
 
 # A stack of batches is one transfer and serves one call: large enough to make the
@@ -53,7 +54,7 @@ def batch_at(chunk: Chunk, index: Array | int) -> Batch:
     batch: Batch = jax.tree.map(
         lambda leaf: leaf.at[rows].get(mode="promise_in_bounds"), chunk.data
     )
-    spread = is_fill.reshape(is_fill.shape + (1,) * (batch.weights.ndim - 1))
+    spread = append_axes(is_fill, batch.weights.ndim)
     return batch.replace(weights=jnp.where(spread, 0.0, batch.weights))
 
 

@@ -4,7 +4,8 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any, NamedTuple, Protocol, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import flax.struct
 import jax
@@ -15,7 +16,6 @@ from flaxfit._core.types import (
     Array,
     Average,
     Batch,
-    Inputs,
     Logs,
     PyTree,
     Sum,
@@ -31,10 +31,12 @@ _HOST_CALLBACKS = frozenset(
 )
 _CONVOLUTION = "conv_general_dilated"
 Step = TypeVar("Step", bound=Callable[..., Any])
+NoteTrace: TypeAlias = Callable[..., None]
+"""Called by a program's function with its arguments, which it does when traced."""
 
 
 class EpochAccumulators(flax.struct.PyTreeNode):
-    """What accumulates on the device while an epoch runs.
+    """The accumulators of one epoch, on the device.
 
     Attributes:
       index: `int32[]`, batches so far.
@@ -51,21 +53,21 @@ class EpochAccumulators(flax.struct.PyTreeNode):
 
 
 class CompileListener(Protocol):
-    """Who is told of compiles while `listening`."""
+    """Receives the compiles of all programs while `listening`."""
 
     def compiling(self, program: "Program") -> None:
         """Called when a program is about to be compiled."""
 
     def compiled(self, program: "Program", seconds: float) -> None:
-        """Called when it was, and its first call was dispatched."""
+        """Called after the compile, once the first call was dispatched."""
 
 
 _LISTENER: ContextVar[CompileListener | None] = ContextVar("listener", default=None)
 
 
 @contextlib.contextmanager
-def listening(listener: CompileListener) -> Iterator[None]:
-    """Tells `listener` of every compile inside."""
+def listening(listener: CompileListener | None) -> Iterator[None]:
+    """Reports every compile inside to `listener`; None for no reports."""
     token = _LISTENER.set(listener)
     try:
         yield
@@ -74,10 +76,19 @@ def listening(listener: CompileListener) -> Iterator[None]:
 
 
 class Program:
-    """A jitted function that counts how often it was traced.
+    """A jitted function that counts its traces.
+
+    Args:
+      name: shown to the user, e.g. `"train step"`.
+      function: takes a `NoteTrace` before the arguments of a call, and calls it with
+        them. A wrapper that does so would be one more frame in every traceback.
+      donate_argnums: the arguments of a call whose buffers it may reuse.
+      out_shardings: see `jax.jit`.
+      wait: whether a call returns only when it has finished.
+      compiler_options: see `jax.jit`.
 
     Attributes:
-      name: what it is to a user, e.g. `"train step"`.
+      name: as given.
       traces: the number of traces so far, one per compile.
       signatures: the shapes of the arguments of the last two traces.
     """
@@ -96,29 +107,30 @@ class Program:
         self.traces = 0
         self.signatures: tuple[Any, ...] = ()
         self._wait = wait
-        self._function = function
+        # Not counted. jit caches traces by function: what `analyze` traces must not be
+        # found by a later call, whose trace would then not be counted.
+        self._function = partial(function, lambda *args: None)
         self._has_options = compiler_options is not None
-
-        def traced(*args: Any) -> Any:
-            if any(map(_is_traced, jax.tree.leaves(args))):  # not under disable_jit
-                self.traces += 1
-                self.signatures = (*self.signatures[-1:], shapes_of_call(*args))
-                if listener := _LISTENER.get():
-                    listener.compiling(self)
-            return function(*args)
-
         self._options: dict[str, Any] = {
             "donate_argnums": donate_argnums,
             "compiler_options": compiler_options,
         }
         if out_shardings is not None:
             self._options["out_shardings"] = out_shardings
-        self._jitted = jax.jit(traced, **self._options)
+        self._jitted = jax.jit(partial(function, self._note_trace), **self._options)
+
+    def _note_trace(self, *args: Any) -> None:
+        if any(map(_is_traced, jax.tree.leaves(args))):  # not under disable_jit
+            self.traces += 1
+            self.signatures = (*self.signatures[-1:], shapes_of_call(*args))
+            if listener := _LISTENER.get():
+                listener.compiling(self)
 
     def __call__(self, *args: Any) -> Any:
         """Runs the program; dispatch is asynchronous unless it must be waited for."""
         if self._has_options and any(map(_is_traced, jax.tree.leaves(args))):
-            return self._function(*args)  # inside another program there are no options
+            # jit refuses compiler options inside another jit.
+            return self._function(*args)
         traces, started = self.traces, time.perf_counter()
         result = self._jitted(*args)
         if self.traces != traces and (listener := _LISTENER.get()):
@@ -138,14 +150,12 @@ class Program:
         """Compiles ahead of time and returns FLOPs and bytes of one call.
 
         Keys: `flops`, and `bytes` of device memory: arguments, results and
-        temporaries, donated ones counted once. What the backend does not tell is
-        absent.
+        temporaries, donated ones counted once. A key is missing where the backend
+        does not report it.
         """
-        # Of its own, as what is traced here would later be no trace that counts.
         compiled = jax.jit(self._function, **self._options).lower(*args).compile()
-        cost = compiled.cost_analysis() or {}
         memory = compiled.memory_analysis()
-        found = {"flops": cost.get("flops")}
+        found = {"flops": (compiled.cost_analysis() or {}).get("flops")}
         if memory is not None:
             found["bytes"] = (
                 memory.argument_size_in_bytes
@@ -158,7 +168,7 @@ class Program:
         }
 
     def flops(self, shapes: Any) -> float | None:
-        """Returns the FLOPs of one step, None if the backend does not tell.
+        """Returns the FLOPs of one step, None if the backend does not report them.
 
         Nothing is compiled.
 
@@ -174,13 +184,12 @@ class Program:
 
     @contextlib.contextmanager
     def uncounted(self) -> Iterator[None]:
-        """Leaves what is compiled inside uncounted, and tells nobody."""
+        """Neither counts nor reports compiles inside."""
         before = self.traces, self.signatures
-        token = _LISTENER.set(None)
         try:
-            yield
+            with listening(None):
+                yield
         finally:
-            _LISTENER.reset(token)
             self.traces, self.signatures = before
 
 
@@ -198,9 +207,8 @@ class Steps(NamedTuple):
 class Programs(NamedTuple):
     """All programs of a trainer, one per phase.
 
-    The first three that loop take a chunk and run its batches
-    `start … start + count - 1`: one compile serves any number of steps. Where
-    `one_step_per_call`, `count` has to be 1.
+    Those that loop take a chunk and run its batches `start … start + count - 1`: one
+    compile serves any number of steps. With `one_step_per_call`, `count` must be 1.
 
     Attributes:
       init: `(rng, inputs, variables) -> state`.
@@ -226,112 +234,162 @@ class Programs(NamedTuple):
     one_step_per_call: bool
 
 
+class Preflight(NamedTuple):
+    """The result of tracing a step, before anything is compiled.
+
+    Attributes:
+      logs: the logs' shapes.
+      calls_host: whether the step calls back into Python.
+      convolves: whether there are convolutions in it.
+    """
+
+    logs: PyTree
+    calls_host: bool
+    convolves: bool
+
+
 def compile_programs(
-    steps: Steps,
-    placement: Placement,
-    *,
-    calls_host: bool,
-    convolves: bool,
-    nonfinite: str = "ignore",
+    steps: Steps, placement: Placement, traced: Preflight, *, nonfinite: str
 ) -> Programs:
     """Returns the programs; nothing is compiled before its first call.
 
     Args:
       steps: the pure functions.
       placement: the devices; the state stays on them as it is.
-      calls_host: whether a step calls back into Python. An error there surfaces
-        after the call, when a donated state would be gone: such steps donate
-        nothing, are waited for, and run one by one.
-      convolves: whether there are convolutions. For a CPU, XLA brings them into the
-        form that is fast only outside of loops; inside they take many times as long.
-      nonfinite: what a batch does whose loss is NaN or infinite: `"ignore"` nothing;
-        `"stop"` and `"rollback"` end the call with it; `"skip"` leaves it out, as well
-        as one that makes a parameter so.
+      traced: the step that matters most, of training if it is possible.
+      nonfinite: how a batch is handled whose loss is NaN or infinite: `"ignore"` does
+        nothing; `"stop"` and `"rollback"` end the call with it; `"skip"` leaves it
+        out, and also one that makes a parameter NaN or infinite.
     """
     on_cpu = placement.devices[0].platform == "cpu"
-    one_step_per_call = calls_host or (convolves and on_cpu)
-    # It runs once: the time is better spent otherwise, and the bits are the same.
+    # XLA for CPUs brings convolutions into their fast form only outside of loops;
+    # inside they take about ten times as long. And of several steps with callbacks into
+    # Python, all results would be lost when one fails.
+    calls_host = traced.calls_host
+    single = calls_host or (traced.convolves and on_cpu)
+    # It runs once, so compiling fast is worth more than running fast; the resulting
+    # bits are the same.
     run_once = {"xla_backend_optimization_level": 1} if on_cpu else None
+    whole = placement.replicated
+    return Programs(
+        init=Program(
+            "init", noting(steps.init), out_shardings=whole, compiler_options=run_once
+        ),
+        train=Program(
+            "train step",
+            _train_loop(steps.train, single, nonfinite),
+            # An error in a callback into Python is raised after the call, when a
+            # donated state is gone. So nothing is donated, and the call is waited for.
+            donate_argnums=() if calls_host else (0,),
+            out_shardings=whole,
+            wait=calls_host,
+        ),
+        step=Program("train step", noting(steps.train)),
+        evaluate=Program(
+            "eval step", _eval_loop(steps.evaluate, single), out_shardings=whole
+        ),
+        predict=Program("predict step", _predict_loop(steps.predict, single)),
+        intermediates=Program(
+            "predict step", _predict_loop(steps.intermediates, single)
+        ),
+        gradient=Program("gradient", noting(steps.gradient)),
+        one_step_per_call=single,
+    )
+
+
+def noting(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a step without a loop as a function for `Program`."""
+
+    def run(note_trace: NoteTrace, *args: Any) -> Any:
+        note_trace(*args)
+        return step(*args)
+
+    return run
+
+
+class _Carry(NamedTuple):
+    index: Any
+    state: TrainState
+    running: EpochAccumulators
+
+
+def _train_loop(train_step: TrainStep, single: bool, nonfinite: str) -> Any:
+    ends_at_nonfinite = nonfinite in ("stop", "rollback")
 
     def train(
+        note_trace: NoteTrace,
         state: TrainState,
         running: EpochAccumulators,
         chunk: Chunk,
         start: Any,
         count: Any,
     ) -> tuple[TrainState, EpochAccumulators]:
-        def step(
-            index: Any, carry: tuple[TrainState, EpochAccumulators]
-        ) -> tuple[TrainState, EpochAccumulators]:
-            state, logs = steps.train(carry[0], batch_at(chunk, index))
-            after = state, _accumulate(carry[1], logs)
-            return _guarded(nonfinite, carry, after, logs)
+        note_trace(state, running, chunk, start, count)
+        first = _Carry(jnp.asarray(start, jnp.int32), state, running)
+        if single or isinstance(chunk, Batch):
+            return _record(nonfinite, first, *train_step(state, batch_at(chunk, start)))
 
-        if one_step_per_call or isinstance(chunk, Batch):
-            return step(start, (state, running))
-        if nonfinite not in ("stop", "rollback"):
-            return jax.lax.fori_loop(start, start + count, step, (state, running))
+        def goes_on(carry: _Carry) -> Any:
+            more = carry.index < start + count
+            return more & (carry.running.bad < 0) if ends_at_nonfinite else more
 
-        def goes_on(carry: tuple[Any, tuple[TrainState, EpochAccumulators]]) -> Any:
-            return (carry[0] < start + count) & (carry[1][1].bad < 0)
+        # `count` is a value of the program, not a part of it: a loop with a static
+        # bound would be compiled again for every number of steps.
+        last = jax.lax.while_loop(
+            goes_on,
+            lambda carry: _Carry(
+                carry.index + 1,
+                *_record(
+                    nonfinite,
+                    carry,
+                    *train_step(carry.state, batch_at(chunk, carry.index)),
+                ),
+            ),
+            first,
+        )
+        return last.state, last.running
 
-        def one_more(
-            carry: tuple[Any, tuple[TrainState, EpochAccumulators]],
-        ) -> tuple[Any, tuple[TrainState, EpochAccumulators]]:
-            return carry[0] + 1, step(*carry)
+    return train
 
-        first = jnp.asarray(start, jnp.int32), (state, running)
-        return jax.lax.while_loop(goes_on, one_more, first)[1]
 
+def _eval_loop(eval_step: EvalStep, single: bool) -> Any:
     def evaluate(
+        note_trace: NoteTrace,
         state: TrainState,
         running: EpochAccumulators,
         chunk: Chunk,
         start: Any,
         count: Any,
     ) -> EpochAccumulators:
-        def step(index: Any, running: EpochAccumulators) -> EpochAccumulators:
+        note_trace(state, running, chunk, start, count)
+
+        def add(index: Any, running: EpochAccumulators) -> EpochAccumulators:
             batch = batch_at(chunk, index)
-            return _accumulate(running, steps.evaluate(state, batch, running.index))
+            return _accumulate(running, eval_step(state, batch, running.index))
 
-        if one_step_per_call or isinstance(chunk, Batch):
-            return step(start, running)
-        return jax.lax.fori_loop(start, start + count, step, running)
+        if single or isinstance(chunk, Batch):
+            return add(start, running)
+        return jax.lax.fori_loop(start, start + count, add, running)
 
-    whole = placement.replicated
-    return Programs(
-        init=Program(
-            "init", steps.init, out_shardings=whole, compiler_options=run_once
-        ),
-        train=Program(
-            "train step",
-            train,
-            donate_argnums=() if calls_host else (0,),
-            out_shardings=whole,
-            wait=calls_host,
-        ),
-        step=Program("train step", steps.train),
-        evaluate=Program("eval step", evaluate, out_shardings=whole),
-        predict=Program(
-            "predict step", _over_segment(steps.predict, one_step_per_call)
-        ),
-        intermediates=Program(
-            "predict step", _over_segment(steps.intermediates, one_step_per_call)
-        ),
-        gradient=Program("gradient", steps.gradient),
-        one_step_per_call=one_step_per_call,
-    )
+    return evaluate
 
 
-def _over_segment(step: PredictStep, one_step_per_call: bool) -> Callable[..., PyTree]:
+def _predict_loop(predict_step: PredictStep, single: bool) -> Any:
     def predict(
-        state: TrainState, chunk: Chunk, start: Any, count: Any, first: Any
+        note_trace: NoteTrace,
+        state: TrainState,
+        chunk: Chunk,
+        start: Any,
+        count: Any,
+        first: Any,
     ) -> PyTree:
-        def outputs_at(index: Any) -> PyTree:
-            inputs: Inputs = batch_at(chunk, index).inputs
-            return step(state, inputs, jnp.int32(first + index - start))
+        note_trace(state, chunk, start, count, first)
 
-        if one_step_per_call or isinstance(chunk, Batch):
+        def outputs_at(index: Any) -> PyTree:
+            number = jnp.int32(first + index - start)
+            return predict_step(state, batch_at(chunk, index).inputs, number)
+
+        if single or isinstance(chunk, Batch):
             return outputs_at(start)
         capacity = jax.tree.leaves(chunk)[0].shape[0]
         empty = jax.tree.map(
@@ -355,8 +413,8 @@ def _accumulate(running: EpochAccumulators, logs: Logs) -> EpochAccumulators:
     def merged(log: Any, before: Any) -> Any:
         after = before.merge(log)
         if isinstance(log, Average | Sum):
-            return after  # what a running begins with is their neutral element
-        # Chosen by index: not every metric has one.
+            return after  # an epoch starts from zeros, which are neutral for these
+        # Not every metric has a neutral element: the first batch replaces the zeros.
         return jax.tree.map(lambda new, old: jnp.where(first, new, old), log, after)
 
     return running.replace(
@@ -365,26 +423,25 @@ def _accumulate(running: EpochAccumulators, logs: Logs) -> EpochAccumulators:
     )
 
 
-def _guarded(
-    nonfinite: str,
-    before: tuple[TrainState, EpochAccumulators],
-    after: tuple[TrainState, EpochAccumulators],
-    logs: Logs,
+def _record(
+    nonfinite: str, before: _Carry, state: TrainState, logs: Logs
 ) -> tuple[TrainState, EpochAccumulators]:
-    """Returns `after` with a note of a loss that is not finite; see `nonfinite`.
+    """Returns the state and the accumulators after a step.
 
-    Only `"skip"` chooses between the two: that takes a pass over the state, and XLA
-    then rounds an update otherwise than without, in the last bit.
+    A loss that is not finite is noted in the accumulators; see `nonfinite`.
     """
+    old, running = before.state, before.running
+    after = state, _accumulate(running, logs)
     if nonfinite == "ignore":
         return after
-    (old, running), (new, _) = before, after
     good = _all_finite(logs.get("loss"))
     number = running.index + running.skipped
     if nonfinite == "skip":
-        good &= _all_finite(new.params)
-        # The next batch gets random numbers of its own.
-        before = old.replace(step=new.step), running
+        # Only here: choosing takes a pass over the state, and XLA then rounds an update
+        # differently in the last bit.
+        good &= _all_finite(state.params)
+        # The step count goes on, so that the next batch gets other random numbers.
+        kept = old.replace(step=state.step), running
         after = jax.tree.map(
             lambda new, old: (
                 jax.lax.select(jnp.broadcast_to(good, new.shape), new, old)
@@ -392,12 +449,12 @@ def _guarded(
                 else jax.lax.select(good, new, old)
             ),
             after,
-            before,
+            kept,
         )
     state, chosen = after
     return state, chosen.replace(
         bad=jnp.where(good | (running.bad >= 0), running.bad, number),
-        skipped=running.index + running.skipped + 1 - chosen.index,
+        skipped=number + 1 - chosen.index,
     )
 
 
@@ -434,28 +491,14 @@ def shapes_of_call(*args: Any) -> tuple[Any, ...]:
     return shapes
 
 
-class Preflight(NamedTuple):
-    """What abstract traces of a step say, before anything is compiled.
-
-    Attributes:
-      logs: the logs' shapes.
-      calls_host: whether the step calls back into Python.
-      convolves: whether there are convolutions in it.
-    """
-
-    logs: PyTree
-    calls_host: bool
-    convolves: bool
-
-
 def traced_once(step: Step) -> Step:
-    """Returns the step, to be traced once for all programs of one form of batches."""
+    """Returns the step; all programs share one trace of it for batches of one shape."""
     cached: Any = jax.jit(step, inline=True)
     return cached
 
 
 def preflight(step: Callable[..., Any], *args: Any) -> Preflight:
-    """Traces `step(*args)`, the logs its last or only result, without computing.
+    """Traces `step(*args)` without computing.
 
     Args:
       step: a train step `-> (state, logs)`, an eval step `-> logs`, or any other.

@@ -10,7 +10,9 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from flaxfit._core.types import Batch, HostArray, PyTree, copy_array
+from flaxfit._core.arrays import copy_array
+from flaxfit._core.types import Batch, HostArray, PyTree
+from flaxfit._core.validation import is_integer
 from flaxfit._programs.chunks import Chunk, Stack
 
 _AXIS = "data"
@@ -176,7 +178,7 @@ def find_placement(devices: Any = None) -> Placement:
         shape = devices.devices.shape
         auto = Mesh(devices.devices, devices.axis_names, (AxisType.Auto,) * len(shape))
         return Placement(tuple(devices.devices.flat), auto, chosen=True)
-    if isinstance(devices, int | np.integer) and not isinstance(devices, bool):
+    if is_integer(devices):
         there = jax.local_devices()
         if not 1 <= devices <= len(there):
             raise ValueError(

@@ -8,15 +8,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flaxfit._core.errors import DataError
 from flaxfit._core.tree_specs import (
-    Form,
-    describe_array,
-    forms_of,
+    LeafSpec,
+    add_row,
+    describe,
     listed,
-    one_row_more,
     shapes_of,
+    specs_of,
 )
 from flaxfit._core.types import Batch, Inputs, PyTree, TrainState
 from flaxfit._models.base import Adapted, ModelFamily
@@ -29,7 +30,8 @@ from flaxfit._programs.resolve import (
     trace_outputs,
 )
 from flaxfit._programs.steps import make_predict_step
-from flaxfit.losses.objective import Objective, resolve_objective
+from flaxfit.data.host.checks import check_tokens
+from flaxfit.losses.objective import Objective, check_targets, resolve_objective
 from flaxfit.metrics.resolve import resolve_metrics
 from flaxfit.optimizers.resolve import UNKNOWN_TOTAL_STEPS, needs_total_steps
 
@@ -303,8 +305,25 @@ class ProgramCache:
         return state
 
     def check_values(self, batch: Batch) -> None:
-        """Checks values on the host; see `ResolvedTask.check_values`."""
-        self.resolved.check_values(batch)
+        """Checks the values of inputs and targets on the host.
+
+        Raises:
+          DataError: tokens or labels out of range, NaN in targets, or weights where
+            the loss takes none.
+        """
+        resolved, objective = self.resolved, self.resolved.task.objective
+        check_tokens(batch, resolved.adapted.detected.vocabularies)
+        if batch.targets is not None:
+            check_targets(objective, resolved.outputs, batch.targets, batch.weights)
+        if not objective.scalar_loss or batch.weights is None:
+            return
+        if np.any(batch.weights != 1):
+            raise DataError(
+                f"The loss {objective.name} returns one number for a whole batch, so "
+                "its examples cannot be weighted",
+                "Return one value per example, float[batch], or leave sample_weight "
+                "and class_weight out",
+            )
 
 
 def check_batch(
@@ -335,8 +354,8 @@ def check_batch(
     checked = ["inputs"] if inputs_only else ["inputs", "targets"]
     for name in checked:
         before, after = (
-            forms_of(getattr(resolved.example, name)),
-            forms_of(getattr(batch, name)),
+            specs_of(getattr(resolved.example, name)),
+            specs_of(getattr(batch, name)),
         )
         if not _alike(name, before, after):
             raise _unlike(name, before, after)
@@ -345,17 +364,17 @@ def check_batch(
         fitting = jax.eval_shape(
             resolved.task.model.init, resolved.template.rng, batch.inputs
         )[0]
-    if forms_of(fitting) != forms_of(resolved.template.params):
+    if specs_of(fitting) != specs_of(resolved.template.params):
         raise DataError(
-            f"Got inputs {listed(forms_of(batch.inputs))}, which need other "
-            f"parameters than {listed(forms_of(resolved.example.inputs))} did, for "
+            f"Got inputs {listed(specs_of(batch.inputs))}, which need other "
+            f"parameters than {listed(specs_of(resolved.example.inputs))} did, for "
             f"which this trainer was built. Give it such inputs, or make a new Trainer."
         )
     if "targets" in checked:
         objective = _objective_of(resolved, settings, outputs, batch)
         if objective.name != resolved.task.objective.name:
             raise DataError(
-                f"Got targets {listed(forms_of(batch.targets))}, for which the "
+                f"Got targets {listed(specs_of(batch.targets))}, for which the "
                 f"loss would be {objective.name}; this trainer was built with "
                 f"{resolved.task.objective.name}. Name it: Trainer(model, loss=...)."
             )
@@ -388,7 +407,7 @@ def find_outputs(resolved: ResolvedTask, batch: Batch, *, sown: bool) -> Outputs
     # Not of outputs that are wrong anyhow: a model of one example may not grow.
     # Nor of inputs without rows, of which it is not told how they grow.
     if (sown or all(batched)) and has_rows(batch.replace(targets=None)):
-        grown = jax.tree.leaves(shapes(one_row_more(inputs, rows)))
+        grown = jax.tree.leaves(shapes(add_row(inputs, rows)))
         batched = [
             fits and more.shape == (rows + 1, *one.shape[1:])
             for fits, one, more in zip(batched, outputs, grown, strict=True)
@@ -396,8 +415,8 @@ def find_outputs(resolved: ResolvedTask, batch: Batch, *, sown: bool) -> Outputs
     if not sown and not all(batched):
         raise ValueError(
             f"predict joins outputs along their first axis, the batch, and for "
-            f"inputs {listed(forms_of(inputs))} the model returns "
-            f"{describe_array(outputs[batched.index(False)])}. For one example write "
+            f"inputs {listed(specs_of(inputs))} the model returns "
+            f"{describe(outputs[batched.index(False)])}. For one example write "
             f"x[None]; else let the model return [batch, ...] arrays, or call it "
             f"yourself: module.apply(trainer.variables, x)."
         )
@@ -410,17 +429,19 @@ def _form_of(tree: PyTree) -> tuple[Hashable, ...]:
     return structure, tuple((x.shape, x.dtype) for x in leaves)
 
 
-def _alike(name: str, before: Mapping[str, Form], after: Mapping[str, Form]) -> bool:
+def _alike(
+    name: str, before: Mapping[str, LeafSpec], after: Mapping[str, LeafSpec]
+) -> bool:
     either_kind = name == "targets"
     return before.keys() == after.keys() and all(
-        form.ndim == before[path].ndim
-        and (either_kind or before[path].kind in ("number", form.kind))
-        for path, form in after.items()
+        len(spec.shape) == len(before[path].shape)
+        and (either_kind or before[path].is_inexact or not spec.is_inexact)
+        for path, spec in after.items()
     )
 
 
 def _unlike(
-    name: str, before: Mapping[str, Form], after: Mapping[str, Form]
+    name: str, before: Mapping[str, LeafSpec], after: Mapping[str, LeafSpec]
 ) -> DataError:
     return DataError(
         f"Got {name} {listed(after)}; this trainer was built for {listed(before)}. "
@@ -438,9 +459,11 @@ def _objective_of(
         not the same one, or a metric is missing.
       ValueError: targets that do not fit the outputs.
     """
-    before, after = forms_of(resolved.example.targets), forms_of(batch.targets)
+    before, after = specs_of(resolved.example.targets), specs_of(batch.targets)
     rows = batch.weights.shape[0]
-    same_kinds = all(form.kind == before[path].kind for path, form in after.items())
+    same_kinds = all(
+        spec.is_inexact == before[path].is_inexact for path, spec in after.items()
+    )
     try:
         objective = resolve_objective(
             settings.loss, settings.loss_weights, outputs, batch.targets, rows
@@ -457,11 +480,17 @@ def _objective_of(
     return objective
 
 
-def _reshaping(name: str, before: Mapping[str, Form], after: Mapping[str, Form]) -> str:
+def _reshaping(
+    name: str, before: Mapping[str, LeafSpec], after: Mapping[str, LeafSpec]
+) -> str:
     """Returns the line to write where one axis too many or too few may be all."""
     if not after:
         return "Pass (x, y). "
-    more = {f.ndim - before[path].ndim for path, f in after.items() if path in before}
+    more = {
+        len(spec.shape) - len(before[path].shape)
+        for path, spec in after.items()
+        if path in before
+    }
     lines = {("inputs", -1): "For one example write x[None]. "}
     lines |= {("targets", -1): "Write y[:, None]. ", ("targets", 1): "Write y[:, 0]. "}
     return lines.get((name, more.pop()), "") if len(more) == 1 else ""

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from flaxfit._core.errors import DataError, DetectionError
-from flaxfit._core.tree_specs import differences, forms_of, listed, shapes_of
+from flaxfit._core.errors import DetectionError, UsageError
+from flaxfit._core.tree_specs import diff, difference_lines, listed, shapes_of, specs_of
 from flaxfit._core.types import Batch, Inputs, PyTree, TrainState
 from flaxfit._models.base import Adapted, ModelFamily, Overrides
 from flaxfit._models.image_scaling import scale_images, with_scaled_images
@@ -31,19 +31,18 @@ from flaxfit._programs.steps import (
     make_init,
     make_predict_step,
 )
-from flaxfit.data.host.checks import check_tokens
-from flaxfit.losses.objective import check_targets, resolve_objective
+from flaxfit.losses.objective import resolve_objective
 from flaxfit.metrics.resolve import resolve_metrics
 from flaxfit.optimizers.resolve import resolve_optimizer
 
-# Stands for a length that is not known, where nothing is trained: schedules of
-# warm-up and decay take none that is short.
+# Stands for an unknown length where nothing is trained. Schedules with warm-up and
+# decay raise for a short one.
 _UNKNOWN_LENGTH = 1_000_000
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user told the trainer, names not yet resolved; see `Trainer`."""
+    """The arguments of `Trainer`, names not yet resolved."""
 
     loss: Any
     loss_weights: Any
@@ -59,8 +58,18 @@ class Settings:
     scale_images: bool | str
 
 
+class LogShapes(NamedTuple):
+    """The shapes of the logs of a training and of an evaluation step.
+
+    They may differ: a model may sow other values in evaluation.
+    """
+
+    train: PyTree
+    evaluation: PyTree
+
+
 class ResolvedTask(NamedTuple):
-    """A trainer's parts, made once from the first batch it sees.
+    """Everything resolved for one trainer, once, from the first batch it sees.
 
     Attributes:
       adapted: the model and what was detected about it.
@@ -70,12 +79,11 @@ class ResolvedTask(NamedTuple):
       template: the shapes of the state.
       variables: the variables to start from, sown ones left out.
       outputs: the shapes of the model's outputs.
-      example: the shapes of the batch all this was made from.
-      logs: the shapes of the logs of a training step.
-      eval_logs: those of an evaluation step; a model may sow other values there.
+      example: the shapes of the batch it was resolved from.
+      logs: the shapes of the logs.
       total_steps: what the optimizer was resolved for, None if that is not known.
       complete: whether there is a loss; without targets one can only predict.
-      scaled: whether pictures among the inputs are scaled on the device.
+      scaled: whether images among the inputs are scaled on the device.
     """
 
     adapted: Adapted
@@ -86,50 +94,27 @@ class ResolvedTask(NamedTuple):
     variables: Mapping[str, PyTree]
     outputs: PyTree
     example: Batch
-    logs: PyTree
-    eval_logs: PyTree
+    logs: LogShapes
     total_steps: int | None
     complete: bool
     scaled: bool
 
     def empty(self) -> EpochAccumulators:
         """Returns an empty accumulator for training."""
-        return empty_accumulators(self.logs, self.placement)
+        return empty_accumulators(self.logs.train, self.placement)
 
     def empty_eval(self) -> EpochAccumulators:
         """Returns an empty accumulator for evaluation."""
-        return empty_accumulators(self.eval_logs, self.placement)
+        return empty_accumulators(self.logs.evaluation, self.placement)
 
     def history_names(self, *, validated: bool) -> list[str]:
         """Returns the names the History of a fit will have, in its order."""
-        names = list(self.task.order(self.logs))
-        evaluated = list(self.task.order(self.eval_logs)) if validated else []
-        rate = self.task.optimizer.learning_rate(self.template.opt_state)
-        return [
-            *names,
-            *(f"val_{name}" for name in evaluated),
-            *(["learning_rate"] if rate is not None else []),
-        ]
-
-    def check_values(self, batch: Batch) -> None:
-        """Checks the values of inputs and targets on the host.
-
-        Raises:
-          DataError: tokens or labels out of range, NaN in targets, or weights where
-            the loss takes none.
-        """
-        check_tokens(batch, self.adapted.detected.vocabularies)
-        objective = self.task.objective
-        if batch.targets is not None:
-            check_targets(objective, self.outputs, batch.targets, batch.weights)
-        if not objective.scalar_loss or batch.weights is None:
-            return
-        if np.any(batch.weights != 1):
-            raise DataError(
-                f"The loss {objective.name} returns one number for a whole batch, so "
-                f"its examples cannot be weighted. Return one value per example, "
-                f"float[batch], or leave sample_weight and class_weight out."
-            )
+        names = list(self.task.order(self.logs.train))
+        if validated:
+            names += [f"val_{name}" for name in self.task.order(self.logs.evaluation)]
+        if self.task.optimizer.learning_rate(self.template.opt_state) is not None:
+            names.append("learning_rate")
+        return names
 
 
 def resolve(
@@ -144,20 +129,20 @@ def resolve(
 ) -> ResolvedTask:
     """Detects, resolves and wires everything for batches like `example`.
 
-    Nothing is compiled: all of it is abstract traces.
+    Nothing is compiled: the model is only traced.
 
     Args:
       model: what the user gave the trainer.
       family: its library's functions.
-      settings: what the user said.
+      settings: the arguments of the trainer.
       placement: the devices to run on.
       example: one batch, arrays or shapes.
       total_steps: the length of the training if it is known.
-      known: what was detected before, to be kept.
+      known: what was detected before, to be used again.
       complete: False to do without targets and so without training.
 
     Raises:
-      DetectionError: the train flag or the loss cannot be found out.
+      DetectionError: the train flag or the loss cannot be detected.
       ValueError: names, shapes or options that do not fit.
     """
     example = shapes_of(example)
@@ -169,11 +154,49 @@ def resolve(
         if scaled and not known:
             adapted = with_scaled_images(adapted)
         outputs = trace_outputs(adapted, key, example.inputs)
+    task = _make_task(adapted, settings, outputs, example, total_steps)
+    steps = _make_steps(task, settings)
+    template = jax.eval_shape(steps.init, key, example.inputs, {})
+    variables = _starting_variables(settings, adapted, template)
+    index = jax.ShapeDtypeStruct((), np.int32)
+    if complete:
+        traced = preflight(steps.train, template, example)
+        logs = LogShapes(
+            traced.logs, preflight(steps.evaluate, template, example, index).logs
+        )
+    else:
+        traced = preflight(steps.predict, template, example.inputs, index)
+        logs = LogShapes({}, {})
+    return ResolvedTask(
+        adapted=adapted,
+        task=task,
+        programs=compile_programs(
+            steps, placement, traced, nonfinite=settings.nonfinite
+        ),
+        placement=placement,
+        template=template,
+        variables=variables,
+        outputs=outputs,
+        example=example.replace(inputs=seen),
+        logs=logs,
+        total_steps=total_steps,
+        complete=complete,
+        scaled=scaled,
+    )
+
+
+def _make_task(
+    adapted: Adapted,
+    settings: Settings,
+    outputs: PyTree,
+    example: Batch,
+    total_steps: int | None,
+) -> Task:
     rows = example.weights.shape[0]
     objective = resolve_objective(
         settings.loss, settings.loss_weights, outputs, example.targets, rows
     )
-    task = Task(
+    return Task(
         model=adapted.model,
         objective=objective,
         metrics=resolve_metrics(
@@ -188,50 +211,18 @@ def resolve(
         rngs=adapted.detected.rngs,
         eval_rngs=adapted.detected.eval_rngs,
     )
-    init = traced_once(make_init(task))
-    template = jax.eval_shape(init, key, example.inputs, {})
-    variables = {
-        name: tree
-        for name, tree in settings.variables.items()
-        if name not in adapted.detected.sown  # `module.init` returns these as well
-    }
-    _check_variables(variables, template)
-    steps = Steps(
-        init=init,
+
+
+def _make_steps(task: Task, settings: Settings) -> Steps:
+    # Those that are traced here and again by a program share the trace: tracing a
+    # large model takes seconds.
+    return Steps(
+        init=traced_once(make_init(task)),
         train=traced_once(settings.make_train_step(task)),
         evaluate=traced_once(make_eval_step(task)),
         predict=make_predict_step(task),
         intermediates=make_predict_step(task, sown="intermediates"),
         gradient=make_gradient(task),
-    )
-    index = jax.ShapeDtypeStruct((), np.int32)
-    if complete:
-        traced = preflight(steps.train, template, example)
-        evaluated = preflight(steps.evaluate, template, example, index)
-    else:
-        predicted = preflight(steps.predict, template, example.inputs, index)
-        traced = evaluated = predicted._replace(logs={})
-    programs = compile_programs(
-        steps,
-        placement,
-        calls_host=traced.calls_host,
-        convolves=traced.convolves,
-        nonfinite=settings.nonfinite,
-    )
-    return ResolvedTask(
-        adapted=adapted,
-        task=task,
-        programs=programs,
-        placement=placement,
-        template=template,
-        variables=variables,
-        outputs=outputs,
-        example=example.replace(inputs=seen),
-        logs=traced.logs,
-        eval_logs=evaluated.logs,
-        total_steps=total_steps,
-        complete=complete,
-        scaled=scaled,
     )
 
 
@@ -249,32 +240,46 @@ def trace_outputs(adapted: Adapted, key: Any, inputs: Inputs) -> PyTree:
 
 @contextlib.contextmanager
 def noted(inputs: Inputs) -> Iterator[None]:
-    """Says on what a model was traced when it raises an error of its own."""
+    """Notes the inputs a model was traced on in an error that it raises."""
     try:
         yield
     except DetectionError:
         raise
     except Exception as error:
-        error.add_note(f"while tracing the model on {listed(forms_of(inputs))}")
+        error.add_note(f"while tracing the model on {listed(specs_of(inputs))}")
         raise
 
 
-def _check_variables(variables: Mapping[str, PyTree], template: TrainState) -> None:
+def _starting_variables(
+    settings: Settings, adapted: Adapted, template: TrainState
+) -> dict[str, PyTree]:
+    """Returns the user's variables.
+
+    Raises:
+      ValueError: they do not fit the model.
+    """
     made = {"params": template.params, **template.collections}
+    variables = {
+        name: tree
+        for name, tree in settings.variables.items()
+        if name not in adapted.detected.sown  # `module.init` returns these as well
+    }
     if variables and not made.keys() & variables.keys():
-        raise ValueError(
-            f"Trainer(variables=...) has the entries {', '.join(variables)}; it takes "
-            f"the collections {', '.join(made)}. Write variables={{'params': params}}."
+        raise UsageError(
+            f"Trainer(variables=...) has the entries {', '.join(variables)}",
+            f"It takes the collections {', '.join(made)}",
+            "variables={'params': params}",
         )
     lines = []
     for name, tree in variables.items():
         if name in made:
-            lines += differences(
-                made[name], tree, where=name, wanted_is="the model has"
-            )
+            line = f"  {name}/{{path}}: the model has {{wanted}}, given {{given}}"
+            found = diff(specs_of(made[name]), specs_of(tree))
+            lines += difference_lines(found, line)
         else:
             lines.append(f"  {name}: the model has {', '.join(made)}")
     if lines:
-        raise ValueError(
+        raise UsageError(
             "Trainer(variables=...) does not fit the model:\n" + "\n".join(lines)
         )
+    return variables

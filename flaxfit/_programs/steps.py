@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flaxfit._core.tree_specs import one_row_more
+from flaxfit._core.arrays import strongly_typed
+from flaxfit._core.tree_specs import add_row
 from flaxfit._core.types import (
     Array,
     Average,
@@ -71,13 +72,15 @@ def make_init(task: Task) -> InitStep:
 
     def init(rng: Array, inputs: Inputs, variables: Mapping[str, PyTree]) -> TrainState:
         params, collections = task.model.init(rng, inputs)
-        made = _strong({"params": params, **collections, **variables})
+        made = jax.tree.map(
+            strongly_typed, {"params": params, **collections, **variables}
+        )
         params = made.pop("params")
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             collections=made,
-            opt_state=_strong(task.optimizer.tx.init(params)),
+            opt_state=jax.tree.map(strongly_typed, task.optimizer.tx.init(params)),
             rng=rng,
         )
 
@@ -265,22 +268,10 @@ def _sown_of_one_row_more(
         )[2]
 
     rows = jnp.shape(batch.weights)[0]
-    shapes: dict[str, PyTree] = jax.eval_shape(sown, one_row_more(batch.inputs, rows))
+    shapes: dict[str, PyTree] = jax.eval_shape(sown, add_row(batch.inputs, rows))
     return shapes
-
-
-def _strong(tree: PyTree) -> PyTree:
-    # A weakly typed leaf comes back strongly typed, and would compile twice.
-    def strong(x: Any) -> Any:
-        x = jnp.asarray(x)
-        return x if jnp.issubdtype(x.dtype, jax.dtypes.extended) else x.astype(x.dtype)
-
-    return jax.tree.map(strong, tree)
 
 
 def _like(new: PyTree, old: PyTree) -> PyTree:
     # What is carried keeps its dtype, whatever precision a step computes in.
-    def cast(n: Any, o: Any) -> Any:
-        return n if jnp.issubdtype(o.dtype, jax.dtypes.extended) else n.astype(o.dtype)
-
-    return jax.tree.map(lambda n, o: cast(jnp.asarray(n), o), new, old)
+    return jax.tree.map(lambda n, o: strongly_typed(n, o.dtype), new, old)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from flaxfit._core.intervals import as_interval
+from flaxfit._core import validation
 from flaxfit._runs import checkpoint_manager
 from flaxfit._runs.saver import BackgroundWriter
 from flaxfit.callbacks.base import Callback, LoopState
@@ -36,7 +36,7 @@ class RunRecorder(Callback):
     ) -> None:
         self.folder = folder
         self._writer = writer
-        steps, self.every_seconds = as_interval("save_every", save_every)
+        steps, self.every_seconds = validation.interval("save_every", save_every)
         self.every_steps = steps
         if save_every is None:
             self.every_seconds = math.inf  # never within an epoch

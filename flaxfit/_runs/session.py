@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
+from flaxfit._core import validation
 from flaxfit._core.errors import CheckpointError
-from flaxfit._core.intervals import as_interval
 from flaxfit._core.types import TrainState
 from flaxfit._programs.compile import EpochAccumulators
 from flaxfit._reporting.display import Display
@@ -65,7 +65,7 @@ class Run:
                     f"{name}={value!r} is about a run_dir, and there is none. Write "
                     f'fit(..., run_dir="runs/a", {name}={value!r}).'
                 )
-        as_interval("save_every", save_every)
+        validation.interval("save_every", save_every)
         self._resume = as_resume(resume, run_dir)
         self._folder = None if run_dir is None else Path(run_dir)
         self._display = display

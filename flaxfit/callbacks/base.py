@@ -1,17 +1,19 @@
 """The callback contract: the hooks, and the `LoopState` that each receives."""
 
+import inspect
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from flaxfit._core.tree_specs import differences
+from flaxfit._core.arrays import copy_array, strongly_typed
+from flaxfit._core.errors import did_you_mean
+from flaxfit._core.tree_specs import diff, difference_lines, specs_of
 from flaxfit._core.types import StateHolder, TrainState
+from flaxfit._core.validation import integer
 from flaxfit._reporting.history import History
 from flaxfit._reporting.timing import Clock
 
@@ -381,13 +383,8 @@ def _interval(callback: Callback) -> int:
     every = callback.every_steps
     if every is None or callback.every_seconds is not None:
         return 0
-    whole = isinstance(every, int | np.integer) and not isinstance(every, bool)
-    if not whole or every < 1:
-        raise ValueError(
-            f"{type(callback).__name__}.every_steps = {every!r}: write a whole number "
-            "of steps, or None to leave it to the loop."
-        )
-    return int(every)
+    name = f"{type(callback).__name__}.every_steps"
+    return integer(name, every, write=f"{name}=1, or None for the loop's choice")
 
 
 def overrides(callback: Callback, hook: str) -> bool:
@@ -403,6 +400,60 @@ def _named(callback: Callback, hook: str) -> Iterator[None]:
     except Exception as error:
         error.add_note(f"raised by the callback {type(callback).__name__}.{hook}")
         raise
+
+
+def as_callbacks(callbacks: Any) -> list[Callback]:
+    """Returns a list of callbacks from one, several or None.
+
+    Raises:
+      TypeError: a class, or something that is no `Callback`.
+    """
+    given = [callbacks] if isinstance(callbacks, Callback) else callbacks or []
+    for callback in given if isinstance(given, Iterable) else [given]:
+        if isinstance(callback, type):
+            raise TypeError(
+                f"callbacks holds the class {callback.__name__}: write "
+                f"{callback.__name__}()."
+            )
+        if not isinstance(callback, Callback):
+            raise TypeError(
+                f"callbacks holds a {type(callback).__name__}: write a subclass of "
+                f"flaxfit.Callback, or LambdaCallback(on_epoch_end=function)."
+            )
+        _check_hooks(callback)
+    return list(given)
+
+
+def _check_hooks(callback: Callback) -> None:
+    """Refuses hooks nobody would call, and those written for Keras's arguments."""
+    hooks = [name for name in vars(Callback) if name.startswith("on_")]
+    kind = type(callback).__name__
+    for name in dir(callback):
+        if not name.startswith("on_") or not callable(getattr(callback, name)):
+            continue
+        if name not in hooks:
+            raise TypeError(
+                f"{kind}.{name} is no hook and would never be called."
+                f"{did_you_mean(name, hooks)} The hooks are {', '.join(hooks)}."
+            )
+        if not _takes_loop(getattr(callback, name)):
+            raise TypeError(
+                f"{kind}.{name} must take one argument, the LoopState: write "
+                f"def {name}(self, loop), and loop.epoch, loop.batch, loop.logs in it."
+            )
+
+
+def _takes_loop(hook: Callable[..., Any]) -> bool:
+    try:
+        signature = inspect.signature(hook)
+    except ValueError:  # A builtin, such as print.
+        return True
+    try:
+        signature.bind(None)
+    except TypeError:
+        return False
+    # Keras's (epoch, logs=None) would be given the LoopState as `epoch`.
+    return "logs" not in signature.parameters
 
 
 def own_state(new: TrainState, like: TrainState) -> TrainState:
@@ -421,18 +472,15 @@ def own_state(new: TrainState, like: TrainState) -> TrainState:
             f"state must be a TrainState, got {type(new).__name__}. Write "
             f"trainer.state = trainer.state.replace(params=...)."
         )
-    if lines := differences(like, new, wanted_is="is"):
+    if found := diff(specs_of(like), specs_of(new)):
+        lines = difference_lines(found, "  {path}: is {wanted}, given {given}")
         raise ValueError(
             "The assigned state does not fit the model:\n" + "\n".join(lines)
         )
-    leaves = map(_owned, jax.tree.leaves(new), jax.tree.leaves(like))
-    # Into the structure of `like`: a FrozenDict would compile everything anew.
-    owned: TrainState = jax.tree.unflatten(jax.tree.structure(like), leaves)
-    return owned
-
-
-def _owned(leaf: Any, like: Any) -> jax.Array:
-    if not jnp.issubdtype(like.dtype, jax.dtypes.extended):
-        leaf = jnp.asarray(leaf).astype(like.dtype)  # not weakly typed
-    placed = isinstance(like, jax.Array) and like.committed
-    return jax.device_put(leaf, like.sharding if placed else None, may_alias=False)
+    # Into the structure of `like`: a FrozenDict would have everything recompiled.
+    copied: TrainState = jax.tree.map(
+        lambda one, leaf: copy_array(strongly_typed(leaf, one.dtype), one),
+        like,
+        jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(new)),
+    )
+    return copied

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from flaxfit._core.types import TrainState
+from flaxfit._core.validation import choice
 from flaxfit.callbacks.base import Callback, LoopState
-from flaxfit.callbacks.monitor import Monitor, check_mode
+from flaxfit.callbacks.monitor import MODES, Monitor
 
 
 class EarlyStopping(Callback):
@@ -48,7 +49,7 @@ class EarlyStopping(Callback):
         restore_best_weights: bool = True,
         start_from_epoch: int = 0,
     ) -> None:
-        check_mode(mode)
+        choice("mode", mode, MODES)
         if patience < 0:
             raise ValueError(f"patience={patience}: write a number of epochs >= 0.")
         self.monitor = monitor

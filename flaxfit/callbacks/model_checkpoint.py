@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from flaxfit import checkpoint
 from flaxfit._core.errors import CheckpointError, did_you_mean
-from flaxfit._core.intervals import as_interval
+from flaxfit._core.validation import choice, interval, optional_integer
 from flaxfit.callbacks.base import Callback, LoopState
-from flaxfit.callbacks.monitor import Monitor, check_mode
+from flaxfit.callbacks.monitor import MODES, Monitor
 from flaxfit.checkpoint import disk
 
 _PLACES = ("epoch", "batch", "step")
@@ -72,9 +72,8 @@ class ModelCheckpoint(Callback):
         keep: int | None = None,
         background: bool = True,
     ) -> None:
-        check_mode(mode)
-        if keep is not None and (isinstance(keep, bool) or keep < 1):
-            raise ValueError(f"keep={keep!r}: write a number of files, at least 1.")
+        choice("mode", mode, MODES)
+        keep = optional_integer("keep", keep)
         self.filepath = os.fspath(filepath)
         self.monitor = monitor
         self.verbose = verbose
@@ -91,7 +90,7 @@ class ModelCheckpoint(Callback):
         self._written: list[str] = []
         self.every_seconds = math.inf  # never within an epoch
         if not self._by_epoch:
-            self.every_steps, self.every_seconds = as_interval("save_freq", save_freq)
+            self.every_steps, self.every_seconds = interval("save_freq", save_freq)
         self._names = _names_in(self.filepath)
         if keep is not None and not self._names:
             raise ValueError(

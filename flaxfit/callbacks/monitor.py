@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from flaxfit._core.errors import did_you_mean
 from flaxfit.metrics.resolve import metric_direction
 
+MODES = ("auto", "min", "max")
+
 
 class Monitor:
     """One log that is to become better.
@@ -50,12 +52,6 @@ class Monitor:
         if math.isnan(value):
             return False
         return than is None or self._sign * (than - value) > min_delta
-
-
-def check_mode(mode: str) -> None:
-    """Raises ValueError for a mode that is none."""
-    if mode not in ("auto", "min", "max"):
-        raise ValueError(f"mode={mode!r}: write 'min', 'max' or 'auto'.")
 
 
 def _advice(owner: str, name: str) -> str:

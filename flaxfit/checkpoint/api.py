@@ -203,7 +203,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         says what it looks like.
     """
     name = os.fspath(path)
-    return file_format.read(_read(name), name)
+    return file_format.read(read_bytes(name), name)
 
 
 def read_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -220,7 +220,7 @@ def read_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
     while True:
         data, size = _read_some(name, length)
         if not data.startswith(corruption.START):
-            return file_format.read(_read(name), name).meta  # raises, and says why
+            return file_format.read(read_bytes(name), name).meta  # raises, and says why
         meta = file_format.read_front(data, size, name)
         if meta is not None:
             return meta
@@ -249,7 +249,7 @@ def verify(path: str | os.PathLike[str]) -> dict[str, Any]:
     except OSError as err:
         raise _unreadable(name, err) from err
     if crc.to_bytes(4, "big") != last:
-        raise corruption.damage(_read(name), name)
+        raise corruption.damage(read_bytes(name), name)
     return meta
 
 
@@ -278,7 +278,7 @@ def load_variables(path: str | os.PathLike[str]) -> dict[str, PyTree]:
       has no collections.
     """
     name = os.fspath(path)
-    data = _read(name)
+    data = read_bytes(name)
     collections: dict[str, PyTree] = {}
     if corruption.is_checkpoint(data):
         content: Any = file_format.read(data, name).state
@@ -309,7 +309,8 @@ def load_variables(path: str | os.PathLike[str]) -> dict[str, PyTree]:
     return variables
 
 
-def _read(name: str) -> bytes:
+def read_bytes(name: str) -> bytes:
+    """Returns the bytes of a file; raises CheckpointError if it cannot be read."""
     return _read_some(name, None)[0]
 
 

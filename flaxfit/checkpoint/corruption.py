@@ -64,17 +64,17 @@ def damage(data: bytes, path: str) -> CheckpointCorruptError:
     end = reader.at + len(END) + 4
     if table is None or end > len(data):
         if data[-len(END) - 4 : -4] == END:
-            return _error(path, checksums)
+            return error(path, checksums)
         cut = f"it is cut off: {len(data):,} bytes, of which the last ones are missing"
-        return _error(path, cut)
+        return error(path, cut)
     if end < len(data) and is_intact(data[:end]):
-        return _error(path, f"{len(data) - end} bytes follow its end")
+        return error(path, f"{len(data) - end} bytes follow its end")
     marks = [(0, 0)]
     if isinstance(table, bytes) and len(table) % ENTRY.size == 0:
         marks += ENTRY.iter_unpack(table)
     ends = [at for at, _ in marks]
     if len(marks) < 2 or ends != sorted(ends) or ends[-1] > table_at:
-        return _error(path, checksums)
+        return error(path, checksums)
     view = memoryview(data)
     bad = [
         i
@@ -82,13 +82,13 @@ def damage(data: bytes, path: str) -> CheckpointCorruptError:
         if zlib.crc32(view[start:stop], before) != after
     ]
     if not bad or zlib.crc32(view[: ends[-1]]) == marks[-1][1]:
-        return _error(path, checksums)
+        return error(path, checksums)
     if bad[0] == 0:
-        return _error(path, "its description is not what was written")
+        return error(path, "its description is not what was written")
     leaf = _leaf(data, bad[0] - 1)
     more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
     span = f"bytes {ends[bad[0]]:,} to {ends[bad[0] + 1]:,}"
-    return _error(path, f"leaf {leaf} ({span}) is not what was written{more}", leaf)
+    return error(path, f"leaf {leaf} ({span}) is not what was written{more}", leaf)
 
 
 def _leaf(data: bytes, index: int) -> str:
@@ -100,6 +100,7 @@ def _leaf(data: bytes, index: int) -> str:
         return f"number {index + 1}"
 
 
-def _error(path: str, found: str, leaf: str | None = None) -> CheckpointCorruptError:
+def error(path: str, found: str, leaf: str | None = None) -> CheckpointCorruptError:
+    """Returns the error for a damaged file."""
     text = f"{path!r} is damaged: {found}. {ADVICE}"
     return CheckpointCorruptError(text, path=path, leaf=leaf)

@@ -14,6 +14,7 @@ import numpy as np
 from flax import serialization
 
 from flaxfit._core.errors import CheckpointError
+from flaxfit._core.tree_specs import LeafSpec
 from flaxfit._core.types import HostArray, PyTree
 
 MAX_DEPTH = 64
@@ -51,16 +52,6 @@ class Key(NamedTuple):
 
     data: Any
     impl: str
-
-
-class Spec(NamedTuple):
-    """The shape and dtype of a leaf, which a file and a template must agree on."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-    def __str__(self) -> str:
-        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
 
 
 def joined(path: KeyPath) -> str:
@@ -136,10 +127,10 @@ class Encoder:
             return key
         impl = str(jax.random.key_impl(key))
         data = _on_host(jax.random.key_data(_usable(key, path)), path, copy=self._copy)
-        self._describe(Spec(key.shape, f"key<{impl}>"), path, False, data.nbytes)
+        self._describe(LeafSpec(key.shape, f"key<{impl}>"), path, False, data.nbytes)
         return {"key_data": data, "key_impl": impl}
 
-    def _describe(self, spec: Spec, path: KeyPath, weak: bool, nbytes: int) -> None:
+    def _describe(self, spec: LeafSpec, path: KeyPath, weak: bool, nbytes: int) -> None:
         self.leaves.append(f"{'~' if weak else ''}{spec} {joined(path)}")
         self.nbytes += nbytes
 
@@ -301,20 +292,20 @@ def is_weak(leaf: Any) -> bool:
     return bool(getattr(leaf, "weak_type", type(leaf) in (int, float, complex)))
 
 
-def spec_of(leaf: Any) -> Spec:
+def spec_of(leaf: Any) -> LeafSpec:
     """Returns shape and dtype of an array, a scalar, a key or anything else."""
     if isinstance(leaf, Key):
         try:
             wrap = partial(jax.random.wrap_key_data, impl=leaf.impl)
             key = jax.eval_shape(wrap, leaf.data)
         except (TypeError, ValueError):
-            return Spec((), f"unreadable key of {leaf.impl}")
-        return Spec(key.shape, str(key.dtype))
+            return LeafSpec((), f"unreadable key of {leaf.impl}")
+        return LeafSpec(key.shape, str(key.dtype))
     if isinstance(leaf, (bool, int, float, complex)):
         dtype = jnp.result_type(leaf)
         if dtype.kind == "i" and abs(int(leaf.real)) > jnp.iinfo(dtype).max:
-            return Spec((), "int64")
-        return Spec((), dtype.name)
+            return LeafSpec((), "int64")
+        return LeafSpec((), dtype.name)
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
-        return Spec(tuple(leaf.shape), NAMES.get(leaf.dtype) or leaf.dtype.name)
-    return Spec((), type(leaf).__name__)
+        return LeafSpec(tuple(leaf.shape), NAMES.get(leaf.dtype) or leaf.dtype.name)
+    return LeafSpec((), type(leaf).__name__)

@@ -17,19 +17,9 @@ import msgpack
 import numpy as np
 from flax import serialization
 
-from flaxfit._core.errors import CheckpointCorruptError, CheckpointError
+from flaxfit._core.errors import CheckpointError
 from flaxfit._core.types import HostArray
-from flaxfit.checkpoint.corruption import (
-    ADVICE,
-    END,
-    ENTRY,
-    START,
-    TABLE,
-    damage,
-    is_checkpoint,
-    is_intact,
-    looks_like,
-)
+from flaxfit.checkpoint import corruption
 from flaxfit.checkpoint.encoding import CHUNKED, NAMES, is_key_node
 from flaxfit.checkpoint.msgpack_reader import SLACK, CutOffError, Reader
 
@@ -66,7 +56,7 @@ def write(
       extra: the same; left out of the file if empty.
     """
     writer = _Writer(file)
-    writer.say(START[1] if extra else START[0])
+    writer.say(corruption.START[1] if extra else corruption.START[0])
     writer.value(meta)
     writer.mark()
     writer.value("state")
@@ -98,7 +88,7 @@ class _Writer:
     def mark(self) -> None:
         """Adds the checksum up to here to the table."""
         self._flush()
-        self._table += ENTRY.pack(self._at, self._crc)
+        self._table += corruption.ENTRY.pack(self._at, self._crc)
 
     def tree(self, node: Any, *, marked: bool = True) -> None:
         """Writes nested dicts; if `marked`, with a checksum after every leaf."""
@@ -120,8 +110,8 @@ class _Writer:
             self.mark()
 
     def end(self) -> None:
-        self.say(TABLE + _head(_BIN, len(self._table)) + self._table)
-        self.say(END)
+        self.say(corruption.TABLE + _head(_BIN, len(self._table)) + self._table)
+        self.say(corruption.END)
         self._flush()
         self.say(self._crc.to_bytes(4, "big"))
         self._flush()
@@ -212,10 +202,10 @@ def read(data: bytes, path: str) -> Checkpoint:
       CheckpointCorruptError: the file is damaged or cut off.
       CheckpointError: it is something else, or its format is newer.
     """
-    if not is_checkpoint(data):
+    if not corruption.is_checkpoint(data):
         raise _foreign(data, path)
-    if not is_intact(data):
-        raise damage(data, path)
+    if not corruption.is_intact(data):
+        raise corruption.damage(data, path)
     reader = Reader(data)
     try:
         parts: dict[str, Any] = {}
@@ -254,7 +244,7 @@ def read_front(data: bytes, size: int, path: str) -> dict[str, Any] | None:
       CheckpointCorruptError: these bytes are damaged.
       CheckpointError: the format is newer.
     """
-    reader = Reader(data, at=len(START[0]), budget=size + SLACK)
+    reader = Reader(data, at=len(corruption.START[0]), budget=size + SLACK)
     try:
         meta = reader.meta()
         if not isinstance(meta, dict):
@@ -262,10 +252,8 @@ def read_front(data: bytes, size: int, path: str) -> dict[str, Any] | None:
     except CutOffError:
         return None
     except CheckpointError as err:
-        raise CheckpointCorruptError(
-            f"{path!r} is damaged: its description cannot be read: {err} {ADVICE}",
-            path=path,
-        ) from err
+        found = f"its description cannot be read ({err.given})"
+        raise corruption.error(path, found) from err
     return _checked_format(meta, path)
 
 
@@ -275,7 +263,7 @@ def read_plain(data: bytes, path: str) -> Any:
     Raises:
       CheckpointError: it is something else.
     """
-    if known := looks_like(data):
+    if known := corruption.looks_like(data):
         raise CheckpointError(
             f"{path!r} is no checkpoint; it looks like {known}",
             "Expected a file written by trainer.save(path)",

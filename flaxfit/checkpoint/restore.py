@@ -3,7 +3,7 @@
 It knows the content of files, not the files.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxfit._core.errors import CheckpointError, UsageError, did_you_mean
+from flaxfit._core.tree_specs import Difference, diff, difference_lines
 from flaxfit._core.types import HostArray, TrainState
 from flaxfit.checkpoint.encoding import (
     Key,
@@ -24,10 +25,9 @@ from flaxfit.checkpoint.encoding import (
     spec_of,
 )
 
-_MOST_LINES = 20
 _SMALL = 2**16
 _ALIGNMENT = 64  # bytes; XLA copies host memory that is aligned otherwise
-_NOTHING = "nothing"
+_LINE = "{path}: {given} in the file, {wanted} here"
 FIELDS = tuple(TrainState.__dataclass_fields__)
 
 Put: TypeAlias = Callable[[HostArray, Any], jax.Array]
@@ -63,7 +63,10 @@ class RestoreReport:
             "renamed": [f"{old} -> {new}" for old, new in self.renamed.items()],
             "missing": list(self.missing),
             "unexpected": list(self.unexpected),
-            "mismatched": [_line(p, *sides) for p, sides in self.mismatched.items()],
+            "mismatched": [
+                _LINE.format(path=path, given=saved, wanted=here)
+                for path, (saved, here) in self.mismatched.items()
+            ],
             "skipped": list(self.skipped),
         }
         lines = ["RestoreReport"]
@@ -133,9 +136,10 @@ def restore(
     found = dict(leaves_of(raw_state, ()))
     expected, treedef = _by_path(template), jax.tree.structure(template)
     match = _match(found, expected, dict(rename or {}), chosen)
-    differing = _differences(match)
-    if strict and differing:
-        raise _does_not_fit(differing, raw_state)
+    differences = _differences(match)
+    if strict and differences:
+        raise _does_not_fit(differences, raw_state)
+    differing = {path for path, _, _ in differences}
     fitting = [p for p in match.wanted if p in match.found and p not in differing]
     if current is None and len(fitting) < len(expected):
         raise UsageError(
@@ -147,7 +151,7 @@ def restore(
         values[path] = _as_jax(match.found[path], expected[path], put)
     in_order = [values[path] for path in expected]
     restored: TrainState = jax.tree_util.tree_unflatten(treedef, in_order)
-    return restored, _report(match, fitting, differing)
+    return restored, _report(match, fitting, differences)
 
 
 def _by_path(state: TrainState) -> dict[KeyPath, Any]:
@@ -244,51 +248,41 @@ def _position(path: KeyPath, old: KeyPath) -> int | None:
     return None
 
 
-def _differences(match: _Match) -> dict[KeyPath, tuple[str, str]]:
-    """Returns path -> `(saved, here)` of all leaves that do not fit."""
-    differing = {}
-    for path in dict.fromkeys((*match.wanted, *match.found)):
-        saved, here = (
-            str(spec_of(side[path])) if path in side else _NOTHING
-            for side in (match.found, match.wanted)
-        )
-        if saved != here and path not in match.exempt:
-            differing[path] = saved, here
-    return differing
+def _differences(match: _Match) -> list[Difference]:
+    """Returns the paths at which the model and the file differ."""
+    exempt = match.exempt
+    wanted = {p: spec_of(x) for p, x in match.wanted.items() if p not in exempt}
+    return diff(wanted, {path: spec_of(leaf) for path, leaf in match.found.items()})
 
 
 def _report(
-    match: _Match,
-    fitting: Collection[KeyPath],
-    differing: Mapping[KeyPath, tuple[str, str]],
+    match: _Match, fitting: Collection[KeyPath], differences: Sequence[Difference]
 ) -> RestoreReport:
-    sides = {joined(path): texts for path, texts in differing.items()}
     renamed = {joined(old): joined(new) for old, new in match.renamed.items()}
-    both = {path: texts for path, texts in sides.items() if _NOTHING not in texts}
+    both = {
+        joined(path): (str(saved), str(here))
+        for path, here, saved in differences
+        if here is not None and saved is not None
+    }
     return RestoreReport(
         loaded=tuple(map(joined, fitting)),
         renamed=MappingProxyType(renamed),
-        missing=tuple(path for path, (saved, _) in sides.items() if saved == _NOTHING),
-        unexpected=tuple(path for path, (_, here) in sides.items() if here == _NOTHING),
+        missing=tuple(joined(path) for path, _, saved in differences if saved is None),
+        unexpected=tuple(joined(path) for path, here, _ in differences if here is None),
         mismatched=MappingProxyType(both),
         skipped=tuple(map(joined, match.skipped)),
     )
 
 
-def _line(path: str, saved: str, here: str) -> str:
-    return f"{path}: {saved} in the file, {here} here"
-
-
 def _does_not_fit(
-    differing: Mapping[KeyPath, tuple[str, str]], raw_state: Mapping[str, Any]
+    differences: Sequence[Difference], raw_state: Mapping[str, Any]
 ) -> CheckpointError:
     """Returns the error that lists all differences."""
-    sides = sorted((joined(path), texts) for path, texts in differing.items())
-    lines = [f"  {_line(path, *texts)}" for path, texts in sides]
-    if len(lines) > _MOST_LINES:
-        lines[_MOST_LINES:] = [f"  ... and {len(lines) - _MOST_LINES} more"]
+    named = [one._replace(path=joined(one.path)) for one in differences]
+    named.sort(key=lambda one: str(one.path))
+    lines = difference_lines(named, f"  {_LINE}", absent="nothing")
     advice = "Build the model as it was when the file was saved."
-    fields = {path.partition("/")[0] for path, _ in sides}
+    fields = {path.partition("/")[0] for path, _, _ in named}
     if fields == {"opt_state"} and "opt_state" in raw_state:
         advice = (
             "Only the optimizer's state differs: give the Trainer the optimizer and "

@@ -1,6 +1,5 @@
 """Opens data of any kind as a source of fixed-shape batches."""
 
-import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -9,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from flaxfit._core import validation
 from flaxfit._core.errors import DataError
 from flaxfit._core.types import Batch
 from flaxfit.data.adapters import chunked_arrays, npy_files
@@ -382,15 +382,11 @@ def _checked_size(
     """Returns the rows of a batch, never more than there are examples, if known."""
     if batch_size is None and default is not None:
         return -(-default // multiple_of) * multiple_of
-    try:
-        size = operator.index(DEFAULT_BATCH_SIZE if batch_size is None else batch_size)
-    except TypeError:
-        size = 0
-    if size < 1 or isinstance(batch_size, bool):
-        raise ValueError(
-            f"batch_size={batch_size!r}: expected a whole number of at least 1, e.g. "
-            f"batch_size={DEFAULT_BATCH_SIZE}."
-        )
+    size = validation.integer(
+        "batch_size",
+        DEFAULT_BATCH_SIZE if batch_size is None else batch_size,
+        write=f"batch_size={DEFAULT_BATCH_SIZE}",
+    )
     # More would fill every batch up, and BatchNorm would count rows twice.
     size = size if examples is None else min(size, examples)
     return -(-size // multiple_of) * multiple_of

@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flaxfit._core.arrays import append_axes
 from flaxfit._core.types import Array, PyTree
+from flaxfit._core.validation import fraction, integer
 from flaxfit.losses.catalog import Kind, LossFn, function_name, known_name, look_up
 
 _INTEGER_CROSS_ENTROPY = "softmax_cross_entropy_with_integer_labels"
@@ -89,13 +91,9 @@ class Loss:
         """
         known, function, kind = look_up(fn)
         _check_smoothing(label_smoothing, known)
-        if ignore_label is not None and (
-            isinstance(ignore_label, bool) or not isinstance(ignore_label, int)
-        ):
-            raise TypeError(
-                f"ignore_label={ignore_label!r} is not an integer; write "
-                "Loss(..., ignore_label=-100)."
-            )
+        if ignore_label is not None:
+            line = "Loss(..., ignore_label=-100)"
+            ignore_label = integer("ignore_label", ignore_label, least=None, write=line)
         values = {
             "fn": function,
             "label_smoothing": float(label_smoothing),
@@ -142,7 +140,7 @@ class Loss:
         """
         if self.ignore_label is None:
             return weights
-        spread = weights.reshape(weights.shape + (1,) * (targets.ndim - weights.ndim))
+        spread = append_axes(weights, targets.ndim)
         return jnp.where(_ignored(targets, self.ignore_label), 0.0, spread)
 
     def values(self, outputs: PyTree, targets: PyTree) -> Array:
@@ -228,10 +226,8 @@ def _ignored(targets: Array, label: int) -> Array:
 
 
 def _check_smoothing(amount: float, known: str | None) -> None:
-    if not 0 <= amount < 1:
-        raise ValueError(
-            f"label_smoothing={amount} is not in [0, 1); write label_smoothing=0.1."
-        )
+    line = "label_smoothing=0.1"
+    amount = fraction("label_smoothing", amount, within="[0, 1)", write=line)
     if amount and known not in _SMOOTHED:
         raise ValueError(
             f"label_smoothing is for {', '.join(sorted(_SMOOTHED))}, not for "

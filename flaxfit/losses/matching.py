@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from flaxfit._core.errors import DetectionError, did_you_mean
+from flaxfit._core.tree_specs import describe
 from flaxfit._core.types import PyTree
 from flaxfit.losses.catalog import loss_names
 from flaxfit.losses.loss import Loss
-from flaxfit.losses.target_checks import describe, is_array, is_integer
+from flaxfit.losses.target_checks import is_array, is_integer
 
 Path: TypeAlias = tuple[str | int, ...]
 """Where an output is in the model's nesting: `()`, `("name",)`, `(0,)`."""

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxfit._core.tree_specs import shapes_of
+from flaxfit._core.tree_specs import describe, shapes_of
 from flaxfit._core.types import Array, Average, PyTree
 from flaxfit.losses.loss import Loss
 from flaxfit.losses.matching import (
@@ -27,7 +27,6 @@ from flaxfit.losses.matching import (
 from flaxfit.losses.target_checks import (
     check_shapes,
     check_values,
-    describe,
     is_array,
     pairs_rows,
 )

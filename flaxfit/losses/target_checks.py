@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxfit._core.arrays import append_axes
 from flaxfit._core.errors import DataError
+from flaxfit._core.tree_specs import add_row, describe
 from flaxfit._core.types import PyTree
 from flaxfit.losses.catalog import Kind
 from flaxfit.losses.loss import Loss
@@ -25,18 +27,6 @@ _CROSS_ENTROPIES = frozenset(
         "poly_loss_cross_entropy",
     }
 )
-
-
-def describe(tree: PyTree) -> str:
-    """Returns `"float32[32, 10]"`, in the nesting of `tree`."""
-
-    def one(x: Any) -> str:
-        if not is_array(x):
-            return type(x).__name__
-        return f"{jnp.dtype(x.dtype).name}{list(x.shape)}"
-
-    named = jax.tree.map(one, tree)
-    return named if isinstance(named, str) else str(named).replace("'", "")
 
 
 def is_array(tree: PyTree) -> bool:
@@ -61,14 +51,8 @@ def pairs_rows(function: Callable[..., Any], given: PyTree, values: Any) -> bool
     """
     if len(values.shape) < 2:
         return False
-    rows = values.shape[0]
-
-    def longer(x: Any) -> Any:
-        shape = (rows + 1, *x.shape[1:]) if x.shape[:1] == (rows,) else x.shape
-        return jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(x.dtype))
-
     try:
-        grown = jax.eval_shape(function, *jax.tree.map(longer, given))
+        grown = jax.eval_shape(function, *add_row(given, values.shape[0]))
     except Exception:  # Written for one batch size: then there is nothing to tell.
         return False
     return bool(grown.shape[1:] != values.shape[1:])
@@ -218,9 +202,8 @@ def _check_distribution(loss: Loss, targets: Any, where: str, weights: Any) -> N
     negative = (targets < 0).any(axis=-1)
     empty = targets.sum(axis=-1) == 0
     if weights is not None and empty.any():
-        ones = (1,) * (empty.ndim - np.ndim(weights))
         if np.ndim(weights) <= empty.ndim:
-            empty &= np.reshape(weights, np.shape(weights) + ones) != 0
+            empty &= append_axes(np.asarray(weights), empty.ndim) != 0
     bad = negative | empty
     if not bad.any():
         return

@@ -10,12 +10,14 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from flaxfit._core.arrays import append_axes
 from flaxfit._core.errors import did_you_mean
+from flaxfit._core.tree_specs import describe
 from flaxfit._core.types import Accumulator, Array, Average
 from flaxfit.losses.catalog import absolute_error, squared_error
 from flaxfit.losses.loss import Loss, decision_threshold, full_precision
 from flaxfit.losses.objective import check_weights
-from flaxfit.losses.target_checks import describe, is_integer
+from flaxfit.losses.target_checks import is_integer
 from flaxfit.metrics.accumulators import (
     ExpMean,
     RocCurve,
@@ -261,5 +263,4 @@ def _check_equal_shapes(name: str, outputs: Any, targets: Any) -> None:
 
 def _spread(weights: Array, targets: Array, name: str) -> Array:
     check_weights(targets.shape, weights.shape, f"the metric {name!r}")
-    trailing = (1,) * (targets.ndim - weights.ndim)
-    return jnp.broadcast_to(weights.reshape(weights.shape + trailing), targets.shape)
+    return jnp.broadcast_to(append_axes(weights, targets.ndim), targets.shape)

@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from flaxfit._core.types import Accumulator, Array, PyTree
+from flaxfit._core.arrays import append_axes, strongly_typed
+from flaxfit._core.types import Accumulator, Array
 from flaxfit.losses.loss import Loss, decision_threshold, full_precision
 from flaxfit.losses.target_checks import is_integer
 
@@ -84,7 +85,7 @@ def adapt_metric(metric: Any, name: str, loss: Loss | None) -> Update:
 
     def whole(outputs: Array, targets: Array, weights: Array) -> Any:
         given = arguments(outputs, targets, weights)
-        return _strong(metric.from_model_output(**given))
+        return jax.tree.map(strongly_typed, metric.from_model_output(**given))
 
     weighted = takes_all or any(n in parameters for n in (*_WEIGHTS, *_MASKS))
     update = whole if weighted else _without_rows_of_weight_0(metric, whole)
@@ -185,8 +186,7 @@ def _arguments(
 
 
 def _spread(weights: Array, targets: Array) -> Array:
-    trailing = (1,) * (targets.ndim - weights.ndim)
-    return jnp.broadcast_to(weights.reshape(weights.shape + trailing), targets.shape)
+    return jnp.broadcast_to(append_axes(weights, targets.ndim), targets.shape)
 
 
 def _predictions(
@@ -267,15 +267,8 @@ def _merge_rows(metric: Any, rows: Any, kept: Array) -> Any:
 
     def merge(merged: Any, row: tuple[Any, Array]) -> tuple[Any, None]:
         values, counts = row
-        both = _strong(merged.merge(values))
+        both = jax.tree.map(strongly_typed, merged.merge(values))
         return jax.tree.map(lambda b, m: jnp.where(counts, b, m), both, merged), None
 
     others = kept & (jnp.arange(kept.shape[0]) != first)
     return jax.lax.scan(merge, start, (rows, others))[0]
-
-
-def _strong(tree: PyTree) -> PyTree:
-    # A weakly typed count would come back strongly typed from a loop.
-    return jax.tree.map(
-        lambda x: jax.lax.convert_element_type(x, jnp.asarray(x).dtype), tree
-    )

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from flaxfit._core.errors import did_you_mean
-from flaxfit._core.tree_specs import shapes_of
+from flaxfit._core.tree_specs import describe, shapes_of
 from flaxfit._core.types import Accumulator, Array, PyTree
 from flaxfit.losses.catalog import check_argument_order, function_name
 from flaxfit.losses.loss import full_precision
 from flaxfit.losses.matching import Path, children, main_output, pick, pick_targets
 from flaxfit.losses.objective import Objective, path_name
-from flaxfit.losses.target_checks import describe, is_array, pairs_rows
+from flaxfit.losses.target_checks import is_array, pairs_rows
 from flaxfit.metrics.builtin import Update, named_update, weighted_mean
 from flaxfit.metrics.clu_adapter import (
     adapt_metric,

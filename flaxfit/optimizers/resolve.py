@@ -6,8 +6,6 @@ that the learning rate can be read, and that each optimizer fits one compiled lo
 
 import functools
 import inspect
-import math
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -19,6 +17,7 @@ import optax.contrib
 
 from flaxfit._core.errors import did_you_mean
 from flaxfit._core.types import Array, PyTree
+from flaxfit._core.validation import integer, number
 from flaxfit.optimizers import transforms
 
 UNKNOWN_TOTAL_STEPS = (
@@ -85,7 +84,9 @@ def resolve_optimizer(
         does not have. `tx.init` raises it for a pattern that matches nothing.
       TypeError: an argument of a wrong kind.
     """
-    every = _at_least_one("accumulate_steps", accumulate_steps)
+    every = integer(
+        "accumulate_steps", 1 if accumulate_steps is None else accumulate_steps
+    )
     updates = None if total_steps is None else max(1, total_steps // every)
     if isinstance(optimizer, (optax.GradientTransformation, optax.MultiSteps)):
         _refuse_options(learning_rate=learning_rate, weight_decay=weight_decay)
@@ -94,7 +95,7 @@ def resolve_optimizer(
         name, factory = _as_factory(optimizer)
         tx = _build(name, factory, learning_rate, updates, weight_decay)
     if clip_norm is not None:
-        norm = _as_float("clip_norm", clip_norm)
+        norm = number("clip_norm", clip_norm, zero=False)
         tx = optax.chain(optax.clip_by_global_norm(norm), tx)
     if every > 1:
         tx = transforms.accumulate(tx, every)
@@ -122,39 +123,6 @@ def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
         return {}
 
 
-# Arguments
-
-
-def _as_float(name: str, value: Any, *, zero: bool = False) -> float:
-    """Returns a finite float above zero, or from zero on where `zero`."""
-    given = f"{name}={value!r}"
-    expected = "a number of at least 0" if zero else "a positive number"
-    if isinstance(value, (bool, str)) or np.ndim(value) != 0:
-        raise TypeError(f"{given} is a {type(value).__name__}; give {expected}.")
-    try:
-        number = float(value)
-    except (TypeError, ValueError) as err:
-        raise TypeError(
-            f"{given} is a {type(value).__name__}; give {expected}."
-        ) from err
-    if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
-        raise ValueError(f"{given} is not {expected}.")
-    return number
-
-
-def _at_least_one(name: str, value: int | None) -> int:
-    if value is None:
-        return 1
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(
-            f"{name}={value!r} is a {type(value).__name__}; give an integer."
-        )
-    count = operator.index(value)
-    if count < 1:
-        raise ValueError(f"{name}={value!r} is too small; give 1 or more.")
-    return count
-
-
 def _refuse_options(**options: Any) -> None:
     """Raises for options of a factory that were given with a finished optimizer."""
     given = [f"{name}=..." for name, value in options.items() if value is not None]
@@ -175,7 +143,7 @@ def _as_rate(rate: Any, updates: int | None) -> Any:
     if isinstance(rate, optax.schedules.StatefulSchedule):
         return rate
     if not callable(rate):
-        return _as_float(_RATE, rate)
+        return number(_RATE, rate, zero=False)
     try:
         value = jax.eval_shape(rate, np.int32(0))
         fits = value.shape == () and value.dtype.kind in "iufV"
@@ -271,7 +239,7 @@ def _build(
                 f"{name} has no weight_decay. Take an optimizer that has one, for "
                 "example optimizer='adamw'."
             )
-        values["weight_decay"] = _as_float("weight_decay", weight_decay, zero=True)
+        values["weight_decay"] = number("weight_decay", weight_decay)
     if "key" in parameters and parameters["key"].default is None:
         # optax warns where noise has no key, and means to require one.
         values["key"] = jax.random.key(0)

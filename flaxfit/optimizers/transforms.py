@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from flaxfit._core.arrays import strongly_typed
 from flaxfit._core.types import Array, PyTree
 
 _RATE = "learning_rate"
@@ -149,24 +150,22 @@ def keep_dtypes(tx: Tx) -> Tx:
     def init(params: PyTree) -> PyTree:
         # Some optimizers keep the first parameters, one array twice, or an array of
         # their own: what is not copied cannot be donated.
-        return jax.tree.map(lambda leaf: jnp.copy(_cast(leaf, leaf)), tx.init(params))
+        return jax.tree.map(
+            lambda leaf: jnp.copy(strongly_typed(leaf)), tx.init(params)
+        )
 
     def update(
         updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any
     ) -> tuple[PyTree, PyTree]:
         updates, new_state = tx.update(updates, state, params, **extra)
         # Where dtypes are mixed some optimizers return others than they were given.
-        return updates, jax.tree.map(_cast, new_state, state)
+        return updates, jax.tree.map(
+            lambda new, old: strongly_typed(new, jnp.asarray(old).dtype),
+            new_state,
+            state,
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _cast(leaf: Any, like: Any) -> Array:
-    """Returns `leaf` as a strongly typed array of the dtype of `like`."""
-    like = jnp.asarray(like)
-    if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
-        return jnp.asarray(leaf)
-    return jnp.asarray(leaf, dtype=like.dtype)
 
 
 def _dtypes(tree: PyTree) -> list[Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flaxfit._core.tree_specs import describe_array
+from flaxfit._core.tree_specs import listed, specs_of
 from flaxfit._core.types import Batch, PyTree, TrainState
 from flaxfit._loops.host_reads import read
 from flaxfit._models.image_scaling import has_images
@@ -308,11 +308,7 @@ def _size(tree: PyTree) -> tuple[int, int]:
 
 
 def _shapes(tree: PyTree) -> str:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return (
-        ", ".join(f"{_path(p)} {describe_array(x)}".strip() for p, x in leaves)
-        or "none"
-    )
+    return listed(specs_of(tree))
 
 
 def _path(path: Any) -> str:

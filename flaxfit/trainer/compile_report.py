@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from flaxfit._core.tree_specs import describe_array
+from flaxfit._core.tree_specs import LeafSpec, diff, difference_lines
 from flaxfit._core.types import Batch
 from flaxfit._programs.chunks import DeviceDataset, Stack, batch_at
 from flaxfit._programs.compile import Program
@@ -55,12 +55,8 @@ def why_again(program: Program) -> str | None:
     changed = {name for name, one in now.items() if before.get(name) != one}
     if length := _other_length([(before.get(name), now[name]) for name in changed]):
         return length
-    texts = [
-        f"{name} is {describe_array(one)}, was "
-        + (describe_array(before[name]) if name in before else "missing")
-        for name, one in now.items()
-        if name in changed
-    ]
+    specs = ({n: LeafSpec.of(x) for n, x in one.items()} for one in (before, now))
+    texts = difference_lines(diff(*specs), "{path} is {given}, was {wanted}")
     if data_now != data_before:
         texts.append(f"the data is {data_now}, was {data_before}")
     return "; ".join(texts) or "the devices or the state are others"

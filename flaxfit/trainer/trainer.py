@@ -10,9 +10,18 @@ import jax
 import numpy as np
 
 from flaxfit import checkpoint
-from flaxfit._core.counts import as_count, as_optional_count
 from flaxfit._core.errors import CheckpointError
 from flaxfit._core.types import Batch, Logs, PyTree, TrainState
+from flaxfit._core.validation import (
+    boolean,
+    choice,
+    fraction,
+    integer,
+    integer_or_auto,
+    names,
+    optional_integer,
+    switch,
+)
 from flaxfit._loops.context import FitPlan
 from flaxfit._loops.feeder import Execution
 from flaxfit._loops.fit_loop import fit_loop
@@ -33,24 +42,14 @@ from flaxfit._reporting.history import History
 from flaxfit._reporting.timing import Clock
 from flaxfit._runs.session import Run, describe_data
 from flaxfit._runs.trainer_metadata import example_of, from_meta, to_meta
-from flaxfit.callbacks.base import Callback, CallbackList, LoopState
+from flaxfit.callbacks.base import Callback, CallbackList, LoopState, as_callbacks
 from flaxfit.checkpoint import RestoreReport
 from flaxfit.data.binding.binding import Binding
 from flaxfit.data.datasets.example_dataset import ExampleSet
 from flaxfit.data.datasets.stream import Stream
 from flaxfit.data.open import as_inputs_source, as_source, split_data
 from flaxfit.data.sources.base import Source
-from flaxfit.trainer.arguments import (
-    as_callbacks,
-    as_choice,
-    as_epoch_filter,
-    as_names,
-    as_share,
-    as_steps_per_call,
-    as_switch,
-    as_variables,
-    refuse_list,
-)
+from flaxfit.trainer.arguments import as_epoch_filter, as_variables, refuse_list
 from flaxfit.trainer.assemble import (
     compile_ahead,
     make_evaluate,
@@ -193,7 +192,9 @@ class Trainer:
             if name not in ("self", "model", "variables", *_EXECUTION)
         }
         overrides = Overrides(
-            train_flag, as_names("collections", collections), as_names("rngs", rngs)
+            train_flag,
+            names("collections", collections),
+            names("rngs", rngs),
         )
         settings = Settings(
             loss=loss,
@@ -209,12 +210,12 @@ class Trainer:
                 "freeze": freeze,
             },
             variables=as_variables(variables),
-            seed=as_count("seed", seed, least=0),
+            seed=integer("seed", seed, least=0),
             make_train_step=make_train_step or _steps.make_train_step,
-            nonfinite=as_choice(
+            nonfinite=choice(
                 "nonfinite", nonfinite, ("stop", "skip", "rollback", "ignore")
             ),
-            scale_images=as_switch("scale_images", scale_images),
+            scale_images=switch("scale_images", scale_images),
         )
         family = model_family(model)
         self._name = type(model).__name__
@@ -228,9 +229,13 @@ class Trainer:
         )
         self._reader = Reader(self._builder, self._keeper, binding)
         self._execution = Execution(
-            steps_per_call=as_steps_per_call(steps_per_call),
-            device_data=as_share("device_data", device_data),
-            prefetch=as_count("prefetch", prefetch, least=0),
+            steps_per_call=integer_or_auto("steps_per_call", steps_per_call),
+            device_data=fraction(
+                "device_data",
+                device_data,
+                write="device_data=0.5, a share of the free device memory",
+            ),
+            prefetch=integer("prefetch", prefetch, least=0),
         )
         use_compilation_cache(compilation_cache)
         # The run this trainer took part in last, and its state's version since then.
@@ -326,15 +331,14 @@ class Trainer:
           SystemExit: SIGTERM came: the training was saved in `run_dir`, and the
             process ends with status 143.
         """
-        epochs = as_count("epochs", epochs)
-        initial_epoch = as_count("initial_epoch", initial_epoch, least=0)
+        epochs = integer("epochs", epochs)
+        initial_epoch = integer("initial_epoch", initial_epoch, least=0)
         hooks = as_callbacks(callbacks)
         display = make_display(verbose)
         validates_at = as_epoch_filter(validation_freq)
-        steps = as_optional_count("steps_per_epoch", steps_per_epoch)
-        validation_steps = as_optional_count("validation_steps", validation_steps)
-        if not isinstance(shuffle, bool | np.bool_):
-            raise ValueError(f"shuffle={shuffle!r}: write True or False.")
+        steps = optional_integer("steps_per_epoch", steps_per_epoch)
+        validation_steps = optional_integer("validation_steps", validation_steps)
+        boolean("shuffle", shuffle)
         if validation_split and validation_data is not None:
             raise ValueError(
                 "fit got both validation_split and validation_data; give one of them."
@@ -519,8 +523,8 @@ class Trainer:
                 "optimizer=..., metrics=...), then fit. trainer.compile(x, y) compiles "
                 "ahead for that data."
             )
-        epochs = as_count("epochs", epochs)
-        steps = as_optional_count("steps_per_epoch", steps_per_epoch)
+        epochs = integer("epochs", epochs)
+        steps = optional_integer("steps_per_epoch", steps_per_epoch)
         display = make_display(verbose)
         source = as_source(
             x,
@@ -625,7 +629,7 @@ class Trainer:
           ValueError: as `fit`.
         """
         refuse_list(return_dict)
-        steps = as_optional_count("steps", steps)
+        steps = optional_integer("steps", steps)
         display = make_progress(verbose)
         source = self._reader.source(
             x,
@@ -813,7 +817,7 @@ class Trainer:
         sown: bool = False,
     ) -> "_Inputs":
         """Returns what the method `what` predicts on."""
-        steps = as_optional_count("steps", steps)
+        steps = optional_integer("steps", steps)
         source = self._reader.inputs(
             x, what=what, batch_size=batch_size, steps=steps, data_dir=data_dir
         )

@@ -199,10 +199,14 @@ def test_a_state_that_is_not_finite_is_not_saved_over_a_good_one(tmp_path):
         ({"filepath": "{epch}.msgpack"}, ValueError, "Did you mean 'epoch'"),
         ({"filepath": "{epoch"}, ValueError, "cannot be filled in"),
         ({"monitor": "val_los", "save_best_only": True}, ValueError, "'val_loss'"),
-        ({"mode": "up"}, ValueError, "mode='up': write"),
-        ({"keep": 0}, ValueError, "keep=0: write a number of files"),
+        ({"mode": "up"}, ValueError, "mode='up'. Expected one of 'auto', 'min', 'max'"),
+        ({"keep": 0}, ValueError, "keep=0. Expected a whole number of at least 1"),
         ({"keep": 2}, ValueError, "keep=2 of one file"),
-        ({"save_freq": "soon"}, ValueError, "save_freq='soon': write"),
+        (
+            {"save_freq": "soon"},
+            ValueError,
+            "save_freq='soon'. Expected a number of steps",
+        ),
         ({"filepath": "file/a.msgpack"}, CheckpointError, "file"),
     ],
 )

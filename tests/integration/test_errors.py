@@ -147,7 +147,7 @@ TARGETS = [
          trained=r"Got targets float32\[32\]; this trainer was built for int32\[32\]"),
     Case("one-hot integers", fits(X, ONE_HOT.astype(np.int32)), DetectionError,
          "For one-hot labels write loss='softmax_cross_entropy'",
-         trained=r"Got targets int32\[32, 3\]"),
+         trained=r"Got targets int32\[32,3\]"),
     Case("one-hot of a label out of range", fits(X, with_value(ONE_HOT, 0, 0)),
          DataError, r"nothing but 0 at row 0; .*pass the labels themselves, "
          r"y\.astype\('int32'\)", "one-hot"),
@@ -200,8 +200,8 @@ INPUTS = [
     Case("token in predict", lambda t: t.predict(with_value(TOKENS, 7)), DataError,
          "the token 7 at row 0", "tokens"),
     Case("float tokens", fits(TOKENS.astype(np.float32), LABELS), ValueError,
-         r"(?s)must be an integer.*while tracing the model on \[0\] float32\[32, 6\]",
-         "tokens", trained=r"Got inputs \[0\] float32\[32, 6\]; .*int32\[32, 6\]"),
+         r"(?s)must be an integer.*while tracing the model on float32\[32,6\]",
+         "tokens", trained=r"Got inputs float32\[32,6\]; .*int32\[32,6\]"),
     Case("no examples", fits(X[:0], LABELS[:0]), DataError,
          r"no examples: x has shape \(0, 4\)\. Pass at least one row"),
     Case("no examples in predict", lambda t: t.predict(X[:0]), DataError,
@@ -261,8 +261,8 @@ INPUTS = [
          ValueError, r"write x, y = next\(iter\(dataset\)\)"),
     Case("validation of other features", fits(X, LABELS,
          validation_data=(X[:, :3], LABELS)), DataError,
-         r"(?s)Got inputs \[0\] float32\[32, 3\], which need other parameters than "
-         r"\[0\] float32\[32, 4\].*in validation_data"),
+         r"(?s)Got inputs float32\[32,3\], which need other parameters than "
+         r"float32\[32,4\].*in validation_data"),
 ]  # fmt: skip
 
 # ------------------------------------------------------------- weights and datasets
@@ -287,7 +287,7 @@ DATASETS = [
     Case("class_weight by name", fits(X, LABELS, class_weight="balanced"), ValueError,
          r"e\.g\. class_weight=\{0: 1\.0, 1: 5\.0\}"),
     Case("class_weight below 0", fits(X, LABELS, class_weight={0: -1.0}), ValueError,
-         "weights are finite numbers of at least 0"),
+         r"class_weight\[0\]=-1\.0. Expected a finite number of at least 0"),
     Case("class_weight for numbers", fits(X, VALUES, class_weight={0: 2.0}), ValueError,
          r"Give the weights per example instead: fit\(x, y, sample_weight=weights\)",
          "values"),
@@ -325,7 +325,7 @@ DATASETS = [
     Case("validation_split of nothing", fits(X, LABELS, validation_split=0.999),
          ValueError, "leaves 0 to train on and 32 to validate on"),
     Case("validation_split above 1", fits(X, LABELS, validation_split=1.5), ValueError,
-         r"e\.g\. validation_split=0\.1"),
+         r"validation_split=1\.5.*in \(0, 1\)\. Write validation_split=0\.1"),
     Case("no data to validate on", fits(X, LABELS, validation_data=(X[:0], LABELS[:0])),
          DataError, "(?s)no examples.*in validation_data"),
     Case("validation_data by name", fits(X, LABELS, validation_data="test"),
@@ -335,25 +335,27 @@ DATASETS = [
 # ----------------------------------------------------------------------- arguments
 ARGUMENTS = [
     Case("validation_freq=0", fits(X, LABELS, validation_freq=0, **VALIDATE),
-         ValueError, "validation_freq=0: write a whole number >= 1"),
+         ValueError, "validation_freq=0. .*whole number of at least 1"),
     Case("validation_freq=[0]", fits(X, LABELS, validation_freq=[0], **VALIDATE),
-         ValueError, "validation_freq=0: write a whole number >= 1"),
+         ValueError, "validation_freq=0. .*whole number of at least 1"),
     Case("epochs=0", fits(X, LABELS, epochs=0), ValueError,
-         "epochs=0: write a whole number >= 1"),
-    Case("epochs=1.5", fits(X, LABELS, epochs=1.5), ValueError, r"epochs=1\.5: write"),
-    Case("epochs=True", fits(X, LABELS, epochs=True), ValueError, "epochs=True: write"),
+         "epochs=0. .*a whole number of at least 1"),
+    Case("epochs=1.5", fits(X, LABELS, epochs=1.5), ValueError,
+         r"epochs=1\.5.*Write epochs=1"),
+    Case("epochs=True", fits(X, LABELS, epochs=True), ValueError,
+         "epochs=True.*Write epochs=1"),
     Case("initial_epoch=-1", fits(X, LABELS, initial_epoch=-1), ValueError,
-         "initial_epoch=-1: write a whole number >= 0"),
+         "initial_epoch=-1. .*whole number of at least 0"),
     Case("steps_per_epoch=0", fits(X, LABELS, steps_per_epoch=0), ValueError,
-         "steps_per_epoch=0: write a whole number >= 1"),
+         "steps_per_epoch=0. .*Write steps_per_epoch=1"),
     Case("steps=0", lambda t: t.evaluate(X, LABELS, steps=0), ValueError,
-         "steps=0: write a whole number >= 1"),
+         "steps=0. .*Write steps=1"),
     Case("batch_size=0", fits(X, LABELS, batch_size=0), ValueError,
-         r"batch_size=0: .*e\.g\. batch_size=32"),
+         r"batch_size=0\. .*Write batch_size=32"),
     Case("batch_size=2.5", lambda t: t.predict(X, batch_size=2.5), ValueError,
-         r"batch_size=2\.5: .*e\.g\. batch_size=32"),
+         r"batch_size=2\.5\. .*Write batch_size=32"),
     Case("shuffle='batch'", fits(X, LABELS, shuffle="batch"), ValueError,
-         "shuffle='batch': write True or False"),
+         "shuffle='batch'. Expected True or False"),
     Case("verbose=3", lambda t: t.fit(X, LABELS, verbose=3), ValueError,
          'verbose=3: write 0, 1, 2 or "auto"'),
     Case("epoch=2", fits(X, LABELS, epoch=2), TypeError,
@@ -485,7 +487,7 @@ def test_a_state_that_was_assigned_binds_to_its_data():
     trainer = trainer_of("classes")
     trainer.predict(X)
     trainer.state = trainer.state.replace(params=trainer.state.params)
-    with pytest.raises(DataError, match=r"Got inputs \[0\] float32\[32, 3\]"):
+    with pytest.raises(DataError, match=r"Got inputs float32\[32,3\]"):
         trainer.fit(X[:, :3], LABELS, verbose=0)
 
 
@@ -504,7 +506,7 @@ MIDSTREAM = {
               r"batch 2 of pass 0 differs .*: y is float32\[batch\], was int32\[batch\]"
               r"\. .*\.astype\(\.\.\.\)", 2),
     "features": (lambda: iter([(X, LABELS), (X[:, :3], LABELS)]), DataError,
-                 r"batch 1 of pass 0 .*x is float32\[batch, 3\], was .*\[batch, 4\].* "
+                 r"batch 1 of pass 0 .*x is float32\[batch,3\], was .*\[batch,4\].* "
                  "pad rows", 1),
     "structure": (lambda: iter([{"x": X, "y": LABELS}, {"x": X}]), DataError,
                   r"batch 1 of pass 0 .*y is missing, was int32\[batch\]", 1),
@@ -592,13 +594,13 @@ def test_a_misspelt_input_that_could_be_left_out(stream):
 def test_numbers_where_the_model_was_built_on_integers():
     trainer = Trainer(nn.Dense(3))
     trainer.fit((X * 10).astype(np.uint8), LABELS, verbose=0)
-    text = r"Got inputs \[0\] float32\[32, 4\]; this trainer was built for \[0\] uint8"
+    text = r"Got inputs float32\[32,4\]; this trainer was built for uint8"
     with pytest.raises(DataError, match=text):
         trainer.predict(X)
 
 
 def test_targets_of_another_kind_that_would_mean_another_loss(trained):
-    text = r"Got targets int32\[32, 1\]; this trainer was built for float32\[32, 1\]"
+    text = r"Got targets int32\[32,1\]; this trainer was built for float32\[32,1\]"
     with pytest.raises(DataError, match=f"{text}.*{BUILT_FOR}"):
         trained("values").evaluate(X, BITS)
 
@@ -620,14 +622,14 @@ def test_batches_that_grow_are_warned_of():
 # ----------------------------------------------------- second fit with other data
 
 SECOND = {
-    "features": ((X[:, :3], LABELS), r"Got inputs \[0\] float32\[32, 3\], which need "
-                 r"other parameters than \[0\] float32\[32, 4\]"),
-    "rank": ((X[:, :, None], LABELS), r"Got inputs \[0\] float32\[32, 4, 1\]; this "
-             r"trainer was built for \[0\] float32\[32, 4\]"),
-    "two inputs": (((X, X), LABELS), r"Got inputs \[0\]\[0\] float32"),
+    "features": ((X[:, :3], LABELS), r"Got inputs float32\[32,3\], which need "
+                 r"other parameters than float32\[32,4\]"),
+    "rank": ((X[:, :, None], LABELS), r"Got inputs float32\[32,4,1\]; this "
+             r"trainer was built for float32\[32,4\]"),
+    "two inputs": (((X, X), LABELS), r"Got inputs 0/0: float32"),
     "float labels": ((X, VALUES[:, 0]), r"Got targets float32\[32\]; this trainer was "
                      r"built for int32\[32\]"),
-    "one-hot": ((X, ONE_HOT), r"Got targets float32\[32, 3\]"),
+    "one-hot": ((X, ONE_HOT), r"Got targets float32\[32,3\]"),
 }  # fmt: skip
 
 
@@ -676,23 +678,23 @@ ARGUMENTS_OF_TRAINER = [
      r"Give the function instead: optimizer=optax\.adamw, learning_rate="),
     ({"optimizer": "sgd", "weight_decay": 0.1}, ValueError,
      "for example optimizer='adamw'"),
-    ({"learning_rate": 0}, ValueError, "learning_rate=0 is not a positive number"),
-    ({"learning_rate": "1e-3"}, TypeError, "learning_rate='1e-3' is a str; give a pos"),
-    ({"clip_norm": -1.0}, ValueError, r"clip_norm=-1\.0 is not a positive number"),
-    ({"accumulate_steps": 0}, ValueError, "accumulate_steps=0 is too small; give 1"),
+    ({"learning_rate": 0}, ValueError, "learning_rate=0. Expected a positive number"),
+    ({"learning_rate": "1e-3"}, TypeError, "learning_rate='1e-3'. Expected a pos"),
+    ({"clip_norm": -1.0}, ValueError, r"clip_norm=-1\.0\. Expected a positive number"),
+    ({"accumulate_steps": 0}, ValueError, "accumulate_steps=0. .*at least 1"),
     ({"freeze": "encoder"}, ValueError,
      "matches no parameter. There are: bias, kernel"),
-    ({"seed": -1}, ValueError, "seed=-1: write a whole number >= 0"),
+    ({"seed": -1}, ValueError, "seed=-1. .*whole number of at least 0"),
     ({"collections": "batch_stats"}, ValueError, r"collections=\['batch_stats'\]"),
     ({"collections": ["batch_stat"]}, DetectionError, "init makes no 'batch_stat'"),
-    ({"rngs": "dropout"}, ValueError, r"write a list, rngs=\['dropout'\]"),
+    ({"rngs": "dropout"}, ValueError, r"a list of names.* Write rngs=\['dropout'\]"),
     ({"inputs": {"image": "x"}}, ValueError, r"Write Trainer\(model, inputs=\{param"),
     ({"train_flag": "trian"}, DetectionError, "train_flag=None if it has none"),
     ({"variables": np.ones(3)}, TypeError, r"variables=\{'params': params\}"),
     ({"variables": {"kernel": np.ones((4, 3))}}, ValueError,
      r"takes the collections params\. Write variables=\{'params': params\}"),
     ({"variables": {"params": {"kernel": np.ones((4, 2)), "bias": np.ones(3)}}},
-     ValueError, r"kernel'\]: the model has float32\[4, 3\], given float32\[4, 2\]"),
+     ValueError, r"kernel: the model has float32\[4,3\], given float32\[4,2\]"),
     ({"lr": 1e-3}, TypeError, "unexpected keyword argument 'lr'"),
 ]  # fmt: skip
 
@@ -777,11 +779,11 @@ STATES = [
     (lambda state: state.params, TypeError, "TrainState, got dict. Write "
      r"trainer\.state = trainer\.state\.replace\(params=\.\.\.\)"),
     (other_params(kernel=np.ones((4, 2), np.float32)), ValueError,
-     r"kernel'\]: is float32\[4, 3\], given float32\[4, 2\]"),
+     r"kernel: is float32\[4,3\], given float32\[4,2\]"),
     (other_params(extra=np.ones(2, np.float32)), ValueError,
-     r"extra'\]: is absent, given float32\[2\]"),
+     r"extra: is missing, given float32\[2\]"),
     (lambda state: state.replace(params={"bias": state.params["bias"]}), ValueError,
-     r"kernel'\]: is float32\[4, 3\], given absent"),
+     r"kernel: is float32\[4,3\], given missing"),
     (lambda state: state.replace(rng=jax.random.PRNGKey(0)), ValueError,
      r"rng: is key<fry>\[\], given uint32\[2\]"),
     (lambda state: state.replace(step=jnp.float32(0)), ValueError,

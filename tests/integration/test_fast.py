@@ -90,12 +90,15 @@ def test_arguments_say_how_to_run():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"steps_per_call": 0}, r'steps_per_call=0: .*>= 1\. Or "auto"'),
-        ({"steps_per_call": "fast"}, r"steps_per_call='fast': .*Or \"auto\""),
+        ({"steps_per_call": 0}, r'steps_per_call=0\. .*at least 1\. Write .*="auto"'),
+        ({"steps_per_call": "fast"}, r"steps_per_call='fast'\. .*=\"auto\""),
         ({"steps_per_call": True}, "steps_per_call=True"),
-        ({"prefetch": -1}, r"prefetch=-1: write a whole number >= 0\."),
+        ({"prefetch": -1}, r"prefetch=-1\. Expected a whole number of at least 0\."),
         ({"prefetch": None}, "prefetch=None"),
-        ({"device_data": 1.5}, r"device_data=1\.5: write a share .*device_data=0\.5"),
+        (
+            {"device_data": 1.5},
+            r"device_data=1\.5\. .*\[0, 1\]\. Write device_data=0\.5, a share of",
+        ),
         ({"device_data": -0.1}, r"device_data=-0\.1"),
         ({"device_data": True}, "device_data=True"),
         ({"device_data": float("nan")}, "device_data=nan"),
@@ -458,7 +461,7 @@ def test_intervals_that_are_none(every, run):
     before = run.trainer.step
     callback = LambdaCallback(every_steps=every, on_train_batch_end=lambda loop: None)
     with pytest.raises(
-        ValueError, match=r"LambdaCallback\.every_steps = .*whole number of steps"
+        ValueError, match=r"LambdaCallback\.every_steps=.*a whole number of at least 1"
     ):
         run.trainer.fit(X, Y, batch_size=SIZE, callbacks=callback, verbose=0)
     assert run.trainer.step == before

@@ -402,13 +402,13 @@ def test_something_else_is_no_optimizer(optimizer, text):
 @pytest.mark.parametrize(
     ("rate", "kind", "text"),
     [
-        (0, ValueError, "learning_rate=0 is not a positive number"),
-        (-0.1, ValueError, "learning_rate=-0.1 is not a positive"),
-        (float("nan"), ValueError, "learning_rate=nan is not a positive"),
-        (True, TypeError, "learning_rate=True is a bool; give a positive number"),
-        ("0.1", TypeError, "learning_rate='0.1' is a str"),
-        (1j, TypeError, "is a complex; give a positive number"),
-        (np.ones(2), TypeError, "is a ndarray; give a positive number"),
+        (0, ValueError, "learning_rate=0. Expected a positive number"),
+        (-0.1, ValueError, "learning_rate=-0.1. Expected a positive"),
+        (float("nan"), ValueError, "learning_rate=nan. Expected a positive"),
+        (True, TypeError, "learning_rate=True. Expected a positive number"),
+        ("0.1", TypeError, "learning_rate='0.1'. Expected a positive"),
+        (1j, TypeError, "=1j. Expected a positive number"),
+        (np.ones(2), TypeError, r"=array\(.* Expected a positive number"),
         (optax.cosine_decay_schedule, ValueError, "not a schedule.*count -> rate"),
         (lambda count: 0.1 if count < 9 else 0.01, ValueError, "write jnp.where"),
         (lambda count: jnp.ones(2), ValueError, "expected one number"),
@@ -432,9 +432,13 @@ def test_a_wrong_learning_rate(rate, kind, text):
             "given twice.*optimizer=sgd, learning_rate=",
         ),
         ("adam", {"weight_decay": 0.1}, "no weight_decay.*optimizer='adamw'"),
-        ("adamw", {"weight_decay": -1.0}, "weight_decay=-1.0 is not a number of at"),
-        ("adam", {"clip_norm": 0.0}, "clip_norm=0.0 is not a positive number"),
-        ("adam", {"accumulate_steps": 0}, "accumulate_steps=0 is too small"),
+        (
+            "adamw",
+            {"weight_decay": -1.0},
+            "weight_decay=-1.0. Expected a finite number of at",
+        ),
+        ("adam", {"clip_norm": 0.0}, "clip_norm=0.0. Expected a positive number"),
+        ("adam", {"accumulate_steps": 0}, "accumulate_steps=0. .* at least 1"),
     ],
 )
 def test_a_wrong_option(optimizer, options, text):
@@ -445,7 +449,7 @@ def test_a_wrong_option(optimizer, options, text):
 
 @pytest.mark.parametrize("steps", [True, 2.0])
 def test_accumulate_steps_is_an_integer(steps):
-    with pytest.raises(TypeError, match=r"accumulate_steps=.*give an integer"):
+    with pytest.raises(TypeError, match=r"accumulate_steps=.*a whole number"):
         resolve_optimizer("adam", None, None, accumulate_steps=steps)
 
 

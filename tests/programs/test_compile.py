@@ -13,7 +13,13 @@ from flaxfit import LambdaCallback, Trainer
 from flaxfit._core.types import Average, Batch
 from flaxfit._loops.feeder import Execution
 from flaxfit._programs.chunks import DeviceDataset, Stack, batch_at
-from flaxfit._programs.compile import Program, empty_accumulators, listening, preflight
+from flaxfit._programs.compile import (
+    Program,
+    empty_accumulators,
+    listening,
+    noting,
+    preflight,
+)
 from flaxfit._programs.placement import find_placement
 
 X, Y = labeled(64)
@@ -434,7 +440,7 @@ class Told:
 
 
 def test_a_program_counts_its_traces_and_tells_of_them():
-    program, listener = Program("double", lambda x: 2 * x), Told()
+    program, listener = Program("double", noting(lambda x: 2 * x)), Told()
     with listening(listener):
         for shape in ((3,), (3,), (4,), (3,), (5,)):
             same(program(np.ones(shape, np.float32)), np.full(shape, 2, np.float32))
@@ -446,7 +452,7 @@ def test_a_program_counts_its_traces_and_tells_of_them():
 
 
 def test_counting_flops_is_no_compile_and_hides_none():
-    program, listener = Program("matmul", jnp.matmul), Told()
+    program, listener = Program("matmul", noting(jnp.matmul)), Told()
     a, b = np.ones((8, 16), np.float32), np.ones((16, 32), np.float32)
     shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (a, b))
     by_hand = pytest.approx(2 * 8 * 16 * 32, rel=0.1)
@@ -472,7 +478,8 @@ def test_a_check_before_the_fit_hides_no_compile():
 
 
 def test_a_program_that_must_be_waited_for_is_ready_when_it_returns():
-    program = Program("slow", lambda x: jnp.linalg.matrix_power(x, 64), wait=True)
+    power = noting(lambda x: jnp.linalg.matrix_power(x, 64))
+    program = Program("slow", power, wait=True)
     assert program(np.eye(200, dtype=np.float32)).is_ready()
 
 

@@ -10,7 +10,7 @@ import pytest
 from flaxfit import Trainer
 from flaxfit._core.types import Batch
 from flaxfit._programs.chunks import DeviceDataset, Stack
-from flaxfit._programs.compile import Program, listening
+from flaxfit._programs.compile import Program, listening, noting
 from flaxfit._reporting.display import Silent
 from flaxfit._reporting.timing import Clock
 from flaxfit.trainer.compile_report import CompileReport, why_again
@@ -60,7 +60,7 @@ def test_each_program_is_said_once_and_a_retrace_with_its_cause(capsys):
     (line,) = said(capsys)
     assert re.fullmatch(
         rf"compiling train step again… {SECONDS}: "
-        r"x is float32\[8, 12, 2\], was float32\[8, 8, 2\]",
+        r"x is float32\[8,12,2\], was float32\[8,8,2\]",
         line,
     )
 
@@ -94,7 +94,7 @@ def test_a_loader_s_larger_batch_is_said_with_both_shapes(capsys):
         trainer.fit(batches, verbose=2)
     first, again = said(capsys)
     assert re.fullmatch(f"compiling train step… {SECONDS}", first)
-    assert "x is float32[6, 8, 2], was float32[4, 8, 2]" in again
+    assert "x is float32[6,8,2], was float32[4,8,2]" in again
     assert "y is int32[6], was int32[4]" in again
 
 
@@ -109,11 +109,11 @@ def test_verbose_0_says_nothing(capsys):
 @pytest.mark.parametrize(
     ("before", "now", "why"),
     [
-        (batch(), batch(rows=6), r"^x is float32\[6, 8, 2\], was float32\[8, 8, 2\]; "),
+        (batch(), batch(rows=6), r"^x is float32\[6,8,2\], was float32\[8,8,2\]; "),
         (
             batch(),
             batch(dtype=np.uint8),
-            r"^x is uint8\[8, 8, 2\], was float32\[8, 8, 2\]$",
+            r"^x is uint8\[8,8,2\], was float32\[8,8,2\]$",
         ),
         (batch(), stacked(batch(), 5), "^the data is 5 batches, was one batch$"),
         (stacked(batch(), 5), stacked(batch(), 7), "^the data is 7 batches, was 5 "),
@@ -125,7 +125,7 @@ def test_verbose_0_says_nothing(capsys):
         (
             DeviceDataset(batch(rows=16), np.zeros((4, 8), np.int32)),
             DeviceDataset(batch(rows=16), np.zeros((4, 2), np.int32)),
-            r"^x is float32\[2, 8, 2\], was float32\[8, 8, 2\]; .*weights",
+            r"^x is float32\[2,8,2\], was float32\[8,8,2\]; .*weights",
         ),
         (batch(), batch(), "^the devices or the state are others$"),
     ],
@@ -160,8 +160,8 @@ class Shown(Silent):
 
 def test_time_of_compiles_is_counted_as_such():
     display, clock = Shown(), Clock()
-    program = Program("train step", lambda batch: batch.weights.sum())
-    init = Program("init", lambda batch: batch.weights.sum() + 1)
+    program = Program("train step", noting(lambda batch: batch.weights.sum()))
+    init = Program("init", noting(lambda batch: batch.weights.sum() + 1))
     with listening(CompileReport(display, clock)):
         with clock.phase("evaluating"):
             program(batch())

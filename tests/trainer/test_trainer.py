@@ -540,7 +540,7 @@ def test_check_reports_without_training():
     assert report.step_bytes > 0
     assert report.compiles == {"train": 1, "eval": 1, "predict": 1}
     text = str(report)
-    for words in ("0..2 in the first batch", "float32[16, 3]", "by chance 1.0986"):
+    for words in ("0..2 in the first batch", "float32[16,3]", "by chance 1.0986"):
         assert words in text
     assert trainer.step == 0
     with pytest.raises(ValueError, match="has seen no data"):
@@ -652,7 +652,7 @@ def test_outputs_whose_first_axis_is_not_the_batch_are_refused():
             return jnp.swapaxes(nn.Dense(3)(x), 0, 1)
 
     x = np.zeros((64, 32, 5), np.float32)
-    with pytest.raises(ValueError, match=r"the model returns float32\[32, 32, 3\]"):
+    with pytest.raises(ValueError, match=r"the model returns float32\[32,32,3\]"):
         Trainer(TimeMajor()).predict(x, batch_size=32)
 
 

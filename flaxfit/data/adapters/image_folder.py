@@ -13,9 +13,9 @@ from typing import Any, overload
 
 import numpy as np
 
-from flaxfit._core.counts import as_count
 from flaxfit._core.errors import DataError, did_you_mean
 from flaxfit._core.types import HostArray
+from flaxfit._core.validation import integer
 from flaxfit.data.datasets.example_dataset import ExampleSet, take_items
 from flaxfit.data.datasets.examples import Examples
 from flaxfit.data.datasets.stream import Facts
@@ -311,7 +311,7 @@ def _as_size(size: Any) -> tuple[int, int] | None:
             "for pictures that are all of one size."
         )
     height, width = size
-    return as_count("size[0]", height, least=1), as_count("size[1]", width, least=1)
+    return integer("size[0]", height), integer("size[1]", width)
 
 
 def _import_pillow() -> tuple[Any, Any]:

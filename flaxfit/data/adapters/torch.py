@@ -1,19 +1,20 @@
 """Adapters for torch datasets and DataLoaders. Imports torch only for torch objects.
 
-A loader decides itself which examples make a batch. What it draws at random is made a
-function of seed and pass here, so that two runs are alike and one can be resumed.
+A loader decides itself which examples make a batch. Its random draws, and those of the
+items, are made a function of seed and pass here, so that two runs are alike and one can
+be resumed.
 """
 
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from typing import Any
 
-from flaxfit._core.errors import DataError
+from flaxfit._core.errors import DataError, UsageTypeError
 from flaxfit._core.lazy_types import comes_from
+from flaxfit.data.adapters.latest_reader import begin_reading, is_latest, was_read
 from flaxfit.data.datasets.example_dataset import ExampleSet, take_items
 from flaxfit.data.datasets.iterables import length_of
 from flaxfit.data.datasets.shuffling import seeded
@@ -22,8 +23,8 @@ from flaxfit.data.host.arrays import as_array, call_text
 from flaxfit.data.host.collate import looks_single
 from flaxfit.data.host.torch_tensors import is_tensor
 
-# Generators are exchanged for a while: a loader at a time. Reentrant, for a dataset
-# that itself reads another loader.
+# The states of generators are exchanged by one loader at a time. Reentrant, for a
+# dataset that itself reads another loader.
 _EXCHANGE = threading.RLock()
 _BYTES = "torch.uint8"
 
@@ -42,7 +43,7 @@ def as_dataset(x: Any, *, what: str, data_dir: Any = None) -> Any:
       data_dir: not for torch.
 
     Raises:
-      TypeError: a dataset without a length.
+      UsageTypeError: a dataset without a length.
     """
     del data_dir
     if comes_from(x, "torch", "DataLoader"):
@@ -57,9 +58,9 @@ def as_dataset(x: Any, *, what: str, data_dir: Any = None) -> Any:
             "torch IterableDataset", length, iterate=iterate, drawing=_Drawing
         )
     if length is None:
-        raise TypeError(
-            f"the torch Dataset given to {what}, a {type(x).__name__}, has no length. "
-            "Add def __len__(self) to it, or make it an IterableDataset."
+        raise UsageTypeError(
+            f"the torch Dataset given to {what}, a {type(x).__name__}, has no length",
+            "Add def __len__(self) to it, or make it an IterableDataset.",
         )
     return ExampleSet(
         "torch Dataset",
@@ -73,7 +74,7 @@ def as_dataset(x: Any, *, what: str, data_dir: Any = None) -> Any:
 def _tensors(dataset: Any) -> tuple[Any, ...] | None:
     """Returns the arrays of a `TensorDataset`, or of a part of one; None for others."""
     data = import_module("torch.utils.data")
-    # A class made of it may return something else than the tensors hold.
+    # A subclass may return something else than the tensors hold.
     if type(dataset) is data.TensorDataset:
         return tuple(map(as_array, dataset.tensors))
     if type(dataset) is not data.Subset:
@@ -101,7 +102,7 @@ def _facts(dataset: Any, length: int) -> Facts:
 
 
 def _class_names(dataset: Any) -> tuple[str, ...]:
-    """Returns the `classes` of torchvision's datasets, also of a part of one."""
+    """Returns the `classes` of torchvision's datasets, also of a subset."""
     while not hasattr(dataset, "classes") and hasattr(dataset, "dataset"):
         dataset = dataset.dataset
     names = getattr(dataset, "classes", ())
@@ -128,27 +129,27 @@ def _from_loader(loader: Any, what: str) -> Stream:
 
 
 def _warn_of_order(loader: Any, what: str) -> None:
-    """Warns where outputs would come in another order than the dataset's."""
+    """Warns if predictions would not be in the order of the dataset."""
     shuffles = comes_from(loader.sampler, "torch", "RandomSampler")
     if what.startswith("predict") and loader.batch_size is not None and shuffles:
         warnings.warn(
-            f"{what} got a DataLoader(..., shuffle=True): the outputs come in its "
-            "order, which is not the dataset's. Write DataLoader(..., shuffle=False), "
-            f"or give the dataset: {call_text(what, 'dataset')}.",
+            f"{what} got a DataLoader(..., shuffle=True): the outputs are not in the "
+            "order of the dataset. Write DataLoader(..., shuffle=False), or give the "
+            f"dataset: {call_text(what, 'dataset')}.",
             UserWarning,
             stacklevel=2,
         )
 
 
 def _num_batches(loader: Any) -> int | None:
-    # Of a stream each worker has a last batch of its own, which len() does not count.
+    # Each worker ends its part of a stream with a short batch, which len() leaves out.
     streams = comes_from(loader.dataset, "torch", "IterableDataset")
     return None if streams and loader.num_workers > 1 else length_of(loader)
 
 
 def _num_examples(loader: Any) -> int | None:
-    """Returns the examples of a pass where nothing but the loader decides on them."""
-    # A function of the user's may leave examples out.
+    """Returns the examples of a pass, None if only reading tells."""
+    # A custom collate_fn may leave examples out.
     default = import_module("torch.utils.data").default_collate
     streams = comes_from(loader.dataset, "torch", "IterableDataset")
     if streams or loader.batch_size is None or loader.collate_fn is not default:
@@ -166,7 +167,7 @@ def _warn_of_fork(loader: Any, what: str) -> None:
 
     context = loader.multiprocessing_context
     method = (
-        # Not without `allow_none`: to ask would decide for the whole process.
+        # Without `allow_none`, asking would fix the method for the whole process.
         multiprocessing.get_start_method(allow_none=True)
         or multiprocessing.get_all_start_methods()[0]
         if context is None
@@ -176,8 +177,8 @@ def _warn_of_fork(loader: Any, what: str) -> None:
         workers = f"num_workers={loader.num_workers}"
         warnings.warn(
             f"the DataLoader(..., {workers}) given to {what} starts its workers by "
-            "fork, and they can hang: jax has threads, which may hold a lock at that "
-            f"moment. Write DataLoader(..., {workers}, "
+            "fork, and they can hang, as jax has threads that may hold a lock. Write "
+            f"DataLoader(..., {workers}, "
             'multiprocessing_context="forkserver", persistent_workers=True), and in a '
             'script call fit below if __name__ == "__main__":.',
             UserWarning,
@@ -186,10 +187,10 @@ def _warn_of_fork(loader: Any, what: str) -> None:
 
 
 class _Batches:
-    """The batches of one pass of a loader, which draws by seed and pass alone.
+    """The batches of one pass of a loader, whose draws depend on seed and pass alone.
 
-    torch's generators, its default one and those of the loader and its samplers, are
-    as they were before whenever this is not being asked for a batch.
+    The generators of the loader and its samplers draw as torch's default one does: see
+    `_Drawing`.
     """
 
     def __init__(
@@ -200,35 +201,34 @@ class _Batches:
         self._pass = pass_index
         self._iterator: Any = None
         self._restored: Any = None
-        self._token = object()
-        torch = import_module("torch")
+        self._token: object = None
         own = _generators(loader)
-        # Each is given a state of its own, which goes on from batch to batch.
-        self._states = {torch.default_generator: _state(torch, *seed, pass_index)}
-        for generator in own:
-            first = 0 if _unseeded(loader) else generator.initial_seed()
-            self._states[generator] = _state(torch, first % 2**64, *seed, pass_index)
-        # Workers draw by themselves what the items need.
-        self._later = own if loader.num_workers else list(self._states)
+        here = (*seed, pass_index)
+        firsts = (0 if _unseeded(loader) else each.initial_seed() for each in own)
+        seeds = {g: (n % 2**64, *here) for g, n in zip(own, firsts, strict=True)}
+        self._drawing = _Drawing(here, seeds)
+        # Once workers have started, the items draw there.
+        self._later = own if loader.num_workers else self._drawing.generators
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
-        if self._iterator is not None:
-            with self._drawing(self._later):
+        with self._drawing:
+            if self._iterator is not None:
                 self._refuse_two_readers()
                 return next(self._iterator)
-        with self._drawing(list(self._states)):
             self._iterator = self._start()
             if self._restored is not None:
                 import_module("torch").default_generator.set_state(self._restored)
             raw = next(self._iterator)
+        self._drawing.generators = self._later
         if self._loader.batch_sampler is None and looks_single(raw):
             raise DataError(
                 f"the DataLoader(..., batch_size=None) given to {self._what} yields "
-                "single examples. Write DataLoader(dataset, batch_size=32), or give "
-                f"the dataset: {call_text(self._what, 'dataset')}."
+                "single examples",
+                write="DataLoader(dataset, batch_size=32), or give the dataset: "
+                f"{call_text(self._what, 'dataset')}",
             )
         return raw
 
@@ -237,76 +237,69 @@ class _Batches:
         samplers = loader.sampler, loader.batch_sampler
         inner = getattr(loader.batch_sampler, "sampler", None)
         _set_epoch([loader.dataset, *samplers, inner], self._pass)
-        if getattr(loader, "_iterator", None) is not None:
-            # Workers that stay are not seeded again; the order must not show it.
-            torch = import_module("torch")
-            torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
-        iterator: Any = iter(loader)
         if loader.persistent_workers:
-            iterator.flaxfit_reader = self._token
-        return iterator
+            if was_read(loader):
+                # Starting workers draws their seed. Workers that stay are not seeded
+                # again, but the order of this pass must be that of a new process.
+                torch = import_module("torch")
+                torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+            self._token = begin_reading(loader)
+        return iter(loader)
 
     def _refuse_two_readers(self) -> None:
-        # All who read such a loader are given one iterator, which begins anew.
-        if not self._loader.persistent_workers:
-            return
-        if self._iterator.flaxfit_reader is not self._token:
+        # Readers of such a loader share one iterator, which restarts for each.
+        persistent = self._loader.persistent_workers
+        if persistent and not is_latest(self._loader, self._token):
             raise DataError(
                 "a DataLoader(..., persistent_workers=True) is read by two at once, "
-                f"and one of them is {self._what}: its workers can serve only one. "
-                "Give validation a DataLoader of its own."
+                f"and one of them is {self._what}: its workers can serve only one",
+                "Give validation a DataLoader of its own.",
             )
-
-    @contextmanager
-    def _drawing(self, generators: Sequence[Any]) -> Iterator[None]:
-        with _EXCHANGE:
-            before = [generator.get_state() for generator in generators]
-            for generator in generators:
-                generator.set_state(self._states[generator])
-            try:
-                yield
-            finally:
-                for generator, state in zip(generators, before, strict=True):
-                    self._states[generator] = generator.get_state()
-                    generator.set_state(state)
 
 
 class _Drawing:
-    """Gives torch's default generator a state of its own while inside.
+    """Gives torch's default generator, and others, states of their own while inside.
 
-    It goes on where it was when it is entered again; outside all is as it was before.
+    They continue from there when it is entered again; outside the generators are as
+    the user left them.
+
+    Args:
+      seed: of the default generator.
+      others: generator -> its seed.
     """
 
-    def __init__(self, seed: Sequence[int]) -> None:
-        self._generator = import_module("torch").default_generator
-        self._seed = seed
-        self._state: Any = None
-        self._before: Any = None
+    def __init__(
+        self, seed: Sequence[int], others: Mapping[Any, Sequence[int]] | None = None
+    ) -> None:
+        torch = import_module("torch")
+        seeds = {torch.default_generator: seed} | dict(others or {})
+        self.states = {each: _state(torch, *n) for each, n in seeds.items()}
+        self.generators = list(self.states)
+        self._before: list[Any] = []
 
     def __enter__(self) -> None:
         _EXCHANGE.acquire()
-        self._before = self._generator.get_state()
-        if self._state is None:
-            self._generator.manual_seed(_number(*self._seed))
-        else:
-            self._generator.set_state(self._state)
+        self._before = [generator.get_state() for generator in self.generators]
+        for generator in self.generators:
+            generator.set_state(self.states[generator])
 
     def __exit__(self, *unused: object) -> None:
-        self._state = self._generator.get_state()
-        self._generator.set_state(self._before)
+        for generator, before in zip(self.generators, self._before, strict=True):
+            self.states[generator] = generator.get_state()
+            generator.set_state(before)
         _EXCHANGE.release()
 
 
 class _StatefulBatches(_Batches):
-    """Batches of a loader that tells where it stands, as torchdata's does."""
+    """Batches of a loader with a state, as torchdata's is."""
 
     def get_state(self) -> Any:
-        """Returns where the loader stands, and what its items draw from."""
-        drawn = self._states[import_module("torch").default_generator]
+        """Returns the state of the loader and of the generator its items draw from."""
+        drawn = self._drawing.states[import_module("torch").default_generator]
         return _as_plain({"loader": self._loader.state_dict(), "drawn": drawn})
 
     def set_state(self, state: Any) -> None:
-        """Makes the loader go on from there."""
+        """Sets the state from which the loader continues."""
         state = _from_plain(state)
         self._loader.load_state_dict(state["loader"])
         # Samplers without a state draw the order of the pass once more, at first.
@@ -340,11 +333,8 @@ def _unseeded(loader: Any) -> bool:
 
 
 def _state(torch: Any, *seed: int) -> Any:
-    return torch.Generator().manual_seed(_number(*seed)).get_state()
-
-
-def _number(*seed: int) -> int:
-    return int(seeded(*seed).integers(2**63))
+    number = int(seeded(*seed).integers(2**63))
+    return torch.Generator().manual_seed(number).get_state()
 
 
 def _set_epoch(parts: Sequence[Any], pass_index: int) -> None:

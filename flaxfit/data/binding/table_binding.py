@@ -309,6 +309,8 @@ def _values(table: Table, part: Part, *, floats: bool) -> HostArray:
     if not isinstance(part, tuple):
         return numbers(table.column(part))
     columns = [numbers(table.column(name), floats=floats) for name in part]
+    if not columns:
+        return np.empty((0, 0), np.float32)
     whole = not floats and all(column.dtype.kind in "iub" for column in columns)
     return np.stack(columns, axis=1, dtype=None if whole else np.float32)
 

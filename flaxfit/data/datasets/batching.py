@@ -15,7 +15,7 @@ from flaxfit.data.datasets.example_dataset import ExampleSet, takes_rng
 from flaxfit.data.datasets.shuffling import batches_of_pass, rows_of, seeded
 from flaxfit.data.datasets.stream import Filled, Open, Stream, get_state, set_state
 from flaxfit.data.datasets.workers import OrderedMap
-from flaxfit.data.host.collate import own_item
+from flaxfit.data.host.arrays import copy_host_arrays
 from flaxfit.data.host.padding import plan_buckets, raw_of
 
 
@@ -137,7 +137,9 @@ class _Chunks:
     def _read(
         self, first: int, states: deque[dict[str, Any] | None]
     ) -> Iterator[tuple[int, Sequence[Any]]]:
-        while chunk := [own_item(item) for item in islice(self._items, self._size)]:
+        while chunk := [
+            copy_host_arrays(item) for item in islice(self._items, self._size)
+        ]:
             state = get_state(self._items)
             after = first + len(chunk)
             states.append(None if state is None else {"items": state, "first": after})
@@ -268,7 +270,7 @@ def _loaded(
     for row, item in zip(rows, items, strict=True):
         try:
             made = load(item, rng=seeded(*seed, row)) if draws else load(item)
-            loaded.append(own_item(made))
+            loaded.append(copy_host_arrays(made))
         except Exception as error:
             error.add_note(f"while loading item {row}")
             raise

@@ -12,7 +12,8 @@ import jax
 from flaxfit._core.types import HostArray
 from flaxfit.data.datasets.shuffling import order_of_pass
 from flaxfit.data.datasets.stream import NO_FACTS, Facts
-from flaxfit.data.host.collate import collate, own_item
+from flaxfit.data.host.arrays import copy_host_arrays
+from flaxfit.data.host.collate import collate
 from flaxfit.data.host.padding import Padding
 
 
@@ -154,7 +155,7 @@ class _Taker:
         found = []
         for index in indices:
             try:
-                found.append(own_item(self.items[index]))
+                found.append(copy_host_arrays(self.items[index]))
             except Exception as error:
                 error.add_note(f"while reading item {index}")
                 raise
@@ -175,6 +176,6 @@ class _RowTaker:
 
     def __call__(self, rows: HostArray) -> Sequence[Any]:
         return [
-            jax.tree.map(lambda leaf, row=row: own_item(leaf[row]), self.nest)
+            jax.tree.map(lambda leaf, row=row: copy_host_arrays(leaf[row]), self.nest)
             for row in rows.tolist()
         ]

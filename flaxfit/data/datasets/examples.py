@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from flaxfit._core.counts import as_count
+from flaxfit._core.validation import integer
 from flaxfit.data.datasets.example_dataset import Chain, ExampleSet
 from flaxfit.data.host.padding import Padding
 from flaxfit.data.host.padding_arguments import as_padding
@@ -81,7 +81,7 @@ class Examples:
     def __post_init__(self) -> None:
         """Checks the arguments."""
         for name in ("threads", "processes"):
-            as_count(name, getattr(self, name), least=0)
+            integer(name, getattr(self, name), least=0)
         for name in ("load", "collate"):
             function = getattr(self, name)
             if function is not None and not callable(function):

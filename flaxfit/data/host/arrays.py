@@ -1,11 +1,13 @@
 """Host arrays: converts, narrows, fills and names raw values. Knows no models."""
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from flaxfit._core.arrays import strongly_typed
 from flaxfit._core.errors import DataError
 from flaxfit._core.types import Batch, HostArray, PyTree
 from flaxfit.data.host.torch_tensors import as_numpy, is_tensor
@@ -32,12 +34,23 @@ def fill(batch: Batch, size: int) -> Batch:
     return filled
 
 
-def own(batch: Batch) -> Batch:
-    """Returns the batch with copies of its NumPy arrays; jax arrays cannot change."""
-    copied: Batch = jax.tree.map(
-        lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, batch
-    )
-    return copied
+def copy_host_arrays(nest: Any) -> Any:
+    """Returns a nesting with copies of its NumPy arrays; jax arrays cannot change.
+
+    Looks into batches, tuples, lists and dicts; other values are returned as they are.
+    """
+    if isinstance(nest, np.ndarray):
+        return nest.copy()
+    if isinstance(nest, Batch):
+        return jax.tree.map(copy_host_arrays, nest)
+    kind = type(nest)
+    if isinstance(nest, tuple) and hasattr(nest, "_fields"):
+        return kind(*map(copy_host_arrays, nest))
+    if kind is tuple or kind is list:
+        return kind(map(copy_host_arrays, nest))
+    if kind is dict or kind is OrderedDict:
+        return kind((key, copy_host_arrays(part)) for key, part in nest.items())
+    return nest
 
 
 def as_host(nest: PyTree, *, but_device: bool = False) -> PyTree:
@@ -160,7 +173,7 @@ def as_array(leaf: Any, but_device: bool = False) -> Any:
         return leaf
     if but_device and isinstance(leaf, jax.Array) and not leaf.committed:
         # A weak type, as `jnp.full(shape, 1.0)` has, would be compiled for anew.
-        return leaf.astype(leaf.dtype) if leaf.weak_type else leaf
+        return strongly_typed(leaf) if leaf.weak_type else leaf
     if isinstance(leaf, Mapping):
         return as_host(leaf, but_device=but_device)
     if isinstance(leaf, np.ma.MaskedArray) and np.ma.is_masked(leaf):
@@ -214,11 +227,6 @@ def as_dtype(name: str, leaf: HostArray, dtype: np.dtype[Any]) -> HostArray:
             )
     with np.errstate(over="ignore"):
         return np.asarray(leaf).astype(dtype)
-
-
-def spread(mask: HostArray, ndim: int) -> HostArray:
-    """Returns a mask `bool[rows, ...]` with axes of 1 up to `ndim` behind its own."""
-    return mask.reshape(mask.shape + (1,) * (ndim - mask.ndim))
 
 
 def on_device(nest: PyTree) -> bool:

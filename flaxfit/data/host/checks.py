@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxfit._core.arrays import append_axes
 from flaxfit._core.errors import DataError
 from flaxfit._core.types import Batch, HostArray, PyTree
-from flaxfit.data.host.arrays import named_leaves, spread
+from flaxfit.data.host.arrays import named_leaves
 
 LONG_DOUBLES = frozenset("gG")
 _MOST_NAMED = 8
@@ -128,7 +129,7 @@ def check_values(batch: Batch) -> None:
                 continue
         bad = ~np.isfinite(leaf)
         if name.split("/")[0] == "y":
-            bad &= spread(batch.weights != 0, leaf.ndim)
+            bad &= append_axes(batch.weights != 0, leaf.ndim)
         if bad.any():
             place = tuple(int(i) for i in np.argwhere(bad)[0])
             raise DataError(

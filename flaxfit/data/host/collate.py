@@ -1,6 +1,5 @@
 """Stacks single examples into one nested batch of NumPy arrays."""
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -88,23 +87,6 @@ def stack(values: Sequence[Any]) -> HostArray:
     for row, array in enumerate(arrays):
         stacked[row] = array
     return stacked
-
-
-def own_item(item: Any) -> Any:
-    """Returns an item with copies of its NumPy arrays: the next may be in their place.
-
-    Of tuples, lists, dicts and arrays; others are as they are.
-    """
-    if isinstance(item, np.ndarray):
-        return item.copy()
-    kind = type(item)
-    if isinstance(item, tuple) and hasattr(item, "_fields"):
-        return kind(*map(own_item, item))
-    if kind is tuple or kind is list:
-        return kind(map(own_item, item))
-    if kind is dict or kind is OrderedDict:
-        return kind((key, own_item(part)) for key, part in item.items())
-    return item
 
 
 def looks_single(item: Any) -> bool:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from flaxfit._core.errors import DataError
+from flaxfit._core.tree_specs import describe
 from flaxfit._core.types import HostArray, PyTree
 from flaxfit.data.host.arrays import as_array, as_host
 from flaxfit.data.host.collate import collate, stack
@@ -100,7 +101,7 @@ class Padding:
             known = np.asarray(lengths if given is None else given[part])
             if known.shape != buckets.shape or known.dtype.kind not in "iu":
                 raise ValueError(
-                    f"lengths is {known.dtype}{list(known.shape)} for {total} items: "
+                    f"lengths is {describe(known)} for {total} items: "
                     "give one whole number for each, "
                     "lengths=np.array([len(item) for item in items])."
                 )

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from flaxfit._core.errors import UsageError
+from flaxfit._core.validation import boolean, is_integer
 from flaxfit.data.host.padding import EVERY_PART, Padding, written
 
 
@@ -17,8 +19,7 @@ def as_padding(
       TypeError: an argument of another kind.
       ValueError: lengths that cannot be, or an argument that needs `pad_to`.
     """
-    if not isinstance(truncate, bool):
-        raise TypeError(f"truncate={truncate!r}: write True or False.")
+    truncate = boolean("truncate", truncate)
     if pad_to is None:
         for name, given in (("truncate", truncate or None), ("mask", mask)):
             if given is not None:
@@ -53,15 +54,14 @@ def as_padding(
 def _as_lengths(given: Any) -> tuple[int, ...]:
     several = isinstance(given, Sequence | np.ndarray) and not isinstance(given, str)
     ends = tuple(given) if several else (given,)
-    whole = all(
-        isinstance(end, int | np.integer) and not isinstance(end, bool) for end in ends
+    if all(map(is_integer, ends)) and ends and 1 <= ends[0]:
+        if list(ends) == sorted(set(ends)):
+            return tuple(map(int, ends))
+    raise UsageError(
+        f"Got pad_to={given!r}",
+        "Expected a length of at least 1, or several in ascending order",
+        "pad_to=128 or pad_to=[32, 64, 128]",
     )
-    if not ends or not whole or ends[0] < 1 or list(ends) != sorted(set(ends)):
-        raise ValueError(
-            f"pad_to={given!r}: expected a length of at least 1, pad_to=128, or "
-            "ascending ones, pad_to=[32, 64, 128]."
-        )
-    return tuple(map(int, ends))
 
 
 def _as_masks(mask: Any, lengths: Mapping[Any, Any]) -> dict[str, Any]:

@@ -8,9 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxfit._core.arrays import append_axes
 from flaxfit._core.errors import DataError
+from flaxfit._core.tree_specs import describe
 from flaxfit._core.types import Batch, HostArray, PyTree
-from flaxfit.data.host.arrays import named_leaves, spread
+from flaxfit._core.validation import integer, number
+from flaxfit.data.host.arrays import named_leaves
 
 
 def with_weights(batch: Batch, rows: int | None = None) -> Batch:
@@ -80,7 +83,7 @@ def apply_mask(
             return batch  # whose weights are refused where all weights are checked
         if given.ndim == 1:
             given = given[:, None]
-        weights = np.where(spread(mask, given.ndim), given, np.float32(0))
+        weights = np.where(append_axes(mask, given.ndim), given, np.float32(0))
     return batch.replace(weights=weights)
 
 
@@ -90,7 +93,7 @@ def _without_padding(target: Any, mask: HostArray) -> HostArray:
     places = np.argwhere(mask)
     if not len(places):
         return target
-    return np.where(spread(mask, target.ndim), target, target[tuple(places[0])])
+    return np.where(append_axes(mask, target.ndim), target, target[tuple(places[0])])
 
 
 class ClassWeighting:
@@ -171,19 +174,10 @@ def _read_class_weight(class_weight: Any) -> tuple[HostArray, HostArray]:
             "e.g. class_weight={0: 1.0, 1: 5.0}."
         )
     for key, value in class_weight.items():
-        number = isinstance(key, int | float | np.number) and not isinstance(key, bool)
-        if not number or key != int(key):
-            raise ValueError(
-                f"class_weight has the key {key!r} ({type(key).__name__}): keys are "
-                "the integer classes, e.g. class_weight={0: 1.0, 1: 5.0}."
-            )
-        if not isinstance(value, int | float | np.number) or not (
-            0 <= value < float("inf")
-        ):
-            raise ValueError(
-                f"class_weight gives class {key} the weight {value!r}: weights are "
-                "finite numbers of at least 0."
-            )
+        whole = isinstance(key, float | np.floating) and key.is_integer()
+        line = "class_weight={0: 1.0, 1: 5.0}"
+        integer("class_weight key", int(key) if whole else key, least=None, write=line)
+        number(f"class_weight[{key}]", value)
     pairs = sorted((int(key), float(value)) for key, value in class_weight.items())
     classes, values = zip(*pairs, strict=True)
     return np.array(classes, np.int64), np.array(values, np.float32)
@@ -196,7 +190,6 @@ def _refuse_several_labels(target: HostArray) -> None:
     binary = target.ndim == 2 and target.min() >= 0 and target.max() <= 1
     if not floating and not binary:
         return
-    shape = list(target.shape)
     advice = (
         "For class probabilities write sample_weight=weights[y.argmax(-1)], for "
         "classes y.astype('int32'), for several labels of one row "
@@ -204,8 +197,8 @@ def _refuse_several_labels(target: HostArray) -> None:
         else "If a row has several labels, or a class of 0 or 1 at every place, write "
     )
     raise ValueError(
-        f"class_weight needs one class per example, but the targets are {target.dtype}"
-        f"{shape} and not all rows are one-hot. {advice}"
+        f"class_weight needs one class per example, but the targets are "
+        f"{describe(target)} and not all rows are one-hot. {advice}"
         "sample_weight=np.where(y == 1, 5.0, 1.0)."
     )
 
@@ -214,7 +207,7 @@ def _mixed(target: HostArray) -> str:
     row = int(np.argwhere(~_one_hot_rows(target))[0][0])
     return (
         f"class_weight took the targets for one-hot, as all rows of the first batch "
-        f"were, but row {row} of {target.dtype}{list(target.shape)} is not. Leave "
+        f"were, but row {row} of {describe(target)} is not. Leave "
         "class_weight out, and let the data yield (x, y, weights)."
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from flaxfit._core import validation
 from flaxfit._core.arrays import empty_array
 from flaxfit._core.types import Batch, HostArray
 from flaxfit.data.datasets.shuffling import batches_of_pass, order_of_pass, rows_of
@@ -213,14 +214,10 @@ def train_rows(total: int, fraction: float) -> int:
     Raises:
       ValueError: `fraction` is out of range or leaves one side empty.
     """
-    real = isinstance(fraction, float | int | np.floating)
-    real = real and not isinstance(fraction, bool)
-    if not real or not 0 < fraction < 1:
-        raise ValueError(
-            f"validation_split={fraction!r}: expected a fraction between 0 and 1, "
-            "e.g. validation_split=0.1. To validate on data of its own write "
-            "validation_data=(x_val, y_val)."
-        )
+    line = "validation_split=0.1, or validation_data=(x_val, y_val)"
+    fraction = validation.fraction(
+        "validation_split", fraction, within="(0, 1)", write=line
+    )
     train = math.floor(total * (1 - fraction))
     if not 0 < train < total:
         raise ValueError(

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from flaxfit._core.errors import DataError
+from flaxfit._core.tree_specs import LeafSpec, diff, difference_lines
 from flaxfit._core.types import Batch
 from flaxfit.data.datasets.stream import (
     NO_FACTS,
@@ -29,11 +30,11 @@ from flaxfit.data.datasets.stream import (
 from flaxfit.data.host.arrays import (
     as_host,
     call_text,
+    copy_host_arrays,
     fill,
     named_leaves,
     narrow,
     on_device,
-    own,
 )
 from flaxfit.data.host.checks import check_lengths, check_sized, check_weights
 from flaxfit.data.host.weights import with_weights
@@ -109,7 +110,7 @@ class StreamSource:
                 f"{self._again()}"
             ) from None
         self._note(iterator, 0, 1)
-        first = own(self._converted(raw, 0, 0, to_host=True))
+        first = copy_host_arrays(self._converted(raw, 0, 0, to_host=True))
         plain = raw.raw if isinstance(raw, Filled) else raw
         self.unused = unused(plain)
         if structural and stream.size is None:
@@ -379,23 +380,19 @@ def _signature(batch: Batch) -> tuple[Any, ...]:
 def _difference(batch: Batch, first: Batch) -> str:
     """Says where two batches differ, both sides."""
     now, then = (
-        {name: _kind_of_rows(leaf) for name, leaf in named_leaves(each)}
+        {
+            name: LeafSpec(("batch", *leaf.shape[1:]), str(leaf.dtype))
+            for name, leaf in named_leaves(each)
+        }
         for each in (batch, first)
     )
-    different = [
-        f"{name} is {now.get(name, 'missing')}, was {then.get(name, 'missing')}"
-        for name in {**then, **now}
-        if now.get(name) != then.get(name)
-    ] or [f"the nesting is {_nesting(batch)}, was {_nesting(first)}"]
+    lines = difference_lines(diff(then, now), "{path} is {given}, was {wanted}")
+    different = lines or [f"the nesting is {_nesting(batch)}, was {_nesting(first)}"]
     return (
         f"differs from the first batch: {'; '.join(different)}. All batches need the "
         "same structure, dtypes and shapes beyond the batch axis: pad rows to one "
         "length and convert with .astype(...) where the batches are made."
     )
-
-
-def _kind_of_rows(leaf: np.ndarray[Any, Any]) -> str:
-    return f"{leaf.dtype}[{', '.join(['batch', *map(str, leaf.shape[1:])])}]"
 
 
 def _nesting(batch: Batch) -> str:

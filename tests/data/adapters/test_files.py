@@ -418,7 +418,7 @@ def test_errors_name_the_rows():
         def __getitem__(self, rows):
             return super().__getitem__(rows)[:1]
 
-    with pytest.raises(DataError, match=r"gave float32\[1, 4\] for its rows 0 to 9"):
+    with pytest.raises(DataError, match=r"gave float32\[1,4\] for its rows 0 to 9"):
         as_source(Short(X), Y, binding=ONE, batch_size=10)
 
 

@@ -14,7 +14,11 @@ from flaxfit import Trainer  # noqa: E402
 from flaxfit._core.errors import DataError  # noqa: E402
 from flaxfit._core.types import CallSpec  # noqa: E402
 from flaxfit.data import Examples  # noqa: E402
-from flaxfit.data.adapters.hugging_face import as_dataset, recognizes  # noqa: E402
+from flaxfit.data.adapters.hugging_face import (  # noqa: E402
+    _is_shuffled,
+    as_dataset,
+    recognizes,
+)
 from flaxfit.data.binding.binding import Binding  # noqa: E402
 from flaxfit.data.open import as_inputs_source, as_source, split_data  # noqa: E402
 
@@ -364,6 +368,23 @@ def test_a_stream_that_two_read_is_read_past(monkeypatch):
     next(second.batches(1))
     next(batches)
     assert first.bookmark is mark
+
+
+def test_the_private_field_that_tells_of_a_shuffle():
+    """If this fails, look for what `datasets` has in its place: see `_is_shuffled`."""
+    stream = table().to_iterable_dataset(num_shards=2)
+    mapped = stream.map(lambda row: row)
+    assert not _is_shuffled(stream)
+    assert not _is_shuffled(mapped)
+    assert _is_shuffled(mapped.shuffle(seed=1).take(3).map(lambda row: row))
+    assert _is_shuffled(datasets.interleave_datasets([stream, stream.shuffle(seed=1)]))
+
+
+def test_nothing_is_written_onto_a_stream():
+    stream = table().to_iterable_dataset()
+    names = set(vars(stream))
+    list(source_of(stream, batch_size=4).batches(0))
+    assert set(vars(stream)) == names
 
 
 @pytest.mark.parametrize("after", [lambda s: s, lambda s: s.map(lambda row: row)])

@@ -252,6 +252,7 @@ def test_workers_yield_the_same_batches_and_end(start):
     assert found == expected[: len(found)]
     processes = workers._iterator._workers if stay else []
     if stay:
+        assert not [name for name in vars(workers._iterator) if "flaxfit" in name]
         refuses_two_readers(workers)
     del source, workers
     for process in processes:

@@ -194,7 +194,7 @@ def test_other_shapes_compile_again_and_say_so(capsys):
     with pytest.warns(UserWarning, match="batch 1 of pass 0 has other shapes"):
         trainer.fit(data, epochs=2, verbose=2)
     assert trainer.compiles["train"] == 2
-    assert "x/edges is float32[40, 2], was float32[30, 2]" in capsys.readouterr().out
+    assert "x/edges is float32[40,2], was float32[30,2]" in capsys.readouterr().out
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         value = trainer.evaluate(data)["loss"]

@@ -19,7 +19,7 @@ from flaxfit._core.types import CallSpec
 from flaxfit.data import Examples
 from flaxfit.data.binding.binding import Binding
 from flaxfit.data.datasets.iterables import kind_of
-from flaxfit.data.host.arrays import own
+from flaxfit.data.host.arrays import copy_host_arrays
 from flaxfit.data.open import as_inputs_source, as_source
 
 ONE = Binding(CallSpec(("x",), (), ("x",)))
@@ -169,7 +169,7 @@ def test_a_loader_may_use_its_memory_again(wrap):
 
     source = source_of(reuse)
     assert source.lends
-    batches = [own(batch) for batch in source.batches(0)]
+    batches = [copy_host_arrays(batch) for batch in source.batches(0)]
     np.testing.assert_array_equal(np.concatenate([b.inputs[0] for b in batches]), X)
     np.testing.assert_array_equal(np.concatenate([b.targets for b in batches]), Y)
     assert [b.weights[0] for b in batches] == [1, 3, 5, 7, 9]
@@ -333,10 +333,10 @@ def test_functions_that_do_not_fit(data, message):
     [
         (
             (X[:4, :1], Y[:4]),
-            r"batch 1 of pass 0 differs .*x is float32\[batch, 1\], "
-            r"was float32\[batch, 2\]",
+            r"batch 1 of pass 0 differs .*x is float32\[batch,1\], "
+            r"was float32\[batch,2\]",
         ),
-        ((X[:4].astype(np.float16), Y[:4]), r"x is float16\[batch, 2\], was float32"),
+        ((X[:4].astype(np.float16), Y[:4]), r"x is float16\[batch,2\], was float32"),
         ((X[:4],), r"y is missing, was int32\[batch\]"),
         ((X[:4], Y[:4], Y[:4] + 1.0), None),
         ((X[:4], Y[:4], X[:4]), r"batch 1 of pass 0: weights have shape \(4, 2\)"),
