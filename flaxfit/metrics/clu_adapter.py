@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from flaxfit._core.arrays import append_axes, strongly_typed
+from flaxfit._core.tree_specs import holds_integers
 from flaxfit._core.types import Accumulator, Array
 from flaxfit.losses.loss import Loss, decision_threshold, full_precision
-from flaxfit.losses.target_checks import is_integer
 
 Update: TypeAlias = Callable[[Array, Array, Array], Accumulator]
 """`(outputs, targets, weights) -> Accumulator`, of one output."""
@@ -170,7 +170,7 @@ def _arguments(
     open_names = (*_RAW[:2], "predictions", *_LABELS, *_MASKS) if takes_all else ()
     names = {n for n in parameters if n in _KNOWN} | set(open_names)
     given: dict[str, Any] = dict.fromkeys(names & set(_RAW), outputs)
-    labels = targets.astype(jnp.int32) if is_integer(targets) else targets
+    labels = targets.astype(jnp.int32) if holds_integers(targets) else targets
     given |= dict.fromkeys(names & set(_LABELS), labels)
     given |= dict.fromkeys(names & set(_WEIGHTS), _spread(weights, targets))
     given |= dict.fromkeys(names & set(_MASKS), weights != 0)
@@ -223,7 +223,7 @@ def _predictions(
 def _decisions(name: str, loss: Loss | None, outputs: Array, targets: Array) -> Array:
     """Returns what equals the targets where the model is right."""
     kind = loss.kind if loss is not None else "custom"
-    if is_integer(targets) and outputs.ndim == targets.ndim + 1:
+    if holds_integers(targets) and outputs.ndim == targets.ndim + 1:
         return jnp.argmax(outputs, axis=-1)
     if kind == "distribution":
         best = jnp.argmax(outputs, axis=-1)

@@ -9,19 +9,6 @@ from flaxfit._core.types import PyTree
 from flaxfit._core.validation import integer
 
 
-def refuse_list(return_dict: Any) -> None:
-    """Checks Keras's `return_dict`.
-
-    Raises:
-      ValueError: a list is asked for.
-    """
-    if return_dict is not True:
-        raise ValueError(
-            f"return_dict={return_dict!r}: values come by name, always. Write "
-            'values = trainer.evaluate(x, y); values["loss"].'
-        )
-
-
 def as_variables(variables: Any) -> dict[str, PyTree]:
     """Returns the variables to start from as a dict of collections.
 

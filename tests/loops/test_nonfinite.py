@@ -191,7 +191,7 @@ def test_nothing_is_read_for_it_at_every_step(monkeypatch):
     ("options", "text"),
     [
         ({"nonfinite": "stopp"}, "Did you mean 'stop'"),
-        ({"nonfinite": None}, "nonfinite=None: write one of"),
+        ({"nonfinite": None}, "nonfinite=None. Expected one of"),
     ],
 )
 def test_wrong_arguments(options, text):

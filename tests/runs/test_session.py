@@ -403,8 +403,8 @@ def test_files_that_hold_no_training_are_no_place_to_go_on(tmp_path):
         ({"resume": "must"}, "resume='must' needs a run_dir"),
         ({"save_every": 10}, "save_every=10 is about a run_dir"),
         ({"monitor": "loss"}, "monitor='loss' is about a run_dir"),
-        ({"save_every": 0, "run_dir": "a"}, "save_every=0: write a number of steps"),
-        ({"save_every": "5x", "run_dir": "a"}, "save_every='5x': write"),
+        ({"save_every": 0, "run_dir": "a"}, "save_every=0. Expected a number of steps"),
+        ({"save_every": "5x", "run_dir": "a"}, "save_every='5x'. Expected a number"),
         ({"monitor": "los", "run_dir": "a"}, "Did you mean 'loss'"),
     ],
 )
