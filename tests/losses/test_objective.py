@@ -179,7 +179,7 @@ def test_weights_with_an_axis_too_many_are_an_error():
     with pytest.raises(ValueError, match=r"\[4, 3\].*the loss mse.*\[4\]"):
         check_weights((4,), (4, 3), "the loss mse")
     objective = Objective((Term((), Loss(CROSS_ENTROPY), 1.0),))
-    with pytest.raises(ValueError, match="one weight"):
+    with pytest.raises(ValueError, match=r"\[4, 3\] do not fit the loss"):
         objective.term_averages(
             jnp.zeros((ROWS, 3)), jnp.zeros(ROWS, jnp.int32), jnp.ones((ROWS, 3))
         )
