@@ -76,7 +76,7 @@ def adapt(module: nn.Module, inputs: Inputs, overrides: Overrides) -> Adapted:
     Args:
       module: any linen module, unbound.
       inputs: one batch of inputs as it is called with; shapes are enough.
-      overrides: what not to detect.
+      overrides: the settings that are given, not detected.
 
     Raises:
       DetectionError: BatchNorm or Dropout without a train flag.

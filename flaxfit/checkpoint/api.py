@@ -25,7 +25,7 @@ from flaxfit.checkpoint.restore import FIELDS
 
 _FRONT = 2**16
 _PIECE = 2**23
-# What the reader may build for each leaf, see `msgpack_reader`.
+# How many bytes the reader may build for each leaf, see `msgpack_reader`.
 _PER_LEAF = 1024
 
 
@@ -53,7 +53,7 @@ def snapshot(
     *,
     copy: bool,
 ) -> Snapshot:
-    """Brings a state to the host.
+    """Moves a state to the host.
 
     Args:
       state: a `TrainState`, or some of its fields by name. Its leaves must be numeric
@@ -199,8 +199,8 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
 
     Raises:
       CheckpointCorruptError: the file is damaged or cut off; it says where.
-      CheckpointError: there is no such file, or it is something else; the message
-        says what it looks like.
+      CheckpointError: the file is missing or not a checkpoint; the message says what
+        it looks like.
     """
     name = os.fspath(path)
     return file_format.read(read_bytes(name), name)
@@ -213,7 +213,7 @@ def read_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
       CheckpointCorruptError: the description is damaged or cut off.
-      CheckpointError: there is no such file, or it is something else.
+      CheckpointError: the file is missing or not a checkpoint.
     """
     name = os.fspath(path)
     length = _FRONT
@@ -234,7 +234,7 @@ def verify(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
       CheckpointCorruptError: the file is damaged or cut off; it says where.
-      CheckpointError: there is no such file, or it is something else.
+      CheckpointError: the file is missing or not a checkpoint.
     """
     name = os.fspath(path)
     meta = read_meta(name)
@@ -265,7 +265,7 @@ def load_params(path: str | os.PathLike[str]) -> PyTree:
 
     Raises:
       CheckpointCorruptError: a damaged file of flaxfit.
-      CheckpointError: it is something else.
+      CheckpointError: a file of another kind.
     """
     return load_variables(path)["params"]
 
