@@ -40,6 +40,7 @@ def test_rows(name): ...
         ("test_workers", "", {"process"}),
         ("test_devices", "", {"multi_device", "quick"}),
         ("test_rows", "Grain DataLoader", {"grain", "optional", "quick"}),
+        ("test_rows", "{'processes': 2}", {"process"}),
         ("test_rows", "pandas-dict", {"optional", "quick"}),
         ("test_rows", "list of batches", {"quick"}),
     ],

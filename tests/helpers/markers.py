@@ -93,7 +93,7 @@ def markers_of(source, function, row="", given=()):
         found |= set(LIBRARIES.get(package, ("optional",)))
     if names & _TRAINERS:
         found.add("trains")
-    if names & _PROCESSES:
+    if names & _PROCESSES or "processes" in row:
         found.add("process")
     if names & _DEVICES:
         found.add("multi_device")
