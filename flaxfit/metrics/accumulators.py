@@ -1,6 +1,6 @@
 """Accumulators beyond a mean: roots, confusion counts, the ROC curve.
 
-They know weights and counts, and nothing of models, losses or names.
+They work on weights and counts, without models, losses or names.
 """
 
 from typing import Literal, Self
@@ -47,8 +47,8 @@ class ExpMean(flax.struct.PyTreeNode):
 class ClassRatio(flax.struct.PyTreeNode):
     """Precision, recall or F1 of every class, averaged over the classes seen.
 
-    A class is seen if it was a target or a decision. A ratio of nothing is 0, as
-    `zero_division=0` of scikit-learn.
+    A class is seen if it was a target or a decision. A ratio without examples is 0,
+    as with scikit-learn's `zero_division=0`.
 
     Attributes:
       ratio: `float32[classes]` in each field: of the weights in `count`, those in
@@ -140,7 +140,7 @@ def class_ratio(
     decisions, targets, weights = map(jnp.ravel, (decisions, targets, weights))
 
     def total(chosen: Array, weights: Array) -> Array:
-        # A label to ignore may lie outside; its weight is 0.
+        # An ignored label may be out of range; its weight is 0.
         inside = jnp.clip(chosen, 0, classes - 1)
         return jnp.zeros(classes, jnp.float32).at[inside].add(weights)
 
