@@ -153,10 +153,11 @@ class Loss:
         if self.kind == "binary":
             kept = 1.0 - self.label_smoothing
             return self.fn(outputs, kept * targets + 0.5 * self.label_smoothing)
+        fn = self.fn
         if self.kind == "integer":
             targets = jax.nn.one_hot(targets, outputs.shape[-1], dtype=outputs.dtype)
-        smooth = optax.losses.smooth_labels(targets, self.label_smoothing)
-        return optax.losses.softmax_cross_entropy(outputs, smooth)
+            fn = optax.losses.softmax_cross_entropy
+        return fn(outputs, optax.losses.smooth_labels(targets, self.label_smoothing))
 
 
 def decision_threshold(loss: Loss | None, metric: str) -> float:

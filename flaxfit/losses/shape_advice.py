@@ -30,79 +30,79 @@ class _Pair(NamedTuple):
     too_complex: bool
 
 
-_TABLE: tuple[tuple[Rule, Callable[[_Pair], bool], Advice], ...] = (
+_TABLE: tuple[tuple[Rule, Callable[[_Pair], bool], str, str], ...] = (
     (
         "labels",
         lambda p: len(p.outputs) < 2 or p.outputs[-1] == 1,
-        Advice(
-            "With one output there are no classes to choose from",
-            "loss='sigmoid_binary_cross_entropy', or give the model more outputs",
-        ),
+        "With one output there are no classes to choose from",
+        "loss='sigmoid_binary_cross_entropy', or give the model more outputs",
     ),
     (
         "labels",
         lambda p: p.targets == (*p.outputs[:-1], 1),
-        Advice("The labels have one axis too many", "{squeezed}"),
+        "The labels have one axis too many",
+        "{squeezed}",
     ),
     (
         "labels",
         lambda p: p.targets == p.outputs,
-        Advice(
-            "The labels look one-hot",
-            "loss='softmax_cross_entropy', or y.argmax(-1) for integer labels",
-        ),
+        "The labels look one-hot",
+        "loss='softmax_cross_entropy', or y.argmax(-1) for integer labels",
     ),
     (
         "labels",
         lambda p: p.targets != p.outputs[:-1],
-        Advice("Integer labels of shape {rows} are expected"),
+        "Integer labels of shape {rows} are expected",
+        "",
     ),
     (
         "labels",
         lambda p: not p.integers,
-        Advice("Labels must be integers", "y.astype('int32')"),
+        "Labels must be integers",
+        "y.astype('int32')",
     ),
     (
         "auto",
         lambda p: p.targets == p.outputs[:-1],
-        Advice("", "y.astype('int32') if they are labels of classes"),
+        "",
+        "y.astype('int32') if they are labels of classes",
     ),
     (
         "auto",
         lambda p: p.targets == p.outputs,
-        Advice(
-            "The targets may be one-hot or several labels per example",
-            "loss='softmax_cross_entropy' for one-hot labels, or "
-            "'sigmoid_binary_cross_entropy' for several labels",
-        ),
+        "The targets may be one-hot or several labels per example",
+        "loss='softmax_cross_entropy' for one-hot labels, or "
+        "'sigmoid_binary_cross_entropy' for several labels",
     ),
     (
         "equal",
         lambda p: p.too_complex and p.targets == p.outputs,
-        Advice("Complex targets need complex outputs", "y.real or np.abs(y)"),
+        "Complex targets need complex outputs",
+        "y.real or np.abs(y)",
     ),
     (
         "equal",
         lambda p: p.integers and p.targets == p.outputs[:-1] and p.outputs[-1:] != (1,),
-        Advice(
-            "The targets are one integer label per example",
-            "loss='softmax_cross_entropy_with_integer_labels'",
-        ),
+        "The targets are one integer label per example",
+        "loss='softmax_cross_entropy_with_integer_labels'",
     ),
     (
         "equal",
         lambda p: p.outputs == (*p.targets, 1),
-        Advice("", "{expanded}, or let the model return outputs.squeeze(-1)"),
+        "",
+        "{expanded}, or let the model return outputs.squeeze(-1)",
     ),
     (
         "equal",
         lambda p: p.targets == (*p.outputs, 1),
-        Advice("", "{squeezed}"),
+        "",
+        "{squeezed}",
     ),
     (
         "equal",
         lambda p: p.targets != p.outputs,
-        Advice("They are compared {how} and must have equal shapes"),
+        "They are compared {how} and must have equal shapes",
+        "",
     ),
 )
 
@@ -123,7 +123,7 @@ def advise(kind: Kind | Literal["auto"], outputs: Any, targets: Any) -> Advice |
         jnp.issubdtype(targets.dtype, jnp.complexfloating)
         and not jnp.issubdtype(outputs.dtype, jnp.complexfloating),
     )
-    for row, fits, advice in _TABLE:
+    for row, fits, *advice in _TABLE:
         if row == rule and fits(pair):
             words = {
                 "squeezed": "y[:, 0]" if len(pair.targets) == 2 else "y.squeeze(-1)",

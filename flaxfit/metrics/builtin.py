@@ -18,9 +18,8 @@ from flaxfit.losses.catalog import absolute_error, squared_error
 from flaxfit.losses.loss import Loss, decision_threshold, full_precision
 from flaxfit.losses.objective import check_weights
 from flaxfit.metrics.accumulators import (
-    ExpMean,
+    FunctionOfMean,
     RocCurve,
-    RootMean,
     binary_ratio,
     class_ratio,
 )
@@ -152,7 +151,7 @@ def _elementwise(
 
 def _root_squared(name: str, loss: Loss | None, outputs: Any, targets: Any) -> Update:
     mean: Any = _elementwise(squared_error, name, loss, outputs, targets)
-    return lambda o, t, w: RootMean(mean(o, t, w))
+    return lambda o, t, w: FunctionOfMean(mean(o, t, w), jnp.sqrt)
 
 
 def _perplexity(name: str, loss: Loss | None, outputs: Any, targets: Any) -> Update:
@@ -166,7 +165,7 @@ def _perplexity(name: str, loss: Loss | None, outputs: Any, targets: Any) -> Upd
     # Smoothing is for training; perplexity measures the probability of the labels.
     plain = dataclasses.replace(loss, label_smoothing=0.0)
     mean: Any = _mean_of(name, plain.values)
-    return lambda o, t, w: ExpMean(mean(o, t, w))
+    return lambda o, t, w: FunctionOfMean(mean(o, t, w), jnp.exp)
 
 
 def _ratio(

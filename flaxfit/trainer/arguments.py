@@ -22,7 +22,7 @@ def as_variables(variables: Any) -> dict[str, PyTree]:
             f"variables is a {type(variables).__name__}; it takes collections by name, "
             f"as module.init returns them: variables={{'params': params}}."
         )
-    # FrozenDicts inside would compile everything anew once a state is restored.
+    # FrozenDicts inside would have everything recompiled once a state is restored.
     return dict(flax.core.unfreeze(dict(variables)))
 
 
@@ -30,7 +30,7 @@ def as_epoch_filter(frequency: int | Iterable[int]) -> Callable[[int], bool]:
     """Returns whether to validate after an epoch (from 0).
 
     Args:
-      frequency: every so many epochs, or the epochs, counted from 1.
+      frequency: a number of epochs between validations, or the epochs from 1.
 
     Raises:
       ValueError: not a whole number of at least 1, or a list of them.
