@@ -24,8 +24,8 @@ from flaxfit.data import tfds
 FOLDER = Path(tempfile.gettempdir()) / "flaxfit_tfds_digits"
 
 
-# Only what prepares the dataset needs this class. It is not registered with TFDS, as
-# whoever reads a prepared dataset has its name and its folder, not its code.
+# Only the preparation needs this class. It is not registered with TFDS, so that the
+# training below reads the dataset as others would: by its name and folder.
 class SklearnDigits(
     tensorflow_datasets.core.GeneratorBasedBuilder, skip_registration=True
 ):

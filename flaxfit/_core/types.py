@@ -1,4 +1,4 @@
-"""Central types: what a step takes and returns. Knows neither linen nor files."""
+"""The types that steps take and return: state, batch, model, accumulators."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, Self, TypeAlias, runtime_checkable
@@ -14,7 +14,7 @@ Array: TypeAlias = jax.Array
 HostArray: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 PyTree: TypeAlias = Any
 Inputs: TypeAlias = tuple[Any, ...] | dict[str, Any]
-"""What a model is called with: a tuple of positional or a dict of named inputs."""
+"""The inputs of a model: a tuple by position, or a dict by name."""
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -44,8 +44,7 @@ class Batch(flax.struct.PyTreeNode):
       inputs: a tuple (positional) or dict (by name), as the model is called.
       targets: any nesting of arrays `[batch, ...]`, or None.
       weights: `float32[batch]` or, one for every element of the targets,
-        `float32[batch, ...]`: the sample weight, 0 for rows that only fill the
-        batch up.
+        `float32[batch, ...]`: the sample weight, 0 for rows that pad the batch.
     """
 
     inputs: Inputs
@@ -105,7 +104,7 @@ class Model(NamedTuple):
 
 @runtime_checkable
 class Accumulator(Protocol):
-    """What a log is on the device: merged from batch to batch, computed once."""
+    """The value of a log on the device: merged over batches, computed once."""
 
     def merge(self, other: Self) -> Self:
         """Returns both together."""
@@ -126,11 +125,11 @@ def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
 
 
 def _add(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Adds two sums, each with what rounding left out of it."""
+    """Adds two sums, each with its rounding error."""
     total, error = _two_sum(a[0], b[0])
     # Infinity minus infinity: the total itself already says what happened.
     error = jnp.where(jnp.isfinite(total), a[1] + b[1] + error, 0.0)
-    # Kept small, as otherwise the residual itself would begin to round.
+    # The residual must stay small, or it would lose digits itself.
     total, error = _two_sum(total, error)
     return total, jnp.where(jnp.isfinite(total), error, 0.0)
 
@@ -141,8 +140,8 @@ class Average(flax.struct.PyTreeNode):
     Attributes:
       total: `float32[]`, the sum of weight times value.
       count: `float32[]`, the sum of the weights.
-      total_residual: `float32[]`, what rounding left out of `total`, so that
-        millions of batches of one example still add up.
+      total_residual: `float32[]`, the rounding error of `total`, so that millions of
+        batches of one example still add up.
       count_residual: `float32[]`, the same for `count`.
     """
 
@@ -153,7 +152,7 @@ class Average(flax.struct.PyTreeNode):
 
     @classmethod
     def empty(cls) -> Self:
-        """Returns the mean of nothing; `compute` of it is NaN."""
+        """Returns an empty average; `compute()` is NaN."""
         zero = jnp.zeros((), jnp.float32)
         return cls.sums(zero, zero)
 
@@ -196,7 +195,7 @@ class Average(flax.struct.PyTreeNode):
 
 
 class Sum(flax.struct.PyTreeNode):
-    """The sum of several means, each over a count of its own."""
+    """The sum of several means, each with its own count."""
 
     terms: dict[str, Average]
 

@@ -103,7 +103,7 @@ def open_feed(
         if how := placement.room_for(size, execution.device_data):
             data = placement.put_data(source.padded(rows), how)
             capacity = order_capacity(source.batch_size, execution.steps_per_call)
-            orders = _orders(source, epochs, steps, position)
+            orders = _RowOrders(source, epochs, steps, position)
             return _DeviceFeed(resolved, data, orders, capacity, source.counted)
     batches = epochs_of(source, steps, position, bookmarks)
     return _SequentialFeed(batches, placement, execution, source, stopped)
@@ -152,34 +152,46 @@ def first_chunk(feed: Feed) -> Chunk:
         return next(iter(chunks)).chunk
 
 
-def _orders(
-    source: ArraySource, epochs: int, steps: int | None, position: Position
-) -> Iterator[Iterator[HostArray]]:
-    """Yields for each epoch the orders of its batches, pass by pass.
+class _RowOrders:
+    """The rows of the batches of each epoch, from endless passes.
 
-    An order is `int32[batches, batch]` of row numbers, see `DeviceDataset`. Only the
-    last pass of an epoch may be cut short; the next epoch continues with its rest.
+    An order is `int32[batches, batch]` of row numbers, see `DeviceDataset`. An epoch may
+    end within a pass; the next one then continues with its rest.
+
+    Args:
+      source: the data.
+      epochs: how many epochs there are.
+      steps: batches of an epoch; None for one pass.
+      position: where to begin.
     """
-    first, start = position.in_passes(steps, source.num_batches)
-    left_over = source.order(first)[start:]
-    passes = count(first + 1)
 
-    def epoch(left: int, is_last: bool) -> Iterator[HostArray]:
-        nonlocal left_over
+    def __init__(
+        self, source: ArraySource, epochs: int, steps: int | None, position: Position
+    ) -> None:
+        self._source = source
+        self._epochs = epochs
+        self._length = source.num_batches if steps is None else steps
+        self._done = position.batch
+        first, start = position.in_passes(steps, source.num_batches)
+        self._passes = count(first)
+        self._rest = self._next_pass()[start:]
+
+    def epoch(self) -> Iterator[HostArray]:
+        """Yields the orders of the next epoch, pass by pass."""
+        left, self._done = self._length - self._done, 0
         while left > 0:
-            if not len(left_over):
-                left_over = source.order(next(passes))
-            taken, left_over = left_over[:left], left_over[left:]
+            if not len(self._rest):
+                self._rest = self._next_pass()
+            taken, self._rest = self._rest[:left], self._rest[left:]
             left -= len(taken)
             yield taken
-        if not is_last and not len(left_over):
+        self._epochs -= 1
+        if self._epochs > 0 and not len(self._rest):
             # Shuffle for the next epoch while the device still computes this one.
-            left_over = source.order(next(passes))
+            self._rest = self._next_pass()
 
-    length = source.num_batches if steps is None else steps
-    for number in range(epochs):
-        done = position.batch if number == 0 else 0
-        yield epoch(length - done, number == epochs - 1)
+    def _next_pass(self) -> HostArray:
+        return self._source.order(next(self._passes))
 
 
 class _DeviceFeed:
@@ -189,7 +201,7 @@ class _DeviceFeed:
         self,
         resolved: ResolvedTask,
         data: Batch,
-        orders: Iterator[Iterator[HostArray]],
+        orders: _RowOrders,
         capacity: int,
         counted: HostArray | None,
     ) -> None:
@@ -204,7 +216,7 @@ class _DeviceFeed:
         self._put_order = single or len(resolved.placement.devices) > 1
 
     def epoch(self) -> AbstractContextManager[Chunks]:
-        return nullcontext(_Synchronous(self._chunks(next(self._orders))))
+        return nullcontext(_Synchronous(self._chunks(self._orders.epoch())))
 
     def _chunks(self, orders: Iterator[HostArray]) -> Iterator[DeviceChunk]:
         for whole in orders:

@@ -5,6 +5,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -16,18 +17,22 @@ from flaxfit._runs import checkpoint_manager
 
 # The settings that determine which examples are in which batch.
 _ORDER = ("batch_size", "examples", "shuffle", "steps_per_epoch")
-_WORDS = {
-    "examples": "the number of examples",
-    "validation_examples": "the number of validation examples",
-}
-_EXPLAINED = {
-    "batch_size": "batches have the new size from here on",
-    "examples": "epochs use the new data from here on",
-    "shuffle": "it applies from here on",
-    "steps_per_epoch": "epochs have the new length from here on",
-    "learning_rate": "the new one applies from here on",
-    "seed": "the order of the data follows the new one, dropout and the like the old",
-}
+_WORDS = MappingProxyType(
+    {
+        "examples": "the number of examples",
+        "validation_examples": "the number of validation examples",
+    }
+)
+_EXPLAINED = MappingProxyType(
+    {
+        "batch_size": "batches have the new size from here on",
+        "examples": "epochs use the new data from here on",
+        "shuffle": "it applies from here on",
+        "steps_per_epoch": "epochs have the new length from here on",
+        "learning_rate": "the new one applies from here on",
+        "seed": "the order of the data follows the new one, dropout and the like the old",
+    }
+)
 
 
 class ResumePoint(NamedTuple):

@@ -11,13 +11,13 @@ import numpy as np
 import optax
 import pytest
 from flax.training import train_state
+from helpers.data import labeled
 
 import flaxfit
 from flaxfit import LambdaCallback, Trainer
 
-RNG = np.random.default_rng(0)
-X = RNG.normal(size=(64, 5)).astype(np.float32)
-LABELS = RNG.integers(0, 3, 64).astype(np.int32)
+RNG = np.random.default_rng(1)
+X, LABELS = labeled(64)
 VALUES = RNG.normal(size=(64, 1)).astype(np.float32)
 
 
@@ -684,10 +684,10 @@ def test_a_trainer_can_be_copied_and_its_history_pickled(fitted):
     [
         (lambda t, data: t.check(data), "would use up its first batch"),
         (lambda t, data: t.compile(data), "would use up its first batch"),
-        (lambda t, data: t.fit(data, epochs=2, verbose=0), "runs dry after one pass"),
+        (lambda t, data: t.fit(data, epochs=2, verbose=0), "ends after one pass"),
         (
             lambda t, data: t.fit(X, LABELS, epochs=2, validation_data=data, verbose=0),
-            "runs dry after one pass",
+            "ends after one pass",
         ),
         (lambda t, data: t.predict_on_batch(data), "takes one batch"),
     ],

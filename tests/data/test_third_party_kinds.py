@@ -1,0 +1,77 @@
+"""Kinds of data that others bring: registered, trained on, evaluated, predicted."""
+
+import numpy as np
+import pytest
+from helpers.models import Linear
+
+from flaxfit import Trainer
+from flaxfit.data import Examples, register_adapter
+from flaxfit.data.adapters import registry
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(20, 3)).astype(np.float32)
+Y = X.sum(1, keepdims=True)
+
+
+class Corpus:
+    """Examples with random access, in words of its own."""
+
+    def size(self):
+        return len(X)
+
+    def entry(self, number):
+        return X[number], Y[number]
+
+
+class Tap:
+    """Batches in sequence, in words of its own."""
+
+    def pour(self):
+        for start in range(0, 20, 4):
+            yield X[start : start + 4], Y[start : start + 4]
+
+
+class _Items:
+    def __init__(self, corpus):
+        self.corpus = corpus
+
+    def __len__(self):
+        return self.corpus.size()
+
+    def __getitem__(self, number):
+        return self.corpus.entry(number)
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    monkeypatch.setattr(registry, "_REGISTERED", [])
+    register_adapter(lambda x: isinstance(x, Corpus), lambda x: Examples(_Items(x)))
+    register_adapter(lambda x: isinstance(x, Tap), lambda x: x.pour)
+
+
+def trained(*data, **arguments):
+    trainer = Trainer(Linear(), loss="mse", learning_rate=0.1)
+    return trainer, trainer.fit(*data, epochs=2, verbose=0, **arguments)
+
+
+def test_examples_of_a_registered_kind_are_those_of_arrays(registered):
+    trainer, history = trained(Corpus(), batch_size=4)
+    by_arrays, expected = trained(X, Y, batch_size=4)
+    assert history.history == expected.history
+    assert trainer.evaluate(Corpus(), verbose=0) == by_arrays.evaluate(X, Y, verbose=0)
+    np.testing.assert_array_equal(
+        trainer.predict(Corpus(), verbose=0), by_arrays.predict(X, verbose=0)
+    )
+
+
+def test_batches_of_a_registered_kind_come_in_their_order(registered):
+    _, history = trained(Tap(), validation_data=Corpus())
+    _, expected = trained(X, Y, batch_size=4, shuffle=False, validation_data=(X, Y))
+    for name, values in expected.history.items():
+        np.testing.assert_allclose(history.history[name], values, rtol=1e-6)
+
+
+def test_the_latest_registration_wins(registered):
+    register_adapter(lambda x: isinstance(x, Tap), lambda x: (X[:4], Y[:4]))
+    trainer, _ = trained(Tap())
+    assert trainer.step == 2
