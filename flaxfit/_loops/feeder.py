@@ -155,8 +155,8 @@ def first_chunk(feed: Feed) -> Chunk:
 class _RowOrders:
     """The rows of the batches of each epoch, from endless passes.
 
-    An order is `int32[batches, batch]` of row numbers, see `DeviceDataset`. An epoch may
-    end within a pass; the next one then continues with its rest.
+    An order is `int32[batches, batch]` of row numbers, see `DeviceDataset`. An epoch
+    may end within a pass; the next one then continues with its rest.
 
     Args:
       source: the data.

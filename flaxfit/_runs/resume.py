@@ -30,7 +30,7 @@ _EXPLAINED = MappingProxyType(
         "shuffle": "it applies from here on",
         "steps_per_epoch": "epochs have the new length from here on",
         "learning_rate": "the new one applies from here on",
-        "seed": "the order of the data follows the new one, dropout and the like the old",
+        "seed": "the data order follows the new one, dropout and the like the old",
     }
 )
 

@@ -265,8 +265,8 @@ def split_dataset(
         return _split_examples(dataset, fraction, binding)
     if not isinstance(dataset, Arrays):
         raise UsageError(
-            f"validation_split needs arrays here, not a {dataset.kind}: pass the rest "
-            "of the data as validation_data=(x_val, y_val)"
+            f"validation_split needs arrays here, not a dataset ({dataset.kind}): pass "
+            "the rest of the data as validation_data=(x_val, y_val)"
         )
     # Of a file only the rows that are asked for are ever read.
     whole = one_batch(dataset, binding, keep_mapped=True)

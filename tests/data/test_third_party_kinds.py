@@ -10,7 +10,7 @@ from flaxfit.data.adapters import registry
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(20, 3)).astype(np.float32)
-Y = X.sum(1, keepdims=True)
+Y = RNG.integers(0, 3, 20).astype(np.int32)
 
 
 class Corpus:
@@ -50,7 +50,7 @@ def registered(monkeypatch):
 
 
 def trained(*data, **arguments):
-    trainer = Trainer(Linear(), loss="mse", learning_rate=0.1)
+    trainer = Trainer(Linear(), learning_rate=0.1)
     return trainer, trainer.fit(*data, epochs=2, verbose=0, **arguments)
 
 

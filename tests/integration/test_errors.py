@@ -258,7 +258,7 @@ INPUTS = [
     Case("a dataset of examples", fits(lambda: zip(X, LABELS, strict=True)), DataError,
          r"batch 0 of pass 0: y is a single value .*fit\(dataset, batch_size=32\)"),
     Case("a dataset in train_on_batch", lambda t: t.train_on_batch(batches()),
-         ValueError, r"write x, y = next\(iter\(dataset\)\)"),
+         ValueError, r"Write x, y = next\(iter\(dataset\)\)"),
     Case("validation of other features", fits(X, LABELS,
          validation_data=(X[:, :3], LABELS)), DataError,
          r"(?s)Got inputs float32\[32,3\], which need other parameters than "
@@ -294,7 +294,7 @@ DATASETS = [
     Case("an iterator for two epochs", lambda t: t.fit(batches(), epochs=2), DataError,
          r"make_batches and not make_batches\(\); or .*steps_per_epoch=100"),
     Case("a zip for two epochs", lambda t: t.fit(zip([X], [LABELS], strict=True),
-         epochs=2), DataError, "fit got an iterator, which runs dry after one pass"),
+         epochs=2), DataError, "fit got an iterator, which ends after one pass"),
     Case("a generator to validate on", lambda t: t.fit(X, LABELS, epochs=2, verbose=0,
          validation_data=batches()), DataError,
          r"validation_data got an iterator.*validation_steps=100"),
@@ -318,7 +318,7 @@ DATASETS = [
     Case("weights beside a dataset", fits([(X, LABELS)], sample_weight=ONES),
          ValueError, r"sample_weight is given beside a list"),
     Case("validation_split of a dataset", fits([(X, LABELS)], validation_split=0.5),
-         ValueError, "needs arrays here, not a list: "
+         ValueError, "needs arrays here, not a dataset "
          r".*validation_data=\(x_val, y_val\)"),
     Case("validation_split and validation_data", fits(X, LABELS, validation_split=0.5,
          **VALIDATE), ValueError, "give one of them"),

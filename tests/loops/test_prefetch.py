@@ -343,7 +343,7 @@ def start_and_stop(rng):
     leaves_at = rng.choice([None, rng.randrange(30)])
     seconds = rng.uniform(1e-5, 0.003) if rng.random() < 0.4 else 60.0
     packer = Tuples(rng.choice([1, 3, 16]))
-    packer.takes = lambda item: True
+    packer.fits = lambda item: True
     try:
         with Alarm(seconds), Prefetch(loader(), packer, rng.choice([1, 2, 4])) as found:
             for number, _ in enumerate(found):

@@ -374,7 +374,7 @@ def test_values_come_by_name_whatever_keras_returns():
     trainer = Trainer(nn.Dense(3))
     assert list(trainer.evaluate(X, LABELS, return_dict=True)) == ["loss"]
     for method in (trainer.evaluate, trainer.train_on_batch, trainer.test_on_batch):
-        with pytest.raises(ValueError, match="by name, always"):
+        with pytest.raises(ValueError, match="always returned by name"):
             method(X, LABELS, return_dict=False)
 
 
