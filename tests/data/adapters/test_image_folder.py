@@ -1,6 +1,5 @@
 """Folders of pictures: classes, decoding, and what is refused."""
 
-import builtins
 import sys
 
 import flax.linen as nn
@@ -267,4 +266,3 @@ def test_without_pillow(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(ImportError, match="pip install pillow"):
         image_folder(folder, (8, 8))
-    assert builtins.__import__ is not fail
