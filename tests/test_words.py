@@ -1,7 +1,6 @@
 """Words that stay out of the code and the documents, and what to write instead.
 
-`python tests/test_words.py` lists where any of them are left, with those that are not
-enforced yet.
+`python tests/test_words.py` lists where any of them are left.
 """
 
 import re
@@ -13,27 +12,33 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("flaxfit", "examples", "docs")
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 
-# A regular expression -> the plain word.
+# A regular expression -> the plain word, and the rooms of `flaxfit/` that still have to
+# be cleaned. Everywhere else the word is an error.
 WORDS = {
-    r"afresh": "again",
-    r"the one door": "the only function that opens data",
-    r"(the|this) house": "the package",
-    r"went on|gone on": "continued",
-}
-LATER = {
-    r"anew": "again",
-    r"for keeps": "permanently",
-    r"go(es|ing)? on": "continue",
-    r"had by (index|number)": "random access",
-    r"(?-i:is none)": "there is no ...",
-    r"lies|lain": "is stored, is on",
-    r"(nobody|somebody|whoever)": "a caller, a user, a thread: who it is",
-    r"one's own": "custom",
-    r"see(s|n)? to it": "ensure",
-    r"segments?": "chunk",
-    r"so many": "this many",
-    r"(un)?told": "known, given",
-    r"under way": "running, in flight",
+    r"afresh": ("again", ""),
+    r"anew": ("again", "_loops _programs _runs callbacks data trainer"),
+    r"for keeps": ("permanently", "_core callbacks"),
+    r"go(es|ing)? on|went on|gone on": (
+        "continue",
+        "_loops _programs _reporting _runs callbacks data trainer",
+    ),
+    r"had by (index|number)": ("random access", "data trainer"),
+    r"(the|this) house|the one door": ("the package, the function", ""),
+    r"(?-i:(?<!there )is none)": ("there is no ...", "_loops callbacks data trainer"),
+    r"lies|lain": (
+        "is stored, is on",
+        "_cli.py _core _programs data optimizers trainer",
+    ),
+    r"nobody|somebody|whoever": (
+        "a caller, a user, a thread: who it is",
+        "_core _loops _programs _reporting _runs callbacks data trainer",
+    ),
+    r"one's own": ("custom", "trainer"),
+    r"see(s|n)? to it": ("ensure", "_core _runs data trainer"),
+    r"segments?": ("chunk", "_loops"),
+    r"so many": ("this many", "_loops callbacks data trainer"),
+    r"(un)?told": ("known, given", "_programs _runs data losses trainer"),
+    r"under way": ("running, in flight", "_loops _runs callbacks data trainer"),
 }
 
 
@@ -46,26 +51,32 @@ def texts():
 
 
 def found(expression):
-    """Returns `path:line: text` wherever a word stands."""
+    """Returns `(path, line number, line)` wherever a word stands."""
     word = re.compile(rf"\b(?:{expression})\b", re.IGNORECASE)
     return [
-        f"{path}:{number}: {line.strip()}"
+        (path, number, line.strip())
         for path, text in texts()
         for number, line in enumerate(text.splitlines(), 1)
-        # CONTRIBUTING.md names the words that are out.
-        if word.search(line) and "not:" not in line
+        if word.search(line)
     ]
 
 
 @pytest.mark.parametrize("expression", WORDS)
 def test_a_word_is_out(expression):
-    places = found(expression)
-    assert not places, "\n".join([f"write {WORDS[expression]!r}:", *places])
+    instead, rooms = WORDS[expression]
+    places = [
+        f"{path}:{number}: {line}"
+        for path, number, line in found(expression)
+        if path.parts[0] != "flaxfit" or path.parts[1] not in rooms.split()
+    ]
+    assert not places, "\n".join([f"write {instead!r}:", *places])
 
 
 def main():
-    for expression, instead in (WORDS | LATER).items():
-        places = found(expression)
+    for expression, (instead, _) in WORDS.items():
+        places = [
+            f"{path}:{number}: {line}" for path, number, line in found(expression)
+        ]
         print(f"{len(places)} of {expression!r}: write {instead!r}", *places, sep="\n ")
 
 

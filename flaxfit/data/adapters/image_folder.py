@@ -1,19 +1,19 @@
 """Folders of images, one subfolder per class, decoded by Pillow on demand.
 
-The items are paths and labels; nothing but the list of files is kept in memory.
+The items are paths and labels; only the list of files is kept in memory.
 """
 
-import importlib
 import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
-from flaxfit._core.errors import DataError, did_you_mean
+from flaxfit._core.errors import DataError, UsageError, did_you_mean
 from flaxfit._core.types import HostArray
 from flaxfit._core.validation import integer
 from flaxfit.data.datasets.example_dataset import ExampleSet, take_items
@@ -43,17 +43,11 @@ class ImageFiles(Sequence[Any]):
     class_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
-        """Returns how many files there are."""
+        """Returns the number of files."""
         return len(self.items)
 
-    @overload
-    def __getitem__(self, index: int) -> Any: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Any]: ...
-
-    def __getitem__(self, index: int | slice) -> Any:
-        """Returns one of the items."""
+    def __getitem__(self, index: Any) -> Any:
+        """Returns one of the items, or a slice of them."""
         return self.items[index]
 
 
@@ -68,43 +62,43 @@ def image_folder(
 ) -> Examples:
     """Returns the pictures of a folder as examples for `fit`, `evaluate`, `predict`.
 
-    `path/cat/1.jpg`, `path/dog/2.jpg`, …: every sub-folder is a class, numbered in the
-    order of their names, with all pictures below it. A folder without sub-folders has
-    no classes, for `predict`. Hidden files are passed over, others that are no
-    pictures warned of.
+    `path/cat/1.jpg`, `path/dog/2.jpg`, …: every subfolder is a class with all pictures
+    below it, numbered in the order of their names. A folder without subfolders has no
+    classes, for `predict`. Hidden files are ignored; other files that are no pictures
+    cause a warning.
 
-    A picture becomes `uint8[height, width, channels]`, upright as its EXIF data say;
-    16 bits per channel are brought to 8. It is resized to `size` whatever its
+    A picture becomes `uint8[height, width, channels]`, turned upright by its EXIF data;
+    16 bits per channel become 8. It is resized to `size` without keeping its
     proportions, bilinearly, and smoothed where it shrinks. Transparency is dropped
-    unless `channels` is 4. `fit` has the model see `float32` from 0 to 1.
+    unless `channels` is 4. `fit` gives the model `float32` from 0 to 1.
 
     Args:
       path: the folder.
       size: `(height, width)`, or None for pictures that are all of one size.
       channels: 3 for RGB, 1 for gray, 4 for RGB and transparency.
-      classes: the sub-folders to take, in the order of their numbers.
+      classes: the subfolders to take, in the order of their numbers.
         `image_folder(test, size, classes=image_folder(train, size).class_names)` gives
         two folders the same numbers.
-      threads: how many threads decode at once. Two or more are worth it for photos.
-      processes: how many processes decode instead.
+      threads: the number of threads that decode. Two or more pay off for photos.
+      processes: the number of processes that decode instead.
 
     Returns:
       `Examples` whose items are `(path, label)`. `Examples(image_folder(...), augment)`
-      augments what was decoded: `augment((image, label), rng)`.
+      augments decoded pictures: `augment((image, label), rng)`.
 
     Raises:
-      DataError: there is no such folder, no picture in it, or not in one of its
-        classes; pictures beside the folders of classes; folders `train` and `test`
-        where classes should be.
+      DataError: there is no such folder, no picture in it or in one of its classes;
+        pictures beside the folders of classes; folders `train` and `test` in place of
+        classes.
       ImportError: Pillow is not installed.
-      ValueError: a size or number of channels that cannot be.
+      UsageError: an impossible size or number of channels.
 
     Example:
       `trainer.fit(image_folder("flowers/train", (128, 128), threads=4))`
     """
     if channels not in dict(_MODES):
-        raise ValueError(
-            f"channels={channels!r}: 3 is RGB, 1 is gray, 4 is RGB and transparency."
+        raise UsageError(
+            f"channels={channels!r}: 3 is RGB, 1 is gray, 4 is RGB and transparency"
         )
     decode = _Decode(_as_size(size), channels)
     _import_pillow()
@@ -153,7 +147,7 @@ class _Decode:
         """Returns a picture as `uint8[height, width, channels]`.
 
         Raises:
-          DataError: the file holds no picture, a damaged one, or one of another size.
+          DataError: the file holds no picture, a damaged one, or one of other size.
         """
         try:
             found = self._decoded(path)
@@ -161,14 +155,14 @@ class _Decode:
             raise
         except Exception as error:
             raise DataError(
-                f"{path!r} cannot be read as a picture: {error}. Remove the file, or "
-                "replace it."
+                f"{path!r} cannot be read as a picture: {error}",
+                "Remove or replace the file.",
             ) from error
         if self.like is not None and found.shape[:2] != self.size:
             one, other = (f"{h} x {w}" for h, w in (found.shape[:2], self.size))
             raise DataError(
-                f"{path!r} is {one} pixels (height x width), {self.like!r} is {other}: "
-                f"write size={self.size} to resize all pictures to one size."
+                f"{path!r} is {one} pixels (height x width), {self.like!r} is {other}",
+                write=f"size={self.size} to resize all pictures to one size",
             )
         return found
 
@@ -188,38 +182,38 @@ class _Decode:
 
 
 def _in_eight_bits(image: Any, path: str, image_module: Any) -> Any:
-    """Returns a picture that Pillow converts without cutting values off."""
+    """Returns a picture that Pillow converts without clipping values."""
     if image.mode.startswith("I;16"):
         wide = np.asarray(image).astype(np.uint32)
         narrow = (wide + _WIDE_TO_BYTE // 2) // _WIDE_TO_BYTE
         return image_module.fromarray(narrow.astype(np.uint8))
     if image.mode in ("I", "F"):
         raise DataError(
-            f"{path!r} holds 32 bits per pixel, whose range is not known. Decode such "
-            "files yourself: flaxfit.data.Examples(paths, load), with a function that "
-            "returns (pixels, label)."
+            f"{path!r} holds 32 bits per pixel, whose range is not known",
+            "Decode such files yourself, with a load that returns (pixels, label).",
+            "flaxfit.data.Examples(paths, load)",
         )
     return image
 
 
 def _refuse_splits(path: Path, names: Sequence[str]) -> None:
-    """Refuses a folder of folders of classes, whose parts would be the classes."""
+    """Refuses a folder whose subfolders are splits with folders of classes."""
     parts = [name for name in names if name.lower() in _SPLITS]
     deeper = [each for name in parts for each in (path / name).iterdir()]
     if parts and len(parts) == len(names) and any(each.is_dir() for each in deeper):
         train = next((name for name in parts if name.lower() == "train"), parts[0])
         raise DataError(
-            f"{str(path)!r} holds the folders {', '.join(names)}, which are parts of a "
-            f"dataset and not its classes. Write image_folder({str(path / train)!r}, "
-            "size), or classes=[...] if they are classes."
+            f"{str(path)!r} holds the folders {', '.join(names)}, which are splits of "
+            "a dataset, not classes",
+            write=f"image_folder({str(path / train)!r}, size), or classes=[...] if "
+            "they are classes",
         )
 
 
 def _find_files(path: Path, classes: Sequence[str] | None) -> ImageFiles:
     if not path.is_dir():
         raise DataError(
-            f"there is no folder {str(path)!r} (the working directory is "
-            f"{os.getcwd()})."
+            f"there is no folder {str(path)!r} (the working directory is {os.getcwd()})"
         )
     inside = sorted(each for each in path.iterdir() if not _is_hidden(each.name))
     folders = [each.name for each in inside if each.is_dir()]
@@ -231,8 +225,8 @@ def _find_files(path: Path, classes: Sequence[str] | None) -> ImageFiles:
     if pictures and names:
         raise DataError(
             f"{str(path)!r} holds pictures, such as {Path(pictures[0]).name!r}, beside "
-            f"the folders of classes, such as {names[0]!r}: they would belong to no "
-            "class. Move them into one, or elsewhere."
+            f"the folders of classes, such as {names[0]!r}",
+            "Move them into the folder of a class.",
         )
     left_out = [str(each) for each in others if not _is_picture(each.name)]
     items: list[Any] = list(pictures)
@@ -240,22 +234,21 @@ def _find_files(path: Path, classes: Sequence[str] | None) -> ImageFiles:
         found, more = _walk(path / name)
         if not found and classes is None:
             raise DataError(
-                f"there is no picture in {str(path / name)!r}, so that a class has no "
-                "example. Remove the folder, or name the classes: "
-                f"image_folder(..., classes={[n for n in names if n != name]!r})."
+                f"there is no picture in {str(path / name)!r}, the folder of a class",
+                write=f"classes={[n for n in names if n != name]!r}",
             )
         items += [(file, label) for file in found]
         left_out += more
     if not items:
         raise DataError(
-            f"there is no picture in {str(path)!r}, nor in its folders; pictures are "
-            f"files named {', '.join(sorted(_SUFFIXES))}."
+            f"there is no picture in {str(path)!r}, nor in its folders",
+            f"Pictures are named {', '.join(sorted(_SUFFIXES))}.",
         )
     if left_out:
+        several = len(left_out) > 1
         warnings.warn(
-            f"{len(left_out)} file{'s' if len(left_out) > 1 else ''} in {str(path)!r} "
-            f"left out, which by their names are no pictures: {left_out[0]!r}"
-            f"{', …' if len(left_out) > 1 else ''}",
+            f"{len(left_out)} file{'s' if several else ''} in {str(path)!r} left out, "
+            f"not named as pictures: {left_out[0]!r}{', …' if several else ''}",
             UserWarning,
             stacklevel=3,
         )
@@ -272,11 +265,11 @@ def _class_names(
         if name not in folders:
             raise DataError(
                 f"classes={names!r}, but there is no folder {name!r} in "
-                f"{str(path)!r}.{did_you_mean(name, folders)} A class without "
-                "pictures has an empty folder."
+                f"{str(path)!r}.{did_you_mean(name, folders)}",
+                "A class without pictures has an empty folder.",
             )
     if not names or len(set(names)) < len(names):
-        raise DataError(f"classes={names!r}: name every class once, at least one.")
+        raise DataError(f"classes={names!r}: name every class once, at least one")
     return names
 
 
@@ -305,27 +298,18 @@ def _as_size(size: Any) -> tuple[int, int] | None:
     if size is None:
         return None
     if not isinstance(size, tuple | list) or len(size) != 2:
-        raise ValueError(
-            f"size={size!r}: expected (height, width), e.g. size=(128, 128), or None "
-            "for pictures that are all of one size."
+        raise UsageError(
+            f"size={size!r}: expected (height, width), or None if all pictures have "
+            "one size",
+            write="size=(128, 128)",
         )
     height, width = size
     return integer("size[0]", height), integer("size[1]", width)
 
 
 def _import_pillow() -> tuple[Any, Any]:
-    """Returns Pillow's modules `Image` and `ImageOps`.
-
-    Raises:
-      ImportError: it is not installed.
-    """
+    """Returns Pillow's modules `Image` and `ImageOps`."""
     try:
-        return (
-            importlib.import_module("PIL.Image"),
-            importlib.import_module("PIL.ImageOps"),
-        )
+        return import_module("PIL.Image"), import_module("PIL.ImageOps")
     except ImportError as error:
-        raise ImportError(
-            "image_folder decodes pictures with Pillow, which is not installed: "
-            "pip install pillow"
-        ) from error
+        raise ImportError("image_folder needs Pillow: pip install pillow") from error
