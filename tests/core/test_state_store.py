@@ -9,7 +9,7 @@ import pytest
 from helpers.asserts import same
 
 from flaxfit import TrainState
-from flaxfit._core.types import StateHolder
+from flaxfit._core.state_store import TrainStateStore
 
 
 def state_of(value):
@@ -28,14 +28,14 @@ def donate(holder):
 
 
 def test_an_empty_holder_has_nothing():
-    holder = StateHolder()
-    assert holder.empty and not holder.settled and holder.version == 0
+    holder = TrainStateStore()
+    assert holder.empty and not holder.has_trained and holder.version == 0
     with pytest.raises(AssertionError):
         holder.peek()
 
 
 def test_what_was_read_outlives_a_donation():
-    holder = StateHolder(state_of(1))
+    holder = TrainStateStore(state_of(1))
     kept = holder.read()
     donate(holder)
     assert int(kept.step) == 1 and not kept.params["w"].is_deleted()
@@ -43,7 +43,7 @@ def test_what_was_read_outlives_a_donation():
 
 
 def test_what_nobody_reads_is_donated_without_a_copy():
-    holder = StateHolder(state_of(1))
+    holder = TrainStateStore(state_of(1))
     inside = holder.peek()
     assert holder.take() is inside
     holder.read()
@@ -54,7 +54,7 @@ def test_what_nobody_reads_is_donated_without_a_copy():
 
 
 def test_what_is_borrowed_stays_valid_until_it_is_given_back():
-    holder = StateHolder(state_of(1))
+    holder = TrainStateStore(state_of(1))
     with holder.borrow() as state:
         donate(holder)
         np.testing.assert_array_equal(state.params["w"], [1, 1, 1])
@@ -63,18 +63,18 @@ def test_what_is_borrowed_stays_valid_until_it_is_given_back():
 
 
 def test_a_fresh_state_is_nothing_that_was_trained():
-    holder = StateHolder()
+    holder = TrainStateStore()
     holder.put(state_of(0), fresh=True)
-    assert not holder.settled and not holder.empty
+    assert not holder.has_trained and not holder.empty
     holder.read()
     holder.take()  # a copy of a fresh state is fresh too
-    assert not holder.settled
+    assert not holder.has_trained
     donate(holder)
-    assert holder.settled
+    assert holder.has_trained
 
 
 def test_the_version_counts_replacements():
-    holder = StateHolder(state_of(0))
+    holder = TrainStateStore(state_of(0))
     before = holder.version
     holder.read()
     holder.peek()
@@ -84,7 +84,7 @@ def test_the_version_counts_replacements():
 
 
 def test_a_holder_can_be_pickled():
-    holder = StateHolder(state_of(4))
+    holder = TrainStateStore(state_of(4))
     copy = pickle.loads(pickle.dumps(holder))
     same(copy.peek(), holder.peek())
     donate(copy)
@@ -92,7 +92,7 @@ def test_a_holder_can_be_pickled():
 
 
 def test_threads_read_whole_states_while_another_trains():
-    holder = StateHolder(state_of(0))
+    holder = TrainStateStore(state_of(0))
     found, done = [], threading.Event()
 
     def read():
