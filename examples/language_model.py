@@ -50,7 +50,7 @@ class LanguageModel(nn.Module):
         before = [jnp.pad(x, ((0, 0), (n, 0), (0, 0)))[:, :-n] for n in (1, 2)]
         x = nn.Dense(self.features)(jnp.concatenate([x, *before], axis=-1))
         x = x + nn.Embed(LENGTHS[-1], self.features)(jnp.arange(tokens.shape[1]))[None]
-        # No mask for the padding: it comes last, so nobody looks back at it.
+        # No mask for the padding: it comes last, and no character attends to it.
         mask = nn.make_causal_mask(tokens)
         for _ in range(self.layers):
             x = Block()(x, mask)

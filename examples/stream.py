@@ -71,7 +71,7 @@ def main(seed: int = 0, epochs: int = 8, steps: int = 100, folder: str | None = 
     trainer = Trainer(Listener(), metrics=["accuracy"], seed=seed)
 
     # An iterator without an end has no epochs: `steps_per_epoch` makes some. It is read
-    # in a background thread, a few batches ahead and no more.
+    # in a background thread, only a few batches ahead.
     trainer.fit(
         labelled_stream(seed),
         epochs=epochs,
@@ -85,9 +85,9 @@ def main(seed: int = 0, epochs: int = 8, steps: int = 100, folder: str | None = 
     batch_megabytes = BATCH * SAMPLES * 4 / MEGABYTE
     streamed = epochs * (steps + 10) * batch_megabytes
 
-    # The outputs come batch by batch as well. What is kept of them, the likeliest tone,
-    # goes into a file that is mapped into memory. Where the outputs themselves are
-    # kept, one line does it: trainer.predict(stream, out=file).
+    # The outputs come batch by batch as well. Only the likeliest tone of each is kept,
+    # in a file that is mapped into memory. To keep the outputs themselves, write
+    # trainer.predict(stream, out=file).
     heard: list[np.ndarray] = []
     batches = 2 * steps
     with tempfile.TemporaryDirectory() as temporary:

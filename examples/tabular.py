@@ -1,4 +1,4 @@
-"""A table of pandas: tumours told apart by 30 measurements, and reports by class name.
+"""A table of pandas: tumors classified by 30 measurements, and reports by class name.
 
     python examples/tabular.py
 

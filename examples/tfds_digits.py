@@ -23,8 +23,8 @@ from flaxfit import Trainer
 FOLDER = Path(tempfile.gettempdir()) / "flaxfit_tfds_digits"
 
 
-# Only what prepares the dataset needs this class. It is not registered with TFDS, as
-# whoever reads a prepared dataset has its name and its folder, not its code.
+# Only the preparation needs this class. It is not registered with TFDS, so that the
+# training below reads the dataset as others would: by its name and folder.
 class SklearnDigits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Pictures of 8 x 8 pixels and the digit on them."""
 

@@ -71,7 +71,7 @@ def main(seed: int = 0, epochs: int = 15, num_workers: int = 0):
     )
 
     # Order and shifts depend on the seed of the trainer alone: two runs are alike, and
-    # fit(..., run_dir="run") would go on in the middle of an epoch.
+    # fit(..., run_dir="run") would continue in the middle of an epoch.
     trainer = Trainer(MLP(), metrics=["accuracy"], seed=seed)
     trainer.fit(loader, epochs=epochs, validation_data=DataLoader(test, batch_size=64))
 

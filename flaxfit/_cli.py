@@ -11,6 +11,7 @@ from flaxfit import checkpoint
 from flaxfit._core.errors import CheckpointCorruptError, CheckpointError
 from flaxfit._reporting.display import format_bytes
 from flaxfit.checkpoint import corruption, file_format
+from flaxfit.checkpoint.api import read_bytes
 from flaxfit.checkpoint.encoding import DTYPES, Key, joined, leaves_of, spec_of
 
 _POSITION = ("step", "epoch", "batch")
@@ -99,20 +100,14 @@ def diff_text(one: str, other: str) -> tuple[str, bool]:
 
 def _open(path: str) -> _File:
     """Reads a file of flaxfit or of plain Flax."""
-    try:
-        file = checkpoint.load(path)
-    except CheckpointCorruptError:
-        raise
-    except CheckpointError:
-        data = Path(path).read_bytes() if os.path.isfile(path) else b""
-        if not data or corruption.is_checkpoint(data):
-            raise
-        content = file_format.read_plain(data, path)
-        leaves = _named(content, ())
+    data = read_bytes(path)
+    if not corruption.is_checkpoint(data):
+        leaves = _named(file_format.read_plain(data, path), ())
         return _File("plain flax.serialization file", len(data), {}, leaves)
+    file = file_format.read(data, path)
     kind = f"flaxfit checkpoint, format {file.meta.get('format')}, checksums right"
     leaves = {**_named(file.state, ()), **_named(file.extra, ("extra",))}
-    return _File(kind, os.path.getsize(path), file.meta, leaves)
+    return _File(kind, len(data), file.meta, leaves)
 
 
 def _named(tree: Any, path: tuple[str, ...]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Strict by default: 8 host devices, no rank promotion, warnings are errors."""
 
+import inspect
 import os
 
 os.environ["XLA_FLAGS"] = (
@@ -10,6 +11,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 
 import jax
 import pytest
+from helpers.markers import markers_of
 from jax.experimental.compilation_cache import compilation_cache
 
 from flaxfit.trainer.compilation_cache import use_compilation_cache
@@ -19,6 +21,17 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # On one device where nothing else is said: most tests are not about several, which
 # compile longer. Those that are take the fixture `eight_devices`.
 jax.config.update("jax_default_device", jax.local_devices()[0])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks tests by what they use, before `-m` chooses among them."""
+    for item in items:
+        row = item.callspec.id if hasattr(item, "callspec") else ""
+        given = {marker.name for marker in item.iter_markers()}
+        source = inspect.getsource(item.module)
+        for name in markers_of(source, item.originalname, row, given) - given:
+            item.add_marker(name)
 
 
 @pytest.fixture

@@ -66,7 +66,7 @@ def test_verify(tmp_path, capsys):
     first, second, third = capsys.readouterr().out.splitlines()
     assert first == f"{good}: ok"
     assert second.startswith(f"{bad}: DAMAGED: leaf params/Dense_0/kernel (bytes ")
-    assert "c.msgpack: NOT READ: is no checkpoint; it looks like an HTML" in third
+    assert "c.msgpack: NOT READ: is not a checkpoint; it looks like an HTML" in third
 
 
 def test_diff(tmp_path, capsys):

@@ -69,10 +69,19 @@ def describe(tree: PyTree) -> str:
     """
 
     def one(x: Any) -> str:
-        is_array = hasattr(x, "shape") and hasattr(x, "dtype")
-        return str(LeafSpec.of(x)) if is_array else type(x).__name__
+        return str(LeafSpec.of(x)) if is_array(x) else type(x).__name__
 
     return str(jax.tree.map(one, tree)).replace("'", "")
+
+
+def is_array(value: Any) -> bool:
+    """Whether `value` is one array, or the shape and dtype of one."""
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def holds_integers(array: Any) -> bool:
+    """Whether an array holds integers or booleans."""
+    return jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == bool
 
 
 def diff(

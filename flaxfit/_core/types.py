@@ -1,4 +1,4 @@
-"""Central types: what a step takes and returns. Knows neither linen nor files."""
+"""The types that steps take and return: state, batch, model, accumulators."""
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +16,7 @@ Array: TypeAlias = jax.Array
 HostArray: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 PyTree: TypeAlias = Any
 Inputs: TypeAlias = tuple[Any, ...] | dict[str, Any]
-"""What a model is called with: a tuple of positional or a dict of named inputs."""
+"""The inputs of a model: a tuple by position, or a dict by name."""
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -46,8 +46,7 @@ class Batch(flax.struct.PyTreeNode):
       inputs: a tuple (positional) or dict (by name), as the model is called.
       targets: any nesting of arrays `[batch, ...]`, or None.
       weights: `float32[batch]` or, one for every element of the targets,
-        `float32[batch, ...]`: the sample weight, 0 for rows that only fill the
-        batch up.
+        `float32[batch, ...]`: the sample weight, 0 for rows that pad the batch.
     """
 
     inputs: Inputs
@@ -107,7 +106,7 @@ class Model(NamedTuple):
 
 @runtime_checkable
 class Accumulator(Protocol):
-    """What a log is on the device: merged from batch to batch, computed once."""
+    """The value of a log on the device: merged over batches, computed once."""
 
     def merge(self, other: Self) -> Self:
         """Returns both together."""
@@ -128,11 +127,11 @@ def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
 
 
 def _add(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Adds two sums, each with what rounding left out of it."""
+    """Adds two sums, each with its rounding error."""
     total, error = _two_sum(a[0], b[0])
     # Infinity minus infinity: the total itself already says what happened.
     error = jnp.where(jnp.isfinite(total), a[1] + b[1] + error, 0.0)
-    # Kept small, as otherwise the residual itself would begin to round.
+    # The residual must stay small, or it would lose digits itself.
     total, error = _two_sum(total, error)
     return total, jnp.where(jnp.isfinite(total), error, 0.0)
 
@@ -143,8 +142,8 @@ class Average(flax.struct.PyTreeNode):
     Attributes:
       total: `float32[]`, the sum of weight times value.
       count: `float32[]`, the sum of the weights.
-      total_residual: `float32[]`, what rounding left out of `total`, so that
-        millions of batches of one example still add up.
+      total_residual: `float32[]`, the rounding error of `total`, so that millions of
+        batches of one example still add up.
       count_residual: `float32[]`, the same for `count`.
     """
 
@@ -155,7 +154,7 @@ class Average(flax.struct.PyTreeNode):
 
     @classmethod
     def empty(cls) -> Self:
-        """Returns the mean of nothing; `compute` of it is NaN."""
+        """Returns an empty average; `compute()` is NaN."""
         zero = jnp.zeros((), jnp.float32)
         return cls.sums(zero, zero)
 
@@ -198,7 +197,7 @@ class Average(flax.struct.PyTreeNode):
 
 
 class Sum(flax.struct.PyTreeNode):
-    """The sum of several means, each over a count of its own."""
+    """The sum of several means, each with its own count."""
 
     terms: dict[str, Average]
 
@@ -218,11 +217,11 @@ class Sum(flax.struct.PyTreeNode):
 
 
 class StateHolder:
-    """Owns the current `TrainState`, and sees to it that nothing lent out dies.
+    """Owns the current `TrainState` and keeps references to it valid.
 
-    A train program consumes ("donates") the state it is given. Whoever reads the
-    state here may keep it: the next `take` then hands out a copy instead. Threads may
-    share a holder: a loader that predicts with the model it feeds does.
+    A train program consumes ("donates") its state. After `read`, the caller may keep
+    the reference, so the next `take` returns a copy. Threads may share a holder, for
+    example a loader that predicts with the model that it feeds.
     """
 
     def __init__(self, state: TrainState | None = None) -> None:
@@ -241,7 +240,7 @@ class StateHolder:
 
     @property
     def settled(self) -> bool:
-        """Whether there is a state that holds more than a fresh one would."""
+        """Whether there is a state that is not an initial one."""
         return self._state is not None and not self._fresh
 
     @property
@@ -255,14 +254,14 @@ class StateHolder:
         return self._state is None
 
     def read(self) -> TrainState:
-        """Returns the state for keeps."""
+        """Returns the state; the caller may keep the reference."""
         with self.lock:
             self._lent = True
             return self.peek()
 
     @contextmanager
     def borrow(self) -> Iterator[TrainState]:
-        """Lends the state for the time inside, whatever other threads do."""
+        """Keeps the state valid inside the block, whatever other threads do."""
         with self.lock:
             self._borrowers += 1
             state = self.peek()
@@ -278,7 +277,7 @@ class StateHolder:
         return self._state
 
     def take(self) -> TrainState:
-        """Returns a state that may be donated; it stays until `put`.
+        """Returns a state that may be donated; it remains the current one until `put`.
 
         From here to `put` the caller holds `lock`, where other threads may read.
         """
@@ -287,11 +286,11 @@ class StateHolder:
         return self.peek()
 
     def put(self, state: TrainState, *, fresh: bool = False) -> None:
-        """Makes `state` the current one; nobody else may hold on to it.
+        """Makes `state` the current one; the caller must not keep a reference.
 
         Args:
           state: the state.
-          fresh: whether it was only just made, so that nothing is lost with it.
+          fresh: whether it is an initial state, which can be made again.
         """
         with self.lock:
             self._state = state

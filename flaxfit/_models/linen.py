@@ -18,7 +18,6 @@ from flaxfit._core.types import CallSpec, Inputs, Model, PyTree
 from flaxfit._models.base import Adapted, Detected, Overrides, stream_rngs
 from flaxfit._models.linen_flag import (
     TrainFlag,
-    call_arguments,
     find_train_flag,
     in_mode,
     no_flag_error,
@@ -77,7 +76,7 @@ def adapt(module: nn.Module, inputs: Inputs, overrides: Overrides) -> Adapted:
     Args:
       module: any linen module, unbound.
       inputs: one batch of inputs as it is called with; shapes are enough.
-      overrides: what not to detect.
+      overrides: the settings that are given, not detected.
 
     Raises:
       DetectionError: BatchNorm or Dropout without a train flag.
@@ -157,8 +156,7 @@ def _bind_axes(function: Callable[[], Any], axis_names: tuple[str, ...]) -> Any:
 def _init(
     module: nn.Module, flag: TrainFlag, inputs: Inputs, rngs: Mapping[str, Any]
 ) -> dict[str, PyTree]:
-    with in_mode(module, flag, True) as (target, kwargs):
-        args, named = call_arguments(target, inputs, kwargs)
+    with in_mode(module, inputs, flag, True) as (target, args, named):
         return dict(flax.core.unfreeze(target.init(dict(rngs), *args, **named)))
 
 
@@ -170,8 +168,7 @@ def _apply(
     train: bool,
     rngs: Mapping[str, Any],
 ) -> tuple[PyTree, dict[str, PyTree]]:
-    with in_mode(module, flag, train) as (target, kwargs):
-        args, named = call_arguments(target, inputs, kwargs)
+    with in_mode(module, inputs, flag, train) as (target, args, named):
         # Mutable in evaluation too: BatchNorm under `nn.scan` needs it, and a
         # module may count its calls. The evaluation step drops the result.
         outputs, updated = target.apply(
@@ -187,7 +184,10 @@ def _apply(
 def _trace_until_known(
     module: nn.Module, inputs: Inputs, flag: TrainFlag, found: Findings
 ) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
-    """Traces init, train and eval abstractly, learning from each refusal."""
+    """Traces init, train and eval abstractly, until no trace finds anything new.
+
+    Each error of a trace names a stream or an axis to supply to the next one.
+    """
 
     def trace(inputs: Inputs) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
         key, axes = jax.random.key(0), tuple(found.axis_names)

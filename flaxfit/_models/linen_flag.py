@@ -105,18 +105,19 @@ def parameters_of(module: nn.Module) -> dict[str, inspect.Parameter]:
 
 @contextlib.contextmanager
 def in_mode(
-    module: nn.Module, flag: TrainFlag, train: bool
-) -> Iterator[tuple[nn.Module, dict[str, bool]]]:
-    """Yields the module and the flags to call it with, in training or evaluation."""
+    module: nn.Module, inputs: Inputs, flag: TrainFlag, train: bool
+) -> Iterator[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
+    """Yields the module in a mode, and the arguments to call it with."""
     if flag.function is not None:
-        yield flag.function(module, train), {}
+        target = flag.function(module, train)
+        yield target, *_call_arguments(target, inputs, {})
         return
     changes: dict[str, Any] = {name: None for name in flag.cleared}
     changes |= {name: train != inverted for name, inverted in flag.attributes}
     target = module.clone(**changes) if changes else module
     kwargs = {name: train != inverted for name, inverted in flag.arguments}
     with _layers_set_to(train) if flag.layers else contextlib.nullcontext():
-        yield target, kwargs
+        yield target, *_call_arguments(target, inputs, kwargs)
 
 
 def _layers_set_to(train: bool) -> contextlib.AbstractContextManager[None]:
@@ -138,7 +139,7 @@ def _unset_flag(module: nn.Module) -> str | None:
     return None
 
 
-def call_arguments(
+def _call_arguments(
     module: nn.Module, inputs: Inputs, flags: dict[str, bool]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Returns the positional and named arguments of a call, its flags included."""

@@ -67,8 +67,9 @@ class Task(NamedTuple):
 def make_init(task: Task) -> InitStep:
     """Returns `(rng, inputs, variables) -> TrainState` at step 0.
 
-    Parameters equal those of `module.init(rng, *inputs)`, but for the collections
-    that `variables`, `{"params": ..., "batch_stats": ...}`, brings.
+    Parameters equal those of `module.init(rng, *inputs)` up to the last bit, which XLA
+    may round differently in another program; the same trainer always gets the same
+    ones. `variables`, `{"params": ...}`, replaces whole collections.
     """
 
     def init(rng: Array, inputs: Inputs, variables: Mapping[str, PyTree]) -> TrainState:

@@ -25,7 +25,7 @@ from flaxfit.checkpoint.restore import FIELDS
 
 _FRONT = 2**16
 _PIECE = 2**23
-# What the reader may build for each leaf, see `msgpack_reader`.
+# How many bytes the reader may build for each leaf, see `msgpack_reader`.
 _PER_LEAF = 1024
 
 
@@ -53,7 +53,7 @@ def snapshot(
     *,
     copy: bool,
 ) -> Snapshot:
-    """Brings a state to the host.
+    """Moves a state to the host.
 
     Args:
       state: a `TrainState`, or some of its fields by name. Its leaves must be numeric
@@ -199,11 +199,11 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
 
     Raises:
       CheckpointCorruptError: the file is damaged or cut off; it says where.
-      CheckpointError: there is no such file, or it is something else; the message
-        says what it looks like.
+      CheckpointError: the file is missing or not a checkpoint; the message says what
+        it looks like.
     """
     name = os.fspath(path)
-    return file_format.read(_read(name), name)
+    return file_format.read(read_bytes(name), name)
 
 
 def read_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -213,14 +213,14 @@ def read_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
       CheckpointCorruptError: the description is damaged or cut off.
-      CheckpointError: there is no such file, or it is something else.
+      CheckpointError: the file is missing or not a checkpoint.
     """
     name = os.fspath(path)
     length = _FRONT
     while True:
         data, size = _read_some(name, length)
         if not data.startswith(corruption.START):
-            return file_format.read(_read(name), name).meta  # raises, and says why
+            return file_format.read(read_bytes(name), name).meta  # raises, and says why
         meta = file_format.read_front(data, size, name)
         if meta is not None:
             return meta
@@ -234,7 +234,7 @@ def verify(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
       CheckpointCorruptError: the file is damaged or cut off; it says where.
-      CheckpointError: there is no such file, or it is something else.
+      CheckpointError: the file is missing or not a checkpoint.
     """
     name = os.fspath(path)
     meta = read_meta(name)
@@ -249,7 +249,7 @@ def verify(path: str | os.PathLike[str]) -> dict[str, Any]:
     except OSError as err:
         raise _unreadable(name, err) from err
     if crc.to_bytes(4, "big") != last:
-        raise corruption.damage(_read(name), name)
+        raise corruption.damage(read_bytes(name), name)
     return meta
 
 
@@ -265,7 +265,7 @@ def load_params(path: str | os.PathLike[str]) -> PyTree:
 
     Raises:
       CheckpointCorruptError: a damaged file of flaxfit.
-      CheckpointError: it is something else.
+      CheckpointError: a file of another kind.
     """
     return load_variables(path)["params"]
 
@@ -278,7 +278,7 @@ def load_variables(path: str | os.PathLike[str]) -> dict[str, PyTree]:
       has no collections.
     """
     name = os.fspath(path)
-    data = _read(name)
+    data = read_bytes(name)
     collections: dict[str, PyTree] = {}
     if corruption.is_checkpoint(data):
         content: Any = file_format.read(data, name).state
@@ -309,7 +309,8 @@ def load_variables(path: str | os.PathLike[str]) -> dict[str, PyTree]:
     return variables
 
 
-def _read(name: str) -> bytes:
+def read_bytes(name: str) -> bytes:
+    """Returns the bytes of a file; raises CheckpointError if it cannot be read."""
     return _read_some(name, None)[0]
 
 

@@ -26,7 +26,7 @@ _LOCK = ".lock"
 def replace_file(target: Path, write: Callable[[BinaryIO], None]) -> None:
     """Makes `target` hold what `write` writes, all of it or nothing.
 
-    A link stays a link: what it points to is replaced. Missing folders are made.
+    Of a link, the file it points to is replaced. Missing folders are made.
 
     Args:
       target: the file; an old one stays until the new one is safe on the disk.

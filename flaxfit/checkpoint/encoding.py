@@ -1,6 +1,6 @@
 """Encodes training state as nested dicts of NumPy arrays, and decodes it.
 
-Leaves that `flax.serialization` cannot write become ones that it can. Knows no files.
+Leaves that `flax.serialization` cannot write become leaves that it can.
 """
 
 from collections.abc import Iterator, Mapping
@@ -138,7 +138,7 @@ class Encoder:
 def _children(node: Any, path: KeyPath) -> Any:
     """Returns the children of `node` by the names Flax gives them, or a leaf."""
     kind = type(node)
-    if isinstance(node, dict):  # Flax knows no subclasses of it.
+    if isinstance(node, dict):  # Flax does not know its subclasses
         content = {str(k): v for k, v in node.items()}
         if len(content) != len(node):
             reason = "Dict keys do not have a unique string representation"

@@ -1,7 +1,7 @@
 """The layout of a checkpoint file: its parts in order, and their checksums.
 
-A file is a msgpack map of "meta", "state", perhaps "extra", and "crc32", where
-"state" is what `flax.serialization` writes. Knows neither folders nor templates.
+A file is a msgpack map of "meta", "state", perhaps "extra", and "crc32". Its "state" is
+in the format of `flax.serialization`. This module knows neither folders nor templates.
 
 The last four bytes are the CRC-32 of everything before them, in every format to come.
 Before them is a table that holds, for the end of meta and of every leaf, the offset
@@ -265,7 +265,7 @@ def read_plain(data: bytes, path: str) -> Any:
     """
     if known := corruption.looks_like(data):
         raise CheckpointError(
-            f"{path!r} is no checkpoint; it looks like {known}",
+            f"{path!r} is not a checkpoint; it looks like {known}",
             "Expected a file written by trainer.save(path)",
         )
     if data and (0x90 <= data[0] < 0xA0 or data[0] in (0xDC, 0xDD)):
@@ -308,7 +308,7 @@ def _foreign(data: bytes, path: str) -> CheckpointError:
 
 def _not_a_map(path: str, kind: str) -> CheckpointError:
     return CheckpointError(
-        f"{path!r} is no checkpoint: it holds a {kind}, not a map with 'meta' and "
+        f"{path!r} is not a checkpoint: it holds a {kind}, not a map with 'meta' and "
         "'state'"
     )
 

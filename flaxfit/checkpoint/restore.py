@@ -165,7 +165,7 @@ def _match(
     rename: Mapping[str, str | None],
     chosen: Collection[str],
 ) -> _Match:
-    """Renames the file's leaves and leaves out what is not wanted."""
+    """Renames the file's leaves and drops those that are not wanted."""
     rules = sorted(
         ((_parts(key), value) for key, value in rename.items()),
         key=lambda rule: -len(rule[0]),

@@ -1,15 +1,17 @@
-"""The named losses and the targets that each expects."""
+"""The named losses: one row each, with all facts about it."""
 
 import functools
-import inspect
+import math
 from collections.abc import Callable
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 import optax
+from optax import losses
 
-from flaxfit._core.errors import did_you_mean
+from flaxfit._core.errors import UsageError, UsageTypeError, did_you_mean
+from flaxfit._core.keras_hints import check_argument_order
 from flaxfit._core.types import Array, PyTree
 
 LossFn: TypeAlias = Callable[[PyTree, PyTree], Array]
@@ -18,7 +20,7 @@ LossFn: TypeAlias = Callable[[PyTree, PyTree], Array]
 Kind: TypeAlias = Literal[
     "integer", "distribution", "binary", "margin", "regression", "vector", "custom"
 ]
-"""What a loss takes outputs and targets for.
+"""What outputs and targets mean to a loss.
 
 `integer`: a score per class and the class's number. `distribution`: a score and
 a probability per class. `binary`: a logit and 0 or 1. `margin`: a score and -1 or
@@ -26,18 +28,27 @@ a probability per class. `binary`: a logit and 0 or 1. `margin`: a score and -1 
 """
 
 
-_TARGETS = frozenset({"label", "labels", "target", "targets", "true", "y", "y_true"})
-_OUTPUTS = frozenset(
-    {
-        *("logit", "logits", "output", "outputs", "pred", "preds", "prediction"),
-        *("predictions", "y_hat", "y_pred"),
-    }
-)
+class LossSpec(NamedTuple):
+    """All facts about a loss.
 
+    Attributes:
+      fn: `(outputs, targets) -> float[batch, ...]`.
+      kind: what its outputs and targets mean.
+      takes_logits: whether it applies a softmax or sigmoid itself.
+      smoothable: whether `label_smoothing` makes sense.
+      chance: number of classes -> the loss of a model that guesses, if known.
+    """
 
-class _Entry(NamedTuple):
     fn: LossFn
     kind: Kind
+    takes_logits: bool = False
+    smoothable: bool = False
+    chance: Callable[[int], float] | None = None
+
+    @property
+    def takes_one_hot(self) -> bool:
+        """Whether targets are one-hot rows, or probabilities that add up to 1."""
+        return self.kind == "distribution" and self.takes_logits
 
 
 def squared_error(outputs: Array, targets: Array) -> Array:
@@ -53,53 +64,75 @@ def absolute_error(outputs: Array, targets: Array) -> Array:
     return jnp.abs(outputs - targets)
 
 
+def _log_2(classes: int) -> float:
+    del classes
+    return math.log(2)
+
+
 LOSSES = MappingProxyType(
     {
-        "absolute_error": _Entry(absolute_error, "regression"),
-        "binary_dice_loss": _Entry(optax.losses.binary_dice_loss, "binary"),
-        "cosine_distance": _Entry(optax.losses.cosine_distance, "vector"),
-        "dice_loss": _Entry(optax.losses.dice_loss, "distribution"),
-        "generalized_kl_divergence": _Entry(
-            optax.losses.generalized_kl_divergence, "distribution"
+        "absolute_error": LossSpec(absolute_error, "regression"),
+        "binary_dice_loss": LossSpec(losses.binary_dice_loss, "binary"),
+        "cosine_distance": LossSpec(losses.cosine_distance, "vector"),
+        "dice_loss": LossSpec(losses.dice_loss, "distribution"),
+        "generalized_kl_divergence": LossSpec(
+            losses.generalized_kl_divergence, "distribution"
         ),
-        "hinge_loss": _Entry(optax.losses.hinge_loss, "margin"),
-        "huber_loss": _Entry(optax.losses.huber_loss, "regression"),
-        "kl_divergence": _Entry(optax.losses.kl_divergence, "distribution"),
-        "kl_divergence_with_log_targets": _Entry(
-            optax.losses.kl_divergence_with_log_targets, "distribution"
+        "hinge_loss": LossSpec(losses.hinge_loss, "margin"),
+        "huber_loss": LossSpec(losses.huber_loss, "regression"),
+        "kl_divergence": LossSpec(losses.kl_divergence, "distribution"),
+        "kl_divergence_with_log_targets": LossSpec(
+            losses.kl_divergence_with_log_targets, "distribution"
         ),
-        "l2_loss": _Entry(optax.losses.l2_loss, "regression"),
-        "log_cosh": _Entry(optax.losses.log_cosh, "regression"),
-        "multiclass_hinge_loss": _Entry(optax.losses.multiclass_hinge_loss, "integer"),
-        "multiclass_perceptron_loss": _Entry(
-            optax.losses.multiclass_perceptron_loss, "integer"
+        "l2_loss": LossSpec(losses.l2_loss, "regression"),
+        "log_cosh": LossSpec(losses.log_cosh, "regression"),
+        "multiclass_hinge_loss": LossSpec(losses.multiclass_hinge_loss, "integer"),
+        "multiclass_perceptron_loss": LossSpec(
+            losses.multiclass_perceptron_loss, "integer"
         ),
-        "multiclass_sparsemax_loss": _Entry(
-            optax.losses.multiclass_sparsemax_loss, "integer"
+        "multiclass_sparsemax_loss": LossSpec(
+            losses.multiclass_sparsemax_loss, "integer"
         ),
-        "perceptron_loss": _Entry(optax.losses.perceptron_loss, "margin"),
-        "poly_loss_cross_entropy": _Entry(
-            optax.losses.poly_loss_cross_entropy, "distribution"
+        "perceptron_loss": LossSpec(losses.perceptron_loss, "margin"),
+        "poly_loss_cross_entropy": LossSpec(
+            losses.poly_loss_cross_entropy, "distribution", takes_logits=True
         ),
-        "ranking_softmax_loss": _Entry(
-            functools.partial(optax.losses.ranking_softmax_loss, reduce_fn=None),
+        "ranking_softmax_loss": LossSpec(
+            functools.partial(losses.ranking_softmax_loss, reduce_fn=None),
             "regression",
         ),
-        "safe_softmax_cross_entropy": _Entry(
-            optax.losses.safe_softmax_cross_entropy, "distribution"
+        "safe_softmax_cross_entropy": LossSpec(
+            losses.safe_softmax_cross_entropy,
+            "distribution",
+            takes_logits=True,
+            chance=math.log,
         ),
-        "sigmoid_binary_cross_entropy": _Entry(
-            optax.losses.sigmoid_binary_cross_entropy, "binary"
+        "sigmoid_binary_cross_entropy": LossSpec(
+            losses.sigmoid_binary_cross_entropy,
+            "binary",
+            takes_logits=True,
+            smoothable=True,
+            chance=_log_2,
         ),
-        "sigmoid_focal_loss": _Entry(optax.losses.sigmoid_focal_loss, "binary"),
-        "softmax_cross_entropy": _Entry(
-            optax.losses.softmax_cross_entropy, "distribution"
+        "sigmoid_focal_loss": LossSpec(
+            losses.sigmoid_focal_loss, "binary", takes_logits=True
         ),
-        "softmax_cross_entropy_with_integer_labels": _Entry(
-            optax.losses.softmax_cross_entropy_with_integer_labels, "integer"
+        "softmax_cross_entropy": LossSpec(
+            losses.softmax_cross_entropy,
+            "distribution",
+            takes_logits=True,
+            smoothable=True,
+            chance=math.log,
         ),
-        "sparsemax_loss": _Entry(optax.losses.sparsemax_loss, "binary"),
-        "squared_error": _Entry(squared_error, "regression"),
+        "softmax_cross_entropy_with_integer_labels": LossSpec(
+            losses.softmax_cross_entropy_with_integer_labels,
+            "integer",
+            takes_logits=True,
+            smoothable=True,
+            chance=math.log,
+        ),
+        "sparsemax_loss": LossSpec(losses.sparsemax_loss, "binary"),
+        "squared_error": LossSpec(squared_error, "regression"),
     }
 )
 
@@ -131,96 +164,55 @@ def loss_names() -> tuple[str, ...]:
     return (*LOSSES, *ALIASES)
 
 
-def look_up(fn: LossFn | str) -> tuple[str | None, LossFn, Kind]:
-    """Returns the name in the table if there is one, the function and its kind."""
+def look_up(fn: LossFn | str) -> tuple[str | None, LossSpec]:
+    """Returns the name of a loss, None for a custom function, and its facts."""
     if isinstance(fn, str):
-        lowered = fn.lower()
-        name = ALIASES.get(lowered, lowered)
+        name = ALIASES.get(fn.lower(), fn.lower())
         if name not in LOSSES:
-            raise ValueError(_unknown_name(fn))
-        return name, *LOSSES[name]
+            raise _unknown_name(fn)
+        return name, LOSSES[name]
     if isinstance(fn, type):
-        raise TypeError(
-            f"loss is the class {fn.__name__}; write {fn.__name__}(...), a name or a "
-            "function (outputs, targets) -> float[batch]."
-        )
+        raise UsageTypeError(f"loss is the class {fn.__name__}", write=_call(fn))
     if not callable(fn):
-        raise TypeError(
-            f"A loss is a name or a function (outputs, targets) -> float[batch], "
-            f"not {type(fn).__name__}; write Loss('squared_error')."
+        raise UsageTypeError(
+            f"A loss is a name or a function (outputs, targets) -> float[batch], not "
+            f"{type(fn).__name__}",
+            write="Loss('squared_error')",
         )
-    known = known_name(fn)
-    if known is None:
-        check_argument_order(fn, "loss", "loss=lambda outputs, targets: {call}")
-    return known, fn, LOSSES[known].kind if known else "custom"
+    known = _known_name(fn)
+    if known is not None:
+        return known, LOSSES[known]._replace(fn=fn)
+    check_argument_order(fn, "loss", "loss=lambda outputs, targets: {call}")
+    return None, LossSpec(fn, "custom")
 
 
-def check_argument_order(fn: Callable[..., Any], what: str, line: str) -> None:
-    """Checks that a function does not ask for `(targets, outputs)`, as in Keras.
-
-    Args:
-      fn: the user's own function.
-      what: `"loss"` or `"metric"`.
-      line: what to write instead, with `{name}` and `{call}` to be filled in.
-
-    Raises:
-      TypeError: the names of its arguments say so.
-    """
-    first, second = _first_two_arguments(fn)
-    # (y, t) and (y, _) have the outputs first.
-    swapped = first.lower() in _TARGETS and not (
-        second.lower() in (*_TARGETS, "t") or second.startswith("_")
-    )
-    if swapped or (second.lower() in _OUTPUTS and first.lower() not in _OUTPUTS):
-        name = function_name(fn)
-        called = "f" if name == "<lambda>" else name
-        line = line.format(name=called, call=f"{called}(targets, outputs)")
-        raise TypeError(
-            f"The {what} {name} takes ({first}, {second}), as in Keras, but is called "
-            f"with (outputs, targets), as in optax; write {line}. If that is its order "
-            "already, name its arguments (outputs, targets)."
-        )
+def _call(cls: type) -> str:
+    return f"{cls.__name__}(...), a name, or a function (outputs, targets)"
 
 
-def function_name(fn: Callable[..., Any]) -> str:
-    """Returns the name of a function, also of a `functools.partial`."""
-    while isinstance(fn, functools.partial):
-        fn = fn.func
-    return str(getattr(fn, "__name__", type(fn).__name__))
-
-
-def _first_two_arguments(fn: Callable[..., Any]) -> tuple[str, str]:
-    try:
-        parameters = inspect.signature(fn).parameters.values()
-    except (TypeError, ValueError):  # A builtin may have none.
-        return "", ""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [p.name for p in parameters if p.kind in kinds]
-    return (names[0], names[1]) if len(names) > 1 else ("", "")
-
-
-def known_name(fn: LossFn) -> str | None:
-    """Returns the table's name of a function, also of a `functools.partial`."""
-    for name, entry in LOSSES.items():
-        if fn is entry.fn:
+def _known_name(fn: LossFn) -> str | None:
+    """Returns the name of a function in the table, also of a `functools.partial`."""
+    for name, spec in LOSSES.items():
+        if fn is spec.fn:
             return name
     if fn is optax.losses.squared_error:
         return "squared_error"
     if isinstance(fn, functools.partial) and not fn.args:
-        return known_name(fn.func)
+        return _known_name(fn.func)
     return None
 
 
-def _unknown_name(name: str) -> str:
+def _unknown_name(name: str) -> UsageError:
     if callable(getattr(optax.losses, name, None)):
-        return (
-            f"optax.losses.{name} does not give one value per example for "
-            "(outputs, targets), so it has no name here. Pass a function that calls "
-            "it: Trainer(model, loss=lambda outputs, targets: ...)."
+        return UsageError(
+            f"optax.losses.{name} does not give one value per example for (outputs, "
+            "targets), so it has no name here",
+            "Pass a function that calls it",
+            "Trainer(model, loss=lambda outputs, targets: ...)",
         )
     near = did_you_mean(name, loss_names())
-    return (
-        f"There is no loss {name!r}.{near} Names: {', '.join(LOSSES)}; as in Keras: "
-        f"{', '.join(ALIASES)}. Or pass a function (outputs, targets) -> "
-        "float[batch]."
+    return UsageError(
+        f"There is no loss {name!r}.{near}",
+        f"Names: {', '.join(LOSSES)}; as in Keras: {', '.join(ALIASES)}",
+        "one of them, or a function (outputs, targets) -> float[batch]",
     )

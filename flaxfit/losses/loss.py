@@ -1,9 +1,8 @@
-"""One loss of one output: its values per example and its weights.
+"""The loss of one output: its values per example and its weights.
 
-Knows nothing of several outputs, of data or of the reduction to one number.
+Knows neither several outputs, nor data, nor the reduction to one number.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,22 +12,11 @@ import jax.numpy as jnp
 import optax
 
 from flaxfit._core.arrays import append_axes
+from flaxfit._core.errors import UsageError
+from flaxfit._core.keras_hints import function_name
 from flaxfit._core.types import Array, PyTree
 from flaxfit._core.validation import fraction, integer
-from flaxfit.losses.catalog import Kind, LossFn, function_name, known_name, look_up
-
-_INTEGER_CROSS_ENTROPY = "softmax_cross_entropy_with_integer_labels"
-_SMOOTHED = frozenset(
-    {_INTEGER_CROSS_ENTROPY, "softmax_cross_entropy", "sigmoid_binary_cross_entropy"}
-)
-_OF_LOGITS = _SMOOTHED | {
-    "poly_loss_cross_entropy",
-    "safe_softmax_cross_entropy",
-    "sigmoid_focal_loss",
-}
-_CHANCE_LOG_CLASSES = frozenset(
-    {_INTEGER_CROSS_ENTROPY, "softmax_cross_entropy", "safe_softmax_cross_entropy"}
-)
+from flaxfit.losses.catalog import LOSSES, Kind, LossFn, LossSpec, look_up
 
 
 @dataclass(frozen=True, init=False)
@@ -43,9 +31,9 @@ class Loss:
       fn: `(outputs, targets) -> float[batch, ...]`, one value per example or
         element; the loss is their weighted mean.
       label_smoothing: this much of every label is spread over all classes.
-      ignore_label: targets equal to it count nothing.
-      threshold: a raw output above it is a positive decision; None where outputs
-        are no such decisions, or nothing says what they are.
+      ignore_label: targets equal to it have weight 0.
+      threshold: a raw output above it is a positive decision; None for losses of
+        several classes, and for custom functions.
       name: shown in the first line of `fit`.
 
     Example:
@@ -58,7 +46,7 @@ class Loss:
     ignore_label: int | None
     threshold: float | None
     name: str
-    kind: Kind = field(init=False, repr=False)
+    spec: LossSpec = field(init=False, repr=False)
 
     def __init__(
         self,
@@ -78,55 +66,51 @@ class Loss:
             `sigmoid_binary_cross_entropy`.
           ignore_label: the integer that marks targets to leave out, often -100.
           threshold: "auto" is 0 for losses of logits and scores, 0.5 for
-            regression, None for softmax. For a function of your own it is None too:
-            metrics that decide, such as accuracy, then ask for it.
-          name: "auto" by default: the function's own.
+            regression, None for softmax. For a custom function it is None too:
+            metrics that need decisions, such as accuracy, then ask for it.
+          name: the function's name by default.
 
         Raises:
-          ValueError: for an unknown name, or one that is no loss of
-            `(outputs, targets)`; for a label smoothing out of range or on a
-            loss that has no labels to smooth.
-          TypeError: for what is neither function nor name, and for a function whose
-            arguments are named as Keras's, `(y_true, y_pred)`.
+          ValueError: an unknown name; a label smoothing out of range, or for a loss
+            without labels to smooth.
+          TypeError: neither a function nor a name; or a function whose arguments are
+            named as in Keras, `(y_true, y_pred)`.
         """
-        known, function, kind = look_up(fn)
-        _check_smoothing(label_smoothing, known)
+        known, spec = look_up(fn)
+        _check_smoothing(label_smoothing, known, spec)
         if ignore_label is not None:
             line = "Loss(..., ignore_label=-100)"
             ignore_label = integer("ignore_label", ignore_label, least=None, write=line)
         values = {
-            "fn": function,
+            "fn": spec.fn,
             "label_smoothing": float(label_smoothing),
             "ignore_label": ignore_label,
-            "threshold": _threshold(kind) if threshold == "auto" else threshold,
-            "name": name or known or function_name(function),
-            "kind": kind,
+            "threshold": _threshold(spec.kind) if threshold == "auto" else threshold,
+            "name": name or known or function_name(spec.fn),
+            "spec": spec,
         }
         for attribute, value in values.items():
             object.__setattr__(self, attribute, value)
+
+    @property
+    def kind(self) -> Kind:
+        """What outputs and targets mean to it."""
+        return self.spec.kind
 
     @property
     def integer_targets(self) -> bool:
         """Whether a target is the number of a class."""
         return self.kind == "integer"
 
-    @property
-    def of_logits(self) -> bool:
-        """Whether it applies a softmax or sigmoid, so that outputs must be logits."""
-        return known_name(self.fn) in _OF_LOGITS
-
     def num_classes(self, outputs_shape: Sequence[int]) -> int | None:
-        """Returns how many classes outputs of this shape tell apart, if any."""
-        if self.kind in ("integer", "distribution"):
-            return outputs_shape[-1]
-        return None
+        """Returns the number of classes that outputs of this shape are scores of."""
+        classes = self.kind in ("integer", "distribution")
+        return outputs_shape[-1] if classes else None
 
     def chance_loss(self, outputs_shape: Sequence[int]) -> float | None:
-        """Returns the loss of a model that knows nothing, where that is known."""
-        known = known_name(self.fn)
-        if known in _CHANCE_LOG_CLASSES:
-            return math.log(outputs_shape[-1])
-        return math.log(2) if known == "sigmoid_binary_cross_entropy" else None
+        """Returns the loss of a model that guesses, None if it is not known."""
+        chance = self.spec.chance
+        return None if chance is None else chance(outputs_shape[-1])
 
     def weights(self, targets: PyTree, weights: Array) -> Array:
         """Returns `weights` with 0 for targets that are ignored.
@@ -169,21 +153,22 @@ class Loss:
         if self.kind == "binary":
             kept = 1.0 - self.label_smoothing
             return self.fn(outputs, kept * targets + 0.5 * self.label_smoothing)
+        fn = self.fn
         if self.kind == "integer":
             targets = jax.nn.one_hot(targets, outputs.shape[-1], dtype=outputs.dtype)
-        smooth = optax.losses.smooth_labels(targets, self.label_smoothing)
-        return optax.losses.softmax_cross_entropy(outputs, smooth)
+            fn = optax.losses.softmax_cross_entropy
+        return fn(outputs, optax.losses.smooth_labels(targets, self.label_smoothing))
 
 
 def decision_threshold(loss: Loss | None, metric: str) -> float:
-    """Returns what a raw output must exceed to be a positive decision.
+    """Returns the threshold above which a raw output is a positive decision.
 
     Args:
       loss: the loss of the output, None if it has none.
-      metric: who asks.
+      metric: the metric that needs it.
 
     Raises:
-      ValueError: the loss does not say it.
+      UsageError: the loss does not determine it.
     """
     if loss is not None and loss.threshold is not None:
         return loss.threshold
@@ -191,19 +176,15 @@ def decision_threshold(loss: Loss | None, metric: str) -> float:
         problem = "an output without a loss has none"
         line = "metrics={'name': lambda outputs, targets: (outputs > 0) == targets}"
     elif loss.kind == "custom":
-        problem = f"what the outputs mean to the loss {loss.name} is not known"
-        line = (
-            f"loss=Loss({'f' if loss.name == '<lambda>' else loss.name}, "
-            "threshold=0.0) if they are logits, threshold=0.5 if probabilities"
-        )
+        problem = f"the outputs may mean anything to the loss {loss.name}"
+        called = "f" if loss.name == "<lambda>" else loss.name
+        line = f"loss=Loss({called}, threshold=0.0) if they are logits, "
+        line += "threshold=0.5 if probabilities"
     else:
         problem = f"the loss {loss.name} has none"
-        line = (
-            f"metrics=['accuracy'], or loss=Loss({loss.name!r}, threshold=0.0) if "
-            "a raw output above 0 is a yes"
-        )
-    raise ValueError(
-        f"{metric!r} needs a threshold on the outputs, and {problem}; write {line}."
+        line = f"metrics=['accuracy'], or loss=Loss({loss.name!r}, threshold=0.0)"
+    raise UsageError(
+        f"{metric!r} needs a threshold on the outputs, and {problem}", write=line
     )
 
 
@@ -225,15 +206,17 @@ def _ignored(targets: Array, label: int) -> Array:
     return targets == label
 
 
-def _check_smoothing(amount: float, known: str | None) -> None:
+def _check_smoothing(amount: float, known: str | None, spec: LossSpec) -> None:
     line = "label_smoothing=0.1"
-    amount = fraction("label_smoothing", amount, within="[0, 1)", write=line)
-    if amount and known not in _SMOOTHED:
-        raise ValueError(
-            f"label_smoothing is for {', '.join(sorted(_SMOOTHED))}, not for "
-            f"{known or 'a function of your own'}; smooth the labels in the function: "
-            "optax.losses.smooth_labels(labels, 0.1)."
-        )
+    if fraction("label_smoothing", amount, within="[0, 1)", write=line):
+        if not spec.smoothable:
+            smoothable = ", ".join(n for n, one in LOSSES.items() if one.smoothable)
+            raise UsageError(
+                f"label_smoothing is for {smoothable}, not for "
+                f"{known or 'a custom function'}",
+                "Smooth the labels in a function",
+                "optax.losses.smooth_labels(labels, 0.1)",
+            )
 
 
 def _threshold(kind: Kind) -> float | None:

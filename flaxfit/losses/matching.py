@@ -9,30 +9,30 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from flaxfit._core.errors import DetectionError, did_you_mean
-from flaxfit._core.tree_specs import describe
+from flaxfit._core.errors import DetectionError, UsageError, did_you_mean
+from flaxfit._core.tree_specs import describe, holds_integers, is_array
 from flaxfit._core.types import PyTree
 from flaxfit.losses.catalog import loss_names
 from flaxfit.losses.loss import Loss
-from flaxfit.losses.target_checks import is_array, is_integer
+from flaxfit.losses.shape_advice import Advice, advise
 
-Path: TypeAlias = tuple[str | int, ...]
+OutputPath: TypeAlias = tuple[str | int, ...]
 """Where an output is in the model's nesting: `()`, `("name",)`, `(0,)`."""
 
-LossSpec: TypeAlias = (
+LossArgument: TypeAlias = (
     str | Callable[..., Any] | Loss | Mapping[Any, Any] | Sequence[Any] | None
 )
-"""What a user gives as a loss: one, or a dict or list of them, one per output."""
+"""The argument `loss`: one loss, or a dict or list of them, one per output."""
 
 
-def pick(tree: PyTree, path: Path) -> PyTree:
+def pick(tree: PyTree, path: OutputPath) -> PyTree:
     """Returns the output at `path`."""
     for key in path:
         tree = children(tree)[key]
     return tree
 
 
-def pick_targets(targets: PyTree, path: Path) -> PyTree:
+def pick_targets(targets: PyTree, path: OutputPath) -> PyTree:
     """Returns the targets of the output at `path`; one array serves all outputs.
 
     Raises:
@@ -44,10 +44,7 @@ def pick_targets(targets: PyTree, path: Path) -> PyTree:
         if not entries:
             break
         if key not in entries:
-            raise ValueError(
-                f"There are no targets{where(path)}: the targets are "
-                f"{describe(targets)}. Nest the targets like the outputs."
-            )
+            raise _missing_targets(path, targets)
         below = entries[key]
     return below
 
@@ -55,8 +52,8 @@ def pick_targets(targets: PyTree, path: Path) -> PyTree:
 def children(tree: PyTree) -> dict[str | int, PyTree]:
     """Returns the entries of a nesting by key; `{}` for an array.
 
-    A dict's keys are its own; those of a NamedTuple or of a dataclass that jax knows
-    are its fields' names; those of a tuple or list are positions.
+    The keys are those of a dict, the names of the fields of a NamedTuple or of a
+    dataclass that jax knows, or the positions in a tuple or list.
     """
     if isinstance(tree, Mapping):
         return dict(tree)
@@ -79,11 +76,11 @@ def is_named(tree: PyTree) -> bool:
     return isinstance(tree, Mapping) or (not positional and bool(children(tree)))
 
 
-def main_output(outputs: PyTree, targets: PyTree) -> Path | None:
-    """Returns where the one array is that a single array of targets belongs to.
+def main_output(outputs: PyTree, targets: PyTree) -> OutputPath | None:
+    """Returns the path of the one output that a single array of targets belongs to.
 
-    That is the output itself, its only entry, or the entry `"logits"` of a dict;
-    None if it cannot be told.
+    It is the output itself, its only entry, or the entry `"logits"` of a dict;
+    None if there is no such output.
     """
     if is_array(outputs):
         return ()
@@ -97,21 +94,21 @@ def main_output(outputs: PyTree, targets: PyTree) -> Path | None:
     return None if below is None else (key, *below)
 
 
-def where(path: Path) -> str:
-    """Returns `""` or `" of output 'a'"`, to be put into messages."""
+def where(path: OutputPath) -> str:
+    """Returns `""` or `" of output 'a'"`, for messages."""
     return f" of output {'/'.join(map(str, path))!r}" if path else ""
 
 
 def pair_losses(
-    spec: LossSpec, outputs: PyTree, targets: PyTree, path: Path = ()
-) -> Iterator[tuple[Path, Loss]]:
+    spec: LossArgument, outputs: PyTree, targets: PyTree, path: OutputPath = ()
+) -> Iterator[tuple[OutputPath, Loss]]:
     """Yields an output's path and its loss, for every output with a loss.
 
     Args:
-      spec: what was asked for.
+      spec: the argument `loss`.
       outputs: shapes and dtypes of the outputs below `path`.
       targets: shapes and dtypes of their targets.
-      path: the way down to here.
+      path: the place in the outputs.
 
     Raises:
       DetectionError: "auto" and no rule fits.
@@ -134,13 +131,13 @@ def pair_losses(
 
 
 def _spread(
-    loss: Loss, outputs: PyTree, targets: PyTree, path: Path
-) -> Iterator[tuple[Path, Loss]]:
+    loss: Loss, outputs: PyTree, targets: PyTree, path: OutputPath
+) -> Iterator[tuple[OutputPath, Loss]]:
     if targets is None and loss.kind != "custom":
-        raise ValueError(_no_targets(loss.name))
+        raise UsageError(*_no_targets(loss.name))
     main = main_output(outputs, targets)
     if loss.kind == "custom":
-        # A function of the user's own may want all outputs at once, as a VAE does.
+        # A custom function may need all outputs at once, as for a VAE.
         yield path, loss
     elif main is not None:
         yield (*path, *main), loss
@@ -150,9 +147,11 @@ def _spread(
             yield from _spread(loss, below, chosen, (*path, key))
 
 
-def _auto(outputs: PyTree, targets: PyTree, path: Path) -> Iterator[tuple[Path, Loss]]:
+def _auto(
+    outputs: PyTree, targets: PyTree, path: OutputPath
+) -> Iterator[tuple[OutputPath, Loss]]:
     if targets is None:
-        raise DetectionError(_no_targets("auto"))
+        raise DetectionError(*_no_targets("auto"))
     main = main_output(outputs, targets)
     if main is not None and is_array(targets):
         yield (*path, *main), _auto_loss(pick(outputs, main), targets, (*path, *main))
@@ -160,60 +159,64 @@ def _auto(outputs: PyTree, targets: PyTree, path: Path) -> Iterator[tuple[Path, 
         for key, below in children(outputs).items():
             yield from _auto(below, pick(targets, (key,)), (*path, key))
     else:
-        raise DetectionError(_no_rule(outputs, targets, path))
+        raise _no_rule(outputs, targets, path)
 
 
-def _auto_loss(outputs: Any, targets: Any, path: Path) -> Loss:
+def _auto_loss(outputs: Any, targets: Any, path: OutputPath) -> Loss:
     shape, labels = tuple(outputs.shape), tuple(targets.shape)
     near = (shape, (*shape, 1), shape[:-1] if shape[-1:] == (1,) else shape)
     if jnp.issubdtype(outputs.dtype, jnp.complexfloating):
         if labels == shape:
             return Loss("squared_error")
-    elif is_integer(targets):
-        # Shapes off by an axis of 1 get their loss, and then its own message.
+    elif holds_integers(targets):
+        # Shapes off by an axis of 1 are matched here, and refused by `check_shapes`.
         if (len(shape) == 1 or shape[-1] == 1) and labels in near:
             return Loss("sigmoid_binary_cross_entropy")
         if shape and labels in (shape[:-1], (*shape[:-1], 1)):
             return Loss("softmax_cross_entropy_with_integer_labels")
     elif jnp.issubdtype(targets.dtype, jnp.floating) and labels in near:
         return Loss("squared_error")
-    raise DetectionError(_no_rule(outputs, targets, path))
+    raise _no_rule(outputs, targets, path)
 
 
-def _no_rule(outputs: PyTree, targets: PyTree, path: Path) -> str:
-    advice = ""
+def _no_rule(outputs: PyTree, targets: PyTree, path: OutputPath) -> DetectionError:
+    advice: Advice | None = None
     keys = children(outputs)
     if is_named(outputs) and children(targets):
-        advice = " Nest the targets like the outputs, in a dict by their names."
-    elif not is_array(outputs) and not keys:
-        advice = " Let the model return an array, or a dict or tuple of arrays."
-    elif not is_array(outputs):
-        if is_named(outputs):
-            parts = ", ".join(f"{k!r}: None" for k in list(keys)[1:])
-            example = f"{{{next(iter(keys), 'name')!r}: 'auto', {parts}}}"
-        else:
-            example = f"[{', '.join([repr('auto')] + ['None'] * (len(keys) - 1))}]"
-        advice = f" Say which output has a loss: loss={example}."
-    elif is_array(targets) and tuple(targets.shape) == tuple(outputs.shape[:-1]):
-        advice = " For labels of classes write y.astype('int32')."
-    elif is_array(targets) and tuple(targets.shape) == tuple(outputs.shape):
-        advice = (
-            " For one-hot labels write loss='softmax_cross_entropy', for several "
-            "labels per example 'sigmoid_binary_cross_entropy'."
-        )
-    return (
+        advice = Advice("Nest the targets like the outputs, in a dict by their names")
+    elif is_array(outputs):
+        advice = advise("auto", outputs, targets) if is_array(targets) else None
+    elif not keys:
+        advice = Advice("Let the model return an array, or a dict or tuple of arrays")
+    elif is_named(outputs):
+        first, *others = keys
+        parts = "".join(f", {key!r}: None" for key in others)
+        advice = Advice("", f"loss={{{first!r}: 'auto'{parts}}}")
+    else:
+        advice = Advice("", f"loss=['auto'{', None' * (len(keys) - 1)}]")
+    expected, write = advice or Advice("")
+    return DetectionError(
         f"loss='auto' finds no loss{where(path)} for outputs {describe(outputs)} and "
-        f"targets {describe(targets)}.{advice} Or choose one: Trainer(model, "
-        f"loss=...) takes a function (outputs, targets) -> float[batch], or a name: "
-        f"{', '.join(loss_names())}."
+        f"targets {describe(targets)}",
+        expected,
+        f"{write + ', or ' if write else ''}Trainer(model, loss=...) with a function "
+        f"(outputs, targets) -> float[batch], or a name: {', '.join(loss_names())}",
     )
 
 
-def _no_targets(name: str) -> str:
+def _no_targets(name: str) -> tuple[str, str, str]:
     return (
-        f"There are no targets for loss={name!r}: pass fit(x, y) or a dataset of "
-        "(x, y), or Trainer(model, loss=None) for a model that sows its losses, or a "
-        "function (outputs, targets) that needs no targets."
+        f"There are no targets for loss={name!r}",
+        "Pass fit(x, y) or a dataset of (x, y)",
+        "Trainer(model, loss=None) for a model that sows its losses, or give a "
+        "function (outputs, targets) that needs no targets",
+    )
+
+
+def _missing_targets(path: OutputPath, targets: PyTree) -> UsageError:
+    return UsageError(
+        f"There are no targets{where(path)}: the targets are {describe(targets)}",
+        "Nest the targets like the outputs, or give that output the loss None",
     )
 
 
@@ -222,49 +225,45 @@ def _same_keys(a: PyTree, b: PyTree) -> bool:
     return alike and bool(children(a)) and set(children(a)) == set(children(b))
 
 
-def _targets_below(outputs: PyTree, targets: PyTree, key: str | int, path: Path) -> Any:
+def _targets_below(
+    outputs: PyTree, targets: PyTree, key: str | int, path: OutputPath
+) -> Any:
     if targets is None or is_array(targets):
         return targets
     if is_named(outputs) != is_named(targets) or key not in children(targets):
-        raise ValueError(
-            f"There are no targets{where((*path, key))}: the outputs are "
-            f"{describe(outputs)}, the targets {describe(targets)}. Nest the targets "
-            "like the outputs, or give that output the loss None."
-        )
+        raise _missing_targets((*path, key), targets)
     return pick(targets, (key,))
 
 
-def _check_keys(spec: Any, outputs: PyTree, path: Path) -> None:
+def _check_keys(spec: Any, outputs: PyTree, path: OutputPath) -> None:
     entries = children(outputs)
     if is_array(outputs) or is_named(spec) != is_named(outputs):
-        form = (
-            "one array: give one loss, loss='auto'"
-            if is_array(outputs)
-            else f"a {type(outputs).__name__} of {list(entries)}: nest the losses alike"
-        )
-        raise ValueError(
-            f"The losses are a {type(spec).__name__}, but what the model "
-            f"returns{where(path)} is {form}."
+        form = f"a {type(outputs).__name__} of {list(entries)}: nest the losses alike"
+        if is_array(outputs):
+            form = "one array: give one loss, loss='auto'"
+        raise UsageError(
+            f"The losses are a {type(spec).__name__}, but the model's "
+            f"output{where(path)} is {form}"
         )
     if is_named(spec):
         check_known(children(spec), entries, "loss")
     elif len(spec) != len(entries):
-        raise ValueError(
-            f"{len(spec)} losses for {len(entries)} outputs{where(path)}; give one per "
-            "output, None for an output without a loss."
+        raise UsageError(
+            f"Got {len(spec)} losses for {len(entries)} outputs{where(path)}",
+            "Give one per output, None for an output without a loss",
         )
 
 
-def check_known(given: Iterable[Any], entries: Mapping[Any, Any], what: str) -> None:
+def check_known(given: Iterable[Any], entries: Mapping[Any, Any], of: str) -> None:
     """Checks that every key of a dict of losses or weights is an output's.
 
     Raises:
-      ValueError: with the nearest names.
+      UsageError: with the nearest names.
     """
     for key in given:
         if key not in entries:
             near = did_you_mean(str(key), [str(k) for k in entries])
-            raise ValueError(
-                f"There is no output {key!r} for this {what}.{near} The outputs are "
-                f"{list(entries)}."
+            raise UsageError(
+                f"There is no output {key!r} for this {of}.{near}",
+                f"The outputs are {list(entries)}",
             )

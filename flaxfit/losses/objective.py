@@ -1,6 +1,6 @@
 """The total loss over all outputs of a model.
 
-What a single loss is, `losses` knows; nothing here reads data but `check_targets`.
+A single loss is in `loss`; only `check_targets` reads data.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxfit._core.tree_specs import describe, shapes_of
+from flaxfit._core.errors import UsageError, UsageTypeError
+from flaxfit._core.tree_specs import describe, is_array, shapes_of
 from flaxfit._core.types import Array, Average, PyTree
 from flaxfit.losses.loss import Loss
 from flaxfit.losses.matching import (
-    LossSpec,
-    Path,
+    LossArgument,
+    OutputPath,
     check_known,
     children,
     pair_losses,
@@ -27,7 +28,6 @@ from flaxfit.losses.matching import (
 from flaxfit.losses.target_checks import (
     check_shapes,
     check_values,
-    is_array,
     pairs_rows,
 )
 
@@ -42,7 +42,7 @@ class Term(NamedTuple):
       scalar_loss: whether it gives one number for a whole batch.
     """
 
-    path: Path
+    path: OutputPath
     loss: Loss
     scale: float
     scalar_loss: bool = False
@@ -50,10 +50,10 @@ class Term(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """What training minimizes: a sum of losses, each of one output.
+    """The sum of losses, each of one output, that training minimizes.
 
     Attributes:
-      terms: the losses in the order of the outputs; none if only sown losses count.
+      terms: the losses in the order of the outputs; empty if only sown losses count.
     """
 
     terms: tuple[Term, ...]
@@ -87,21 +87,23 @@ class Objective:
 
     @property
     def log_names(self) -> tuple[str, ...]:
-        """What the terms are logged under beside `loss`: `("a_loss", ...)`."""
+        """The names of the terms in the logs, besides `loss`: `("a_loss", ...)`."""
         if self.single:
             return ()
         return tuple(f"{path_name(term.path)}_loss" for term in self.terms)
 
-    def loss_at(self, path: Path) -> Loss | None:
+    def loss_at(self, path: OutputPath) -> Loss | None:
         """Returns the loss of the output at `path`, if it has one."""
         return next((term.loss for term in self.terms if term.path == path), None)
 
-    def loss_around(self, path: Path) -> Loss | None:
+    def loss_around(self, path: OutputPath) -> Loss | None:
         """Returns the loss of the output at `path`, or of the nesting it is in."""
         around = [term for term in self.terms if term.path == path[: len(term.path)]]
         return max(around, key=lambda term: len(term.path)).loss if around else None
 
-    def objective_weights(self, path: Path, targets: PyTree, weights: Array) -> Array:
+    def objective_weights(
+        self, path: OutputPath, targets: PyTree, weights: Array
+    ) -> Array:
         """Returns `weights` for the output at `path`, 0 where its loss ignores.
 
         Args:
@@ -145,31 +147,36 @@ class Objective:
                 averages[name] = Average.of(values, spread)
         return averages
 
-    def _term_name(self, path: Path) -> str:
+    def _term_name(self, path: OutputPath) -> str:
         return "" if self.single else path_name(path)
 
 
-def path_name(path: Path) -> str:
+def path_name(path: OutputPath) -> str:
     """Returns the name of an output: `"logits"`, `"0"`."""
     return "_".join(map(str, path))
 
 
-def check_weights(values: Sequence[int], weights: Sequence[int], what: str) -> None:
+def check_weights(values: Sequence[int], weights: Sequence[int], of: str) -> None:
     """Checks that weights of one shape can be spread over values of another.
 
+    Args:
+      values: the shape of the values.
+      weights: the shape of the weights.
+      of: the loss or metric, for the message.
+
     Raises:
-      ValueError: weights have an axis that the values have not.
+      UsageError: weights have an axis that the values do not have.
     """
     if len(weights) > len(values):
-        raise ValueError(
-            f"Weights of shape {list(weights)} do not fit {what}, whose values have "
-            f"shape {list(values)}: give one weight for each of them, e.g. "
-            "sample_weight.mean(-1), or a function that returns one value per weight."
+        raise UsageError(
+            f"Weights of shape {list(weights)} do not fit {of}, whose values have "
+            f"shape {list(values)}",
+            write="sample_weight.mean(-1), or return one value per weight",
         )
 
 
 def resolve_objective(
-    loss: LossSpec,
+    loss: LossArgument,
     loss_weights: float | Mapping[Any, Any] | Sequence[Any] | None,
     outputs: PyTree,
     targets: PyTree,
@@ -177,8 +184,8 @@ def resolve_objective(
 ) -> Objective:
     """Pairs the losses asked for with the outputs of a model.
 
-    A function of the user's own takes the whole outputs and targets as they are; a
-    name takes one array, and of several outputs each.
+    A custom function takes all outputs and targets as they are. A name takes one
+    array; if there are several outputs, it applies to each of them.
 
     Args:
       loss: "auto", a name, a function, a `Loss`, a dict or list of these, one per
@@ -186,7 +193,7 @@ def resolve_objective(
       loss_weights: a factor per loss, nested as the losses are.
       outputs: the shapes and dtypes of what the model returns.
       targets: the shapes and dtypes of the targets, or None.
-      rows: the number of examples in the batch they are of.
+      rows: the number of examples in that batch.
 
     Returns:
       The terms, each checked against the shapes.
@@ -204,9 +211,9 @@ def resolve_objective(
     )
     pairs = list(pair_losses(loss, outputs, targets))
     if loss is not None and not pairs:
-        raise ValueError(
-            f"loss={loss!r} has no loss for any output; name one, or write loss=None "
-            "for a model that sows its losses."
+        raise UsageError(
+            f"loss={loss!r} has no loss for any output",
+            write="loss='auto', or loss=None for a model that sows its losses",
         )
     _check_scales(loss_weights, outputs, [path for path, _ in pairs])
     terms = []
@@ -226,13 +233,13 @@ def check_targets(
     """Checks the values of targets on the host: range of labels, NaN.
 
     Args:
-      objective: the losses that take them.
+      objective: the losses.
       outputs: the model's outputs, or their shapes.
       targets: arrays, on the host or a device.
       weights: `float[batch, ...]`, or None where all count alike.
 
     Raises:
-      DataError: what was found, at which row, and what to write.
+      DataError: the value, its row, and the line to write.
     """
     for path, loss, _, _ in objective.terms:
         chosen = pick_targets(targets, path)
@@ -243,52 +250,45 @@ def check_targets(
 def _check_log_names(names: Sequence[str]) -> None:
     for name in names:
         if name.startswith("val_"):
-            problem = "which is the name of a value of validation data"
+            problem = "which is a name for validation data"
         elif names.count(name) > 1:
             problem = "as would the loss of another one"
         else:
             continue
         output = name.removesuffix("_loss")
-        raise ValueError(
-            f"The loss of output {output!r} would be logged as {name!r}, {problem}; "
-            "give the output another name in the model, e.g. "
-            f"'my_{output}'."
+        raise UsageError(
+            f"The loss of output {output!r} would be logged as {name!r}, {problem}",
+            f"Rename the output in the model, e.g. 'my_{output}'",
         )
 
 
-def _check_scales(loss_weights: Any, outputs: PyTree, paths: list[Path]) -> None:
+def _check_scales(loss_weights: Any, outputs: PyTree, paths: list[OutputPath]) -> None:
+    entries = children(outputs)
+    given = f"Got loss_weights={loss_weights}"
     if loss_weights is None or isinstance(loss_weights, int | float):
         if loss_weights is not None and len(paths) > 1:
-            raise ValueError(
-                f"loss_weights={loss_weights} is one number for several outputs; "
-                "write loss_weights={'name': 0.5} or a list."
-            )
-        return
-    entries = children(outputs)
-    if paths == [()]:
-        raise ValueError(
-            f"loss_weights={loss_weights} for a single loss; write one number, or "
-            "loss={'name': ...} with a loss per output."
-        )
-    if isinstance(loss_weights, Mapping):
+            line = "loss_weights={'name': 0.5} or a list"
+            raise UsageError(f"{given}, one number for several outputs", write=line)
+    elif paths == [()]:
+        line = "one number, or loss={'name': ...} with a loss per output"
+        raise UsageError(f"{given} for a single loss", write=line)
+    elif isinstance(loss_weights, Mapping):
         check_known(loss_weights, entries, "loss weight")
     elif len(loss_weights) != len(entries):
-        raise ValueError(
-            f"{len(loss_weights)} loss_weights for {len(entries)} outputs; give one "
-            "number per output."
+        raise UsageError(
+            f"Got {len(loss_weights)} loss_weights for {len(entries)} outputs",
+            "Give one number per output",
         )
 
 
-def _scale(loss_weights: Any, path: Path) -> float:
+def _scale(loss_weights: Any, path: OutputPath) -> float:
     if loss_weights is None or isinstance(loss_weights, int | float):
         return 1.0 if loss_weights is None else float(loss_weights)
     if not path:
-        raise TypeError(
-            f"loss_weights holds {loss_weights!r} for one loss; write a number, e.g. "
-            "loss_weights={'name': 0.5}."
-        )
-    factor = children(loss_weights).get(path[0])
-    return _scale(factor, path[1:])
+        line = "a number, e.g. loss_weights={'name': 0.5}"
+        given = f"loss_weights holds {loss_weights!r} for one loss"
+        raise UsageTypeError(given, write=line)
+    return _scale(children(loss_weights).get(path[0]), path[1:])
 
 
 def _is_scalar(
@@ -297,39 +297,37 @@ def _is_scalar(
     """Traces the loss abstractly and returns whether it gives a single number."""
     structs = shapes_of((outputs, targets))
     if loss.ignore_label is not None and not is_array(targets):
-        raise ValueError(
+        raise UsageError(
             f"ignore_label of {loss.name}{place} needs one array of targets, not "
-            f"{describe(targets)}; leave targets out in the function instead."
+            f"{describe(targets)}",
+            "Leave targets out in the function instead",
         )
+    shapes = f"outputs {describe(outputs)} and targets {describe(targets)}"
     try:
         values = jax.eval_shape(loss.values, *structs)
     except Exception as err:
-        err.add_note(
-            f"while tracing the loss {loss.name}{place} with outputs "
-            f"{describe(outputs)} and targets {describe(targets)}"
-        )
+        err.add_note(f"while tracing the loss {loss.name}{place} with {shapes}")
         raise
-    what = f"The loss {loss.name}{place}"
+    returned = f"The loss {loss.name}{place} returned {describe(values)}"
     if not is_array(values) or not jnp.issubdtype(values.dtype, jnp.floating):
-        raise ValueError(
-            f"{what} returned {describe(values)}; return real numbers, "
-            "float[batch, ...], one per example."
+        raise UsageError(
+            returned, "Return real numbers, float[batch, ...], one per example"
         )
     if values.shape and values.shape[0] != rows:
-        raise ValueError(
-            f"{what} returned shape {list(values.shape)} for a batch of {rows}; return "
-            "one value per example, float[batch], e.g. by .mean(axis=-1)."
+        raise UsageError(
+            f"{returned} for a batch of {rows}",
+            "Return one value per example, float[batch], e.g. by .mean(axis=-1)",
         )
     if loss.ignore_label is not None and targets.ndim > len(values.shape):
-        raise ValueError(
-            f"{what} returned shape {list(values.shape)} for targets "
-            f"{describe(targets)}; with ignore_label it must give one value per target."
+        raise UsageError(
+            f"{returned} for targets {describe(targets)}",
+            "With ignore_label it must return one value per target",
         )
     if loss.kind == "custom" and pairs_rows(loss.values, structs, values):
-        raise ValueError(
-            f"{what} returned shape {list(values.shape)} for outputs "
-            f"{describe(outputs)} and targets {describe(targets)}: it compares every "
-            "output with every target of the batch. Give both one shape, e.g. "
-            "y[:, None] or outputs[:, 0], and return one value per example."
+        raise UsageError(
+            f"{returned} for {shapes}: it compares every output with every target of "
+            "the batch",
+            "Give both the same shape, and return one value per example",
+            "y[:, None] or outputs[:, 0]",
         )
     return not values.shape

@@ -1,8 +1,9 @@
-"""Accumulators beyond a mean: roots, confusion counts, the ROC curve.
+"""Accumulators beyond a mean: functions of it, confusion counts, the ROC curve.
 
-They know weights and counts, and nothing of models, losses or names.
+They work on weights and counts, without models, losses or names.
 """
 
+from collections.abc import Callable
 from typing import Literal, Self
 
 import flax.struct
@@ -16,39 +17,31 @@ _LINEAR = 2.0**-6
 _LARGEST = 2.0**14
 
 
-class RootMean(flax.struct.PyTreeNode):
-    """The square root of a mean."""
+class FunctionOfMean(flax.struct.PyTreeNode):
+    """A function of a mean: the root of an error, the exponential of an entropy.
+
+    Attributes:
+      mean: the mean.
+      function: applied to its value.
+    """
 
     mean: Average
+    function: Callable[[Array], Array] = flax.struct.field(pytree_node=False)
 
     def merge(self, other: Self) -> Self:
         """Returns both together."""
-        return type(self)(self.mean.merge(other.mean))
+        return self.replace(mean=self.mean.merge(other.mean))
 
     def compute(self) -> Array:
-        """Returns the root."""
-        return jnp.sqrt(self.mean.compute())
-
-
-class ExpMean(flax.struct.PyTreeNode):
-    """The exponential of a mean: perplexity, of a mean cross-entropy."""
-
-    mean: Average
-
-    def merge(self, other: Self) -> Self:
-        """Returns both together."""
-        return type(self)(self.mean.merge(other.mean))
-
-    def compute(self) -> Array:
-        """Returns the exponential."""
-        return jnp.exp(self.mean.compute())
+        """Returns the function of the mean."""
+        return self.function(self.mean.compute())
 
 
 class ClassRatio(flax.struct.PyTreeNode):
     """Precision, recall or F1 of every class, averaged over the classes seen.
 
-    A class is seen if it was a target or a decision. A ratio of nothing is 0, as
-    `zero_division=0` of scikit-learn.
+    A class is seen if it was a target or a decision. A ratio without examples is 0,
+    as with scikit-learn's `zero_division=0`.
 
     Attributes:
       ratio: `float32[classes]` in each field: of the weights in `count`, those in
@@ -140,7 +133,7 @@ def class_ratio(
     decisions, targets, weights = map(jnp.ravel, (decisions, targets, weights))
 
     def total(chosen: Array, weights: Array) -> Array:
-        # A label to ignore may lie outside; its weight is 0.
+        # An ignored label may be out of range; its weight is 0.
         inside = jnp.clip(chosen, 0, classes - 1)
         return jnp.zeros(classes, jnp.float32).at[inside].add(weights)
 

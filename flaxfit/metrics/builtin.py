@@ -1,27 +1,25 @@
-"""The named metrics and how each reads outputs and targets."""
+"""The named metrics: one row each, with its function and its direction."""
 
 import dataclasses
 import functools
 import re
 from collections.abc import Callable
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from flaxfit._core.arrays import append_axes
-from flaxfit._core.errors import did_you_mean
-from flaxfit._core.tree_specs import describe
+from flaxfit._core.errors import UsageError, did_you_mean
+from flaxfit._core.tree_specs import describe, holds_integers
 from flaxfit._core.types import Accumulator, Array, Average
 from flaxfit.losses.catalog import absolute_error, squared_error
 from flaxfit.losses.loss import Loss, decision_threshold, full_precision
 from flaxfit.losses.objective import check_weights
-from flaxfit.losses.target_checks import is_integer
 from flaxfit.metrics.accumulators import (
-    ExpMean,
+    FunctionOfMean,
     RocCurve,
-    RootMean,
     binary_ratio,
     class_ratio,
 )
@@ -29,21 +27,21 @@ from flaxfit.metrics.accumulators import (
 Update: TypeAlias = Callable[[Array, Array, Array], Accumulator]
 """`(outputs, targets, weights) -> Accumulator`, of one output."""
 
-Reading: TypeAlias = Literal["label", "one_hot", "binary"]
+Builder: TypeAlias = Callable[[str, Loss | None, Any, Any], Update]
+"""`(name, loss, outputs, targets) -> Update`, from shapes and dtypes."""
+
+Direction: TypeAlias = Literal["min", "max"]
+"""Whether less or more is better."""
+
+TargetKind: TypeAlias = Literal["label", "one_hot", "binary"]
 """A target is the number of a class, a one-hot vector, or yes or no."""
 
-_ALIASES = MappingProxyType(
-    {
-        "acc": "accuracy",
-        "categorical_accuracy": "accuracy",
-        "sparse_categorical_accuracy": "accuracy",
-        "f1_score": "f1",
-        "mae": "mean_absolute_error",
-        "mse": "mean_squared_error",
-        "rmse": "root_mean_squared_error",
-    }
-)
-_TOP_K = re.compile(r"top_([1-9]\d*)_accuracy")
+
+class MetricSpec(NamedTuple):
+    """All facts about a named metric."""
+
+    build: Builder
+    direction: Direction
 
 
 def named_update(name: str, loss: Loss | None, outputs: Any, targets: Any) -> Update:
@@ -56,53 +54,60 @@ def named_update(name: str, loss: Loss | None, outputs: Any, targets: Any) -> Up
       targets: the shape and dtype of its targets.
 
     Raises:
-      ValueError: an unknown name, or one that does not go with the loss or shapes.
+      UsageError: an unknown name, or one that does not fit the loss or shapes.
     """
-    lowered = name.lower()
-    known = _ALIASES.get(lowered, lowered)
+    spec = find_metric(name)
+    if spec is None:
+        near = did_you_mean(name.lower(), (*METRICS, *ALIASES, "top_5_accuracy"))
+        raise UsageError(
+            f"There is no metric {name!r}.{near}",
+            f"Names: {', '.join(METRICS)}, top_5_accuracy (any number); short: "
+            f"{', '.join(ALIASES)}",
+            "one of them, a function (outputs, targets) -> float[batch], or a metric "
+            "of clu or metrax",
+        )
+    return spec.build(name, loss, outputs, targets)
+
+
+def find_metric(name: str) -> MetricSpec | None:
+    """Returns the row of a metric by its name, in any case, or by an alias."""
+    known = ALIASES.get(name.lower(), name.lower())
     top = _TOP_K.fullmatch(known)
     if top:
-        return _top_k(int(top[1]), name, loss, outputs, targets)
-    if known not in _BUILDERS:
-        near = did_you_mean(lowered, (*_BUILDERS, *_ALIASES, "top_5_accuracy"))
-        raise ValueError(
-            f"There is no metric {name!r}.{near} Names: {', '.join(_BUILDERS)}, "
-            f"top_5_accuracy (any number); short: {', '.join(_ALIASES)}. Or pass a "
-            "function (outputs, targets) -> float[batch], or a metric of clu or metrax."
-        )
-    return _BUILDERS[known](name, loss, outputs, targets)
+        return MetricSpec(functools.partial(_top_k, int(top[1])), "max")
+    return METRICS.get(known)
 
 
-def weighted_mean(values: Array, weights: Array, what: str) -> Average:
-    """Returns the mean of values, one per example or element.
+def weighted_mean(values: Array, weights: Array, name: str) -> Average:
+    """Returns the mean of a metric's values, one per example or element.
 
     Raises:
-      ValueError: weights have an axis that the values have not.
+      UsageError: weights have an axis that the values do not have.
     """
-    check_weights(values.shape, weights.shape, what)
+    check_weights(values.shape, weights.shape, f"the metric {name!r}")
     return Average.of(values, weights)
 
 
 def _mean_of(name: str, fn: Callable[[Array, Array], Array]) -> Update:
     def update(outputs: Array, targets: Array, weights: Array) -> Average:
         values = fn(full_precision(outputs), full_precision(targets))
-        return weighted_mean(values, weights, f"the metric {name!r}")
+        return weighted_mean(values, weights, name)
 
     return update
 
 
 def _accuracy(name: str, loss: Loss | None, outputs: Any, targets: Any) -> Update:
     if loss is not None and loss.kind in ("regression", "vector"):
-        raise ValueError(
-            f"{name!r} needs decisions, but the loss {loss.name} compares numbers; "
-            "write metrics=['mae'], or 'binary_accuracy' for targets of 0 and 1."
+        raise UsageError(
+            f"{name!r} needs decisions, but the loss {loss.name} compares numbers",
+            write="metrics=['mae'], or 'binary_accuracy' for targets of 0 and 1",
         )
-    reading = _read(name, loss, outputs, targets)
-    if reading == "binary":
+    targets_are = _target_kind(name, loss, outputs, targets)
+    if targets_are == "binary":
         return _binary_accuracy(name, loss, outputs, targets)
 
     def correct(outputs: Array, targets: Array) -> Array:
-        labels = targets if reading == "label" else jnp.argmax(targets, axis=-1)
+        labels = targets if targets_are == "label" else jnp.argmax(targets, axis=-1)
         return jnp.argmax(outputs, axis=-1) == labels
 
     return _mean_of(name, correct)
@@ -116,50 +121,51 @@ def _binary_accuracy(
 
 
 def _top_k(k: int, name: str, loss: Loss | None, outputs: Any, targets: Any) -> Update:
-    reading = _read(name, loss, outputs, targets)
-    if reading == "binary" or k > outputs.shape[-1]:
-        raise ValueError(
-            f"{name!r} does not go with outputs {describe(outputs)}: it needs at least "
-            f"{k} classes; write metrics=['accuracy']."
+    targets_are = _target_kind(name, loss, outputs, targets)
+    if targets_are == "binary" or k > outputs.shape[-1]:
+        raise UsageError(
+            f"{name!r} does not fit outputs {describe(outputs)}",
+            f"It needs at least {k} classes",
+            "metrics=['accuracy']",
         )
 
     def correct(outputs: Array, targets: Array) -> Array:
-        labels = targets if reading == "label" else jnp.argmax(targets, axis=-1)
+        labels = targets if targets_are == "label" else jnp.argmax(targets, axis=-1)
         best = jax.lax.top_k(outputs, k)[1]
         return jnp.any(best == labels[..., None].astype(best.dtype), axis=-1)
 
     return _mean_of(name, correct)
 
 
-def _absolute(name: str, loss: Loss | None, outputs: Any, targets: Any) -> Update:
+def _elementwise(
+    fn: Callable[[Array, Array], Array],
+    name: str,
+    loss: Loss | None,
+    outputs: Any,
+    targets: Any,
+) -> Update:
     del loss
     _check_equal_shapes(name, outputs, targets)
-    return _mean_of(name, absolute_error)
-
-
-def _squared(name: str, loss: Loss | None, outputs: Any, targets: Any) -> Update:
-    del loss
-    _check_equal_shapes(name, outputs, targets)
-    return _mean_of(name, squared_error)
+    return _mean_of(name, fn)
 
 
 def _root_squared(name: str, loss: Loss | None, outputs: Any, targets: Any) -> Update:
-    mean: Any = _squared(name, loss, outputs, targets)
-    return lambda o, t, w: RootMean(mean(o, t, w))
+    mean: Any = _elementwise(squared_error, name, loss, outputs, targets)
+    return lambda o, t, w: FunctionOfMean(mean(o, t, w), jnp.sqrt)
 
 
 def _perplexity(name: str, loss: Loss | None, outputs: Any, targets: Any) -> Update:
     entropy = loss is not None and loss.num_classes(outputs.shape) is not None
     if loss is None or not entropy or loss.chance_loss(outputs.shape) is None:
-        raise ValueError(
+        raise UsageError(
             f"{name!r} is the exponential of a softmax cross-entropy, not of "
-            f"{loss.name if loss else 'no loss'}; write Trainer(model, "
-            "loss='softmax_cross_entropy_with_integer_labels')."
+            f"{loss.name if loss else 'no loss'}",
+            write="Trainer(model, loss='softmax_cross_entropy_with_integer_labels')",
         )
-    # Smoothing changes what is trained, not how well the next token is guessed.
+    # Smoothing is for training; perplexity measures the probability of the labels.
     plain = dataclasses.replace(loss, label_smoothing=0.0)
     mean: Any = _mean_of(name, plain.values)
-    return lambda o, t, w: ExpMean(mean(o, t, w))
+    return lambda o, t, w: FunctionOfMean(mean(o, t, w), jnp.exp)
 
 
 def _ratio(
@@ -169,8 +175,8 @@ def _ratio(
     outputs: Any,
     targets: Any,
 ) -> Update:
-    reading = _read(name, loss, outputs, targets)
-    if reading == "binary":
+    targets_are = _target_kind(name, loss, outputs, targets)
+    if targets_are == "binary":
         threshold = _threshold(name, loss, outputs, targets)
 
         def binary(outputs: Array, targets: Array, weights: Array) -> Accumulator:
@@ -180,7 +186,7 @@ def _ratio(
         return binary
 
     def per_class(outputs: Array, targets: Array, weights: Array) -> Accumulator:
-        labels = targets if reading == "label" else jnp.argmax(targets, axis=-1)
+        labels = targets if targets_are == "label" else jnp.argmax(targets, axis=-1)
         labels = labels.astype(jnp.int32)
         best = jnp.argmax(outputs, axis=-1)
         spread = _spread(weights, labels, name)
@@ -190,59 +196,76 @@ def _ratio(
 
 
 def _auc(name: str, loss: Loss | None, outputs: Any, targets: Any) -> Update:
-    reading = _read(name, loss, outputs, targets)
-    if reading != "binary" and outputs.shape[-1] != 2:
-        raise ValueError(
-            f"{name!r} is for two classes, not for outputs {describe(outputs)}; write "
-            "metrics=['accuracy', 'f1'], or a function of your own."
+    targets_are = _target_kind(name, loss, outputs, targets)
+    if targets_are != "binary" and outputs.shape[-1] != 2:
+        raise UsageError(
+            f"{name!r} is for two classes, not for outputs {describe(outputs)}",
+            write="metrics=['accuracy', 'f1'], or a custom function",
         )
 
     def update(outputs: Array, targets: Array, weights: Array) -> Accumulator:
         scores = full_precision(outputs)
-        if reading != "binary":
+        if targets_are != "binary":
             scores = scores[..., 1] - scores[..., 0]
-        if reading == "one_hot":
+        if targets_are == "one_hot":
             targets = targets[..., 1]
         return RocCurve.of(scores, targets > 0.5, _spread(weights, targets, name))
 
     return update
 
 
-_BUILDERS: MappingProxyType[str, Callable[[str, Loss | None, Any, Any], Update]] = (
-    MappingProxyType(
-        {
-            "accuracy": _accuracy,
-            "auc": _auc,
-            "binary_accuracy": _binary_accuracy,
-            "f1": functools.partial(_ratio, "f1"),
-            "mean_absolute_error": _absolute,
-            "mean_squared_error": _squared,
-            "perplexity": _perplexity,
-            "precision": functools.partial(_ratio, "precision"),
-            "recall": functools.partial(_ratio, "recall"),
-            "root_mean_squared_error": _root_squared,
-        }
-    )
+METRICS: MappingProxyType[str, MetricSpec] = MappingProxyType(
+    {
+        "accuracy": MetricSpec(_accuracy, "max"),
+        "auc": MetricSpec(_auc, "max"),
+        "binary_accuracy": MetricSpec(_binary_accuracy, "max"),
+        "f1": MetricSpec(functools.partial(_ratio, "f1"), "max"),
+        "mean_absolute_error": MetricSpec(
+            functools.partial(_elementwise, absolute_error), "min"
+        ),
+        "mean_squared_error": MetricSpec(
+            functools.partial(_elementwise, squared_error), "min"
+        ),
+        "perplexity": MetricSpec(_perplexity, "min"),
+        "precision": MetricSpec(functools.partial(_ratio, "precision"), "max"),
+        "recall": MetricSpec(functools.partial(_ratio, "recall"), "max"),
+        "root_mean_squared_error": MetricSpec(_root_squared, "min"),
+    }
 )
 
+ALIASES = MappingProxyType(
+    {
+        "acc": "accuracy",
+        "categorical_accuracy": "accuracy",
+        "sparse_categorical_accuracy": "accuracy",
+        "f1_score": "f1",
+        "mae": "mean_absolute_error",
+        "mse": "mean_squared_error",
+        "rmse": "root_mean_squared_error",
+    }
+)
+_TOP_K = re.compile(r"top_([1-9]\d*)_accuracy")
 
-def _read(name: str, loss: Loss | None, outputs: Any, targets: Any) -> Reading:
-    """Returns what a target is, by shapes and by what the loss takes."""
+
+def _target_kind(
+    name: str, loss: Loss | None, outputs: Any, targets: Any
+) -> TargetKind:
+    """Returns what a target is, by the shapes and the kind of the loss."""
     shape, labels = tuple(outputs.shape), tuple(targets.shape)
     kind = loss.kind if loss is not None else "custom"
-    if is_integer(targets) and shape[1:] and labels == shape[:-1] and shape[-1] > 1:
+    if holds_integers(targets) and shape[1:] and labels == shape[:-1] and shape[-1] > 1:
         return "label"
     _check_equal_shapes(name, outputs, targets)
     if kind == "distribution":
         return "one_hot"
     one_output = len(shape) == 1 or shape[-1] == 1
-    if kind != "custom" or is_integer(targets) or one_output:
+    if kind != "custom" or holds_integers(targets) or one_output:
         return "binary"
-    raise ValueError(
-        f"{name!r} cannot tell whether targets {describe(targets)} are one-hot or "
-        "several labels each: write loss='softmax_cross_entropy' or "
-        "'sigmoid_binary_cross_entropy', 'binary_accuracy', or a function "
-        "(outputs, targets) -> float[batch]."
+    raise UsageError(
+        f"Targets {describe(targets)} may be one-hot or several labels each, which "
+        f"{name!r} needs to know",
+        write="loss='softmax_cross_entropy' or 'sigmoid_binary_cross_entropy', the "
+        "metric 'binary_accuracy', or a function (outputs, targets) -> float[batch]",
     )
 
 
@@ -253,14 +276,15 @@ def _threshold(name: str, loss: Loss | None, outputs: Any, targets: Any) -> floa
 
 def _check_equal_shapes(name: str, outputs: Any, targets: Any) -> None:
     if tuple(outputs.shape) != tuple(targets.shape):
-        raise ValueError(
-            f"{name!r} does not go with outputs {describe(outputs)} and targets "
+        raise UsageError(
+            f"{name!r} does not fit outputs {describe(outputs)} and targets "
             f"{describe(targets)}: it needs equal shapes"
-            f"{', or labels' if 'accuracy' in name else ''}; write a function "
-            "(outputs, targets) -> float[batch] instead."
+            f"{', or labels' if 'accuracy' in name else ''}",
+            write="a function (outputs, targets) -> float[batch]",
         )
 
 
 def _spread(weights: Array, targets: Array, name: str) -> Array:
+    """Returns the weights in the shape of the targets."""
     check_weights(targets.shape, weights.shape, f"the metric {name!r}")
     return jnp.broadcast_to(append_axes(weights, targets.ndim), targets.shape)

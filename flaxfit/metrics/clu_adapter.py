@@ -1,6 +1,6 @@
 """Adapts metrics with clu's interface: clu's, metrax's and custom ones.
 
-Known by their methods only; no such library is imported here.
+Recognized by their methods; none of these libraries is imported.
 """
 
 import functools
@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from flaxfit._core.arrays import append_axes, strongly_typed
+from flaxfit._core.errors import UsageError
+from flaxfit._core.tree_specs import holds_integers
 from flaxfit._core.types import Accumulator, Array
 from flaxfit.losses.loss import Loss, decision_threshold, full_precision
-from flaxfit.losses.target_checks import is_integer
 
 Update: TypeAlias = Callable[[Array, Array, Array], Accumulator]
 """`(outputs, targets, weights) -> Accumulator`, of one output."""
@@ -56,27 +57,27 @@ def snake_case(name: str) -> str:
 def adapt_metric(metric: Any, name: str, loss: Loss | None) -> Update:
     """Returns a function of one batch around a metric with clu's interface.
 
-    Its `from_model_output` gets, of these, what it has a parameter for:
-    - `logits`, `outputs`, `values`: what the model returned;
-    - `predictions`: what the loss says that means. Probabilities for a loss of
-      logits, raw outputs for any other. An accuracy, which compares them with the
-      labels, gets decisions; one with a parameter `from_logits` gets logits;
+    Its `from_model_output` gets those of these arguments that it has parameters for:
+    - `logits`, `outputs`, `values`: the model's outputs;
+    - `predictions`: probabilities for a loss of logits, raw outputs for any other
+      loss. An accuracy, which compares them with the labels, gets decisions; a
+      metric with a parameter `from_logits` gets logits;
     - `labels`, `targets`;
     - `sample_weights`, `weights`: in the targets' shape;
     - `mask`: where the weights are not 0;
     - `loss`: the loss of every example.
 
-    One that takes neither weights nor mask never sees a row of weight 0: a batch
-    with such rows is merged row by row. Other weights cannot reach it.
+    A metric without parameters for weights or mask never sees a row of weight 0: a
+    batch with such rows is merged row by row. It ignores all other weights.
 
     Args:
       metric: the class, or an instance of it.
-      name: what it is logged as.
+      name: its name in the logs.
       loss: the loss of the same output, if it has one.
 
     Raises:
-      ValueError: it needs an argument that flaxfit cannot give, or decisions where
-        nothing says what the outputs are.
+      UsageError: it needs an argument that flaxfit cannot give, or decisions where
+        the loss does not determine a threshold.
     """
     parameters = inspect.signature(metric.from_model_output).parameters
     _check_parameters(metric, name, parameters)
@@ -105,18 +106,19 @@ def _check_merge(batch: Any, name: str) -> None:
     def leaves(tree: Any) -> Any:
         return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
 
-    problem = (
-        f"The metric {name!r} grows when it is merged, so it cannot be carried through "
-        "compiled steps. Compute it from trainer.predict(x) after fit, or from sums: "
-        "a class with from_model_output, merge and compute over arrays of fixed shape."
+    problem = UsageError(
+        f"The metric {name!r} grows when it is merged, so compiled steps "
+        "cannot carry it",
+        "Compute it from trainer.predict(x) after fit, or keep arrays of fixed shape "
+        "in the accumulator",
     )
     try:
         merged = jax.eval_shape(lambda a: a.merge(a), batch)
     except Exception as err:
-        raise ValueError(problem) from err
+        raise problem from err
     before, after = ((jax.tree.structure(x), leaves(x)) for x in (batch, merged))
     if before != after:
-        raise ValueError(problem)
+        raise problem
 
 
 def _check_compute(batch: Any, name: str) -> None:
@@ -124,17 +126,17 @@ def _check_compute(batch: Any, name: str) -> None:
     try:
         value = jax.eval_shape(lambda a: a.compute(), batch)
     except (jax.errors.JAXTypeError, IndexError):
-        # It computes on the host, which is allowed, and so seen only there.
-        return
+        return  # It computes on the host, where it cannot be checked ahead.
     except Exception as err:
-        raise ValueError(
-            f"compute() of the metric {name!r} fails: {err} Replace the metric, or "
-            "override compute in a subclass."
+        raise UsageError(
+            f"compute() of the metric {name!r} fails: {err}",
+            "Replace the metric, or override compute in a subclass",
         ) from err
     if getattr(value, "shape", None) != ():
-        raise ValueError(
-            f"compute() of the metric {name!r} gives {value}, not one number; override "
-            "compute in a subclass, e.g. return super().compute().mean()."
+        raise UsageError(
+            f"compute() of the metric {name!r} gives {value}, not one number",
+            "Override it in a subclass",
+            "def compute(self): return super().compute().mean()",
         )
 
 
@@ -148,11 +150,11 @@ def _check_parameters(metric: Any, name: str, parameters: Mapping[str, Any]) -> 
     if missing:
         owner = getattr(metric, "__name__", type(metric).__name__)
         taken = ", ".join(n for n in parameters if n in _KNOWN)
-        raise ValueError(
-            f"The metric {name!r} needs {', '.join(missing)} in from_model_output; "
-            f"flaxfit gives {', '.join(sorted(_KNOWN))}. Fix the rest in a subclass: "
+        raise UsageError(
+            f"The metric {name!r} needs {', '.join(missing)} in from_model_output",
+            f"flaxfit gives {', '.join(sorted(_KNOWN))}; set the rest in a subclass",
             f"class Mine({owner}): from_model_output = classmethod(lambda cls, "
-            f"{taken}: {owner}.from_model_output({taken}, {missing[0]}=...))."
+            f"{taken}: {owner}.from_model_output({taken}, {missing[0]}=...))",
         )
 
 
@@ -170,7 +172,7 @@ def _arguments(
     open_names = (*_RAW[:2], "predictions", *_LABELS, *_MASKS) if takes_all else ()
     names = {n for n in parameters if n in _KNOWN} | set(open_names)
     given: dict[str, Any] = dict.fromkeys(names & set(_RAW), outputs)
-    labels = targets.astype(jnp.int32) if is_integer(targets) else targets
+    labels = targets.astype(jnp.int32) if holds_integers(targets) else targets
     given |= dict.fromkeys(names & set(_LABELS), labels)
     given |= dict.fromkeys(names & set(_WEIGHTS), _spread(weights, targets))
     given |= dict.fromkeys(names & set(_MASKS), weights != 0)
@@ -212,10 +214,10 @@ def _predictions(
     if not of_two_classes or outputs.ndim == targets.ndim:
         return chances, False
     if outputs.shape[-1] != 2:
-        raise ValueError(
+        raise UsageError(
             f"The metric {owner.__name__} is for two classes, not for "
-            f"{outputs.shape[-1]}; write metrics=['precision', 'recall', 'f1'], "
-            "which average over classes."
+            f"{outputs.shape[-1]}",
+            write="metrics=['precision', 'recall', 'f1'], which average over classes",
         )
     return chances[..., 1], False
 
@@ -223,7 +225,7 @@ def _predictions(
 def _decisions(name: str, loss: Loss | None, outputs: Array, targets: Array) -> Array:
     """Returns what equals the targets where the model is right."""
     kind = loss.kind if loss is not None else "custom"
-    if is_integer(targets) and outputs.ndim == targets.ndim + 1:
+    if holds_integers(targets) and outputs.ndim == targets.ndim + 1:
         return jnp.argmax(outputs, axis=-1)
     if kind == "distribution":
         best = jnp.argmax(outputs, axis=-1)

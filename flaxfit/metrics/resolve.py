@@ -1,6 +1,6 @@
 """Resolves requested metrics to streaming accumulators.
 
-Named metrics are in `_named_metrics`, clu's and metrax's in `_foreign_metrics`.
+Named metrics are in `builtin`, those of clu and metrax in `clu_adapter`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -9,15 +9,21 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from flaxfit._core.errors import did_you_mean
-from flaxfit._core.tree_specs import describe, shapes_of
+from flaxfit._core.errors import UsageError, UsageTypeError, did_you_mean
+from flaxfit._core.keras_hints import check_argument_order, function_name
+from flaxfit._core.tree_specs import describe, is_array, shapes_of
 from flaxfit._core.types import Accumulator, Array, PyTree
-from flaxfit.losses.catalog import check_argument_order, function_name
 from flaxfit.losses.loss import full_precision
-from flaxfit.losses.matching import Path, children, main_output, pick, pick_targets
+from flaxfit.losses.matching import (
+    OutputPath,
+    children,
+    main_output,
+    pick,
+    pick_targets,
+)
 from flaxfit.losses.objective import Objective, path_name
-from flaxfit.losses.target_checks import is_array, pairs_rows
-from flaxfit.metrics.builtin import Update, named_update, weighted_mean
+from flaxfit.losses.target_checks import pairs_rows
+from flaxfit.metrics.builtin import Update, find_metric, named_update, weighted_mean
 from flaxfit.metrics.clu_adapter import (
     adapt_metric,
     is_collection,
@@ -29,27 +35,25 @@ from flaxfit.metrics.clu_adapter import (
 MetricFn: TypeAlias = Callable[[PyTree, PyTree, Array], Accumulator]
 """`(outputs, targets, weights) -> Accumulator` of one batch, pure and traceable."""
 
-_MIN = ("loss", "error", "perplexity", "mae", "mse", "rmse")
-_MAX = ("accuracy", "acc", "precision", "recall", "f1", "f1_score", "auc")
-_TAKEN = ("loss", "learning_rate")
+_RESERVED = ("loss", "learning_rate")
 
 
-class _Asked(NamedTuple):
-    """One metric that was asked for; `name` and `path` where they were given."""
+class _Request(NamedTuple):
+    """One requested metric; `name` and `path` are None where they were not given."""
 
     metric: Any
     name: str | None = None
-    path: Path | None = None
+    path: OutputPath | None = None
 
 
 def resolve_metrics(
     metrics: Any, objective: Objective, outputs: PyTree, targets: PyTree, rows: int
 ) -> dict[str, MetricFn]:
-    """Makes a function of a batch of every metric asked for.
+    """Makes a function of a batch for every requested metric.
 
-    A name or an object of clu's interface applies to every output with a loss, and is
-    logged as `"<output>_<metric>"` if there are several. A function gets the whole
-    outputs and targets. Weights, and labels a loss ignores, count in all of them.
+    A name or an object with clu's interface applies to every output with a loss, and
+    is logged as `"<output>_<metric>"` if there are several. A function gets all
+    outputs and targets. All of them respect weights and the labels a loss ignores.
 
     Args:
       metrics: None; or a name, a function `(outputs, targets) -> float[batch, ...]`, a
@@ -58,25 +62,23 @@ def resolve_metrics(
       objective: the losses: thresholds, labels to ignore.
       outputs: the shapes and dtypes of what the model returns.
       targets: the shapes and dtypes of the targets.
-      rows: the number of examples in the batch they are of.
+      rows: the number of examples in that batch.
 
     Returns:
-      By the name to log, in the order asked for.
+      By the name to log, in the order requested.
 
     Raises:
-      ValueError: an unknown name, an output that is not there, shapes that do not fit,
-        a function that returns one number for a batch, a metric that grows.
-      TypeError: what is no metric at all, a function that takes `(targets, outputs)`.
+      ValueError: an unknown name or output, shapes that do not fit, a function that
+        returns one number for a batch, a metric that grows.
+      TypeError: not a metric, or a function that takes `(targets, outputs)`.
     """
     resolved: dict[str, MetricFn] = {}
-    taken = (*_TAKEN, *objective.log_names)
-    for asked in _asked(metrics, outputs):
-        for name, fn in _resolve(asked, objective, outputs, targets):
+    taken = (*_RESERVED, *objective.log_names)
+    for request in _requests(metrics, outputs):
+        for name, fn in _resolve(request, objective, outputs, targets):
             if name in resolved or name in taken or name.startswith("val_"):
-                raise ValueError(
-                    f"The name {name!r} is taken in the logs; name the metric: "
-                    "metrics={'my_name': ...}."
-                )
+                given = f"The name {name!r} is taken in the logs"
+                raise UsageError(given, write="metrics={'my_name': ...}")
             _check(name, fn, outputs, targets, rows)
             resolved[name] = fn
     return resolved
@@ -85,64 +87,67 @@ def resolve_metrics(
 def metric_direction(name: str) -> str | None:
     """Returns whether less or more is better: `"min"`, `"max"`, None if unknown.
 
+    The name of an output or `val_` may come before the metric's name.
+
     Example:
       >>> metric_direction("val_head_accuracy"), metric_direction("val_loss")
       ('max', 'min')
     """
-    for direction, endings in (("min", _MIN), ("max", _MAX)):
-        if any(name == e or name.endswith(f"_{e}") for e in endings):
-            return direction
-    return None
+    parts = name.split("_")
+    endings = ["_".join(parts[i:]) for i in range(len(parts))]
+    for spec in filter(None, map(find_metric, endings)):
+        return spec.direction
+    # Custom functions are often named so: "pixel_error".
+    return "min" if parts[-1] in ("loss", "error") else None
 
 
-def _asked(metrics: Any, outputs: PyTree) -> Iterator[_Asked]:
+def _requests(metrics: Any, outputs: PyTree) -> Iterator[_Request]:
     if metrics is None:
         return
     if isinstance(metrics, list | tuple):
-        yield from (one for m in metrics for one in _asked(m, outputs))
+        yield from (one for m in metrics for one in _requests(m, outputs))
     elif isinstance(metrics, Mapping):
         entries = children(outputs)
         known = [key for key in metrics if key in entries]
         strangers = [key for key in metrics if key not in entries]
         if known and strangers:
             near = did_you_mean(str(strangers[0]), [str(e) for e in entries])
-            raise ValueError(
-                f"metrics has the outputs {known} and also {strangers}, which are "
-                f"none.{near} The outputs are {list(entries)}; put metrics under them "
-                "or give a dict of log names only."
+            raise UsageError(
+                f"metrics has the outputs {known} and also {strangers}.{near}",
+                f"Use only outputs as keys, {list(entries)}, or only names to log",
             )
         for key, value in metrics.items():
             if known:
                 several = value if isinstance(value, list | tuple) else [value]
-                yield from (_Asked(m, path=(key,)) for m in several if m is not None)
+                yield from (_Request(m, path=(key,)) for m in several if m is not None)
             else:
-                yield _Asked(value, name=key)
+                yield _Request(value, name=key)
     else:
-        yield _Asked(metrics)
+        yield _Request(metrics)
 
 
 def _resolve(
-    asked: _Asked, objective: Objective, outputs: PyTree, targets: PyTree
+    request: _Request, objective: Objective, outputs: PyTree, targets: PyTree
 ) -> Iterator[tuple[str, MetricFn]]:
-    metric = asked.metric
+    metric = request.metric
     if is_foreign(metric) and is_collection(metric):
         for key, member in members(metric).items():
-            name = key if asked.name is None else f"{asked.name}_{key}"
-            one = asked._replace(metric=member, name=name)
+            name = key if request.name is None else f"{request.name}_{key}"
+            one = request._replace(metric=member, name=name)
             yield from _resolve(one, objective, outputs, targets)
         return
     _check_kind(metric)
-    name = asked.name or _default_name(metric)
+    name = request.name or _default_name(metric)
     if not isinstance(metric, str) and not is_foreign(metric):
         line = "metrics={{'{name}': lambda outputs, targets: {call}}}"
         check_argument_order(metric, "metric", line)
-        path = asked.path or ()
+        path = request.path or ()
         prefixed = name if not path else f"{path_name(path)}_{name}"
         yield prefixed, _function_metric(metric, name, path, objective)
         return
-    paths = _paths(asked, name, objective, outputs, targets)
+    paths = _paths(request, name, objective, outputs, targets)
     for path in paths:
-        several = len(paths) > 1 or asked.path is not None
+        several = len(paths) > 1 or request.path is not None
         prefixed = f"{path_name(path)}_{name}" if several else name
         chosen = pick(outputs, path), pick_targets(targets, path)
         _check_arrays(prefixed, *chosen)
@@ -154,11 +159,11 @@ def _resolve(
 
 
 def _paths(
-    asked: _Asked, name: str, objective: Objective, outputs: PyTree, targets: PyTree
-) -> list[Path]:
-    """Returns where the outputs are that a metric of one output applies to."""
-    if asked.path is not None:
-        roots = [asked.path]
+    request: _Request, name: str, objective: Objective, outputs: PyTree, targets: PyTree
+) -> list[OutputPath]:
+    """Returns the paths of the outputs that a metric of one output applies to."""
+    if request.path is not None:
+        roots = [request.path]
     else:
         roots = [term.path for term in objective.terms] or [()]
     paths = []
@@ -168,16 +173,16 @@ def _paths(
             whole = pick(outputs, root)
             keys = list(children(whole))
             line = f"metrics={{{keys[0]!r}: {name!r}}}, or " if keys else ""
-            raise ValueError(
+            raise UsageError(
                 f"The metric {name!r} takes one output, and the model returns "
-                f"{keys or type(whole).__name__}; write {line}a function "
-                "(outputs, targets) -> float[batch]."
+                f"{keys or type(whole).__name__}",
+                write=f"{line}a function (outputs, targets) -> float[batch]",
             )
         paths.append((*root, *below))
     return paths
 
 
-def _at(path: Path, objective: Objective, update: Update) -> MetricFn:
+def _at(path: OutputPath, objective: Objective, update: Update) -> MetricFn:
     def metric(outputs: PyTree, targets: PyTree, weights: Array) -> Accumulator:
         spread = objective.objective_weights(path, targets, weights)
         return update(pick(outputs, path), pick_targets(targets, path), spread)
@@ -188,48 +193,53 @@ def _at(path: Path, objective: Objective, update: Update) -> MetricFn:
 def _function_metric(
     function: Callable[[PyTree, PyTree], Array],
     name: str,
-    path: Path,
+    path: OutputPath,
     objective: Objective,
 ) -> MetricFn:
-    # One loss says which targets do not count, wherever its output is.
+    # A single loss decides which targets count, whatever output it belongs to.
     counted = objective.terms[0].path if objective.single and not path else path
 
     def metric(outputs: PyTree, targets: PyTree, weights: Array) -> Accumulator:
-        chosen = pick(outputs, path), pick_targets(targets, path)
-        values = function(*full_precision(chosen))
-        if not is_array(values) or not values.shape:
-            raise ValueError(
-                f"The metric {name!r} returned {_text(values)}; return one value per "
-                "example, float[batch], so that it can be weighted: no mean over axis "
-                "0."
-            )
-        rows = weights.shape[0]
-        if values.shape[0] != rows or jnp.iscomplexobj(values):
-            raise ValueError(
-                f"The metric {name!r} returned {_text(values)} for a batch of {rows}; "
-                "return one real value per example, float[batch]."
-            )
-        if pairs_rows(function, full_precision(chosen), values):
-            raise ValueError(
-                f"The metric {name!r} returned {_text(values)}: it compares every "
-                "output with every target of the batch. Give both one shape, e.g. "
-                "targets[:, None] or outputs[:, 0]."
-            )
+        chosen = full_precision((pick(outputs, path), pick_targets(targets, path)))
+        values = function(*chosen)
+        _check_values(name, function, chosen, values, weights.shape[0])
         spread = objective.objective_weights(counted, targets, weights)
-        # A value per sequence cannot leave single tokens out; the function may.
+        # One value per sequence cannot leave out tokens; the function has to.
         fits = spread.ndim <= values.ndim
-        what = f"the metric {name!r}"
-        return weighted_mean(values, spread if fits else weights, what)
+        return weighted_mean(values, spread if fits else weights, name)
 
     return metric
 
 
+def _check_values(
+    name: str, function: Callable[..., Any], given: PyTree, values: Any, rows: int
+) -> None:
+    returned = f"The metric {name!r} returned {describe(values)}"
+    if not is_array(values) or not values.shape:
+        raise UsageError(
+            returned,
+            "Return one value per example, float[batch], so that it can be weighted: "
+            "no mean over axis 0",
+        )
+    if values.shape[0] != rows or jnp.iscomplexobj(values):
+        raise UsageError(
+            f"{returned} for a batch of {rows}",
+            "Return one real value per example, float[batch]",
+        )
+    if pairs_rows(function, given, values):
+        raise UsageError(
+            f"{returned}: it compares every output with every target of the batch",
+            "Give both the same shape",
+            "targets[:, None] or outputs[:, 0]",
+        )
+
+
 def _check_kind(metric: Any) -> None:
     if not (isinstance(metric, str) or is_foreign(metric) or callable(metric)):
-        raise TypeError(
+        raise UsageTypeError(
             f"A metric is a name, a function (outputs, targets) -> float[batch] or a "
-            f"class with clu's interface, not {type(metric).__name__}; write "
-            "metrics=['accuracy']."
+            f"class with clu's interface, not {type(metric).__name__}",
+            write="metrics=['accuracy']",
         )
 
 
@@ -241,31 +251,29 @@ def _default_name(metric: Any) -> str:
         return snake_case(owner.__name__)
     name = function_name(metric)
     if name == "<lambda>":
-        raise ValueError(
-            "A lambda has no name to log; write metrics={'my_name': lambda ...}."
-        )
+        line = "metrics={'my_name': lambda ...}"
+        raise UsageError("A lambda has no name to log", write=line)
     return name
 
 
 def _check_arrays(name: str, outputs: PyTree, targets: PyTree) -> None:
     if targets is None:
-        raise ValueError(
-            f"The metric {name!r} needs targets, and the data has none; pass (x, y), "
-            "or drop it from metrics."
+        raise UsageError(
+            f"The metric {name!r} needs targets, and the data has none",
+            "Pass (x, y), or remove the metric",
         )
     if not is_array(targets) or not is_array(outputs):
-        raise ValueError(
+        raise UsageError(
             f"The metric {name!r} takes one array of outputs and of targets, not "
-            f"{describe(outputs)} and {describe(targets)}; write metrics={{'output "
-            "name': ...} or a function of both."
+            f"{describe(outputs)} and {describe(targets)}",
+            write="metrics={'output name': ...} or a function of both",
         )
 
 
 def _check(
     name: str, fn: MetricFn, outputs: PyTree, targets: PyTree, rows: int
 ) -> None:
-    """Traces a metric abstractly, so that what is wrong is wrong before step 1."""
-
+    """Traces a metric abstractly, so that errors appear before the first step."""
     shapes = shapes_of((outputs, targets))
     weights = jax.ShapeDtypeStruct((rows,), jnp.float32)
     try:
@@ -276,7 +284,3 @@ def _check(
             f"targets {describe(targets)}"
         )
         raise
-
-
-def _text(values: Any) -> str:
-    return describe(values) if is_array(values) else type(values).__name__

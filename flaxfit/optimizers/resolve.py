@@ -1,7 +1,7 @@
 """Resolves names, factories and optax objects to one transformation.
 
-Nothing here computes an update: every option is optax's own code. What is added is
-that the learning rate can be read, and that each optimizer fits one compiled loop.
+Every option is optax's code. This module adds that the learning rate can be read, and
+that the state of every optimizer can be carried through one compiled loop.
 """
 
 import functools
@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import optax.contrib
 
-from flaxfit._core.errors import did_you_mean
+from flaxfit._core.errors import UsageError, UsageTypeError, did_you_mean
 from flaxfit._core.types import Array, PyTree
 from flaxfit._core.validation import integer, number
 from flaxfit.optimizers import transforms
@@ -116,7 +116,7 @@ def needs_total_steps(learning_rate: Any) -> bool:
 
 
 def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """Returns the parameters by name, none for what cannot be looked into."""
+    """Returns the parameters by name; empty if there is no signature."""
     try:
         return dict(inspect.signature(function).parameters)
     except (TypeError, ValueError):
@@ -127,10 +127,10 @@ def _refuse_options(**options: Any) -> None:
     """Raises for options of a factory that were given with a finished optimizer."""
     given = [f"{name}=..." for name, value in options.items() if value is not None]
     if given:
-        raise ValueError(
-            f"{' and '.join(given)} cannot be put into a finished optax "
-            "transformation, which has its own. Give the function instead: "
-            f"optimizer=optax.adamw, {', '.join(given)}"
+        raise UsageError(
+            f"{' and '.join(given)} cannot be put into a finished optax transformation",
+            "Give the function instead",
+            f"optimizer=optax.adamw, {', '.join(given)}",
         )
 
 
@@ -138,7 +138,7 @@ def _as_rate(rate: Any, updates: int | None) -> Any:
     """Returns a float or a schedule that can be traced."""
     if needs_total_steps(rate):
         if updates is None:
-            raise ValueError(UNKNOWN_TOTAL_STEPS)
+            raise UsageError(UNKNOWN_TOTAL_STEPS)
         rate = rate(total_steps=updates)
     if isinstance(rate, optax.schedules.StatefulSchedule):
         return rate
@@ -148,16 +148,16 @@ def _as_rate(rate: Any, updates: int | None) -> Any:
         value = jax.eval_shape(rate, np.int32(0))
         fits = value.shape == () and value.dtype.kind in "iufV"
     except Exception as err:
-        raise ValueError(
+        raise UsageError(
             "learning_rate is a function, but not a schedule `count -> rate` that jax "
-            f"can trace ({type(err).__name__}: {err}). Give what such a function "
-            "makes, for example optax.cosine_decay_schedule(1e-3, 1000), or lambda "
-            "total_steps: optax.cosine_decay_schedule(1e-3, total_steps); where the "
-            "rate depends on the count write jnp.where, not `if`."
+            f"can trace ({type(err).__name__}: {err})",
+            "A condition on the count needs jnp.where, not `if`",
+            "optax.cosine_decay_schedule(1e-3, 1000), or lambda total_steps: "
+            "optax.cosine_decay_schedule(1e-3, total_steps)",
         ) from err
     if not fits:
-        raise ValueError(
-            f"learning_rate is a schedule that returns {value}; expected one number."
+        raise UsageError(
+            f"learning_rate is a schedule that returns {value}", "Expected one number"
         )
     # An integer schedule is no float to optax, and would stay an integer.
     return lambda count: rate(count) * 1.0
@@ -187,10 +187,10 @@ def _as_factory(optimizer: Any) -> tuple[str, Callable[..., Any]]:
     """Returns name and function of an optimizer given by either."""
     if not isinstance(optimizer, str):
         if not callable(optimizer) or inspect.isclass(optimizer):
-            raise TypeError(
-                f"optimizer is a {type(optimizer).__qualname__}; expected a name such "
-                "as 'adam', a function such as optax.adam, or an optax transformation "
-                "such as optax.adam(1e-3)."
+            raise UsageTypeError(
+                f"optimizer is a {type(optimizer).__qualname__}",
+                "Expected a name, a function of optax or a transformation",
+                "'adam', optax.adam or optax.adam(1e-3)",
             )
         function = getattr(optimizer, "func", optimizer)
         name = getattr(function, "__name__", type(function).__name__)
@@ -201,14 +201,15 @@ def _as_factory(optimizer: Any) -> tuple[str, Callable[..., Any]]:
     if name in known:
         return name, found
     if callable(found):
-        raise ValueError(
-            f"optimizer={optimizer!r} is a function of optax but no optimizer of its "
-            "own. Give a finished transformation, for example optimizer=optax.chain("
-            "optax.clip_by_global_norm(1.0), optax.adam(1e-3))."
+        raise UsageError(
+            f"optimizer={optimizer!r} is a function of optax but not an optimizer",
+            "Give a finished transformation",
+            "optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))",
         )
-    raise ValueError(
+    raise UsageError(
         f"There is no optimizer {optimizer!r} in optax or optax.contrib."
-        f"{did_you_mean(name, known)} Known: {', '.join(sorted(known))}."
+        f"{did_you_mean(name, known)}",
+        f"Known: {', '.join(sorted(known))}",
     )
 
 
@@ -230,15 +231,12 @@ def _build(
     updates: int | None,
     weight_decay: float | None,
 ) -> transforms.Tx:
-    """Calls `factory` so that its learning rate lies in the optimizer's state."""
+    """Calls `factory` so that the learning rate is stored in the optimizer's state."""
     parameters = _parameters(factory)
     values: dict[str, Any] = {}
     if weight_decay is not None:
         if "weight_decay" not in parameters:
-            raise ValueError(
-                f"{name} has no weight_decay. Take an optimizer that has one, for "
-                "example optimizer='adamw'."
-            )
+            raise UsageError(f"{name} has no weight_decay", write="optimizer='adamw'")
         values["weight_decay"] = number("weight_decay", weight_decay)
     if "key" in parameters and parameters["key"].default is None:
         # optax warns where noise has no key, and means to require one.
@@ -267,14 +265,15 @@ def _choose_rate(name: str, factory: Callable[..., Any], rate: Any) -> Any:
             return _DEFAULT_RATE
         return _OWN_RATES.get(name, parameter.default)
     if parameter is None:
-        raise ValueError(
-            f"{name} takes no learning_rate. Leave it out, or write optimizer="
-            f"functools.partial({name}, ...) with the arguments it does take."
+        raise UsageError(
+            f"{name} takes no learning_rate",
+            "Leave it out, or give the arguments it does take",
+            f"optimizer=functools.partial({name}, ...)",
         )
     if _RATE in getattr(factory, "keywords", {}):
-        raise ValueError(
-            f"The learning_rate is given twice, to {name} and beside it. Write "
-            f"optimizer={name}, learning_rate=..."
+        raise UsageError(
+            f"The learning_rate is given twice, to {name} and beside it",
+            write=f"optimizer={name}, learning_rate=...",
         )
     return rate
 
@@ -291,17 +290,17 @@ def _check_complete(
         and parameter.name not in values
     ]
     if missing:
-        raise ValueError(
-            f"{name} needs more arguments. Write optimizer=functools.partial({name}, "
-            f"{', '.join(missing)})."
+        raise UsageError(
+            f"{name} needs more arguments",
+            write=f"optimizer=functools.partial({name}, {', '.join(missing)})",
         )
 
 
 def _called(name: str, factory: Callable[..., Any], values: dict[str, Any]) -> Any:
     tx = factory(**values)
     if not isinstance(tx, (optax.GradientTransformation, optax.MultiSteps)):
-        raise TypeError(
-            f"optimizer={name} returned a {type(tx).__qualname__}; expected an optax "
-            "transformation, as optax.adam(1e-3) is."
+        raise UsageTypeError(
+            f"optimizer={name} returned a {type(tx).__qualname__}",
+            "Expected an optax transformation such as optax.adam(1e-3)",
         )
     return tx

@@ -15,6 +15,7 @@ import optax
 import optax.contrib
 
 from flaxfit._core.arrays import strongly_typed
+from flaxfit._core.errors import UsageError
 from flaxfit._core.types import Array, PyTree
 
 _RATE = "learning_rate"
@@ -80,10 +81,10 @@ def accumulate(tx: Tx, every: int) -> Tx:
 
     def init(params: PyTree) -> PyTree:
         if any(jnp.issubdtype(d, jnp.complexfloating) for d in _dtypes(params)):
-            raise ValueError(
+            raise UsageError(
                 "accumulate_steps cannot be used with complex parameters: "
-                "optax.MultiSteps keeps only the real part of their gradients. Use "
-                "larger batches instead."
+                "optax.MultiSteps keeps only the real part of their gradients",
+                "Use larger batches instead",
             )
         return steps.init(params)
 
@@ -128,18 +129,13 @@ def _freeze_labels(params: PyTree, patterns: tuple[str, ...]) -> PyTree:
 
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     paths = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in leaves]
+    there_are = f"There are: {', '.join(paths)}"
     for pattern in patterns:
         if not any(matches(path, pattern) for path in paths):
-            raise ValueError(
-                f"freeze={pattern!r} matches no parameter. There are: "
-                f"{', '.join(paths)}."
-            )
+            raise UsageError(f"freeze={pattern!r} matches no parameter", there_are)
     frozen = [any(matches(path, pattern) for pattern in patterns) for path in paths]
     if all(frozen):
-        raise ValueError(
-            f"freeze={patterns!r} leaves no parameter to train. There are: "
-            f"{', '.join(paths)}."
-        )
+        raise UsageError(f"freeze={patterns!r} leaves no parameter to train", there_are)
     labels = ("freeze" if cold else "train" for cold in frozen)
     return jax.tree_util.tree_unflatten(treedef, labels)
 
@@ -148,8 +144,8 @@ def keep_dtypes(tx: Tx) -> Tx:
     """Returns `tx` with a state that can be donated and carried through a loop."""
 
     def init(params: PyTree) -> PyTree:
-        # Some optimizers keep the first parameters, one array twice, or an array of
-        # their own: what is not copied cannot be donated.
+        # Some optimizers store the initial parameters, an array twice, or a constant
+        # of the module. A step donates the state, so each leaf needs its own buffer.
         return jax.tree.map(
             lambda leaf: jnp.copy(strongly_typed(leaf)), tx.init(params)
         )
@@ -158,7 +154,7 @@ def keep_dtypes(tx: Tx) -> Tx:
         updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any
     ) -> tuple[PyTree, PyTree]:
         updates, new_state = tx.update(updates, state, params, **extra)
-        # Where dtypes are mixed some optimizers return others than they were given.
+        # With mixed dtypes, some optimizers return other dtypes than they were given.
         return updates, jax.tree.map(
             lambda new, old: strongly_typed(new, jnp.asarray(old).dtype),
             new_state,
@@ -177,14 +173,14 @@ def _is_masked(node: Any) -> bool:
 
 
 def _merge(part: PyTree, whole: PyTree) -> PyTree:
-    """Returns `part` with what is masked in it taken from `whole`."""
+    """Returns `part` with its masked leaves taken from `whole`."""
     return jax.tree.map(
         lambda p, w: w if _is_masked(p) else p, part, whole, is_leaf=_is_masked
     )
 
 
 def _mask_like(part: PyTree, whole: PyTree) -> PyTree:
-    """Returns `whole` with everything masked that is masked in `part`."""
+    """Returns `whole` with the leaves masked that are masked in `part`."""
     return jax.tree.map(
         lambda p, w: p if _is_masked(p) else w, part, whole, is_leaf=_is_masked
     )
@@ -199,7 +195,7 @@ def _holds_rate(node: Any) -> bool:
 
 
 def with_rates_of(opt_state: PyTree, other: PyTree) -> PyTree:
-    """Returns `opt_state` with the learning rates of another state of its form."""
+    """Returns `opt_state` with the learning rates of a state of the same structure."""
 
     def replace(node: Any, source: Any) -> Any:
         if not _holds_rate(node):
@@ -216,7 +212,7 @@ def _where(new: Array, old: Array) -> Array:
 
 
 def read_learning_rate(opt_state: PyTree) -> Array | None:
-    """Returns the first injected learning rate, a scalar as it lies there, if any."""
+    """Returns the first injected learning rate, if any."""
     for node in jax.tree.leaves(opt_state, is_leaf=_holds_rate):
         if _holds_rate(node):
             rate: Array = node.hyperparams[_RATE]

@@ -9,19 +9,6 @@ from flaxfit._core.types import PyTree
 from flaxfit._core.validation import integer
 
 
-def refuse_list(return_dict: Any) -> None:
-    """Checks Keras's `return_dict`.
-
-    Raises:
-      ValueError: a list is asked for.
-    """
-    if return_dict is not True:
-        raise ValueError(
-            f"return_dict={return_dict!r}: values come by name, always. Write "
-            'values = trainer.evaluate(x, y); values["loss"].'
-        )
-
-
 def as_variables(variables: Any) -> dict[str, PyTree]:
     """Returns the variables to start from as a dict of collections.
 
@@ -35,7 +22,7 @@ def as_variables(variables: Any) -> dict[str, PyTree]:
             f"variables is a {type(variables).__name__}; it takes collections by name, "
             f"as module.init returns them: variables={{'params': params}}."
         )
-    # FrozenDicts inside would compile everything anew once a state is restored.
+    # FrozenDicts inside would have everything recompiled once a state is restored.
     return dict(flax.core.unfreeze(dict(variables)))
 
 
@@ -43,7 +30,7 @@ def as_epoch_filter(frequency: int | Iterable[int]) -> Callable[[int], bool]:
     """Returns whether to validate after an epoch (from 0).
 
     Args:
-      frequency: every so many epochs, or the epochs, counted from 1.
+      frequency: a number of epochs between validations, or the epochs from 1.
 
     Raises:
       ValueError: not a whole number of at least 1, or a list of them.

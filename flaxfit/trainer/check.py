@@ -197,7 +197,9 @@ def _warning_rows(
     resolved: ResolvedTask, state: TrainState, example: Batch
 ) -> dict[str, str]:
     """Says where outputs look like probabilities though their loss takes logits."""
-    terms = [term for term in resolved.task.objective.terms if term.loss.of_logits]
+    terms = [
+        term for term in resolved.task.objective.terms if term.loss.spec.takes_logits
+    ]
     if not terms:
         return {}
     with resolved.programs.predict.uncounted():

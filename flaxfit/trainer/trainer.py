@@ -11,6 +11,7 @@ import numpy as np
 
 from flaxfit import checkpoint
 from flaxfit._core.errors import CheckpointError
+from flaxfit._core.keras_hints import compile_without_data, refuse_list
 from flaxfit._core.types import Batch, Logs, PyTree, TrainState
 from flaxfit._core.validation import (
     boolean,
@@ -49,7 +50,7 @@ from flaxfit.data.datasets.example_dataset import ExampleSet
 from flaxfit.data.datasets.stream import Stream
 from flaxfit.data.open import as_inputs_source, as_source, split_data
 from flaxfit.data.sources.base import Source
-from flaxfit.trainer.arguments import as_epoch_filter, as_variables, refuse_list
+from flaxfit.trainer.arguments import as_epoch_filter, as_variables
 from flaxfit.trainer.assemble import (
     compile_ahead,
     make_evaluate,
@@ -517,12 +518,7 @@ class Trainer:
           ValueError: as `fit`.
         """
         if keras or x is None:
-            raise TypeError(
-                f"compile({', '.join(f'{name}=...' for name in keras)}): there is "
-                "nothing to configure here. Write Trainer(model, loss=..., "
-                "optimizer=..., metrics=...), then fit. trainer.compile(x, y) compiles "
-                "ahead for that data."
-            )
+            raise compile_without_data(keras)
         epochs = integer("epochs", epochs)
         steps = optional_integer("steps_per_epoch", steps_per_epoch)
         display = make_display(verbose)
@@ -861,8 +857,8 @@ class Trainer:
     def init(self, batch: Any) -> TrainState:
         """Returns a fresh state for batches like `batch`, at step 0.
 
-        Parameters equal those of `module.init(jax.random.key(seed), …)`. The
-        trainer's own state is left alone.
+        Parameters equal those of `module.init(jax.random.key(seed), …)`, up to
+        rounding of the last bit. The trainer's own state is left alone.
 
         Args:
           batch: `(x, y)`, `(x, y, weights)` or a dict of arrays, or a `Batch`.

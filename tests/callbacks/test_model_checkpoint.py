@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from helpers.data import labeled
 
 from flaxfit import (
     CheckpointError,
@@ -17,9 +18,7 @@ from flaxfit import (
     checkpoint,
 )
 
-RNG = np.random.default_rng(0)
-X = RNG.normal(size=(16, 4)).astype("float32")
-Y = RNG.integers(0, 3, 16)
+X, Y = labeled(16, 4)
 
 
 def fit(callback, trainer=None, values=None, **options):

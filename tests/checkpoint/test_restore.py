@@ -9,12 +9,13 @@ import optax
 import pytest
 from flax import serialization
 from flax.training import train_state
+from helpers.asserts import same
+from helpers.data import labeled
 
 from flaxfit import CheckpointError, ModelCheckpoint, Trainer, load_params
 
-RNG = np.random.default_rng(0)
-X = RNG.normal(size=(16, 4)).astype("float32")
-Y = RNG.integers(0, 3, 16)
+X, Y = labeled(16, 4)
+SEVEN = labeled(16, 4, classes=7)[1]
 
 
 class Net(nn.Module):
@@ -39,11 +40,6 @@ def trained():
 def file(trained, tmp_path):
     trained.save(tmp_path / "run.msgpack")
     return tmp_path / "run.msgpack"
-
-
-def same(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def test_a_new_trainer_takes_the_whole_state(trained, file):
@@ -99,7 +95,7 @@ def test_another_optimizer_begins_anew_with_the_weights(options, trained, file):
 
 def test_a_head_of_its_own_and_a_body_under_another_name(trained, file):
     trainer = Trainer(Net(classes=7, body="trunk"))
-    trainer.init((X, RNG.integers(0, 7, 16)))
+    trainer.init((X, SEVEN))
     with pytest.raises(CheckpointError) as raised:
         trainer.restore(file, params_only=True)
     for path in ("body/kernel", "trunk/kernel", "head/kernel", "head/bias"):
@@ -132,7 +128,7 @@ def test_a_renamed_layer_keeps_its_moments(trained, file):
 
 def test_what_fits_is_taken_and_the_rest_reported(trained, file):
     trainer = Trainer(Net(classes=7))
-    trainer.init((X, RNG.integers(0, 7, 16)))
+    trainer.init((X, SEVEN))
     report = trainer.restore(file, params_only=True, strict=False)
     assert report.mismatched["params/head/kernel"] == ("float32[5,3]", "float32[5,7]")
     assert "mismatched" in repr(report)

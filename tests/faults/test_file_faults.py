@@ -7,6 +7,7 @@ import pytest
 from harness import Server
 from registry import FAULTS
 
+pytestmark = pytest.mark.process
 _NAMES = [fault.name for fault in FAULTS]
 
 

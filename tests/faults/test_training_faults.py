@@ -4,6 +4,7 @@ import pytest
 from harness import Server
 from training import CACHE, FAULTS
 
+pytestmark = pytest.mark.process
 _NAMES = [fault.name for fault in FAULTS]
 
 

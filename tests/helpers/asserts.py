@@ -32,3 +32,19 @@ def count_reads(monkeypatch):
         lambda tree, _get=jax.device_get: (reads.append("get"), _get(tree))[1],
     )
     return reads
+
+
+def same(a, b):
+    """Asserts that two trees, of arrays or typed keys, are equal to the last bit."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for one, other in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        if jnp.issubdtype(jnp.result_type(one), jax.dtypes.prng_key):
+            one, other = jax.random.key_data(one), jax.random.key_data(other)
+        np.testing.assert_array_equal(jax.device_get(one), jax.device_get(other))
+
+
+def moved(state):
+    """Returns all of a state that training moves, on the host."""
+    return jax.device_get(
+        (state.params, state.collections, state.opt_state, state.step)
+    )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.asserts import count_reads
+from helpers.asserts import count_reads, moved, same
 
 from flaxfit import Callback, LambdaCallback, Trainer
 from flaxfit._core.types import Batch
@@ -40,17 +40,6 @@ def threads():
     return [t for t in threading.enumerate() if t.name == "flaxfit"]
 
 
-def same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
-def values(state):
-    """All of a state that training moves, on the host."""
-    return jax.device_get(
-        (state.params, state.collections, state.opt_state, state.step)
-    )
-
-
 @pytest.fixture(scope="module")
 def run():
     """Fits from the same state, each time with another execution: `run(**execution)`.
@@ -74,7 +63,7 @@ def run():
             del given["batch_size"]
         history = trainer.fit(data, **given)
         assert threads() == []
-        return values(trainer.state), history.history
+        return moved(trainer.state), history.history
 
     fit.trainer, fit.start = trainer, start
     return fit
@@ -184,7 +173,7 @@ def by_hand(trainer, order, epochs):
 def test_fit_is_the_public_step_over_the_same_order(shuffle, run):
     state, history = run(shuffle=shuffle)
     expected, loss = by_hand(run.trainer, order_of(70, shuffle), 3)
-    same(state, values(expected))
+    same(state, moved(expected))
     assert history["loss"][-1] == loss
 
 
@@ -272,7 +261,7 @@ def test_dicts_of_several_inputs_are_the_same_to_the_last_bit():
         trainer._execution = Execution(**execution)
         trainer.state = start
         history = trainer.fit(data, batch_size=SIZE, epochs=2, verbose=0)
-        results.append((values(trainer.state), history.history))
+        results.append((moved(trainer.state), history.history))
     for state, history in results[1:]:
         same(state, results[0][0])
         assert history == results[0][1]

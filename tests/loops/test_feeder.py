@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.data import labeled
 
 import flaxfit._programs.placement
 from flaxfit import LambdaCallback, Trainer
@@ -25,9 +26,8 @@ from flaxfit._programs.placement import find_placement
 from flaxfit.data.datasets.shuffling import rows_of
 from flaxfit.data.sources.array_source import ArraySource
 
-RNG = np.random.default_rng(0)
-X = RNG.normal(size=(70, 5)).astype(np.float32)
-Y = RNG.integers(0, 3, 70).astype(np.int32)
+RNG = np.random.default_rng(1)
+X, Y = labeled(70)
 W = RNG.uniform(0.5, 2, 70).astype(np.float32)
 ONE = find_placement(1)
 

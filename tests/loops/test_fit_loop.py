@@ -11,25 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.asserts import count_reads
+from helpers.data import labeled
+from helpers.models import Net
 
 import flaxfit._loops.fit_loop
 from flaxfit import LambdaCallback, Trainer
 
-RNG = np.random.default_rng(0)
-X = RNG.normal(size=(64, 5)).astype(np.float32)
-Y = RNG.integers(0, 3, 64).astype(np.int32)
-
-
-class Net(nn.Module):
-    @nn.compact
-    def __call__(self, x, train: bool):
-        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x))
-        return nn.Dense(3)(x)
+X, Y = labeled(64)
 
 
 def straight(steps):
     """The state after so many steps with nothing in the way."""
-    trainer = Trainer(Net())
+    trainer = Trainer(Net(dropout=0))
     state = trainer.init((X[:8], Y[:8]))
     for step in range(steps):
         rows = slice(8 * step % 64, 8 * step % 64 + 8)
@@ -62,7 +55,7 @@ def batches(fail_at=None, error=None):
 
 
 def test_a_loader_that_raises_reaches_the_caller_and_loses_nothing():
-    trainer = Trainer(Net())
+    trainer = Trainer(Net(dropout=0))
     with pytest.raises(OSError, match="disk gone") as caught:
         trainer.fit(batches(3, OSError("disk gone")), epochs=1, verbose=0)
     assert any("batch 3 of pass 0" in note for note in caught.value.__notes__)
@@ -70,7 +63,7 @@ def test_a_loader_that_raises_reaches_the_caller_and_loses_nothing():
 
 
 def test_a_loader_that_raises_at_once_leaves_a_trained_model():
-    trainer = Trainer(Net())
+    trainer = Trainer(Net(dropout=0))
     trainer.fit(X, Y, batch_size=8, shuffle=False, verbose=0)
     with pytest.raises(OSError, match="disk gone"):
         trainer.fit(batches(0, OSError("disk gone")), epochs=1, verbose=0)
@@ -82,7 +75,7 @@ def test_a_wrong_batch_in_the_middle_loses_nothing():
         yield from [(X[:8], Y[:8]), (X[8:16], Y[8:16])]
         yield X[:8, :2], Y[:8]
 
-    trainer = Trainer(Net())
+    trainer = Trainer(Net(dropout=0))
     with pytest.raises(ValueError, match="batch 2"):
         trainer.fit(make, epochs=1, verbose=0)
     assert_holds(trainer, 2)
@@ -94,7 +87,7 @@ def test_a_callback_that_raises_is_named_and_loses_nothing(hook):
         if loop.batch == 3:
             raise RuntimeError("mine")
 
-    trainer, ended = Trainer(Net()), []
+    trainer, ended = Trainer(Net(dropout=0)), []
     with pytest.raises(RuntimeError, match="mine") as caught:
         trainer.fit(
             X,
@@ -119,7 +112,7 @@ def test_errors_in_on_train_end_do_not_hide_the_first():
     def first(loop):
         raise RuntimeError("first")
 
-    trainer = Trainer(Net())
+    trainer = Trainer(Net(dropout=0))
     with pytest.raises(RuntimeError, match="first") as caught:
         trainer.fit(
             X,
@@ -138,7 +131,7 @@ def test_ctrl_c_returns_the_history_of_what_was_done():
         if (loop.epoch, loop.batch) == (1, 3):
             os.kill(os.getpid(), signal.SIGINT)
 
-    trainer, before = Trainer(Net()), signal.getsignal(signal.SIGINT)
+    trainer, before = Trainer(Net(dropout=0)), signal.getsignal(signal.SIGINT)
     history = trainer.fit(
         X,
         Y,
@@ -155,7 +148,7 @@ def test_ctrl_c_returns_the_history_of_what_was_done():
 
 
 def test_ctrl_c_during_validation():
-    trainer = Trainer(Net())
+    trainer = Trainer(Net(dropout=0))
     history = trainer.fit(
         X,
         Y,
@@ -178,7 +171,7 @@ def test_a_second_ctrl_c_raises_and_still_loses_nothing():
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
 
-    trainer = Trainer(Net())
+    trainer = Trainer(Net(dropout=0))
     with pytest.raises(KeyboardInterrupt):
         trainer.fit(
             X,
@@ -192,7 +185,7 @@ def test_a_second_ctrl_c_raises_and_still_loses_nothing():
 
 
 def test_a_keyboard_interrupt_out_of_the_data_ends_like_ctrl_c():
-    trainer = Trainer(Net())
+    trainer = Trainer(Net(dropout=0))
     history = trainer.fit(batches(3, KeyboardInterrupt()), epochs=2, verbose=0)
     assert history.stop_reason == "interrupted"
     assert_holds(trainer, 3)
@@ -200,7 +193,7 @@ def test_a_keyboard_interrupt_out_of_the_data_ends_like_ctrl_c():
 
 @pytest.mark.parametrize("method", ["evaluate", "predict"])
 def test_ctrl_c_in_evaluate_and_predict_raises_and_loses_nothing(method):
-    trainer = Trainer(Net())
+    trainer = Trainer(Net(dropout=0))
     trainer.fit(X, Y, batch_size=8, shuffle=False, verbose=0)
 
     def data():
@@ -216,7 +209,7 @@ def test_ctrl_c_in_evaluate_and_predict_raises_and_loses_nothing(method):
 
 def test_ctrl_c_at_random_moments():
     """A short campaign; the handler's flag is what makes it survive."""
-    trainer = Trainer(Net())
+    trainer = Trainer(Net(dropout=0))
     trainer.fit(X, Y, batch_size=8, verbose=0)
     rng, returned = np.random.default_rng(0), 0
     for _ in range(60):
@@ -242,7 +235,7 @@ def test_ctrl_c_at_random_moments():
 
 
 def test_fit_off_the_main_thread_touches_no_handler():
-    trainer, seen = Trainer(Net()), []
+    trainer, seen = Trainer(Net(dropout=0)), []
     before = signal.getsignal(signal.SIGINT)
 
     def run():
@@ -290,7 +283,7 @@ def test_a_model_that_fails_on_the_host_loses_nothing():
 
 
 def test_the_step_loop_reads_nothing(monkeypatch):
-    trainer = Trainer(Net(), metrics=["accuracy"])
+    trainer = Trainer(Net(dropout=0), metrics=["accuracy"])
     trainer.fit(X, Y, batch_size=8, validation_split=0.5, verbose=0)
     reads = count_reads(monkeypatch)
     counts = []
@@ -313,7 +306,7 @@ def test_the_step_loop_reads_nothing(monkeypatch):
 
 
 def test_batches_on_a_device_are_not_read_back(monkeypatch):
-    trainer = Trainer(Net(), metrics=["accuracy"])
+    trainer = Trainer(Net(dropout=0), metrics=["accuracy"])
 
     def batches(count):
         def make():
@@ -343,7 +336,7 @@ def test_the_display_reads_at_most_ten_times_a_second(monkeypatch):
         "read",
         lambda tree: (reads.append(time.perf_counter()), original(tree))[1],
     )
-    trainer = Trainer(Net())
+    trainer = Trainer(Net(dropout=0))
     started = time.perf_counter()
     trainer.fit(X, Y, batch_size=8, epochs=200, verbose=0)
     assert len(reads) == 200
@@ -356,7 +349,7 @@ def test_the_display_reads_at_most_ten_times_a_second(monkeypatch):
 
 
 def test_logs_in_a_batch_hook_are_read_only_when_asked_for(monkeypatch):
-    trainer, means = Trainer(Net()), []
+    trainer, means = Trainer(Net(dropout=0)), []
     trainer.fit(
         X,
         Y,
@@ -372,12 +365,12 @@ def test_logs_in_a_batch_hook_are_read_only_when_asked_for(monkeypatch):
 
 
 def trainer_loss():
-    trainer = Trainer(Net())
+    trainer = Trainer(Net(dropout=0))
     return trainer.fit(X, Y, batch_size=8, shuffle=False, verbose=0).history["loss"][0]
 
 
 def test_a_callback_can_stop_and_the_epoch_closes_properly():
-    trainer = Trainer(Net())
+    trainer = Trainer(Net(dropout=0))
     history = trainer.fit(
         X,
         Y,
@@ -409,7 +402,7 @@ def test_a_callback_may_assign_the_state_and_add_logs():
 
 def test_a_state_a_callback_keeps_stays_alive():
     kept = []
-    trainer = Trainer(Net())
+    trainer = Trainer(Net(dropout=0))
     trainer.fit(
         X,
         Y,
@@ -427,7 +420,7 @@ def test_a_state_a_callback_keeps_stays_alive():
 @pytest.mark.parametrize("devices", [1, 8])
 def test_a_loader_may_use_the_model_it_feeds(devices):
     """It runs in another thread, while steps consume the state."""
-    trainer = Trainer(Net(), devices=devices)
+    trainer = Trainer(Net(dropout=0), devices=devices)
     seen = []
 
     def make():

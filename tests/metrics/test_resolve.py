@@ -134,7 +134,7 @@ def on_probabilities(outputs, targets):
 def test_nobody_guesses_the_threshold_of_a_function(metric):
     scores, y, w = binary_data()
     chances = np.asarray(jax.nn.sigmoid(scores))
-    match = r"write loss=Loss\(on_probabilities, threshold=0.0\) if .* threshold=0.5 if"
+    match = r"Write loss=Loss\(on_probabilities, threshold=0.0\) if .* threshold=0.5 if"
     with pytest.raises(ValueError, match=match):
         resolve(metric, on_probabilities, chances, y)
     told = Loss(on_probabilities, threshold=0.5)
@@ -152,7 +152,7 @@ def test_the_threshold_of_a_function_of_all_outputs():
     def whole(outputs, targets):
         return on_probabilities(outputs["p"], targets)[:, 0]
 
-    with pytest.raises(ValueError, match=r"write loss=Loss\(whole, threshold=0.0\)"):
+    with pytest.raises(ValueError, match=r"Write loss=Loss\(whole, threshold=0.0\)"):
         resolve({"p": "accuracy"}, whole, outputs, y)
     got = run({"p": "accuracy"}, Loss(whole, threshold=0.5), outputs, y)
     assert got["p_accuracy"] == pytest.approx(((scores > 0) == y).mean(), rel=1e-6)
@@ -241,7 +241,7 @@ def test_a_function_with_keras_s_order_is_refused():
 
     o = np.ones((4, 2), "float32")
     match = (
-        r"The metric gap takes \(y_true, y_pred\).*write "
+        r"The metric gap takes \(y_true, y_pred\).*Write "
         r"metrics=\{'gap': lambda outputs, targets: gap\(targets, outputs\)\}"
     )
     with pytest.raises(TypeError, match=match):
@@ -287,7 +287,9 @@ def test_outputs_of_a_class_go_by_their_fields_names():
     targets = {"logits": y, "value": np.zeros((3, 2), "float32")}
     got = run({"logits": "acc", "value": ["mae"]}, "auto", o, targets)
     assert got == pytest.approx({"logits_acc": 2 / 3, "value_mae": 1.0})
-    with pytest.raises(ValueError, match="the model returns Opaque; write a function"):
+    with pytest.raises(
+        ValueError, match=r"the model returns Opaque\. Write a function"
+    ):
         resolve("accuracy", lambda o, t: t * 1.0, Opaque(o.logits, o.value), y)
     with pytest.raises(ValueError, match=r"no targets of output 'logits'.*Nest"):
         resolve({"logits": "acc"}, lambda o, t: o.value[:, 0], o, (y, y))
@@ -351,18 +353,18 @@ def test_wrong_metrics(metrics, loss, match):
 
 def test_wrong_metrics_for_the_loss():
     o, t = np.ones((6, 4), "float32"), np.ones((6, 4), "float32")
-    with pytest.raises(ValueError, match=r"write metrics=\['mae'\]"):
+    with pytest.raises(ValueError, match=r"Write metrics=\['mae'\]"):
         resolve("accuracy", "mse", o, t)
     with pytest.raises(ValueError, match="needs a threshold"):
         resolve("binary_accuracy", "softmax_cross_entropy", o, t)
     with pytest.raises(ValueError, match="one-hot or several labels"):
         resolve("accuracy", lambda o, t: o, o, t)
-    with pytest.raises(TypeError, match="not int; write metrics="):
+    with pytest.raises(TypeError, match=r"not int\. Write metrics="):
         resolve(3, "mse", o, t)
     with pytest.raises(ValueError, match="needs targets"):
         resolve("accuracy", lambda o, t: o, o, None)
     pair = {"a": o, "b": o}
-    with pytest.raises(ValueError, match=r"write metrics=\{'a': 'mae'\}"):
+    with pytest.raises(ValueError, match=r"Write metrics=\{'a': 'mae'\}"):
         resolve("mae", lambda o, t: o["a"], pair, t)
     with pytest.raises(ValueError, match=r"also \['bb'\]"):
         resolve({"a": "mae", "bb": "mae"}, "mse", pair, t)
@@ -519,7 +521,7 @@ def test_a_metric_that_changes_its_dtype_is_refused():
 def test_metrics_that_need_one_array_or_no_loss():
     scores, y, _ = binary_data()
     assert resolve(None, "bce", scores, y) == {}
-    with pytest.raises(ValueError, match=r"output without a loss has none; write metr"):
+    with pytest.raises(ValueError, match=r"output without a loss has none. Write metr"):
         resolve("binary_accuracy", None, scores, y)
     pair = (scores, scores)
     with pytest.raises(ValueError, match="takes one array of outputs and of targets"):

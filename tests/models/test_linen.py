@@ -1,5 +1,6 @@
 """Every trap of linen, with no argument but the model, against a hand-written step."""
 
+import functools
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -771,7 +772,10 @@ def test_fp8_scales_are_replaced_by_their_gradient():
 def test_initial_parameters_are_those_of_module_init():
     trainer = Trainer(TrainByDefault(), seed=3)
     state = trainer.init((X[:8], Y[:8]))
-    expected = TrainByDefault().init(
-        {"params": jax.random.key(3), "dropout": jax.random.key(0)}, X[:8]
-    )
-    jax.tree.map(np.testing.assert_array_equal, state.params, expected["params"])
+    rngs = {"params": jax.random.key(3), "dropout": jax.random.key(0)}
+    expected = TrainByDefault().init(rngs, X[:8])["params"]
+    # XLA may round the last bit otherwise where it compiles other code around it.
+    close = functools.partial(np.testing.assert_allclose, rtol=2.5e-7, atol=0)
+    jax.tree.map(close, state.params, expected)
+    again = Trainer(TrainByDefault(), seed=3).init((X[:8], Y[:8]))
+    jax.tree.map(np.testing.assert_array_equal, state.params, again.params)

@@ -376,8 +376,8 @@ def test_other_optimizers_are_evaluated_as_they_are():
     [
         ("adm", "no optimizer 'adm' in optax.*Did you mean 'adam'"),
         ("Ftrl", "no optimizer 'Ftrl'.*Known: .*adam"),
-        ("chain", "no optimizer of its own.*optimizer=optax.chain"),
-        ("reduce_on_plateau", "no optimizer of its own.*finished transformation"),
+        ("chain", "not an optimizer.*optimizer=optax.chain"),
+        ("reduce_on_plateau", "not an optimizer.*finished transformation"),
         ("dpsgd", r"functools.partial\(dpsgd, l2_norm_clip=..., noise_mul"),
     ],
 )
@@ -389,9 +389,9 @@ def test_a_wrong_name_says_what_to_write(optimizer, text):
 @pytest.mark.parametrize(
     ("optimizer", "text"),
     [
-        (3, "optimizer is a int; expected a name such as 'adam'"),
-        (optax.MultiSteps, "optimizer is a type; expected a name"),
-        (lambda learning_rate: 3, "returned a int; expected an optax"),
+        (3, "optimizer is a int. Expected a name.*'adam'"),
+        (optax.MultiSteps, "optimizer is a type. Expected a name"),
+        (lambda learning_rate: 3, "returned a int. Expected an optax"),
     ],
 )
 def test_something_else_is_no_optimizer(optimizer, text):
@@ -410,8 +410,8 @@ def test_something_else_is_no_optimizer(optimizer, text):
         (1j, TypeError, "=1j. Expected a positive number"),
         (np.ones(2), TypeError, r"=array\(.* Expected a positive number"),
         (optax.cosine_decay_schedule, ValueError, "not a schedule.*count -> rate"),
-        (lambda count: 0.1 if count < 9 else 0.01, ValueError, "write jnp.where"),
-        (lambda count: jnp.ones(2), ValueError, "expected one number"),
+        (lambda count: 0.1 if count < 9 else 0.01, ValueError, "needs jnp.where"),
+        (lambda count: jnp.ones(2), ValueError, "Expected one number"),
         (lambda total_steps: 0.1, ValueError, "Pass steps_per_epoch= to fit"),
     ],
 )

@@ -5,6 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.asserts import moved, same
+from helpers.data import labeled
+from helpers.models import Net
 
 from flaxfit import LambdaCallback, Trainer
 from flaxfit._core.types import Average, Batch
@@ -19,25 +22,8 @@ from flaxfit._programs.compile import (
 )
 from flaxfit._programs.placement import find_placement
 
-RNG = np.random.default_rng(0)
-X = RNG.normal(size=(64, 5)).astype(np.float32)
-Y = RNG.integers(0, 3, 64).astype(np.int32)
-IMAGES = RNG.normal(size=(64, 8, 8, 1)).astype(np.float32)
-
-
-def same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
-
-
-def values(state):
-    return state.params, state.collections, state.opt_state, state.step
-
-
-class Net(nn.Module):
-    @nn.compact
-    def __call__(self, x, train: bool):
-        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x))
-        return nn.Dense(3)(nn.Dropout(0.2, deterministic=not train)(x))
+X, Y = labeled(64)
+IMAGES = np.random.default_rng(1).normal(size=(64, 8, 8, 1)).astype(np.float32)
 
 
 # -------------------------------------------------------- the fused program
@@ -83,19 +69,19 @@ def test_one_trace_for_any_number_of_steps_and_the_same_bits(resolved, form):
     for result, running in results:
         assert int(running.index) == 8
         assert int(result.step) == 8
-        same(values(result), values(results[0][0]))
+        same(moved(result), moved(results[0][0]))
         same(running.logs, results[0][1].logs)
     # And the same as steps on batches of their own.
     alone, running = jax.tree.map(jnp.copy, state), parts.empty()
     for batch in batches:
         alone, running = parts.programs.train(alone, running, batch, 0, 1)
-    same(values(alone), values(results[0][0]))
+    same(moved(alone), moved(results[0][0]))
     same(running.logs, results[0][1].logs)
     # And as the public step.
     public = state
     for batch in batches:
         public, logs = parts.programs.step(public, batch)
-    same(values(public), values(alone))
+    same(moved(public), moved(alone))
     assert isinstance(logs["loss"], Average)
 
 

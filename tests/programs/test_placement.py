@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.asserts import count_reads
+from helpers.asserts import count_reads, moved, same
+from helpers.data import labeled
+from helpers.models import Net
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 import flaxfit._programs.placement
@@ -17,19 +19,8 @@ from flaxfit._core.types import Batch, copy_state
 from flaxfit._programs.chunks import DeviceDataset, Stack
 from flaxfit._programs.placement import Placement, find_placement, free_memory
 
-RNG = np.random.default_rng(0)
-X = RNG.normal(size=(64, 5)).astype(np.float32)
-Y = RNG.integers(0, 3, 64).astype(np.int32)
+X, Y = labeled(64)
 DEVICES = jax.local_devices()
-
-
-class Net(nn.Module):
-    @nn.compact
-    def __call__(self, x, train: bool):
-        x = nn.Dense(4)(x)
-        x = nn.BatchNorm(use_running_average=not train)(x)
-        x = nn.Dropout(0.2, deterministic=not train)(nn.relu(x))
-        return nn.Dense(3)(x)
 
 
 def make(model=None, **arguments):
@@ -45,14 +36,6 @@ def close(a, b, atol=2e-6):
         jax.device_get(a),
         jax.device_get(b),
     )
-
-
-def same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
-
-
-def values(state):
-    return state.params, state.collections, state.opt_state, state.step
 
 
 # --------------------------------------------------------------- placements
@@ -251,7 +234,7 @@ def on_one():
     """A trainer of one device after a fit with ragged tails and weights."""
     trainer = make(devices=1, metrics=["accuracy"])
     history = fit(trainer)
-    return trainer, history, jax.device_get(values(trainer._keeper.holder.peek()))
+    return trainer, history, moved(trainer._keeper.holder.peek())
 
 
 def fit(trainer, **arguments):
@@ -282,7 +265,7 @@ EXPLICIT = Mesh(np.array(DEVICES[:4]), ("x",), (AxisType.Explicit,))
 def test_results_are_those_of_one_device(devices, execution, used, on_one):
     trainer = make(devices=devices, metrics=["accuracy"], **execution)
     history = fit(trainer, validation_data=None)
-    close(values(trainer.state), on_one[2])
+    close(moved(trainer.state), on_one[2])
     for name, numbers in history.items():
         np.testing.assert_allclose(numbers, on_one[1][name], rtol=1e-5)
     for leaf in jax.tree.leaves(trainer.state):
@@ -300,7 +283,7 @@ def run_on_eight():
     with jax.default_device(None):
         trainer = make(metrics=["accuracy"])
     history = fit(trainer)
-    state = jax.device_get(values(trainer._keeper.holder.peek()))
+    state = moved(trainer._keeper.holder.peek())
     for rows in (33, 64, 3):
         trainer.evaluate(X[:rows], Y[:rows])
         trainer.predict(X[:rows])
@@ -346,7 +329,7 @@ def test_data_that_fits_by_rows_only_gives_the_same_bits(monkeypatch, run_on_eig
     trainer = make(devices=8, metrics=["accuracy"])
     history = fit(trainer, validation_data=None)
     assert how == [("divided", {8})]
-    same(values(trainer.state), run_on_eight[1])
+    same(moved(trainer.state), run_on_eight[1])
     assert history["loss"] == run_on_eight[2]["loss"]
     assert history["accuracy"] == run_on_eight[2]["accuracy"]
 
@@ -356,7 +339,7 @@ def test_training_by_hand_is_the_same(on_eight, on_one):
     state, logs = on_eight.train_step(on_eight.init(first), first)
     other, other_logs = on_one[0].train_step(on_one[0].init(first), first)
     assert state.step.devices() == set(DEVICES)
-    close(values(state), values(other))
+    close(moved(state), moved(other))
     assert float(logs["loss"].compute()) == pytest.approx(
         float(other_logs["loss"].compute()), rel=1e-6
     )
@@ -404,7 +387,7 @@ def test_a_batch_of_seven_rows_can_be_trained_on():
         rows = slice(step, step + 7)
         logs = [trainer.train_on_batch(X[rows], Y[rows]) for trainer in (eight, one)]
         assert logs[0] == pytest.approx(logs[1], rel=1e-5)
-    close(values(eight.state), values(one.state))
+    close(moved(eight.state), moved(one.state))
     assert eight.state.step.devices() == set(DEVICES)
     assert eight.test_on_batch(X[:7], Y[:7]) == pytest.approx(
         one.test_on_batch(X[:7], Y[:7]), rel=1e-5
@@ -414,7 +397,7 @@ def test_a_batch_of_seven_rows_can_be_trained_on():
 
 def test_a_state_can_be_assigned_and_goes_on_all_devices(on_eight):
     before = on_eight.compiles
-    start = jax.device_get(values(on_eight.state))
+    start = moved(on_eight.state)
     zeros = jax.tree.map(np.zeros_like, start[0])
     on_eight.state = on_eight.state.replace(params=zeros)
     for leaf in jax.tree.leaves(on_eight.state):
@@ -491,7 +474,7 @@ def test_a_state_moves_from_all_devices_to_one_and_back(eight_devices):
     one = make(nn.Dense(3), devices=1)
     one.fit(X[:33], Y[:33], batch_size=11, verbose=0)
     one.fit(X, Y, batch_size=16, verbose=0)
-    close(values(kept[-1]), values(one.state))
+    close(moved(kept[-1]), moved(one.state))
 
 
 def test_the_loop_reads_as_seldom_as_on_one_device(monkeypatch):
@@ -522,13 +505,13 @@ def test_a_batch_that_devices_do_not_divide_uses_fewer_and_says_so(
     )
     one = make(nn.Dense(3), devices=1)
     one.fit(X[:60], Y[:60], batch_size=30, verbose=0)
-    close(values(trainer.state), values(one.state))
+    close(moved(trainer.state), moved(one.state))
     # The next one may divide among all again, and takes the state along.
     trainer.fit(X, Y, batch_size=16, verbose=2)
     assert len(trainer.state.step.devices()) == 8
     assert "devices are used" not in capsys.readouterr().out
     one.fit(X, Y, batch_size=16, verbose=0)
-    close(values(trainer.state), values(one.state))
+    close(moved(trainer.state), moved(one.state))
 
 
 def test_chosen_devices_do_not_divide_the_batch():
@@ -566,15 +549,15 @@ def test_a_trainer_is_saved_on_eight_and_loaded_on_one_and_back(tmp_path):
     saved.save(tmp_path / "eight")
     one = Trainer.load(tmp_path / "eight", nn.Dense(3), devices=1)
     assert one.state.step.devices() == {DEVICES[0]}
-    same(values(one.state), values(saved.state))
+    same(moved(one.state), moved(saved.state))
     logs = one.train_on_batch(X[16:32], Y[16:32])
     one.save(tmp_path / "one")
     eight = Trainer.load(tmp_path / "one", nn.Dense(3), devices=8)
     assert eight.state.step.devices() == set(DEVICES)
-    same(values(eight.state), values(one.state))
+    same(moved(eight.state), moved(one.state))
     # And what went on on one goes on on eight.
     assert saved.train_on_batch(X[16:32], Y[16:32]) == pytest.approx(logs, rel=1e-5)
-    close(values(saved.state), values(one.state))
+    close(moved(saved.state), moved(one.state))
     assert eight.train_on_batch(X[:16], Y[:16]) == pytest.approx(
         one.train_on_batch(X[:16], Y[:16]), rel=1e-5
     )

@@ -6,17 +6,15 @@ import time
 import types
 
 import flax.linen as nn
-import numpy as np
 import pytest
+from helpers.data import labeled
 
 import flaxfit._reporting.timing
 import flaxfit.checkpoint
 from flaxfit import Callback, LambdaCallback, Trainer
 from flaxfit._reporting.timing import PHASES, Clock, Timing
 
-RNG = np.random.default_rng(0)
-X = RNG.normal(size=(64, 5)).astype(np.float32)
-Y = RNG.integers(0, 3, 64).astype(np.int32)
+X, Y = labeled(64)
 
 
 @pytest.fixture
@@ -148,8 +146,7 @@ class Wide(nn.Module):
         return nn.Dense(10)(nn.relu(nn.Dense(128)(x)))
 
 
-WIDE_X = RNG.normal(size=(60, 256)).astype(np.float32)
-WIDE_Y = RNG.integers(0, 10, 60).astype(np.int32)
+WIDE_X, WIDE_Y = labeled(60, 256, classes=10)
 
 
 @pytest.fixture(scope="module")

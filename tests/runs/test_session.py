@@ -7,11 +7,12 @@ import shutil
 import signal
 import threading
 
-import flax.linen as nn
-import jax
 import numpy as np
 import optax
 import pytest
+from helpers.asserts import same
+from helpers.data import labeled
+from helpers.models import Net
 
 from flaxfit import (
     Callback,
@@ -24,16 +25,7 @@ from flaxfit import (
 )
 from flaxfit._runs import checkpoint_manager
 
-RNG = np.random.default_rng(0)
-X = RNG.normal(size=(22, 4)).astype("float32")
-Y = RNG.integers(0, 3, 22)
-
-
-class Net(nn.Module):
-    @nn.compact
-    def __call__(self, x, train: bool):
-        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x))
-        return nn.Dense(3)(nn.Dropout(0.3, deterministic=not train)(x))
+X, Y = labeled(22, 4)
 
 
 class InterruptAt(Callback):
@@ -58,14 +50,6 @@ def fit(trainer, folder, callbacks=(), **options):
     return trainer.fit(
         *data, batch_size=4, callbacks=list(callbacks), run_dir=folder, **options
     )
-
-
-def same(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
-            x, y = jax.random.key_data(x), jax.random.key_data(y)
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +104,10 @@ def test_early_stopping_goes_on_counting_and_keeps_its_best(tmp_path):
     def stopping():
         return EarlyStopping("val_accuracy", patience=2)
 
-    noise = (X, RNG.permutation(Y))  # nothing to be learnt: it stops soon
+    noise = (
+        X,
+        np.random.default_rng(1).permutation(Y),
+    )  # nothing to be learnt: it stops soon
     options = {"epochs": 9, "validation_data": noise}
     trainer, whole = make(learning_rate=0.1), stopping()
     history = fit(trainer, tmp_path / "whole", [whole], **options)
@@ -416,8 +403,8 @@ def test_files_that_hold_no_training_are_no_place_to_go_on(tmp_path):
         ({"resume": "must"}, "resume='must' needs a run_dir"),
         ({"save_every": 10}, "save_every=10 is about a run_dir"),
         ({"monitor": "loss"}, "monitor='loss' is about a run_dir"),
-        ({"save_every": 0, "run_dir": "a"}, "save_every=0: write a number of steps"),
-        ({"save_every": "5x", "run_dir": "a"}, "save_every='5x': write"),
+        ({"save_every": 0, "run_dir": "a"}, "save_every=0. Expected a number of steps"),
+        ({"save_every": "5x", "run_dir": "a"}, "save_every='5x'. Expected a number"),
         ({"monitor": "los", "run_dir": "a"}, "Did you mean 'loss'"),
     ],
 )

@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from helpers.data import labeled
+from helpers.models import DropoutNet
 from jax.experimental.compilation_cache import compilation_cache
 
 from flaxfit import Trainer
@@ -19,9 +21,7 @@ SETTINGS = (
     "jax_persistent_cache_min_compile_time_secs",
     "jax_persistent_cache_min_entry_size_bytes",
 )
-RNG = np.random.default_rng(0)
-X = RNG.normal(size=(20, 5)).astype(np.float32)
-Y = RNG.integers(0, 3, 20).astype(np.int32)
+X, Y = labeled(20)
 
 
 @pytest.fixture(autouse=True)
@@ -104,14 +104,8 @@ def test_what_is_no_folder_is_refused(wrong):
     assert settings() == before
 
 
-class Net(nn.Module):
-    @nn.compact
-    def __call__(self, x, train: bool):
-        return nn.Dense(3)(nn.Dropout(0.2, deterministic=not train)(x))
-
-
 def results(cache):
-    trainer = Trainer(Net(), compilation_cache=cache)
+    trainer = Trainer(DropoutNet(), compilation_cache=cache)
     history = trainer.fit(
         X, Y, batch_size=8, epochs=2, validation_data=(X, Y), verbose=0
     )

@@ -11,13 +11,13 @@ import numpy as np
 import optax
 import pytest
 from flax.training import train_state
+from helpers.data import labeled
 
 import flaxfit
 from flaxfit import LambdaCallback, Trainer
 
-RNG = np.random.default_rng(0)
-X = RNG.normal(size=(64, 5)).astype(np.float32)
-LABELS = RNG.integers(0, 3, 64).astype(np.int32)
+RNG = np.random.default_rng(1)
+X, LABELS = labeled(64)
 VALUES = RNG.normal(size=(64, 1)).astype(np.float32)
 
 

@@ -1,10 +1,11 @@
-"""Adapts arrays that are read by slices: zarr, HDF5, tensorstore.
+"""Adapts arrays that are read by slices: zarr, HDF5, tensorstore, dask.
 
-Such an array is larger than memory, or far away. Nothing is read but the rows of a
-batch; where the array is stored in chunks of several rows, whole chunks, which are
-kept while other rows of theirs are still to come.
+For users whose arrays are larger than memory, or remote. Only the rows of a batch are
+read. An array that is stored in chunks of several rows is read by whole chunks, and the
+latest of them are kept: a window, within which rows are shuffled.
 """
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flaxfit._core.errors import DataError
+from flaxfit._core.errors import DataError, UsageError
 from flaxfit._core.lazy_types import comes_from
 from flaxfit._core.tree_specs import describe
 from flaxfit._core.types import Batch, HostArray
@@ -25,25 +26,14 @@ from flaxfit.data.datasets.shuffling import order_of_pass, seeded
 from flaxfit.data.host.arrays import as_host, is_array
 from flaxfit.data.host.checks import check_lengths
 
-# What is read ahead of the rows that are asked for, and kept. A shuffle mixes as much.
+# The chunks that are kept; a shuffle mixes the rows of these.
 _WINDOW_BYTES = 2**27
-# A slice that is not worth the call is made larger.
+# Smaller chunks are read several at a time.
 _BLOCK_BYTES = 2**18
-# Beside larger arrays, one as small as that is read as a whole: labels, mostly.
+# Beside larger arrays, an array as small as this is read as a whole: mostly labels.
 _SMALL_BYTES = 2**24
 _IN_MEMORY = frozenset(
-    (
-        "cupy",
-        "jax",
-        "jaxlib",
-        "numpy",
-        "pandas",
-        "polars",
-        "pyarrow",
-        "scipy",
-        "tensorflow",
-        "torch",
-    )
+    "cupy jax jaxlib numpy pandas polars pyarrow scipy tensorflow torch".split()
 )
 
 
@@ -58,7 +48,7 @@ def is_sliced(value: Any) -> bool:
 
 
 def recognizes(x: Any) -> bool:
-    """Whether `x` is such an array, or a nesting with one in it."""
+    """Whether `x` is such an array, or a nesting that holds one."""
     if comes_from(x, "zarr", "Group"):
         return True
     if isinstance(x, Mapping):
@@ -77,12 +67,12 @@ def as_dataset(x: Any, *, what: str, data_dir: Any = None) -> ExampleSet:
       data_dir: not for arrays.
 
     Raises:
-      DataError: arrays of different length, or of a dtype of no numbers or text.
-        Nothing is read to find out.
+      DataError: arrays of different length, or of a dtype other than numbers or text.
+        This is checked without reading.
     """
     del what, data_dir
     nest = _as_nest(x)
-    length = check_lengths(_forms(nest))
+    length = check_lengths(_specs(nest))
     leaves, structure = jax.tree.flatten(nest, is_leaf=is_array)
     leaves = _with_small_ones_read([as_leaf(leaf) for leaf in leaves])
     layout = _layout_of([leaf for leaf in leaves if is_sliced(leaf)])
@@ -100,11 +90,11 @@ def as_dataset(x: Any, *, what: str, data_dir: Any = None) -> ExampleSet:
 
 
 def gathered(x: Any, y: Any, sample_weight: Any) -> ExampleSet:
-    """Returns arrays that were given apart as one dataset.
+    """Returns arrays that were given as separate arguments as one dataset.
 
     Raises:
       DataError: as `as_dataset`.
-      ValueError: weights that are given twice.
+      UsageError: weights that are given twice.
     """
     if y is not None:
         x = (x, y) if sample_weight is None else (x, y, sample_weight)
@@ -113,9 +103,9 @@ def gathered(x: Any, y: Any, sample_weight: Any) -> ExampleSet:
         by_name = isinstance(x, Mapping)
         parts = x if isinstance(x, tuple) and not hasattr(x, "_fields") else (x,)
         if len(parts) > 2 or (by_name and any(name in x for name in WEIGHT_NAMES)):
-            raise ValueError(
-                "sample_weight is given twice: as an argument and inside the data. "
-                "Leave one of them out."
+            raise UsageError(
+                "sample_weight is given twice: as an argument and inside the data",
+                "Leave one of them out.",
             )
         x = (
             {**x, WEIGHT_NAMES[1]: sample_weight}
@@ -126,7 +116,7 @@ def gathered(x: Any, y: Any, sample_weight: Any) -> ExampleSet:
 
 
 def as_leaf(value: Any) -> Any:
-    """Returns a NumPy array, or an array that is read by slices as it is."""
+    """Returns a NumPy array, or an array that is read by slices unchanged."""
     return value if is_sliced(value) else as_host(value)
 
 
@@ -134,13 +124,13 @@ def dtype_of(array: Any) -> np.dtype[Any]:
     """Returns the NumPy dtype of an array.
 
     Raises:
-      TypeError: it has none.
+      TypeError: NumPy does not have its dtype.
     """
     return np.dtype(getattr(array.dtype, "numpy_dtype", array.dtype))
 
 
 def rows_of_chunk(array: Any) -> int:
-    """Returns how many rows are stored together; 1 where that does not matter."""
+    """Returns how many rows are stored together; 1 if the array does not tell."""
     chunks = getattr(array, "chunks", None)
     if chunks is None and hasattr(array, "chunk_layout"):  # of tensorstore
         chunks = array.chunk_layout.read_chunk.shape
@@ -152,27 +142,12 @@ def rows_of_chunk(array: Any) -> int:
 
 
 @dataclass(frozen=True)
-class _Form:
-    """What is known of an array without reading it."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-
-@dataclass(frozen=True)
 class _Layout:
     """How rows are read.
 
     Attributes:
-      block: the rows that are read together, 1 for those that are asked for.
-      window: the rows of as many blocks as are kept.
+      block: the rows that are read together; 1 to read only the rows of a batch.
+      window: the rows of all blocks that are kept.
     """
 
     block: int
@@ -180,12 +155,12 @@ class _Layout:
 
 
 class _Rows:
-    """Rows of arrays: each block of them is read once, and kept for a while.
+    """Takes rows of arrays, with a cache of the blocks that were read last.
 
     Args:
       leaves: the arrays, at least one of them read by slices.
       structure: how they are nested.
-      layout: what is read together.
+      layout: how rows are read.
     """
 
     def __init__(self, leaves: list[Any], structure: Any, layout: _Layout) -> None:
@@ -193,18 +168,12 @@ class _Rows:
         self._sliced = [leaf for leaf in leaves if is_sliced(leaf)]
         self._structure = structure
         self._layout = layout
-        self._begin()
-
-    def _begin(self) -> None:
         self._blocks: OrderedDict[int, list[HostArray]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("_blocks", "_lock")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._begin()
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Without the cache and its lock.
+        return _Rows, (self._leaves, self._structure, self._layout)
 
     def __call__(self, rows: HostArray) -> Any:
         """Returns these rows of all arrays, nested as they are."""
@@ -232,9 +201,9 @@ class _Rows:
         numbers, starts = np.unique(rows[places] // block, return_index=True)
         asked = dict(zip(numbers.tolist(), np.split(places, starts[1:]), strict=True))
         with self._lock:
-            # Those that are there first: reading others may push them out.
+            # Blocks in the cache first: reading others may remove them.
             for number in sorted(asked, key=lambda number: number not in self._blocks):
-                # By a number and not by a list of one, which takes longer.
+                # A single row by its number: a list of one takes longer.
                 at = asked[number] if len(asked[number]) > 1 else asked[number][0]
                 for column, part in zip(columns, self._block(number), strict=True):
                     column[at] = part[rows[at] - number * block]
@@ -256,7 +225,7 @@ class _Rows:
 
 
 def _by_run(array: Any, rows: HostArray) -> HostArray:
-    """Returns rows of an array; those that follow each other are one slice."""
+    """Returns rows of an array, with one slice for each run of adjacent rows."""
     sought, places = np.unique(rows, return_inverse=True)
     runs = np.split(sought, np.flatnonzero(np.diff(sought) > 1) + 1)
     parts = [_read(array, int(run[0]), int(run[-1]) + 1) for run in runs]
@@ -290,9 +259,8 @@ def _order_of_pass(
 ) -> HostArray:
     """Returns the rows of one pass, `int64[total]`.
 
-    Where the rows of a block are stored together, and not all of them fit into a
-    window, the blocks are shuffled, and then the rows of each window of blocks: any
-    other order would read a block for every row.
+    Where not all blocks fit into a window, the blocks are shuffled, and then the rows
+    of each window of blocks. Any other order would read a block for every row.
     """
     block, window = layout.block, layout.window
     if not shuffle or block == 1 or total <= window:
@@ -329,24 +297,21 @@ def _with_small_ones_read(leaves: list[Any]) -> list[Any]:
 
 
 def _nbytes(array: Any) -> int:
-    size = dtype_of(array).itemsize
-    for length in array.shape:
-        size *= int(length)
-    return size
+    return dtype_of(array).itemsize * math.prod(map(int, array.shape))
 
 
-def _forms(nest: Any) -> Any:
-    """Returns the nesting with what is known of each array, named as a batch is."""
-    # Of what has names, some may be text of which nothing is read: a batch will tell.
-    form_of = partial(_form_of, named=isinstance(nest, Mapping))
-    forms = jax.tree.map(form_of, nest, is_leaf=is_array)
-    if not isinstance(forms, tuple) or hasattr(forms, "_fields") or len(forms) > 3:
-        return forms
-    x, y, weights = (*forms, None, None)[:3]
+def _specs(nest: Any) -> Any:
+    """Returns the nesting with shapes and dtypes, in the fields of a batch."""
+    # By name there may be text that is not used; a batch will tell.
+    spec_of = partial(_spec_of, named=isinstance(nest, Mapping))
+    specs = jax.tree.map(spec_of, nest, is_leaf=is_array)
+    if not isinstance(specs, tuple) or hasattr(specs, "_fields") or len(specs) > 3:
+        return specs
+    x, y, weights = (*specs, None, None)[:3]
     return Batch((x,), y, weights)
 
 
-def _form_of(leaf: Any, named: bool) -> Any:
+def _spec_of(leaf: Any, named: bool) -> Any:
     leaf = as_leaf(leaf)
     if not is_sliced(leaf):
         return leaf
@@ -354,16 +319,16 @@ def _form_of(leaf: Any, named: bool) -> Any:
         dtype = dtype_of(leaf)
     except TypeError as error:
         raise DataError(
-            f"a {_kind_of(leaf)} has the dtype {leaf.dtype!r}, which is none of "
-            "NumPy's: slices of it cannot be trained on."
+            f"a {_kind_of(leaf)} has the dtype {leaf.dtype!r}",
+            "Expected one of NumPy's.",
         ) from error
     if named and dtype.kind in "OSUT":
         dtype = np.dtype(np.float32)
-    return _Form(tuple(map(int, leaf.shape)), dtype)
+    return jax.ShapeDtypeStruct(tuple(map(int, leaf.shape)), dtype)
 
 
 def _as_nest(x: Any) -> Any:
-    """Returns mappings, and groups of arrays, as dicts."""
+    """Returns the nesting with mappings, and groups of arrays, as dicts."""
     if comes_from(x, "zarr", "Group"):
         return dict(x.arrays())
     if isinstance(x, Mapping):

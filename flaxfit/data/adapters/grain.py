@@ -1,7 +1,7 @@
 """Adapters for Grain's datasets, loaders and iterators.
 
-A pass over a `MapDataset` is what its own `repeat()` makes of it: shuffled anew, random
-maps drawn anew. Of all others, each pass is what iterating over them gives.
+The passes over a `MapDataset` are those of its own `repeat()`: each has another order
+and other random numbers. All others are iterated over once for each pass.
 """
 
 import json
@@ -22,20 +22,20 @@ from flaxfit.data.datasets.shuffling import order_of_pass
 from flaxfit.data.datasets.stream import Stream, get_state, set_state
 from flaxfit.data.host.collate import looks_single
 
-# As many as Grain takes by itself, for sources that wait. They prepare whole batches,
-# of which its buffer of 500 would fill the memory.
+# Grain's own default, for sources that wait. They prepare whole batches, and Grain's
+# default buffer of 500 of those would fill the memory.
 _THREADS = 16
 _BATCHES_AHEAD = 16
 
-# Grain's `repeat()` says `sys.maxsize`, of which a `batch` or a slice after it takes a
-# part. Nobody waits for so many.
+# The length of Grain's `repeat()` is `sys.maxsize`, and a `batch` or a slice after it
+# has a fraction of that. No real dataset is as long.
 _LONGEST = 2**40
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 _FLAGS = (
-    "Grain's own processes ask for command line flags. In a program that is none of "
-    "absl's, write before: from absl import flags; flags.FLAGS.mark_as_parsed()"
+    "Grain's processes read absl's command line flags. In a program without absl, "
+    "write before: from absl import flags; flags.FLAGS.mark_as_parsed()"
 )
 
 _ITERATORS = ("DatasetIterator", "DataLoaderIterator")
@@ -65,9 +65,8 @@ def as_dataset(x: Any, *, what: str, data_dir: str | None) -> Stream | ExampleSe
     if not comes_from(x, "grain", "MapDataset"):
         kind = "DataLoader" if comes_from(x, "grain", "DataLoader") else "IterDataset"
         stream = Stream(f"grain {kind}", lambda *unused: iter(x))
-        dataset = getattr(x, "_dataset", x)  # of a loader
         stream = replace(stream, endless=_is_endless(x))
-        return _in_order(stream, what, batched=_is_batched(dataset))
+        return _in_order(stream, what, batched=_is_batched(x))
     length = len(x)
     if length == 0 or length > _LONGEST or _has_gaps(x):
         stream = Stream("grain MapDataset", partial(_open_map, x))
@@ -96,13 +95,14 @@ def as_dataset(x: Any, *, what: str, data_dir: str | None) -> Stream | ExampleSe
 def _is_endless(x: Any) -> bool:
     """Whether a dataset has no end; False where that is not certain."""
     if comes_from(x, "grain", "DataLoader"):
+        # There is no public way to ask a loader for its sampler.
         sampler = getattr(x, "_sampler", None)
         return isinstance(sampler, Sized) and len(sampler) > _LONGEST
     if comes_from(x, "grain", "MapDataset"):
         return len(x) > _LONGEST
     if not type(x).__module__.startswith("grain.") or "Limit" in type(x).__name__:
         return False
-    if type(x).__name__ == "RepeatIterDataset" and x._num_epochs is None:
+    if str(x) == "RepeatIterDataset(num_epochs=None)":
         return True
     return bool(x.parents) and all(map(_is_endless, x.parents))
 
@@ -116,26 +116,26 @@ def _is_batched(x: Any) -> bool:
 
 
 def _has_gaps(x: Any) -> bool:
-    """Whether a `MapDataset` has None in places, as its `filter` leaves them."""
+    """Whether a `MapDataset` has gaps: elements that are None, as `filter` leaves."""
     if type(x).__name__ == "FilterMapDataset":
         return True
     return any(map(_has_gaps, x.parents)) or (x[0] is None)
 
 
 def _open_map(x: Any, pass_index: int, start: int) -> Iterator[Any]:
-    """Opens a `MapDataset` whose elements have no number: it has gaps, or no end."""
+    """Opens a `MapDataset` that has gaps, or no end."""
     return iter(_part(x, pass_index, start).to_iter_dataset(_read_options()))
 
 
 def _open_at(x: Any, pass_index: int, start: int) -> Iterator[Any]:
-    """Yields the batches of a `MapDataset`, from any of them on."""
+    """Yields the batches of a pass over a `MapDataset`, from number `start` on."""
     if start == len(x):
         return
     part = _part(x, pass_index, start)
     iterator = iter(part.to_iter_dataset(_read_options(), allow_nones=True))
     try:
         for index, batch in enumerate(iterator, pass_index * len(x) + start):
-            yield _there(batch, index)
+            yield _not_none(batch, index)
     finally:
         _close(iterator)
 
@@ -159,9 +159,9 @@ def _order_of_pass(
 ) -> HostArray:
     """Returns the rows of a pass, in Grain's own order; see `order_of_pass`."""
     if total < length:
-        # One side of a split, which has to keep its examples: those of the first pass.
+        # One side of a split keeps the same examples: those of the first pass.
         return order_of_pass(total, pass_index, shuffle=shuffle, seed=seed)
-    # Beyond its length, a MapDataset goes on as its repeat() does.
+    # Indices beyond its length continue as its repeat() does.
     return np.arange(length) + pass_index * length
 
 
@@ -174,19 +174,19 @@ class _Take:
 
     def _item(self, index: int) -> Any:
         try:
-            return _there(self.dataset[index], index)
+            return _not_none(self.dataset[index], index)
         except Exception as error:
             error.add_note(f"while reading item {index}")
             raise
 
 
-def _there(element: Any, index: int) -> Any:
+def _not_none(element: Any, index: int) -> Any:
     if element is None:
         raise DataError(
-            f"element {index} of the grain MapDataset is None, which Grain leaves out. "
-            "Then nobody knows how many there are: drop it with "
-            "dataset.filter(lambda element: element is not None), or write "
-            "dataset.to_iter_dataset()."
+            f"element {index} of the grain MapDataset is None, which Grain leaves out, "
+            "so the number of examples is not known",
+            write="dataset.filter(lambda element: element is not None), or "
+            "dataset.to_iter_dataset()",
         )
     return element
 
@@ -194,15 +194,15 @@ def _there(element: Any, index: int) -> Any:
 def _in_order(
     stream: Stream, what: str, *, batched: bool = False
 ) -> Stream | ExampleSet:
-    """Returns what is read one after the other as what it is: batches or examples.
+    """Returns a dataset without random access, as batches or as examples.
 
     Args:
       stream: how it is read; `open` returns iterators that have a state.
       what: the method it was given to, for messages.
-      batched: whether it is known to make batches.
+      batched: whether it is known to make batches; else the first element tells.
 
     Raises:
-      DataError: there is nothing, so that nobody knows of what.
+      DataError: it has no first element.
     """
     passes = _Passes(stream)
     stream = replace(stream, open=passes)
@@ -223,14 +223,14 @@ def _in_order(
 
 
 class _Passes:
-    """Iterators over a dataset, the first of which may have read its first element."""
+    """Opens the passes; the first iterator may have read its first element already."""
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
         self._first: _Reader | None = None
 
     def peek(self) -> Any:
-        """Returns the first element, which is still yielded; None if there is none."""
+        """Returns the first element, and still yields it; None if there is none."""
         self._first = self._open(0)
         return self._first.peek()
 
@@ -244,25 +244,25 @@ class _Passes:
 
     def _open(self, pass_index: int) -> "_Reader":
         iterator = self._stream.open(pass_index, 0)
-        return _Reader(iterator, own=not self._stream.one_shot)
+        return _Reader(iterator, close=not self._stream.one_shot)
 
 
 class _Reader:
-    """An iterator of Grain that ends its threads and processes when it is let go.
+    """An iterator of Grain whose threads and processes end with it.
 
     Args:
       iterator: Grain's.
-      own: whether nobody else has it.
+      close: whether to close it, as the user does not have it too.
     """
 
-    def __init__(self, iterator: Iterator[Any], *, own: bool) -> None:
+    def __init__(self, iterator: Iterator[Any], *, close: bool) -> None:
         self._iterator = iterator
         self._ahead: list[Any] = []
-        if own:
+        if close:
             weakref.finalize(self, _close, iterator).atexit = False
 
     def peek(self) -> Any:
-        """Returns the first element, which is still yielded; None if there is none."""
+        """Returns the first element, and still yields it; None if there is none."""
         try:
             self._ahead.append(next(self._iterator))
         except StopIteration:
@@ -286,22 +286,22 @@ class _Reader:
     def set_state(self, state: Any) -> None:
         self._ahead.clear()
         if isinstance(state, bytes):
-            state = _at_home(state, self._iterator)
+            state = _with_local_addresses(state, self._iterator)
         set_state(self._iterator, state)
 
 
-def _at_home(state: bytes, iterator: Any) -> bytes:
-    """Returns the state of a loader's iterator, with this process's addresses.
+def _with_local_addresses(state: bytes, iterator: Any) -> bytes:
+    """Returns the state of a loader's iterator as this process would have saved it.
 
-    Grain compares the `repr` of source and sampler, where most classes have one that
-    holds the address of the object.
+    Grain refuses a state with another `repr` of the source or the sampler. The default
+    one holds the address of the object, which differs in every process.
     """
-    saved, own = json.loads(state), json.loads(iterator.get_state())
+    saved, local = json.loads(state), json.loads(iterator.get_state())
     for name in ("data_source", "sampler"):
-        told = saved.get(name), own.get(name)
-        if all(isinstance(each, str) for each in told):
-            if _ADDRESS.sub("", told[0]) == _ADDRESS.sub("", told[1]):
-                saved[name] = told[1]
+        one, other = saved.get(name), local.get(name)
+        if isinstance(one, str) and isinstance(other, str):
+            if _ADDRESS.sub("", one) == _ADDRESS.sub("", other):
+                saved[name] = other
     return json.dumps(saved).encode()
 
 

@@ -291,7 +291,7 @@ def _inputs(x: Any, table: Table, parts: Any, binding: Binding) -> Inputs:
 
 
 def _as_array(made: Any) -> Any:
-    """Returns what the user's function made of a table as arrays."""
+    """Returns an input that the user's function made, as an array."""
     if is_table(made):
         table = as_table(made)
         return _values(table, table.names, floats=True)
@@ -390,8 +390,7 @@ def _refuse_leak(table: Table, y: Any, found: _Targets, parts: Any) -> None:
             continue
         if np.array_equal(table.column(name).values, target.reshape(-1)):
             raise DataError(
-                f"the column {name!r} of x is y: the model would see what it is to "
-                "predict",
+                f"the column {name!r} of x is y: the model would see its target",
                 write=f"fit(df) with Trainer(model, targets={name!r}), or leave the "
                 f"column out of x, df.drop(columns={name!r})",
             )

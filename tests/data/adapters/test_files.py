@@ -1,6 +1,7 @@
 """`.npy` and `.npz` by path, and arrays that are read by slices."""
 
 import contextlib
+import functools
 import pickle
 import zipfile
 from collections import Counter
@@ -65,6 +66,11 @@ def losses(*data, **arguments):
     return history.history["loss"], trainer.predict(X)
 
 
+@functools.cache
+def of_arrays():
+    return losses(X, Y)
+
+
 def same(one, other):
     assert one[0] == other[0]
     np.testing.assert_array_equal(one[1], other[1])
@@ -93,7 +99,7 @@ def batches_of(source, index=0, start=0):
     ],
 )
 def test_files_train_as_the_arrays_do(data, folder):
-    same(losses(*data()), losses(X, Y))
+    same(losses(*data()), of_arrays())
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -266,7 +272,7 @@ def test_a_file_that_was_cut_off_or_written_over(name, folder):
     ],
 )
 def test_slices_train_as_the_arrays_do(data, chunk):
-    same(losses(*data(Lazy(X, chunk))), losses(X, Y))
+    same(losses(*data(Lazy(X, chunk))), of_arrays())
 
 
 def test_slices_with_weights():
@@ -474,4 +480,4 @@ def test_tensorstore(tmp_path):
     ).result()
     x[:] = X
     assert chunked_arrays.rows_of_chunk(x) == 16
-    same(losses(x, Y), losses(X, Y))
+    same(losses(x, Y), of_arrays())

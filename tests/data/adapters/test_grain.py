@@ -441,6 +441,10 @@ def test_processes_decode_what_grain_reads():
 
 def test_sizes_without_end_are_recognized_by_grains_own_number():
     assert len(shuffled().repeat()) == sys.maxsize
+    # If these fail, `_is_endless` has to ask in another way.
+    assert len(loader(epochs=None)._sampler) == sys.maxsize
+    repeated = grain.experimental.RepeatIterDataset(in_threads(shuffled()))
+    assert str(repeated) == "RepeatIterDataset(num_epochs=None)"
 
 
 @pytest.mark.parametrize(

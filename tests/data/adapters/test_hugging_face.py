@@ -2,10 +2,10 @@
 
 import pickle
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from helpers.models import Linear
 from PIL import Image
 
 datasets = pytest.importorskip("datasets")
@@ -29,12 +29,6 @@ ROWS = 10
 X = np.random.default_rng(0).normal(size=(ROWS, 3)).astype(np.float32)
 Y = np.arange(ROWS) % 3
 PICTURES = np.random.default_rng(1).integers(0, 255, (ROWS, 4, 5), np.uint8)
-
-
-class Net(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(3)(x)
 
 
 @pytest.fixture
@@ -75,7 +69,7 @@ def rows(source, index=0):
 
 
 def fit(x, y=None, **arguments):
-    trainer = Trainer(Net(), seed=1)
+    trainer = Trainer(Linear(), seed=1)
     history = trainer.fit(x, y, epochs=2, verbose=0, batch_size=4, **arguments)
     return history.history, jax.tree.map(np.asarray, trainer.state.params)
 
@@ -103,7 +97,7 @@ def test_a_dataset_trains_as_arrays_do():
 
 
 def test_validation_and_prediction():
-    trainer = Trainer(Net())
+    trainer = Trainer(Linear())
     history = trainer.fit(table(), validation_data=table(), verbose=0)
     assert "val_loss" in history.history
     np.testing.assert_array_equal(

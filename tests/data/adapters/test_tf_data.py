@@ -2,10 +2,10 @@
 
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from helpers.models import Linear
 
 from flaxfit import Trainer
 from flaxfit._core.errors import DataError
@@ -18,12 +18,6 @@ BINDING = Binding(CallSpec(("x",), (), ("x",)))
 ROWS = 10
 X = np.random.default_rng(0).normal(size=(ROWS, 3)).astype(np.float32)
 Y = (np.arange(ROWS) % 3).astype(np.int32)
-
-
-class Net(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(3)(x)
 
 
 # ------------------------------------------------- what looks like TensorFlow's classes
@@ -109,7 +103,7 @@ def rows(source, index=0):
 
 
 def fit(x, y=None, **arguments):
-    trainer = Trainer(Net(), seed=1)
+    trainer = Trainer(Linear(), seed=1)
     history = trainer.fit(x, y, epochs=2, verbose=0, shuffle=False, **arguments)
     return history.history, jax.tree.map(np.asarray, trainer.state.params)
 

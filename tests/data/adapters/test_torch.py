@@ -10,6 +10,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers.models import Linear
 
 torch = pytest.importorskip("torch")
 
@@ -30,12 +31,6 @@ ROWS = 10
 X = np.random.default_rng(0).normal(size=(ROWS, 3)).astype(np.float32)
 Y = np.arange(ROWS) % 3
 NUMBERS = np.arange(ROWS, dtype=np.int64)
-
-
-class Net(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(3)(x)
 
 
 class Rows(data.Dataset):
@@ -79,7 +74,7 @@ def rows(source, index=0):
 
 
 def fit(x, y=None, **arguments):
-    trainer = Trainer(Net(), seed=1)
+    trainer = Trainer(Linear(), seed=1)
     arguments = {"epochs": 2, "verbose": 0, "shuffle": False} | arguments
     history = trainer.fit(x, y, **arguments)
     return history, jax.tree.map(np.asarray, trainer.state.params)
@@ -115,7 +110,7 @@ def test_a_loader_of_dicts_with_text_that_is_not_used():
 
 def test_predict_and_evaluate():
     loader = data.DataLoader(tensors(Y), batch_size=4)
-    trainer = Trainer(Net())
+    trainer = Trainer(Linear())
     trainer.fit(loader, verbose=0)
     np.testing.assert_array_equal(
         trainer.predict(loader, verbose=0), trainer.predict(X, verbose=0, batch_size=4)
@@ -339,7 +334,7 @@ def test_what_a_loader_is_not_given():
     with pytest.raises(TypeError, match=r"Examples\(\.\.\.\) of a torch DataLoader"):
         source_of(Examples(loader))
     with pytest.raises(ValueError, match="not a torch DataLoader: pass the rest of"):
-        Trainer(Net()).fit(loader, validation_split=0.2)
+        Trainer(Linear()).fit(loader, validation_split=0.2)
 
 
 def test_errors_pass_through_with_their_place():
