@@ -1,4 +1,4 @@
-"""Chunks: what a program reads its batches from in one call."""
+"""Chunks: the batches that one call of a program reads."""
 
 from typing import TypeAlias
 
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flaxfit._core.arrays import append_axes
 from flaxfit._core.types import Array, Batch, HostArray, PyTree
 
-# A stack of batches is one transfer and serves one call: large enough to make the
-# call worth its while, small enough to stay in a cache and to be had at once.
+# A stack of batches is one transfer for one call: large enough that the overhead of the
+# call does not matter, small enough for the CPU's cache and to be built quickly.
 _STACK_BYTES = 4 * 2**20
 _STACK_BATCHES = 256
 _ORDER_BYTES = 2**18
@@ -20,19 +20,19 @@ class Stack(flax.struct.PyTreeNode):
     """Several batches that follow each other.
 
     Attributes:
-      batches: arrays `[capacity, batch, ...]`; the last ones may be without meaning.
+      batches: arrays `[capacity, batch, ...]`; the last ones may be unused.
     """
 
     batches: Batch
 
 
 class DeviceDataset(flax.struct.PyTreeNode):
-    """All examples, and which of them make the batches.
+    """All examples on the device, and the row numbers of the batches.
 
     Attributes:
-      data: arrays `[rows, ...]`, those beyond the last example without meaning.
-      order: `int32[capacity, batch]`: rows of `data`. Where a batch is only filled
-        up, at weight 0, the row `r` is written as `~r`.
+      data: arrays `[rows, ...]`; those after the last example are unused.
+      order: `int32[capacity, batch]`: rows of `data`. Where a row `r` only fills up a
+        batch, at weight 0, it is written as `~r`.
     """
 
     data: Batch
@@ -70,14 +70,14 @@ def stack_capacity(bytes_per_batch: int, asked: int | None = None) -> int:
 
     Args:
       bytes_per_batch: of the larger of what goes in and what comes out.
-      asked: the number that a user wants, as far as it fits.
+      asked: the number that the user wants; fewer if they do not fit.
     """
     most = _STACK_BATCHES if asked is None else asked
     return max(1, min(most, _STACK_BYTES // max(bytes_per_batch, 1)))
 
 
 def order_capacity(batch_size: int, asked: int | None = None) -> int:
-    """Returns how many batches one `DeviceDataset.order` names, as `stack_capacity`."""
+    """Returns the batches of one `DeviceDataset.order`; see `stack_capacity`."""
     most = 2 * _STACK_BATCHES if asked is None else asked
     room = _ORDER_BYTES if asked is None else _STACK_BYTES
     return max(1, min(most, room // (4 * batch_size)))

@@ -11,24 +11,25 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flaxfit._core.arrays import copy_array
+from flaxfit._core.errors import UsageError, UsageTypeError
 from flaxfit._core.types import Batch, HostArray, PyTree
 from flaxfit._core.validation import is_integer
 from flaxfit._programs.chunks import Chunk, Stack
 
 _AXIS = "data"
-# Where nothing tells how much memory is free.
+# Where the free memory is unknown.
 _ASSUMED_FREE_BYTES = 2**31
 
 
 class Placement(NamedTuple):
     """Data-parallel training on some devices.
 
-    The state lies on all of them, each has its share of the rows of every batch.
+    Each of them holds the whole state, and its share of the rows of every batch.
 
     Attributes:
       devices: those to train on.
-      mesh: they as a mesh, all axes of it for the rows of a batch.
-      chosen: whether a user chose them, so that no other number will do.
+      mesh: a mesh of them; all its axes divide the rows of a batch.
+      chosen: whether the user chose them, so that their number must not change.
     """
 
     devices: tuple[Any, ...]
@@ -36,25 +37,25 @@ class Placement(NamedTuple):
     chosen: bool = False
 
     def __deepcopy__(self, memo: Any) -> "Placement":
-        return self  # devices are what they are
+        return self  # devices cannot be copied
 
     @property
     def replicated(self) -> NamedSharding:
-        """The sharding of what every device has whole."""
+        """The sharding of arrays of which every device holds a whole copy."""
         return self._sharding()
 
     def for_rows(self, rows: int, most: int | None = None) -> "Placement":
         """Returns the placement for training on batches of `rows`.
 
-        A batch is never filled up for the sake of devices: batch statistics would
-        then depend on their number. So it takes as many as divide it.
+        A batch is never padded for the devices: batch statistics would then depend on
+        their number. So only as many devices are used as divide it.
 
         Args:
           rows: the batch size.
-          most: the examples there are, None if that is unknown.
+          most: the number of examples, None if that is unknown.
 
         Raises:
-          ValueError: the devices were chosen, and do not divide the batch.
+          UsageError: the user chose the devices, and they do not divide the batch.
         """
         count = len(self.devices)
         if rows % count == 0:
@@ -63,31 +64,32 @@ class Placement(NamedTuple):
         if self.chosen:
             size = even_size(rows, count, most)
             line = f"batch_size={size}, or " if size else ""
-            raise ValueError(
-                f"batch_size={rows} cannot be split evenly over {count} devices. "
-                f"Write {line}Trainer(model, devices={fewer})."
+            raise UsageError(
+                f"batch_size={rows} cannot be split evenly over {count} devices",
+                write=f"{line}Trainer(model, devices={fewer})",
             )
         return _on(self.devices[:fewer])
 
     def put(self, tree: PyTree) -> PyTree:
-        """Returns the arrays on every device, whole; buffers of their own."""
+        """Returns a copy of the arrays on every device, in new buffers."""
 
         def put(leaf: Any) -> Any:
             if isinstance(leaf, jax.Array):
-                # Onto other devices, `may_alias=False` shares what is there already.
+                # When jax copies to more devices, `may_alias=False` still shares the
+                # buffers that are there already.
                 return jax.device_put(copy_array(leaf), self.replicated)
             return jax.device_put(leaf, self.replicated, may_alias=False)
 
         return jax.tree.map(put, tree)
 
     def put_host(self, host: HostArray, like: Any = None) -> jax.Array:
-        """Returns an array of the host on every device, whole."""
+        """Returns an array of the host, copied to every device."""
         del like
         array: jax.Array = jax.device_put(host, self.replicated)
         return array
 
     def put_keys(self, tree: PyTree) -> PyTree:
-        """Returns the tree with its random keys on every device, whole."""
+        """Returns the tree with its random keys copied to every device."""
 
         def put(leaf: Any) -> Any:
             is_key = jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
@@ -98,9 +100,9 @@ class Placement(NamedTuple):
     def put_chunk(self, chunk: Chunk) -> Chunk:
         """Returns a chunk's batches on the devices, their rows divided among them.
 
-        Batches whose rows the devices do not divide go to each of them whole, and so
-        do those whose inputs have no rows. The arrays may be shared with the device:
-        they must not be written to again.
+        Every device gets the whole batches if their rows cannot be divided evenly, or
+        if their inputs have no rows. The arrays may be shared with the device: they
+        must not be written to again.
         """
         if isinstance(chunk, Batch):
             return self._put_rows(chunk, len(chunk.weights), ())
@@ -115,7 +117,7 @@ class Placement(NamedTuple):
 
         Args:
           size: bytes.
-          share: what the data may take of the memory that is free.
+          share: the share of the free memory that the data may take.
         """
         room = share * free_memory(self.devices)
         if size <= room:
@@ -131,7 +133,7 @@ class Placement(NamedTuple):
         return jax.device_put(data, self._sharding(*spec))
 
     def rounded(self, rows: int) -> int:
-        """Returns the next number of rows that the devices divide."""
+        """Returns the next number of rows that can be divided among the devices."""
         return -(-rows // len(self.devices)) * len(self.devices)
 
     def _put_rows(self, tree: PyTree, rows: int, leading: tuple[None, ...]) -> PyTree:
@@ -149,7 +151,7 @@ class Placement(NamedTuple):
 
 
 def has_rows(batch: Batch) -> bool:
-    """Whether all arrays of a batch have its rows, as those of a graph do not."""
+    """Whether all arrays of a batch have its rows; those of a graph do not."""
     return _have_rows(batch, batch.weights.shape[0], 0)
 
 
@@ -165,8 +167,8 @@ def find_placement(devices: Any = None) -> Placement:
         it is set), their number, a list of them, or a `jax.sharding.Mesh`.
 
     Raises:
-      ValueError: more devices than there are, or none.
-      TypeError: something else.
+      UsageError: more devices than there are, or none.
+      UsageTypeError: another type.
     """
     if devices is None:
         default = jax.config.jax_default_device  # type: ignore[attr-defined]
@@ -174,26 +176,26 @@ def find_placement(devices: Any = None) -> Placement:
             return _on((_as_device(default),))
         return _on(tuple(jax.local_devices()))
     if isinstance(devices, Mesh):
-        # Of explicit axes, Flax's layers would have to say shardings themselves.
+        # With explicit axes, Flax's layers would have to give shardings themselves.
         shape = devices.devices.shape
         auto = Mesh(devices.devices, devices.axis_names, (AxisType.Auto,) * len(shape))
         return Placement(tuple(devices.devices.flat), auto, chosen=True)
     if is_integer(devices):
         there = jax.local_devices()
         if not 1 <= devices <= len(there):
-            raise ValueError(
-                f"devices={devices}: there are {len(there)} ({there[0].platform}). "
-                f"Write devices={len(there)}, or leave it out for all of them."
+            raise UsageError(
+                f"devices={devices}: there are {len(there)} ({there[0].platform})",
+                write=f"devices={len(there)}, or leave it out for all of them",
             )
         return _on(tuple(there[:devices]), chosen=True)
     if isinstance(devices, Sequence) and not isinstance(devices, str) and devices:
         if all(isinstance(device, jax.Device) for device in devices):
             if len(set(devices)) < len(devices):
-                raise ValueError(f"devices={devices!r}: name every device once.")
+                raise UsageError(f"devices={devices!r}: name every device once")
             return _on(tuple(devices), chosen=True)
-    raise TypeError(
+    raise UsageTypeError(
         f"devices={devices!r}: write their number, devices=1; a list, "
-        "devices=jax.devices()[:2]; a jax.sharding.Mesh; or None for all."
+        "devices=jax.devices()[:2]; a jax.sharding.Mesh; or None for all"
     )
 
 
@@ -203,9 +205,9 @@ def free_memory(devices: Sequence[Any]) -> int:
     The host's memory is shared among the devices of a CPU.
     """
     stats = [device.memory_stats() for device in devices]
-    told = [s for s in stats if s and "bytes_limit" in s]
-    if told:
-        return min(int(s["bytes_limit"]) - int(s["bytes_in_use"]) for s in told)
+    known = [s for s in stats if s and "bytes_limit" in s]
+    if known:
+        return min(int(s["bytes_limit"]) - int(s["bytes_in_use"]) for s in known)
     try:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not on every system
@@ -214,9 +216,9 @@ def free_memory(devices: Sequence[Any]) -> int:
 
 
 def _container_memory() -> int:
-    """Returns the bytes a container has left, which may be fewer than the machine.
+    """Returns the free bytes of a container, which may be fewer than the machine's.
 
-    What the kernel only keeps of files it gives back when asked; see
+    Cached files count as free, as the kernel drops them when memory is needed; see
     https://docs.kernel.org/admin-guide/cgroup-v2.html#memory.
     """
     root = Path("/sys/fs/cgroup")
@@ -225,7 +227,7 @@ def _container_memory() -> int:
         used = int((root / "memory.current").read_text())
         stat = dict(map(str.split, (root / "memory.stat").read_text().splitlines()))
         return max(0, limit - used + int(stat["inactive_file"]))
-    except (OSError, ValueError, KeyError):  # no container, or without a limit: "max"
+    except (OSError, ValueError, KeyError):  # no container, or no limit: "max"
         return sys.maxsize
 
 
@@ -240,14 +242,14 @@ def even_size(rows: int, devices: int, most: int | None) -> int:
     Args:
       rows: the batch size.
       devices: how many devices.
-      most: the examples there are, which no batch exceeds; None if that is unknown.
+      most: the number of examples, which no batch exceeds; None if that is unknown.
     """
     size = -(-rows // devices) * devices
     return size if most is None or size <= most else size - devices
 
 
 def _as_device(default: Any) -> Any:
-    """Returns a device for what `jax_default_device` may be: one, or a platform."""
+    """Returns the device of `jax_default_device`: a device or a platform's name."""
     return (
         jax.local_devices(backend=default)[0] if isinstance(default, str) else default
     )

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -10,29 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxfit._core.errors import DataError
-from flaxfit._core.tree_specs import (
-    LeafSpec,
-    add_row,
-    describe,
-    listed,
-    shapes_of,
-    specs_of,
-)
+from flaxfit._core.errors import DataError, UsageError
+from flaxfit._core.tree_specs import add_row, describe, listed, shapes_of, specs_of
 from flaxfit._core.types import Batch, Inputs, PyTree, TrainState
 from flaxfit._models.base import Adapted, ModelFamily
+from flaxfit._programs.batch_checks import check_batch
 from flaxfit._programs.placement import Placement, has_rows
 from flaxfit._programs.resolve import (
     ResolvedTask,
     Settings,
-    noted,
     resolve,
     trace_outputs,
 )
 from flaxfit._programs.steps import make_predict_step
 from flaxfit.data.host.checks import check_tokens
-from flaxfit.losses.objective import Objective, check_targets, resolve_objective
-from flaxfit.metrics.resolve import resolve_metrics
+from flaxfit.losses.objective import check_targets
 from flaxfit.optimizers.resolve import UNKNOWN_TOTAL_STEPS, needs_total_steps
 
 NO_DATA_YET = (
@@ -46,17 +38,17 @@ _PHASES = (
     ("eval", "evaluate"),
     ("predict", "predict"),
 )
-# Programs that stay as they are when only the targets, or only the length of the
-# training, become known.
+# Programs that are kept when only the targets, or only the length of the training,
+# become known.
 _WITHOUT_TARGETS = ("predict", "intermediates")
 _WITHOUT_OPTIMIZER = (*_WITHOUT_TARGETS, "evaluate", "gradient")
 
 
 class Outputs(NamedTuple):
-    """What is predicted for a batch.
+    """The outputs of a prediction for one batch.
 
     Attributes:
-      shapes: them, with shapes and dtypes.
+      shapes: their shapes and dtypes.
       batched: for each leaf whether its first axis is the batch.
       nbytes: the bytes of all leaves.
     """
@@ -67,7 +59,14 @@ class Outputs(NamedTuple):
 
 
 class ProgramCache:
-    """Owns the parts of one trainer, and makes them when the first data comes."""
+    """Owns the resolved task of one trainer, and resolves it from the first data.
+
+    Args:
+      model: the user's model.
+      family: its library's functions.
+      settings: the arguments of the trainer.
+      placement: all devices that may be used.
+    """
 
     def __init__(
         self, model: Any, family: ModelFamily, settings: Settings, placement: Placement
@@ -79,10 +78,10 @@ class ProgramCache:
         self._settings = settings
         self._asked_to_scale = settings.scale_images
         self._resolved: ResolvedTask | None = None
-        # The forms of batches that were found to fit: looking again takes traces.
+        # Signatures already validated: checking again would trace the model again.
         self._fitting: set[Hashable] = set()
         self._outputs: dict[Hashable, Outputs] = {}
-        # Compiles of programs that were replaced since.
+        # Compiles of programs that were replaced.
         self._past: Counter[str] = Counter()
 
     @property
@@ -92,26 +91,26 @@ class ProgramCache:
 
     @property
     def nonfinite(self) -> str:
-        """What a loss does that is not finite; see `Trainer`."""
+        """How a loss that is not finite is handled; see `Trainer`."""
         return self._settings.nonfinite
 
     @property
     def scaled(self) -> bool:
-        """Whether pictures among the inputs are scaled on the device."""
+        """Whether images among the inputs are scaled on the device."""
         return self._settings.scale_images is True
 
     def learn(self, pictures: bool) -> None:
-        """Takes over from the first dataset whether it holds pictures to be scaled.
+        """Decides from the first dataset whether its inputs are scaled.
 
         Args:
-          pictures: whether its `uint8` inputs are pictures.
+          pictures: whether its `uint8` inputs are images.
         """
         if self._asked_to_scale == "auto":
             self._settings = replace(self._settings, scale_images=pictures)
 
     @property
     def is_resolved(self) -> bool:
-        """Whether there are parts already."""
+        """Whether a task was resolved."""
         return self._resolved is not None
 
     @property
@@ -121,7 +120,7 @@ class ProgramCache:
 
     @property
     def spare_devices(self) -> int:
-        """How many devices the last batches to train on did not divide among."""
+        """How many devices are idle, as the batch size does not divide among all."""
         return len(self._all_devices.devices) - len(self._placement.devices)
 
     def placement_for(self, rows: int, most: int | None) -> Placement:
@@ -132,7 +131,7 @@ class ProgramCache:
           most: the examples there are, None if that is unknown.
 
         Raises:
-          ValueError: the devices were chosen, and do not divide them.
+          ValueError: the user chose the devices, and they do not divide the batches.
         """
         return self._all_devices.for_rows(rows, most)
 
@@ -143,13 +142,13 @@ class ProgramCache:
 
     @property
     def resolved(self) -> ResolvedTask:
-        """The parts.
+        """The resolved task.
 
         Raises:
-          ValueError: there was no data yet to make them from.
+          UsageError: there was no data yet to resolve it from.
         """
         if self._resolved is None:
-            raise ValueError(NO_DATA_YET)
+            raise UsageError(NO_DATA_YET)
         return self._resolved
 
     @property
@@ -169,17 +168,17 @@ class ProgramCache:
         allow_rebuild: bool = False,
         placement: Placement | None = None,
     ) -> ResolvedTask:
-        """Returns the parts, made anew only where they have to be.
+        """Returns the resolved task; it is rebuilt only where necessary.
 
         Args:
           example: a batch like those to come.
           total_steps: the step at which training will end, None if unknown.
-          allow_rebuild: whether a batch of another form may replace the current parts,
-            as nothing was trained yet.
-          placement: the devices to use from here on, None for those used now.
+          allow_rebuild: whether a different batch may replace the current task, as
+            nothing was trained yet.
+          placement: the devices to use from now on, None for the current ones.
 
         Raises:
-          ValueError: see `build` and `check_batch`.
+          ValueError: see `resolve` and `check_batch`.
         """
         resolved = self._resolved
         placement = placement or self._placement
@@ -210,18 +209,18 @@ class ProgramCache:
         return self.resolved
 
     def require_total_steps(self, total_steps: int | None) -> None:
-        """Checks that the length of the training is known where it has to be.
+        """Checks that the length of the training is known if it is needed.
 
         Raises:
-          ValueError: it is not, and the learning rate is a function of it.
+          UsageError: it is not, and the learning rate is a function of it.
         """
         if total_steps is None and self.plans_ahead:
-            raise ValueError(UNKNOWN_TOTAL_STEPS)
+            raise UsageError(UNKNOWN_TOTAL_STEPS)
 
     def build_for_inputs(
         self, example: Batch, *, allow_rebuild: bool = False
     ) -> ResolvedTask:
-        """Returns the parts; without a loss if there never were targets."""
+        """Returns the resolved task; without a loss if there never were targets."""
         if self._resolved is None or not self._fits(example, allow_rebuild, True):
             settings = replace(self._settings, loss=None, metrics=None)
             self._install(
@@ -238,13 +237,13 @@ class ProgramCache:
         return self.resolved
 
     def _install(self, resolved: ResolvedTask, *, keep: tuple[str, ...] = ()) -> None:
-        """Makes `resolved` the current parts, with the old programs named in `keep`."""
+        """Makes `resolved` the current task, with the old programs named in `keep`."""
         old = self._resolved
         if (
             old is not None
             and old.programs.one_step_per_call != resolved.programs.one_step_per_call
         ):
-            keep = ()  # they would give their outputs in another form
+            keep = ()  # the old ones return outputs of other shapes
         if old is not None:
             kept = {name: getattr(old.programs, name) for name in keep}
             resolved = resolved._replace(programs=resolved.programs._replace(**kept))
@@ -258,9 +257,10 @@ class ProgramCache:
         self._placement = resolved.placement
 
     def outputs_of(self, inputs: Inputs) -> PyTree:
-        """Returns the shapes of what the model makes of inputs; nothing is built.
+        """Returns the shapes of the model's outputs for `inputs`; nothing is built.
 
-        None where it raises: whoever builds it for these inputs then says why.
+        Returns None if the model raises: building it for these inputs raises again, and
+        there the error is explained.
         """
         inputs, resolved, settings = shapes_of(inputs), self._resolved, self._settings
         try:
@@ -275,18 +275,26 @@ class ProgramCache:
             return None
 
     def find_outputs(self, batch: Batch, *, sown: bool) -> Outputs:
-        """Returns `find_outputs` of the batch, remembered by its form."""
-        form = (sown, *_form_of((batch.inputs, batch.weights)))
-        if form not in self._outputs:
-            self._outputs[form] = find_outputs(self.resolved, batch, sown=sown)
-        return self._outputs[form]
+        """Returns the outputs for such a batch, cached by its signature.
+
+        Args:
+          batch: inputs, and weights of their rows.
+          sown: whether `intermediates` are predicted; some may have no batch axis.
+
+        Raises:
+          UsageError: the first axis of an output is not the batch.
+        """
+        key = (sown, *_signature((batch.inputs, batch.weights)))
+        if key not in self._outputs:
+            self._outputs[key] = _predicted_outputs(self.resolved, batch, sown=sown)
+        return self._outputs[key]
 
     def _fits(self, batch: Batch, allow_rebuild: bool, inputs_only: bool) -> bool:
-        """Returns whether a batch fits the parts; raises unless `allow_rebuild`."""
+        """Returns whether a batch fits the task; raises unless `allow_rebuild`."""
         if self.resolved.scaled != self.scaled:
             return False
-        form = (inputs_only, *_form_of((batch.inputs, batch.targets)))
-        if form in self._fitting:
+        key = (inputs_only, *_signature((batch.inputs, batch.targets)))
+        if key in self._fitting:
             return True
         try:
             check_batch(self.resolved, self._settings, batch, inputs_only=inputs_only)
@@ -294,7 +302,7 @@ class ProgramCache:
             if not allow_rebuild:
                 raise
             return False
-        self._fitting.add(form)
+        self._fitting.add(key)
         return True
 
     def fresh_state(self, example: Batch) -> TrainState:
@@ -326,73 +334,19 @@ class ProgramCache:
             )
 
 
-def check_batch(
-    resolved: ResolvedTask,
-    settings: Settings,
-    batch: Batch,
-    *,
-    inputs_only: bool = False,
-) -> None:
-    """Checks that a batch is like the one everything was built from.
+def _predicted_outputs(resolved: ResolvedTask, batch: Batch, *, sown: bool) -> Outputs:
+    """Returns the outputs for such a batch.
 
-    Numbers and integers are two kinds. Where inputs were numbers they may be integers
-    now, which the model is called with, and compiled for. Targets may be of either
-    kind as long as loss and metrics are the same for both.
-
-    Args:
-      resolved: the parts of the trainer.
-      settings: what they were built with.
-      batch: arrays or shapes; rows and the lengths of axes may differ.
-      inputs_only: whether targets do not matter.
-
-    Raises:
-      DataError: other inputs or targets, by name, dtype or number of axes.
-      ValueError: targets that do not fit the outputs.
-      Exception: whatever the model raises for inputs of these shapes.
-    """
-    batch = shapes_of(batch)
-    checked = ["inputs"] if inputs_only else ["inputs", "targets"]
-    for name in checked:
-        before, after = (
-            specs_of(getattr(resolved.example, name)),
-            specs_of(getattr(batch, name)),
-        )
-        if not _alike(name, before, after):
-            raise _unlike(name, before, after)
-    with noted(batch.inputs):
-        outputs = trace_outputs(resolved.adapted, resolved.template.rng, batch.inputs)
-        fitting = jax.eval_shape(
-            resolved.task.model.init, resolved.template.rng, batch.inputs
-        )[0]
-    if specs_of(fitting) != specs_of(resolved.template.params):
-        raise DataError(
-            f"Got inputs {listed(specs_of(batch.inputs))}, which need other "
-            f"parameters than {listed(specs_of(resolved.example.inputs))} did, for "
-            f"which this trainer was built. Give it such inputs, or make a new Trainer."
-        )
-    if "targets" in checked:
-        objective = _objective_of(resolved, settings, outputs, batch)
-        if objective.name != resolved.task.objective.name:
-            raise DataError(
-                f"Got targets {listed(specs_of(batch.targets))}, for which the "
-                f"loss would be {objective.name}; this trainer was built with "
-                f"{resolved.task.objective.name}. Name it: Trainer(model, loss=...)."
-            )
-
-
-def find_outputs(resolved: ResolvedTask, batch: Batch, *, sown: bool) -> Outputs:
-    """Returns what would be predicted for such a batch.
-
-    A first axis as long as the batch may be something else, time or layers: only
-    that it grows with the batch tells.
+    An axis as long as the batch may also be time or layers. So a batch with one more
+    row is traced: only the batch axis grows with it.
 
     Args:
       resolved: the parts of the trainer.
       batch: inputs, and weights of their rows.
-      sown: whether `intermediates` are predicted, where others may be among them.
+      sown: whether `intermediates` are predicted; some may have no batch axis.
 
     Raises:
-      ValueError: an output has another first axis.
+      UsageError: an output has another first axis.
     """
     inputs, rows = shapes_of(batch.inputs), batch.weights.shape[0]
     step = make_predict_step(resolved.task, "intermediates" if sown else None)
@@ -404,8 +358,8 @@ def find_outputs(resolved: ResolvedTask, batch: Batch, *, sown: bool) -> Outputs
     whole = shapes(inputs)
     outputs = jax.tree.leaves(whole)
     batched = [one.shape[:1] == (rows,) for one in outputs]
-    # Not of outputs that are wrong anyhow: a model of one example may not grow.
-    # Nor of inputs without rows, of which it is not told how they grow.
+    # Skipped when the outputs are already invalid: a model of one example may fail on
+    # more rows. And inputs without rows, such as graphs, cannot be made longer.
     if (sown or all(batched)) and has_rows(batch.replace(targets=None)):
         grown = jax.tree.leaves(shapes(add_row(inputs, rows)))
         batched = [
@@ -413,84 +367,17 @@ def find_outputs(resolved: ResolvedTask, batch: Batch, *, sown: bool) -> Outputs
             for fits, one, more in zip(batched, outputs, grown, strict=True)
         ]
     if not sown and not all(batched):
-        raise ValueError(
-            f"predict joins outputs along their first axis, the batch, and for "
-            f"inputs {listed(specs_of(inputs))} the model returns "
-            f"{describe(outputs[batched.index(False)])}. For one example write "
-            f"x[None]; else let the model return [batch, ...] arrays, or call it "
-            f"yourself: module.apply(trainer.variables, x)."
+        raise UsageError(
+            f"For inputs {listed(specs_of(inputs))} the model returns "
+            f"{describe(outputs[batched.index(False)])}",
+            "predict joins outputs along their first axis, so the model has to return "
+            "[batch, ...] arrays",
+            "predict(x[None]) for one example, or module.apply(trainer.variables, x)",
         )
     sizes = (math.prod(one.shape) * one.dtype.itemsize for one in outputs)
     return Outputs(whole, batched, sum(sizes))
 
 
-def _form_of(tree: PyTree) -> tuple[Hashable, ...]:
+def _signature(tree: PyTree) -> tuple[Hashable, ...]:
     leaves, structure = jax.tree.flatten(tree)
     return structure, tuple((x.shape, x.dtype) for x in leaves)
-
-
-def _alike(
-    name: str, before: Mapping[str, LeafSpec], after: Mapping[str, LeafSpec]
-) -> bool:
-    either_kind = name == "targets"
-    return before.keys() == after.keys() and all(
-        len(spec.shape) == len(before[path].shape)
-        and (either_kind or before[path].is_inexact or not spec.is_inexact)
-        for path, spec in after.items()
-    )
-
-
-def _unlike(
-    name: str, before: Mapping[str, LeafSpec], after: Mapping[str, LeafSpec]
-) -> DataError:
-    return DataError(
-        f"Got {name} {listed(after)}; this trainer was built for {listed(before)}. "
-        f"{_reshaping(name, before, after)}Give it such {name}, or make a new Trainer."
-    )
-
-
-def _objective_of(
-    resolved: ResolvedTask, settings: Settings, outputs: PyTree, batch: Batch
-) -> Objective:
-    """Returns the objective for a batch's targets.
-
-    Raises:
-      DataError: the targets are of another kind, and for such there is no loss or
-        not the same one, or a metric is missing.
-      ValueError: targets that do not fit the outputs.
-    """
-    before, after = specs_of(resolved.example.targets), specs_of(batch.targets)
-    rows = batch.weights.shape[0]
-    same_kinds = all(
-        spec.is_inexact == before[path].is_inexact for path, spec in after.items()
-    )
-    try:
-        objective = resolve_objective(
-            settings.loss, settings.loss_weights, outputs, batch.targets, rows
-        )
-        if same_kinds:
-            return objective
-        resolve_metrics(settings.metrics, objective, outputs, batch.targets, rows)
-    except ValueError as error:
-        if same_kinds:
-            raise
-        raise _unlike("targets", before, after) from error
-    if objective.name != resolved.task.objective.name:
-        raise _unlike("targets", before, after)
-    return objective
-
-
-def _reshaping(
-    name: str, before: Mapping[str, LeafSpec], after: Mapping[str, LeafSpec]
-) -> str:
-    """Returns the line to write where one axis too many or too few may be all."""
-    if not after:
-        return "Pass (x, y). "
-    more = {
-        len(spec.shape) - len(before[path].shape)
-        for path, spec in after.items()
-        if path in before
-    }
-    lines = {("inputs", -1): "For one example write x[None]. "}
-    lines |= {("targets", -1): "Write y[:, None]. ", ("targets", 1): "Write y[:, 0]. "}
-    return lines.get((name, more.pop()), "") if len(more) == 1 else ""

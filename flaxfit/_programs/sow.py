@@ -35,8 +35,8 @@ def read_sown(
       sown: what the model wrote, by collection.
       collection: the one to read.
       rows: rows of the batch.
-      grown: returns the shapes of `sown` for a batch of one row more. A first axis
-        as long as the batch may be a stack of as many layers; only that tells.
+      grown: returns the shapes of `sown` for a batch with one more row. It tells the
+        batch axis from a stack of equally many layers.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(sown.get(collection, {}))
     shapes: list[Any] = [None] * len(leaves)
@@ -55,8 +55,8 @@ def read_sown(
 def mean_of_losses(sown: list[Sown], weights: Array) -> Average | None:
     """Returns the mean of all sown losses together, None if there are none.
 
-    A value per example is averaged over the examples. Any other counts as it is;
-    of several numbers (a stack of layers) the sum.
+    A value per example is averaged over the examples. Any other is taken as it is;
+    several numbers (a stack of layers) are summed.
     """
     means = [_mean(one, weights, jnp.sum) for one in sown]
     if not means:
@@ -69,8 +69,7 @@ def means_of_metrics(
 ) -> dict[str, Average]:
     """Returns log name -> mean: the value's own name, or its path if that is taken.
 
-    A name that is taken all the same, or that History needs for something else,
-    becomes `"metrics/<path>"`.
+    If the path is taken too, or reserved by History, the name is `"metrics/<path>"`.
     """
     by_path: dict[str, Average] = {}
     for one in sown:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from flaxfit._core.arrays import strongly_typed
+from flaxfit._core.errors import UsageError
 from flaxfit._core.tree_specs import add_row
 from flaxfit._core.types import (
     Array,
@@ -38,7 +39,7 @@ _OVERWRITE = "_overwrite_with_gradient"  # flax.linen.fp8_ops: state set by its 
 
 
 class Task(NamedTuple):
-    """Everything the steps are built from, resolved.
+    """The model, losses, metrics and optimizer that the steps are built from.
 
     Attributes:
       model: the pure functions of the model.
@@ -89,7 +90,7 @@ def make_init(task: Task) -> InitStep:
 
 
 def make_train_step(task: Task) -> TrainStep:
-    """Returns `(state, batch) -> (state, logs)`: one update of all that training moves.
+    """Returns `(state, batch) -> (state, logs)`: one update of the training state.
 
     The logs are what this batch adds, as accumulators: `logs["loss"].compute()`.
     """
@@ -236,9 +237,9 @@ def _measure(
     if sown_mean is not None:
         scaled[_SOWN] = sown_mean
     if not scaled and train:
-        raise ValueError(
-            "There is no loss to train on: loss=None and the model sows none. Give "
-            'Trainer(model, loss="...") or self.sow("losses", "name", value).'
+        raise UsageError(
+            "There is no loss to train on: loss=None and the model sows none",
+            write='Trainer(model, loss="...") or self.sow("losses", "name", value)',
         )
     logs: Logs = {}
     if scaled:
@@ -274,5 +275,6 @@ def _sown_of_one_row_more(
 
 
 def _like(new: PyTree, old: PyTree) -> PyTree:
-    # What is carried keeps its dtype, whatever precision a step computes in.
+    # The state keeps its dtypes, whatever precision a step computes in. Other ones
+    # would compile the next step again.
     return jax.tree.map(lambda n, o: strongly_typed(n, o.dtype), new, old)

@@ -5,12 +5,14 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import jax
 
 from flaxfit._core.arrays import copy_array, strongly_typed
-from flaxfit._core.errors import did_you_mean
+from flaxfit._core.errors import UsageError, UsageTypeError, did_you_mean
 from flaxfit._core.state_store import TrainStateStore
 from flaxfit._core.tree_specs import diff, difference_lines, specs_of
 from flaxfit._core.types import TrainState
@@ -20,7 +22,7 @@ from flaxfit._reporting.timing import Clock
 
 
 class SaveRequest(NamedTuple):
-    """A checkpoint that is to be written; see `LoopState.save`."""
+    """A checkpoint to write; see `LoopState.save`."""
 
     path: str
     weights_only: bool
@@ -29,8 +31,35 @@ class SaveRequest(NamedTuple):
     failed: Callable[[Exception], object]
 
 
+class _Length(NamedTuple):
+    epochs: int
+    log_names: tuple[str, ...]
+
+
+@dataclass
+class _OpenEpoch:
+    running: Any = None
+    is_closing: bool = False
+
+
+@dataclass
+class _Ending:
+    reason: str | None = None
+    broken_off: bool = False
+    nonfinite: bool = False
+
+
+def _part(group: str, name: str) -> Any:
+    """Returns a property for the attribute `name` of the attribute `group`."""
+    path = f"{group}.{name}"
+    return property(
+        attrgetter(path),
+        lambda loop, value: setattr(getattr(loop, group), name, value),
+    )
+
+
 class LoopState:
-    """Where a `fit` stands: the one mutable object of it, local to one call.
+    """The progress of one `fit`: its only mutable object, local to the call.
 
     A callback may read everything, call `stop`, add to `logs` in `on_epoch_end`,
     and assign `state`.
@@ -43,15 +72,23 @@ class LoopState:
       steps_per_epoch: batches of an epoch, None while that is unknown.
       history: the `History` so far; in `on_epoch_end` it holds this epoch.
       log_names: the names `logs` will have at an epoch's end, known before step 1.
-      stop_reason: what `stop` was called with, or None.
+      stop_reason: the argument of `stop`, None if it was not called.
       broken_off: whether an error or Ctrl-C ended the fit; known in `on_train_end`.
       nonfinite: whether a loss that is not finite ended the fit.
-      running: the accumulators of the epoch under way, None between epochs.
+      running: the accumulators of the running epoch, None between epochs.
       epoch_is_closing: whether the history holds the epoch, but not all callbacks
         have seen its end.
-      clock: tells for `history.timing` what the time is spent on; whoever writes a
-        file writes it `with loop.clock.phase("saving")`, as `trainer.save` does.
+      clock: measures for `history.timing` what the time is spent on. Code that writes
+        a file does so `with loop.clock.phase("saving")`, as `trainer.save` does.
     """
+
+    epochs: int = _part("_length", "epochs")
+    log_names: tuple[str, ...] = _part("_length", "log_names")
+    running: Any = _part("_open_epoch", "running")
+    epoch_is_closing: bool = _part("_open_epoch", "is_closing")
+    stop_reason: str | None = _part("_ending", "reason")
+    broken_off: bool = _part("_ending", "broken_off")
+    nonfinite: bool = _part("_ending", "nonfinite")
 
     def __init__(
         self,
@@ -65,27 +102,22 @@ class LoopState:
         log_names: Sequence[str],
         clock: Clock | None = None,
     ) -> None:
-        self._holder = holder
-        self._read_logs: Callable[[], dict[str, Any]] = dict
-        self._logs: dict[str, Any] | None = {}
         self.history = history
         self.step = step
         self.epoch = epoch
-        self.epochs = epochs
         self.batch = 0
         self.steps_per_epoch = steps_per_epoch
-        self.log_names = tuple(log_names)
-        self.stop_reason: str | None = None
-        self.broken_off = False
         self.clock = clock or Clock()
-        self.epoch_is_closing = False
-        self.running: Any = None
-        self.nonfinite = False
+        self._holder = holder
+        self._logs: dict[str, Any] | Callable[[], dict[str, Any]] = {}
+        self._length = _Length(epochs, tuple(log_names))
+        self._open_epoch = _OpenEpoch()
+        self._ending = _Ending()
         self._saves: list[SaveRequest] = []
 
     @property
     def state(self) -> TrainState:
-        """The state after the last finished step, for keeps."""
+        """The state after the last finished step; it stays valid."""
         return self._holder.read()
 
     @state.setter
@@ -98,8 +130,8 @@ class LoopState:
 
         Reading it in a batch hook waits for the device; not reading it is free.
         """
-        if self._logs is None:
-            self._logs = self._read_logs()
+        if callable(self._logs):
+            self._logs = self._logs()
         return self._logs
 
     def set_logs(self, logs: dict[str, Any]) -> None:
@@ -107,8 +139,8 @@ class LoopState:
         self._logs = logs
 
     def defer_logs(self, read: Callable[[], dict[str, Any]]) -> None:
-        """Sets the logs to what `read` returns, should anyone ask."""
-        self._logs, self._read_logs = None, read
+        """Sets the logs to the result of `read`, called on the first access."""
+        self._logs = read
 
     def save(
         self,
@@ -119,17 +151,17 @@ class LoopState:
         saved: Callable[[], object] = lambda: None,
         failed: Callable[[Exception], object] = lambda error: None,
     ) -> None:
-        """Has a checkpoint written once all callbacks have had their turn.
+        """Requests a checkpoint; it is written after all callbacks have run.
 
-        It holds the whole training: state, position in the data, history, and what
-        every callback remembers. `fit(resume=path)` goes on from it. A state that is
-        not finite is not written. One that cannot be written is a warning, and the
-        training goes on.
+        It holds the whole training: state, position in the data, history, and the
+        state of every callback. `fit(resume=path)` continues from it. A state that is
+        not finite is not written. A checkpoint that cannot be written gives a warning,
+        and training continues.
 
         Args:
           path: the file; an old one stays until the new one is safe on the disk.
           weights_only: whether only parameters and collections are written.
-          background: whether training goes on once the state is copied to the host;
+          background: whether training continues once the state is copied to the host;
             files are written one after the other.
           saved: called when the file is safe, in the thread that wrote it.
           failed: called with the reason if it could not be written.
@@ -138,13 +170,13 @@ class LoopState:
         self._saves.append(request)
 
     def take_saves(self) -> list[SaveRequest]:
-        """Returns what is to be written, and forgets it."""
+        """Returns the requested checkpoints, and forgets them."""
         saves, self._saves = self._saves, []
         return saves
 
     @property
     def has_saves(self) -> bool:
-        """Whether anything is to be written."""
+        """Whether a checkpoint is requested."""
         return bool(self._saves)
 
     def stop(self, reason: str = "a callback asked for it") -> None:
@@ -167,7 +199,7 @@ class Callback:
             on_train_batch_begin, on_train_batch_end   every `every_steps` steps
             on_test_begin, on_test_end                 around a validation
           on_epoch_end                                 logs hold loss … val_… rates
-        on_train_end                                   always, after an error too
+        on_train_end                                   always, also after an error
 
     An error in a hook ends the fit and reaches the caller; the trainer then holds
     the last finished step.
@@ -176,14 +208,14 @@ class Callback:
       log_names: the names that this callback adds to `loop.logs` in `on_epoch_end`,
         so that others may monitor them.
       every_steps: how often the batch hooks run: at every step whose number,
-        `loop.step`, is a multiple of it. 1, the default, is every step, which ends
-        the running of several steps at once. None leaves it to the loop: after each
+        `loop.step`, is a multiple of it. With 1, the default, that is every step, and
+        steps are no longer run several at once. With None the loop decides: after each
         call, which takes as many steps as fit into a quarter of a second.
-      every_seconds: in place of `every_steps`: the batch hooks run when so many
+      every_seconds: in place of `every_steps`: the batch hooks run when this many
         seconds have passed since the last time.
 
-    A callback that remembers something returns it from `state_dict`: it is part of
-    every checkpoint, and given back when the training is resumed.
+    A callback with a state returns it from `state_dict`: it is part of every
+    checkpoint, and is loaded when the training is resumed.
     """
 
     log_names: tuple[str, ...] = ()
@@ -191,7 +223,7 @@ class Callback:
     every_seconds: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what this callback remembers, to be part of a checkpoint.
+        """Returns the state of this callback, to be part of a checkpoint.
 
         Values may be numbers, strings, bools, None, bytes, arrays, `TrainState`s, and
         dicts and lists of them.
@@ -199,7 +231,7 @@ class Callback:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes back what `state_dict` returned; called after `on_train_begin`.
+        """Restores what `state_dict` returned; called after `on_train_begin`.
 
         Arrays come back as NumPy arrays, tuples as lists.
         """
@@ -226,7 +258,7 @@ class Callback:
         """Called after the validation of an epoch."""
 
     def on_train_end(self, loop: LoopState) -> None:
-        """Called once at the end, however it came about."""
+        """Called once at the end, whatever ended the fit."""
 
 
 _BATCH_HOOKS = ("on_train_batch_begin", "on_train_batch_end")
@@ -236,7 +268,7 @@ class CallbackList:
     """Calls the hooks of several callbacks, only those that override them.
 
     Raises:
-      ValueError: an `every_steps` that is no count.
+      ValueError: an `every_steps` that is not a positive whole number.
     """
 
     def __init__(self, callbacks: Sequence[Callback]) -> None:
@@ -262,13 +294,13 @@ class CallbackList:
         return bool(self._hooks[hook])
 
     def steps_to_hook(self, step: int) -> int | None:
-        """Returns the steps from `step` to the next that a batch hook has to see."""
+        """Returns the steps from `step` to the next one at which a batch hook runs."""
         return min((n - step % n for n in self._intervals), default=None)
 
     def call(self, hook: str, loop: LoopState) -> None:
-        """Calls `hook` of all; the first error ends it, with the callback named.
+        """Calls `hook` of all callbacks, batch hooks only where they are due.
 
-        Of the batch hooks, only those whose turn it is.
+        The first error ends it; a note names the callback.
         """
         for callback in self._hooks[hook]:
             if hook in _BATCH_HOOKS:
@@ -280,7 +312,7 @@ class CallbackList:
                 getattr(callback, hook)(loop)
 
     def has_turn(self, hook: str, step: int) -> bool:
-        """Whether a batch hook of any callback is to be called after `step`."""
+        """Whether a batch hook of any callback is due after `step`."""
         return any(self._has_turn(callback, step) for callback in self._hooks[hook])
 
     def _has_turn(self, callback: Callback, step: int) -> bool:
@@ -290,10 +322,10 @@ class CallbackList:
         return step % (_interval(callback) or 1) == 0
 
     def settings(self) -> list[dict[str, Any]]:
-        """Returns the kind of every callback, and the numbers and names it was given.
+        """Returns the kind of every callback, and its numbers and names as settings.
 
         Raises:
-          TypeError: a `state_dict` that is no dict.
+          TypeError: a `state_dict` that is not a dict.
         """
         return [
             {"kind": type(c).__name__, "settings": _settings(c)}
@@ -301,17 +333,17 @@ class CallbackList:
         ]
 
     def states(self) -> list[dict[str, Any]]:
-        """Returns the kind of every callback, and what it remembers."""
+        """Returns the kind and the state of every callback."""
         return [
             {"kind": type(c).__name__, "state": _state_of(c)} for c in self._callbacks
         ]
 
     def load_states(self, saved: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Gives back what `states` returned, to callbacks of the same kinds.
+        """Loads what `states` returned into callbacks of the same kinds.
 
         Returns:
-          A line for each callback that was not there before, and for each state that
-          is nobody's now.
+          A line for each callback that was not there before, and for each state
+          without a callback.
         """
         left, notes = list(saved), []
         for callback in self._callbacks:
@@ -323,15 +355,15 @@ class CallbackList:
                     with _named(callback, "load_state_dict"):
                         callback.load_state_dict(found["state"])
             elif _state_of(callback):
-                notes.append(f"{kind} was not there before: it begins anew")
+                notes.append(f"{kind} was not there before: it starts fresh")
         return notes + [
-            f"{entry['kind']} is not there any more: what it remembered is lost"
+            f"{entry['kind']} is not there any more: its state is lost"
             for entry in left
             if entry["state"]
         ]
 
     def end(self, loop: LoopState) -> None:
-        """Calls `on_train_end` of all, whatever the others raise; then the first."""
+        """Calls `on_train_end` of all callbacks, then raises their first error."""
         errors: list[Exception] = []
         for callback in self._hooks["on_train_end"]:
             try:
@@ -360,27 +392,28 @@ class _Timer:
 def _state_of(callback: Callback) -> dict[str, Any]:
     state: Any = callback.state_dict()
     if not isinstance(state, dict):
-        raise TypeError(
-            f"{type(callback).__name__}.state_dict returned a {type(state).__name__}; "
-            'return a dict, for example {"best": self.best}.'
+        raise UsageTypeError(
+            f"{type(callback).__name__}.state_dict returned a {type(state).__name__}",
+            "It has to return a dict",
+            'return {"best": self.best}',
         )
     return state
 
 
 def _settings(callback: Callback) -> dict[str, Any]:
-    """Returns the public attributes that are plain values and no memory."""
-    remembered = _state_of(callback)
+    """Returns the public attributes that are plain values and not in the state."""
+    state = _state_of(callback)
     return {
         name: value
         for name, value in vars(callback).items()
         if not name.startswith("_")
-        and name not in remembered
+        and name not in state
         and (value is None or isinstance(value, bool | int | float | str))
     }
 
 
 def _interval(callback: Callback) -> int:
-    """Returns `every_steps`, 0 for None and for those that go by the clock."""
+    """Returns `every_steps`, 0 for None and where `every_seconds` decides."""
     every = callback.every_steps
     if every is None or callback.every_seconds is not None:
         return 0
@@ -389,9 +422,9 @@ def _interval(callback: Callback) -> int:
 
 
 def overrides(callback: Callback, hook: str) -> bool:
-    """Whether `callback` brings a `hook` of its own."""
-    own = getattr(callback, hook)
-    return getattr(own, "__func__", own) is not getattr(Callback, hook)
+    """Whether `callback` overrides `hook`."""
+    method = getattr(callback, hook)
+    return getattr(method, "__func__", method) is not getattr(Callback, hook)
 
 
 @contextmanager
@@ -407,40 +440,39 @@ def as_callbacks(callbacks: Any) -> list[Callback]:
     """Returns a list of callbacks from one, several or None.
 
     Raises:
-      TypeError: a class, or something that is no `Callback`.
+      TypeError: a class, or an object that is not a `Callback`.
     """
     given = [callbacks] if isinstance(callbacks, Callback) else callbacks or []
     for callback in given if isinstance(given, Iterable) else [given]:
         if isinstance(callback, type):
-            raise TypeError(
-                f"callbacks holds the class {callback.__name__}: write "
-                f"{callback.__name__}()."
-            )
+            name = callback.__name__
+            raise UsageTypeError(f"callbacks holds the class {name}", write=f"{name}()")
         if not isinstance(callback, Callback):
-            raise TypeError(
-                f"callbacks holds a {type(callback).__name__}: write a subclass of "
-                f"flaxfit.Callback, or LambdaCallback(on_epoch_end=function)."
+            raise UsageTypeError(
+                f"callbacks holds a {type(callback).__name__}",
+                "Expected a subclass of flaxfit.Callback",
+                "LambdaCallback(on_epoch_end=function) for a function",
             )
         _check_hooks(callback)
     return list(given)
 
 
 def _check_hooks(callback: Callback) -> None:
-    """Refuses hooks nobody would call, and those written for Keras's arguments."""
+    """Raises for hooks that do not exist or that take Keras's arguments."""
     hooks = [name for name in vars(Callback) if name.startswith("on_")]
     kind = type(callback).__name__
     for name in dir(callback):
         if not name.startswith("on_") or not callable(getattr(callback, name)):
             continue
         if name not in hooks:
-            raise TypeError(
-                f"{kind}.{name} is no hook and would never be called."
-                f"{did_you_mean(name, hooks)} The hooks are {', '.join(hooks)}."
+            raise UsageTypeError(
+                f"{kind}.{name} is not a hook.{did_you_mean(name, hooks)}",
+                f"The hooks are {', '.join(hooks)}",
             )
         if not _takes_loop(getattr(callback, name)):
-            raise TypeError(
-                f"{kind}.{name} must take one argument, the LoopState: write "
-                f"def {name}(self, loop), and loop.epoch, loop.batch, loop.logs in it."
+            raise UsageTypeError(
+                f"{kind}.{name} has to take one argument, the LoopState",
+                write=f"def {name}(self, loop), and loop.epoch, loop.logs in it",
             )
 
 
@@ -458,24 +490,24 @@ def _takes_loop(hook: Callable[..., Any]) -> bool:
 
 
 def own_state(new: TrainState, like: TrainState) -> TrainState:
-    """Returns a state that is to replace another, in buffers of its own.
+    """Returns a copy of a state that is to replace another, in new buffers.
 
     Args:
-      new: what a user brings; arrays of any library, dicts or FrozenDicts.
+      new: the user's state; arrays of any library, dicts or FrozenDicts.
       like: the state to replace, or its shapes.
 
     Raises:
-      TypeError: `new` is no `TrainState`.
-      ValueError: anything differs; every path that does is named.
+      TypeError: `new` is not a `TrainState`.
+      ValueError: anything differs; the error names every path that does.
     """
     if not isinstance(new, TrainState):
-        raise TypeError(
-            f"state must be a TrainState, got {type(new).__name__}. Write "
-            f"trainer.state = trainer.state.replace(params=...)."
+        raise UsageTypeError(
+            f"state must be a TrainState, got {type(new).__name__}",
+            write="trainer.state = trainer.state.replace(params=...)",
         )
     if found := diff(specs_of(like), specs_of(new)):
         lines = difference_lines(found, "  {path}: is {wanted}, given {given}")
-        raise ValueError(
+        raise UsageError(
             "The assigned state does not fit the model:\n" + "\n".join(lines)
         )
     # Into the structure of `like`: a FrozenDict would have everything recompiled.

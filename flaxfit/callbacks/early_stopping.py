@@ -1,21 +1,27 @@
 """Stops training when a logged value no longer improves."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from flaxfit._core.types import TrainState
-from flaxfit._core.validation import choice
+from flaxfit._core.validation import choice, integer
 from flaxfit.callbacks.base import Callback, LoopState
 from flaxfit.callbacks.monitor import MODES, Monitor
+
+
+class _Best(NamedTuple):
+    value: float | None = None
+    epoch: int | None = None
+    state: TrainState | None = None
 
 
 class EarlyStopping(Callback):
     """Stops training when `monitor` has not improved for `patience` epochs.
 
-    A NaN counts as no improvement. The state of the best epoch comes back at the
-    end, also when training ends by itself: optimizer, statistics and parameters.
-    After an error or Ctrl-C the trainer keeps the last finished step; after a loss that
-    is not finite the best state comes back.
+    A NaN counts as no improvement. The state of the best epoch is restored at the end,
+    also when all epochs were trained: optimizer, statistics and parameters. After an
+    error or Ctrl-C the trainer keeps the last finished step; after a loss that is not
+    finite the best state is restored.
 
     Args:
       monitor: the log to watch, e.g. `"val_loss"`; must be one `fit` will have.
@@ -24,7 +30,7 @@ class EarlyStopping(Callback):
         both stop at the first.
       mode: `"min"`, `"max"`, or `"auto"` to go by the metric.
       baseline: an improvement must beat this value as well.
-      restore_best_weights: whether the best epoch's state comes back.
+      restore_best_weights: whether the best epoch's state is restored.
       start_from_epoch: epochs to wait before watching.
 
     Example:
@@ -33,9 +39,7 @@ class EarlyStopping(Callback):
       'auto'
 
     Attributes:
-      best: the best value so far, None before the first.
-      best_epoch: the epoch it was seen in.
-      stopped_epoch: the epoch that stopped, None if none did.
+      stopped_epoch: the epoch after which it stopped the fit, None if it did not.
     """
 
     def __init__(
@@ -50,8 +54,7 @@ class EarlyStopping(Callback):
         start_from_epoch: int = 0,
     ) -> None:
         choice("mode", mode, MODES)
-        if patience < 0:
-            raise ValueError(f"patience={patience}: write a number of epochs >= 0.")
+        integer("patience", patience, least=0)
         self.monitor = monitor
         self.min_delta = abs(min_delta)
         self.patience = patience
@@ -62,12 +65,20 @@ class EarlyStopping(Callback):
         self._reset()
 
     def _reset(self) -> None:
-        self.best: float | None = None
-        self.best_epoch: int | None = None
         self.stopped_epoch: int | None = None
-        self._best_state: TrainState | None = None
+        self._best = _Best()
         self._waited = 0
-        self._watched: Monitor | None = None
+        self._monitor: Monitor | None = None
+
+    @property
+    def best(self) -> float | None:
+        """The best value so far, None before the first."""
+        return self._best.value
+
+    @property
+    def best_epoch(self) -> int | None:
+        """The epoch of the best value."""
+        return self._best.epoch
 
     def on_train_begin(self, loop: LoopState) -> None:
         """Checks `monitor` and `mode` against what this fit will log.
@@ -76,38 +87,36 @@ class EarlyStopping(Callback):
           ValueError: there is no such log, or its direction is unknown.
         """
         self._reset()
-        self._watched = Monitor(
+        self._monitor = Monitor(
             "EarlyStopping", self.monitor, self.mode, loop.log_names
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the best value, its epoch and state, and how long it is ago."""
+        """Returns the best value, its epoch and state, and the epochs since then."""
         return {
             "best": self.best,
             "best_epoch": self.best_epoch,
             "stopped_epoch": self.stopped_epoch,
             "waited": self._waited,
-            "best_state": self._best_state,
+            "best_state": self._best.state,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on with what `state_dict` returned."""
-        self.best, self.best_epoch = state["best"], state["best_epoch"]
+        """Restores what `state_dict` returned."""
+        best_state = state["best_state"] if self.restore_best_weights else None
+        self._best = _Best(state["best"], state["best_epoch"], best_state)
         self.stopped_epoch, self._waited = state["stopped_epoch"], state["waited"]
-        if self.restore_best_weights:
-            self._best_state = state["best_state"]
 
     def on_epoch_end(self, loop: LoopState) -> None:
-        """Compares the epoch's value; an epoch without a validation is passed over."""
+        """Compares the epoch's value; an epoch without a validation is ignored."""
         if loop.epoch < self.start_from_epoch or self.monitor not in loop.logs:
             return
         value = float(loop.logs[self.monitor])
-        assert self._watched is not None
-        if self._watched.is_better(value, self.best, min_delta=self.min_delta):
-            self.best, self.best_epoch = value, loop.epoch
-            if self.restore_best_weights:
-                self._best_state = loop.state
-            if self._watched.is_better(value, self.baseline, min_delta=self.min_delta):
+        assert self._monitor is not None
+        if self._monitor.is_better(value, self.best, min_delta=self.min_delta):
+            state = loop.state if self.restore_best_weights else None
+            self._best = _Best(value, loop.epoch, state)
+            if self._monitor.is_better(value, self.baseline, min_delta=self.min_delta):
                 self._waited = 0
                 return
         self._waited += 1
@@ -120,10 +129,10 @@ class EarlyStopping(Callback):
             )
 
     def on_train_end(self, loop: LoopState) -> None:
-        """Puts the best epoch's state back."""
-        best = self._best_state
-        kept = loop.broken_off and not loop.nonfinite
-        if best is not None and self.best_epoch != loop.epoch and not kept:
-            loop.state = best
-        if not loop.broken_off:  # else it belongs to what is saved, to go on from
-            self._best_state = None
+        """Restores the best epoch's state."""
+        best = self._best
+        keep_last = loop.broken_off and not loop.nonfinite
+        if best.state is not None and best.epoch != loop.epoch and not keep_last:
+            loop.state = best.state
+        if not loop.broken_off:  # otherwise a resumed fit needs it from the checkpoint
+            self._best = best._replace(state=None)

@@ -1,8 +1,8 @@
-"""A callback made of plain functions."""
+"""A callback that calls plain functions."""
 
 from collections.abc import Callable
 
-from flaxfit._core.errors import did_you_mean
+from flaxfit._core.errors import UsageTypeError, did_you_mean
 from flaxfit.callbacks.base import Callback, LoopState
 
 
@@ -14,7 +14,7 @@ class LambdaCallback(Callback):
       **hooks: a hook's name -> the function to call there; see `Callback`.
 
     Raises:
-      TypeError: a name that is no hook, or a value that cannot be called.
+      TypeError: a name that is not a hook, or a value that cannot be called.
 
     Example:
       >>> from flaxfit import LambdaCallback
@@ -31,13 +31,14 @@ class LambdaCallback(Callback):
         known = [name for name in vars(Callback) if name.startswith("on_")]
         for name, function in hooks.items():
             if name not in known:
-                raise TypeError(
-                    f"LambdaCallback({name}=...): the hooks are {', '.join(known)}."
-                    f"{did_you_mean(name, known)}"
+                raise UsageTypeError(
+                    f"LambdaCallback({name}=...) is not a hook."
+                    f"{did_you_mean(name, known)}",
+                    f"The hooks are {', '.join(known)}",
                 )
             if not callable(function):
-                raise TypeError(
+                raise UsageTypeError(
                     f"LambdaCallback({name}=...) takes a function of the LoopState, "
-                    f"got {type(function).__name__}."
+                    f"got {type(function).__name__}"
                 )
             setattr(self, name, function)

@@ -5,11 +5,12 @@ import os
 import re
 import string
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from flaxfit import checkpoint
-from flaxfit._core.errors import CheckpointError, did_you_mean
+from flaxfit._core.errors import CheckpointError, UsageError, did_you_mean
 from flaxfit._core.validation import choice, interval, optional_integer
 from flaxfit.callbacks.base import Callback, LoopState
 from flaxfit.callbacks.monitor import MODES, Monitor
@@ -18,39 +19,47 @@ from flaxfit.checkpoint import disk
 _PLACES = ("epoch", "batch", "step")
 
 
+@dataclass
+class _Record:
+    names: set[str]  # in the file's path
+    written: list[str] = field(default_factory=list)
+    monitor: Monitor | None = None
+
+
 class ModelCheckpoint(Callback):
     """Writes checkpoints, with Keras's arguments.
 
-    A file holds the whole training: `fit(resume=path)` goes on from it exactly, and
-    `Trainer.load(path, model)` gives the trainer. It is written in the background, one
-    after the other, all or nothing. Where a file cannot be written, that is a warning,
-    and the training goes on. A state that is not finite is never written.
+    A file holds the whole training: `fit(resume=path)` continues from it exactly, and
+    `Trainer.load(path, model)` returns the trainer. Files are written in the
+    background, one after the other, each completely or not at all. A file that cannot
+    be written gives a warning, and training continues. A state that is not finite is
+    never written.
 
     Args:
-      filepath: the file. May hold `{epoch}` (from 1), `{batch}` (of the epoch),
+      filepath: the file. May contain `{epoch}` (from 1), `{batch}` (of the epoch),
         `{step}` and the names of logs, as in
         `"run/{epoch:02d}-{val_loss:.3f}.msgpack"`.
       monitor: the log that decides which is the best; only for `save_best_only`.
-      verbose: 1 says so when a file is asked for.
+      verbose: 1 prints a line for each file.
       save_best_only: whether a file is written only when `monitor` has improved. The
         best value so far is part of every checkpoint. A trainer that was trained
-        before compares with that of the file it would replace.
+        before compares with the value in the file it would replace.
       save_weights_only: whether only parameters and collections are written.
-      mode: `"min"`, `"max"`, or `"auto"` to go by the metric.
+      mode: `"min"`, `"max"`, or `"auto"` for the metric's own direction.
       save_freq: `"epoch"`, a number of steps, or a time such as `"5m"`. Within an
         epoch the values are means of the epoch so far, and reading them waits for the
         device.
-      initial_value_threshold: what the first value has to improve on.
-      keep: how many files stay, the newest ones; None for all. An older one is deleted
+      initial_value_threshold: the value that the first one has to improve on.
+      keep: how many of the newest files are kept; None for all. An older one is deleted
         only when the newer one is safe on the disk.
-      background: whether training goes on while a file is written, once the state is
+      background: whether training continues while a file is written, once the state is
         copied to the host.
 
     Attributes:
       best: the best value so far, None before the first.
 
     Raises:
-      ValueError: an argument that cannot be.
+      ValueError: an invalid argument.
 
     Example:
       >>> from flaxfit import ModelCheckpoint
@@ -85,18 +94,29 @@ class ModelCheckpoint(Callback):
         self.keep = keep
         self.background = background
         self.best: float | None = None
-        self._by_epoch = save_freq == "epoch"
-        self._monitor: Monitor | None = None
-        self._written: list[str] = []
-        self.every_seconds = math.inf  # never within an epoch
+        self._record = _Record(_names_in(self.filepath))
         if not self._by_epoch:
-            self.every_steps, self.every_seconds = interval("save_freq", save_freq)
-        self._names = _names_in(self.filepath)
-        if keep is not None and not self._names:
-            raise ValueError(
-                f"keep={keep} of one file: give filepath a place to count, for example "
-                f"{_numbered(self.filepath)!r}."
+            interval("save_freq", save_freq)
+        if keep is not None and not self._record.names:
+            raise UsageError(
+                f"Got keep={keep} for one file",
+                "Expected a filepath with a number",
+                f"filepath={_numbered(self.filepath)!r}",
             )
+
+    @property
+    def _by_epoch(self) -> bool:
+        return self.save_freq == "epoch"
+
+    @property
+    def every_steps(self) -> int | None:  # type: ignore[override]
+        """The steps between two files, None if it saves by epoch or by time."""
+        return None if self._by_epoch else interval("save_freq", self.save_freq)[0]
+
+    @property
+    def every_seconds(self) -> float | None:  # type: ignore[override]
+        """The seconds between two files, infinite if it saves by epoch."""
+        return math.inf if self._by_epoch else interval("save_freq", self.save_freq)[1]
 
     def on_train_begin(self, loop: LoopState) -> None:
         """Checks the names in `filepath`, the monitored log and the folder.
@@ -105,14 +125,15 @@ class ModelCheckpoint(Callback):
           ValueError: a log that this fit will not have.
           CheckpointError: nothing can be written there.
         """
-        for name in self._names - {*_PLACES, *loop.log_names}:
+        for name in self._record.names - {*_PLACES, *loop.log_names}:
             known = [*_PLACES, *loop.log_names]
-            raise ValueError(
-                f"ModelCheckpoint({self.filepath!r}): there is no {name!r} to put into "
-                f"the name; there are {', '.join(known)}.{did_you_mean(name, known)}"
+            raise UsageError(
+                f"ModelCheckpoint({self.filepath!r}): there is no log {name!r}."
+                f"{did_you_mean(name, known)}",
+                f"The name may contain {', '.join(known)}",
             )
         if self.save_best_only:
-            self._monitor = Monitor(
+            self._record.monitor = Monitor(
                 "ModelCheckpoint", self.monitor, self.mode, loop.log_names
             )
             if self.best is None:
@@ -124,7 +145,7 @@ class ModelCheckpoint(Callback):
             disk.probe(Path(self.filepath).absolute().parent)
 
     def on_train_batch_end(self, loop: LoopState) -> None:
-        """Saves every so many steps or seconds."""
+        """Saves when `save_freq` steps or seconds have passed."""
         if not self._by_epoch:
             self._consider(loop)
 
@@ -134,29 +155,28 @@ class ModelCheckpoint(Callback):
             self._consider(loop)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the best value, and the files that were written."""
+        """Returns the best value and the paths of the files."""
         return {
             "best": self.best,
             "best_of": self.monitor,
-            "written": list(self._written),
+            "written": list(self._record.written),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on with what `state_dict` returned."""
-        self.best, self._written = state["best"], list(state["written"])
+        """Restores what `state_dict` returned."""
+        self.best, self._record.written = state["best"], list(state["written"])
 
     def _consider(self, loop: LoopState) -> None:
-        before, after = self.best, self.best
-        if self._monitor is not None:
+        record, before, after = self._record, self.best, self.best
+        if record.monitor is not None:
             if self.monitor not in loop.logs:
-                return  # no validation this time
-            value = float(loop.logs[self.monitor])
-            if not self._monitor.is_better(value, before):
+                return  # no validation after this epoch
+            after = float(loop.logs[self.monitor])
+            if not record.monitor.is_better(after, before):
                 return
-            after = value
         path = self._path(loop)
         self.best = after
-        self._written = [p for p in self._written if p != path] + [path]
+        record.written = [p for p in record.written if p != path] + [path]
         if self.verbose:
             print(f"saving {path} after epoch {loop.epoch + 1}, step {loop.step}")
         loop.save(
@@ -168,40 +188,36 @@ class ModelCheckpoint(Callback):
         )
 
     def _path(self, loop: LoopState) -> str:
-        values = loop.logs if self._names - set(_PLACES) else {}
+        # Reading the logs waits for the device, so they are read only if needed.
+        logs = loop.logs if self._record.names - set(_PLACES) else {}
+        places = {"epoch": loop.epoch + 1, "batch": loop.batch, "step": loop.step}
         try:
-            return self.filepath.format(
-                **{
-                    **values,
-                    "epoch": loop.epoch + 1,
-                    "batch": loop.batch,
-                    "step": loop.step,
-                }
-            )
+            return self.filepath.format(**{**logs, **places})
         except KeyError as error:
-            raise ValueError(
+            raise UsageError(
                 f"ModelCheckpoint({self.filepath!r}): there is no {error} at step "
-                f"{loop.step}, only {', '.join(values)}."
+                f"{loop.step}, only {', '.join(logs)}"
             ) from error
 
     def _prune(self) -> None:
         """Deletes older files; called when the newest one is safe."""
         if self.keep is not None:
-            for path in self._written[: -self.keep]:
+            for path in self._record.written[: -self.keep]:
                 disk.remove(Path(path))
-            self._written = self._written[-self.keep :]
+            self._record.written = self._record.written[-self.keep :]
 
     def _forget(self, path: str, best: float | None) -> Callable[[Exception], None]:
         def failed(error: Exception) -> None:
             del error
             self.best = best
             if not os.path.exists(path):
-                self._written = [p for p in self._written if p != path]
+                written = self._record.written
+                self._record.written = [p for p in written if p != path]
 
         return failed
 
     def _best_of_file(self) -> float | None:
-        """Returns the best value of what this callback wrote in an earlier process."""
+        """Returns the best value in the files of an earlier process."""
         pattern = re.sub(r"\{[^}]*\}", "*", os.path.basename(self.filepath))
         found = []
         for path in Path(os.path.dirname(self.filepath) or ".").glob(pattern):
@@ -216,10 +232,10 @@ class ModelCheckpoint(Callback):
                 and entry["state"]["best_of"] == self.monitor
                 and entry["state"]["best"] is not None
             ]
-        assert self._monitor is not None
+        assert self._record.monitor is not None
         best: float | None = None
         for value in found:
-            best = value if self._monitor.is_better(value, best) else best
+            best = value if self._record.monitor.is_better(value, best) else best
         return best
 
 
@@ -227,9 +243,9 @@ def _names_in(filepath: str) -> set[str]:
     try:
         fields = [name for _, name, *_ in string.Formatter().parse(filepath)]
     except ValueError as error:
-        raise ValueError(
-            f"filepath={filepath!r} cannot be filled in ({error}); write e.g. "
-            '"run/{epoch:02d}-{val_loss:.3f}.msgpack".'
+        raise UsageError(
+            f"filepath={filepath!r} is not a format string: {error}",
+            write='filepath="run/{epoch:02d}-{val_loss:.3f}.msgpack"',
         ) from error
     return {re.split(r"[.\[]", name)[0] for name in fields if name is not None}
 

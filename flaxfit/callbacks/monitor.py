@@ -3,20 +3,20 @@
 import math
 from collections.abc import Sequence
 
-from flaxfit._core.errors import did_you_mean
+from flaxfit._core.errors import UsageError, did_you_mean
 from flaxfit.metrics.resolve import metric_direction
 
 MODES = ("auto", "min", "max")
 
 
 class Monitor:
-    """One log that is to become better.
+    """A log whose values are compared.
 
     Args:
-      owner: who watches, for messages.
+      owner: the callback or method, for messages.
       name: the log, e.g. `"val_loss"`.
-      mode: `"min"`, `"max"`, or `"auto"` to go by the metric.
-      log_names: the logs there will be.
+      mode: `"min"`, `"max"`, or `"auto"` for the metric's own direction.
+      log_names: the logs of this fit.
 
     Raises:
       ValueError: there is no such log, or its direction is unknown.
@@ -26,21 +26,24 @@ class Monitor:
         self, owner: str, name: str, mode: str, log_names: Sequence[str]
     ) -> None:
         if name not in log_names:
-            hint = (
-                " Give fit validation_data= or validation_split=."
-                if name.startswith("val_")
-                and not any(n.startswith("val_") for n in log_names)
-                else did_you_mean(name, log_names)
+            no_validation = name.startswith("val_") and not any(
+                log.startswith("val_") for log in log_names
             )
-            raise ValueError(
-                f"{owner}(monitor={name!r}): this fit will log "
-                f"{', '.join(log_names)}.{hint}"
+            raise UsageError(
+                f"{owner}(monitor={name!r}): this fit has no such log."
+                + ("" if no_validation else did_you_mean(name, log_names)),
+                f"It will log {', '.join(log_names)}",
+                "fit(..., validation_data=(x, y))" if no_validation else "",
             )
         found = metric_direction(name) if mode == "auto" else mode
         if found is None:
-            raise ValueError(
-                f"{owner}(monitor={name!r}): whether it is better low or high is not "
-                f"known. {_advice(owner, name)}"
+            raise UsageError(
+                f"{owner}(monitor={name!r}): whether high or low values are "
+                "better is not known",
+                write='mode="min" or mode="max"'
+                if owner != "fit"
+                else f"callbacks=[ModelCheckpoint(path, {name!r}, mode='max', "
+                "save_best_only=True)] instead of monitor",
             )
         self.name = name
         self._sign = 1.0 if found == "min" else -1.0
@@ -52,12 +55,3 @@ class Monitor:
         if math.isnan(value):
             return False
         return than is None or self._sign * (than - value) > min_delta
-
-
-def _advice(owner: str, name: str) -> str:
-    if owner == "fit":
-        return (
-            "Leave monitor out, and add callbacks=[ModelCheckpoint(path, "
-            f'monitor={name!r}, mode="max", save_best_only=True)].'
-        )
-    return 'Write mode="min" or mode="max".'

@@ -197,11 +197,11 @@ def test_a_state_that_is_not_finite_is_not_saved_over_a_good_one(tmp_path):
     ("options", "error", "text"),
     [
         ({"filepath": "{epch}.msgpack"}, ValueError, "Did you mean 'epoch'"),
-        ({"filepath": "{epoch"}, ValueError, "cannot be filled in"),
+        ({"filepath": "{epoch"}, ValueError, "is not a format string"),
         ({"monitor": "val_los", "save_best_only": True}, ValueError, "'val_loss'"),
         ({"mode": "up"}, ValueError, "mode='up'. Expected one of 'auto', 'min', 'max'"),
         ({"keep": 0}, ValueError, "keep=0. Expected a whole number of at least 1"),
-        ({"keep": 2}, ValueError, "keep=2 of one file"),
+        ({"keep": 2}, ValueError, "keep=2 for one file"),
         (
             {"save_freq": "soon"},
             ValueError,

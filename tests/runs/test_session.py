@@ -145,7 +145,7 @@ def test_a_callback_that_is_more_patient_goes_on(tmp_path, capsys):
     assert history.epoch == [0, 1, 2]
     out = capsys.readouterr().out
     assert "changed: the callbacks, or their arguments" in out
-    assert "EarlyStopping was not there before: it begins anew" in out
+    assert "EarlyStopping was not there before: it starts fresh" in out
 
 
 def test_a_run_that_began_at_a_later_epoch_of_a_trained_trainer(tmp_path):
