@@ -69,7 +69,7 @@ def test_stop_names_step_and_batch_and_keeps_the_last_good_state():
 
 
 def test_skip_counts_and_goes_on():
-    guard, fit, stopped = guarded("skip", bad=2, skipped=2)
+    guard, _fit, stopped = guarded("skip", bad=2, skipped=2)
     with pytest.warns(UserWarning, match=r"Skipped 2 batches of epoch 2.*batch 3"):
         guard.check()
     assert not stopped and not guard.should_break
@@ -99,7 +99,7 @@ def test_rollback_to_another_epoch_begins_empty_averages():
 
 
 def test_rollback_without_a_checkpoint_stops():
-    guard, fit, stopped = guarded("rollback", bad=0)
+    guard, _fit, stopped = guarded("rollback", bad=0)
     with pytest.warns(UserWarning, match="run_dir"):
         guard.check()
     assert stopped and not guard.rolled_back
@@ -117,7 +117,7 @@ def test_the_fourth_rollback_to_one_checkpoint_stops():
 
 
 def test_polling_looks_a_few_times_a_second_only(monkeypatch):
-    guard, fit, stopped = guarded("stop", bad=0)
+    guard, _fit, stopped = guarded("stop", bad=0)
     guard.poll()
     assert not stopped
     monkeypatch.setattr("flaxfit._loops.nonfinite._SECONDS_BETWEEN_POLLS", 0.0)
