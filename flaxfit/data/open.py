@@ -21,7 +21,7 @@ from flaxfit.data.adapters.registry import (
     examples_of,
     refuse_batch_size,
 )
-from flaxfit.data.binding.binding import Binding, Whole
+from flaxfit.data.binding.binding import Binding, InMemoryData
 from flaxfit.data.binding.in_memory import (
     Arrays,
     is_arrays,
@@ -34,7 +34,7 @@ from flaxfit.data.binding.table_binding import TableReader, holds_table
 from flaxfit.data.datasets.batching import batch_of_rows, stream_examples
 from flaxfit.data.datasets.example_dataset import ExampleSet
 from flaxfit.data.datasets.iterables import from_iterable, peek
-from flaxfit.data.datasets.stream import NO_FACTS, Stream
+from flaxfit.data.datasets.stream import NO_INFO, DatasetInfo, Stream
 from flaxfit.data.host.arrays import as_host, narrow
 from flaxfit.data.host.checks import (
     check_finite,
@@ -169,7 +169,7 @@ def batch_source(dataset: Dataset, binding: Binding, options: BatchOptions) -> S
     if isinstance(dataset, Arrays):
         return _array_source(dataset, binding, options)
     stream = _as_stream(dataset, options)
-    binding = binding.guided_by(stream.facts or NO_FACTS)
+    binding = binding.guided_by(stream.info or NO_INFO)
     reader = TableReader(binding, targets=not options.inputs_only)
     weights = options.class_weight
     weighting = None if weights is None else ClassWeighting(weights)
@@ -186,20 +186,19 @@ def batch_source(dataset: Dataset, binding: Binding, options: BatchOptions) -> S
             return apply_mask(batch, binding.targets_of(raw.real), weighting)
         return batch if weighting is None else weighting(batch)
 
-    def unused(raw: Any) -> tuple[str, ...]:
-        if options.inputs_only:
-            return ()
-        return reader.unused or binding.unused(raw_of(raw))
+    def describe(raw: Any) -> DatasetInfo:
+        unused = () if options.inputs_only else binding.unused(raw_of(raw))
+        info = replace(stream.info or NO_INFO, unused=unused)
+        return reader.with_table_info(info)
 
     source = StreamSource(
         stream,
         read,
-        unused=unused,
+        describe=describe,
         steps=None if options.inputs_only else options.steps,
         multiple_of=options.multiple_of,
         structural=not callable(binding.inputs),
     )
-    source.facts = reader.with_table_info(source.facts)
     if not options.inputs_only:
         check_finite(source.example)
     return source
@@ -211,7 +210,7 @@ def one_batch(
     class_weight: Mapping[Any, float] | None = None,
     *,
     keep_mapped: bool = False,
-) -> Whole:
+) -> InMemoryData:
     """Returns data in memory as one batch on the host, with weights and no padding.
 
     Args:
@@ -233,7 +232,7 @@ def one_batch(
             )
         options = BatchOptions(class_weight=class_weight)
         source = batch_source(dataset, binding, options)
-        return Whole(source.example, source.unused, source.facts)
+        return InMemoryData(source.example, source.info)
     whole = read_arrays(dataset.x, dataset.y, dataset.sample_weight, binding)
     data = whole.batch
     if class_weight is not None:
@@ -282,7 +281,7 @@ def _split_examples(
     train = train_rows(total, fraction)
     # All labels would have to be read to know; a few, far apart, tell as well.
     few = np.linspace(0, total - 1, min(total, _FEW_LABELS)).astype(np.int64)
-    binding = binding.guided_by(examples.facts)
+    binding = binding.guided_by(examples.info)
     warn_if_sorted(
         narrow(binding.split(as_host(batch_of_rows(examples, few)))),
         "Give validation_data=, or shuffle the dataset where it is made: "
@@ -298,7 +297,7 @@ def _array_source(
         whole = read_inputs(arrays.x, binding)
         size = options.size(check_lengths(whole.batch))
         data = narrow(whole.batch, keep_mapped=True)
-        return ArraySource(data, size, facts=whole.facts)
+        return ArraySource(data, size, info=whole.info)
     whole = read_arrays(arrays.x, arrays.y, arrays.sample_weight, binding)
     data = whole.batch
     if options.class_weight is not None:
@@ -310,8 +309,7 @@ def _array_source(
         options.size(len(jax.tree.leaves(data)[0])),
         shuffle=options.shuffle,
         seed=options.seed,
-        unused=whole.unused,
-        facts=whole.facts,
+        info=whole.info,
     )
     check_values(with_weights(data))
     check_values(source.example)

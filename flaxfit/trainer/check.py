@@ -104,8 +104,8 @@ def first_lines(
     ]
     if source.kind != "arrays":
         lines.append(f"data: {_data_text(source)}")
-    if source.facts.table:
-        lines.append(f"columns: {source.facts.table}")
+    if source.info.table:
+        lines.append(f"columns: {source.info.table}")
     if class_names:
         lines.append(f"classes: {listed_classes(class_names)}")
     if resolved.scaled and has_images(source.example.inputs):
@@ -121,8 +121,8 @@ def first_lines(
             f"{source.batch_size}"
             + (f"; all would with batch_size={size}" if size else "")
         )
-    if source.unused:
-        lines.append(f"unused: {_listed(map(str, source.unused))}")
+    if source.info.unused:
+        lines.append(f"unused: {_listed(map(str, source.info.unused))}")
     if resolved.task.objective.scalar_loss and _has_tail(source):
         lines.append(
             "the loss returns one number per batch: the last, shorter batch is not "
@@ -227,10 +227,10 @@ def _data_rows(
         "outputs": _shapes(resolved.outputs),
         "targets": _shapes(example.targets),
     }
-    if source.facts.table:
-        rows["columns"] = source.facts.table
-    if source.unused:
-        rows["unused"] = _listed(map(str, source.unused))
+    if source.info.table:
+        rows["columns"] = source.info.table
+    if source.info.unused:
+        rows["unused"] = _listed(map(str, source.info.unused))
     labels = [
         leaf for leaf in jax.tree.leaves(example.targets) if leaf.dtype.kind in "iu"
     ]

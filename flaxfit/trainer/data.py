@@ -13,7 +13,7 @@ from flaxfit._core.types import Batch
 from flaxfit._programs.placement import has_rows
 from flaxfit._programs.program_cache import ProgramCache
 from flaxfit.checkpoint import Checkpoint
-from flaxfit.data.binding.binding import Binding, Whole
+from flaxfit.data.binding.binding import Binding, InMemoryData
 from flaxfit.data.datasets.columns import Columns
 from flaxfit.data.datasets.example_dataset import ExampleSet
 from flaxfit.data.datasets.stream import Stream
@@ -75,7 +75,7 @@ class Reader:
         self.class_names = tuple(saved.meta.get("class_names", ()))
         return self._binding
 
-    def learn(self, source: Source | Whole, *, allow_rebuild: bool) -> None:
+    def learn(self, source: Source | InMemoryData, *, allow_rebuild: bool) -> None:
         """Takes over what the data says of itself, before anything is built of it.
 
         Args:
@@ -88,17 +88,17 @@ class Reader:
         if not allow_rebuild:
             self.refuse_other_classes(source)
             return
-        self._programs.learn(source.facts.pictures)
-        self.class_names = source.facts.class_names or self.class_names
-        self._binding = replace(self._binding, columns=source.facts.columns)
+        self._programs.learn(source.info.pictures)
+        self.class_names = source.info.class_names or self.class_names
+        self._binding = replace(self._binding, columns=source.info.columns)
 
-    def refuse_other_classes(self, source: Source | Whole) -> None:
+    def refuse_other_classes(self, source: Source | InMemoryData) -> None:
         """Refuses data whose labels mean something else than before.
 
         Raises:
           DataError: its classes are not those the trainer was trained on.
         """
-        names, known = source.facts.class_names, self.class_names
+        names, known = source.info.class_names, self.class_names
         if names and known and names != known:
             raise DataError(
                 f"The data has the classes {listed_classes(names)}, and this trainer "
@@ -269,15 +269,15 @@ def refuse_assumed_split(dataset: Dataset) -> None:
     Raises:
       ValueError: the split is not named.
     """
-    facts = dataset.facts if isinstance(dataset, ExampleSet) else None
-    if facts is not None and facts.assumed_split:
-        raise UsageError(facts.assumed_split)
+    info = dataset.info if isinstance(dataset, ExampleSet) else None
+    if info is not None and info.assumed_split:
+        raise UsageError(info.assumed_split)
 
 
 def warn_of_order(dataset: Dataset) -> None:
     """Warns where outputs come in another order than the dataset's."""
-    facts = dataset.facts if isinstance(dataset, Stream) else None
-    if facts is not None and facts.shuffles:
+    info = dataset.info if isinstance(dataset, Stream) else None
+    if info is not None and info.shuffles:
         warnings.warn(
             f"{caller()} got a DataLoader(..., shuffle=True): the outputs come in its "
             "order, which is not the dataset's. Write DataLoader(..., shuffle=False), "

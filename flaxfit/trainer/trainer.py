@@ -54,7 +54,7 @@ from flaxfit._runs.session import (
 from flaxfit._runs.trainer_metadata import example_of, from_meta, to_meta
 from flaxfit.callbacks.base import Callback, LoopState, own_state
 from flaxfit.checkpoint import RestoreReport
-from flaxfit.data.binding.binding import Binding, Whole
+from flaxfit.data.binding.binding import Binding, InMemoryData
 from flaxfit.data.binding.in_memory import Arrays
 from flaxfit.data.open import (
     BatchOptions,
@@ -1156,7 +1156,7 @@ class Trainer:
 
     def _prepare(
         self,
-        source: Source | Whole,
+        source: Source | InMemoryData,
         total_steps: int | None = None,
         *,
         inputs_only: bool = False,
@@ -1182,7 +1182,7 @@ class Trainer:
             allow_rebuild = not self._store.has_trained
         placement = (
             self._placement_for(source)
-            if divide and not isinstance(source, Whole)
+            if divide and not isinstance(source, InMemoryData)
             else None
         )
         # The schema first: it decides whether images are scaled in the programs.
@@ -1198,7 +1198,7 @@ class Trainer:
                 allow_rebuild=allow_rebuild,
                 placement=placement,
             )
-        if resolved.task.objective.scalar_loss and not isinstance(source, Whole):
+        if resolved.task.objective.scalar_loss and not isinstance(source, InMemoryData):
             source.pad = False
         source.check(self._programs.check_values)
         if state:

@@ -21,7 +21,7 @@ from flaxfit._core.types import HostArray
 from flaxfit.data.adapters.latest_reader import begin_reading, is_latest
 from flaxfit.data.binding.binding import TARGET_NAMES
 from flaxfit.data.datasets.example_dataset import ExampleSet, Loading, take_items
-from flaxfit.data.datasets.stream import Facts
+from flaxfit.data.datasets.stream import DatasetInfo
 from flaxfit.data.host.arrays import call_text
 from flaxfit.data.host.collate import collate
 
@@ -59,9 +59,9 @@ def adapt(x: Any) -> ExampleSet:
             "Hugging Face IterableDataset",
             iterate=partial(_iterate, x),
             loading=Loading(collate=_collate),
-            facts=_facts(x.features, x.column_names or ())
+            info=_info(x.features, x.column_names or ())
             if x.features
-            else Facts(pictures=_begins_with_pictures(x)),
+            else DatasetInfo(pictures=_begins_with_pictures(x)),
         )
     shown = x.format
     if shown["type"] in _TABLES:  # whose rows are no dicts
@@ -72,7 +72,7 @@ def adapt(x: Any) -> ExampleSet:
     elif shown["type"] != "custom":
         take_batch = _Columns.of(x, shown["columns"])
     custom = shown["type"] == "custom"
-    facts = _facts(x.features, x.column_names if custom else shown["columns"])
+    info = _info(x.features, x.column_names if custom else shown["columns"])
     return ExampleSet(
         "Hugging Face Dataset",
         len(x),
@@ -80,7 +80,7 @@ def adapt(x: Any) -> ExampleSet:
         take_batch,
         loading=Loading(collate=_collate),
         # The keys that a transform returns are not known.
-        facts=replace(facts, keys=(), targets=None) if custom else facts,
+        info=replace(info, keys=(), targets=None) if custom else info,
     )
 
 
@@ -107,13 +107,13 @@ def _refuse_splits(splits: Mapping[str, Any]) -> NoReturn:
     )
 
 
-def _facts(features: Mapping[str, Any] | None, columns: Sequence[str]) -> Facts:
+def _info(features: Mapping[str, Any] | None, columns: Sequence[str]) -> DatasetInfo:
     known = {name: features[name] for name in columns} if features else {}
     classes = [name for name, f in known.items() if type(f).__name__ == "ClassLabel"]
     named = [name for name in TARGET_NAMES if name in columns]
     # A usual name decides what the targets are; without one, a single class label does
     target = (*named, *(classes if len(classes) == 1 else ()), None)[0]
-    return Facts(
+    return DatasetInfo(
         keys=tuple(columns),
         targets=target if not named else None,
         class_names=tuple(known[target].names) if target in classes else (),

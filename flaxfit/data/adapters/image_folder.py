@@ -18,7 +18,7 @@ from flaxfit._core.types import HostArray
 from flaxfit._core.validation import integer
 from flaxfit.data.datasets.example_dataset import ExampleSet, take_items
 from flaxfit.data.datasets.examples import Examples
-from flaxfit.data.datasets.stream import Facts
+from flaxfit.data.datasets.stream import DatasetInfo
 
 _SUFFIXES = frozenset(
     (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -118,8 +118,8 @@ def image_folder(
 
 def open_image_files(x: ImageFiles) -> ExampleSet:
     """Returns the files as items of a dataset of pictures."""
-    facts = Facts(class_names=x.class_names, pictures=True)
-    return ExampleSet("image folder", len(x), take_items(x), facts=facts)
+    info = DatasetInfo(class_names=x.class_names, pictures=True)
+    return ExampleSet("image folder", len(x), take_items(x), info=info)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import jax
 from flaxfit._core.errors import DataError, caller
 from flaxfit._core.lazy_types import comes_from
 from flaxfit.data.datasets.example_dataset import ExampleSet
-from flaxfit.data.datasets.stream import Facts, Stream
+from flaxfit.data.datasets.stream import DatasetInfo, Stream
 from flaxfit.data.host.arrays import call_text
 
 _ENDLESS = -1
@@ -37,7 +37,7 @@ def adapt(x: Any) -> Stream | ExampleSet:
     number = int(x.cardinality())
     known = number if number >= 0 else None
     fields = _fields(x.element_spec)
-    facts = Facts(keys=fields)
+    info = DatasetInfo(keys=fields)
     read = partial(_read, x)
     if _is_batched(leaves):
         return Stream(
@@ -45,14 +45,14 @@ def adapt(x: Any) -> Stream | ExampleSet:
             read,
             num_batches=known,
             endless=number == _ENDLESS,
-            facts=facts,
+            info=info,
         )
     return ExampleSet(
         "tf.data.Dataset",
         known,
         iterate=read,
         endless=number == _ENDLESS,
-        facts=facts,
+        info=info,
     )
 
 

@@ -19,7 +19,7 @@ from flaxfit.data.adapters.npy_files import SUFFIXES
 from flaxfit.data.adapters.tfds_builders import find_builder, open_source, prepare
 from flaxfit.data.binding.binding import TARGET_NAMES
 from flaxfit.data.datasets.example_dataset import ExampleSet, take_items
-from flaxfit.data.datasets.stream import NO_FACTS, Facts
+from flaxfit.data.datasets.stream import NO_INFO, DatasetInfo
 from flaxfit.data.host.arrays import call_text
 
 # Methods that say how good a model is, or what it makes of the data: which data that
@@ -95,7 +95,7 @@ def adapt(x: Any, *, data_dir: str | os.PathLike[str] | None = None) -> ExampleS
         return examples
     # Only training may take a split that nobody named.
     text = _unnamed_split(builder.info, given)
-    return replace(examples, facts=replace(examples.facts, assumed_split=text))
+    return replace(examples, info=replace(examples.info, assumed_split=text))
 
 
 def _is_data_source(x: Any) -> bool:
@@ -170,17 +170,17 @@ def _example_set(source: Any) -> ExampleSet:
         f"{_title(source.dataset_info, source.split)} (TFDS)",
         len(source),
         take_items(source),
-        facts=_facts(source),
+        info=_info(source),
     )
 
 
-def _facts(source: Any) -> Facts:
+def _info(source: Any) -> DatasetInfo:
     """Returns what the dataset says of itself, for examples that are decoded."""
     features = importlib.import_module("tensorflow_datasets").features
     info = source.dataset_info
     decoded = source.deserialize_method.name == "DESERIALIZE_AND_DECODE"
     if not decoded or not isinstance(info.features, features.FeaturesDict):
-        return NO_FACTS
+        return NO_INFO
     kinds = dict(info.features.items())
     inputs, targets = (_keys(nest) for nest in (info.supervised_keys or ("", ""))[:2])
     labels = targets or next(((key,) for key in TARGET_NAMES if key in kinds), ())
@@ -189,7 +189,7 @@ def _facts(source: Any) -> Facts:
     labelled = isinstance(label, features.ClassLabel) and label.num_classes is not None
     names = tuple(label.names) if labelled else ()
     in_bytes = [kinds[key] for key in candidates if kinds[key].np_dtype == np.uint8]
-    return Facts(
+    return DatasetInfo(
         keys=tuple(kinds),
         inputs=_one_or_more(inputs),
         targets=_one_or_more(targets),

@@ -18,7 +18,7 @@ from flaxfit.data.adapters.latest_reader import begin_reading, is_latest, was_re
 from flaxfit.data.datasets.example_dataset import ExampleSet, take_items
 from flaxfit.data.datasets.iterables import length_of
 from flaxfit.data.datasets.shuffling import seeded
-from flaxfit.data.datasets.stream import Facts, Open, Stream
+from flaxfit.data.datasets.stream import DatasetInfo, Open, Stream
 from flaxfit.data.host.arrays import as_array, call_text
 from flaxfit.data.host.collate import looks_single
 from flaxfit.data.host.torch_tensors import is_tensor
@@ -65,7 +65,7 @@ def adapt(x: Any) -> Any:
         length,
         take_items(x),
         drawing=_Drawing,
-        facts=_facts(x, length),
+        info=_info(x, length),
     )
 
 
@@ -86,7 +86,7 @@ def _iterate(dataset: Any, pass_index: int) -> Iterator[Any]:
     return iter(dataset)
 
 
-def _facts(dataset: Any, length: int) -> Facts:
+def _info(dataset: Any, length: int) -> DatasetInfo:
     with _Drawing((0,)):
         try:
             first = dataset[0] if length else ()
@@ -96,7 +96,7 @@ def _facts(dataset: Any, length: int) -> Facts:
     parts = first.values() if hasattr(first, "values") else first
     items = parts if isinstance(first, tuple | list | dict) else (first,)
     pictures = any(comes_from(item, "PIL", "Image") for item in items)
-    return Facts(class_names=_class_names(dataset), pictures=pictures)
+    return DatasetInfo(class_names=_class_names(dataset), pictures=pictures)
 
 
 def _class_names(dataset: Any) -> tuple[str, ...]:
@@ -120,7 +120,7 @@ def _from_loader(loader: Any) -> Stream:
         open_with((0,)),
         num_batches=_num_batches(loader),
         num_examples=_num_examples(loader),
-        facts=Facts(
+        info=DatasetInfo(
             class_names=_class_names(loader.dataset),
             shuffles=loader.batch_size is not None
             and comes_from(loader.sampler, "torch", "RandomSampler"),

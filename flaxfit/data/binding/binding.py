@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from flaxfit._core.errors import DataError, did_you_mean
 from flaxfit._core.types import Batch, CallSpec, Inputs, PyTree
 from flaxfit.data.datasets.columns import Columns
-from flaxfit.data.datasets.stream import NO_FACTS, Facts
+from flaxfit.data.datasets.stream import NO_INFO, DatasetInfo
 
 TARGET_NAMES = ("label", "labels", "target", "targets", "y")
 WEIGHT_NAMES = ("weights", "sample_weight", "sample_weights")
@@ -33,18 +33,16 @@ class _Plan(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Whole:
-    """All examples that arrays or a table hold, read.
+class InMemoryData:
+    """All examples of arrays or a table, bound to inputs and targets.
 
     Attributes:
       batch: the examples; `weights` may be None.
-      unused: the keys or columns of which nothing was read.
-      facts: what the data says of itself.
+      info: what is known about the data.
     """
 
     batch: Batch
-    unused: tuple[str, ...] = ()
-    facts: Facts = NO_FACTS
+    info: DatasetInfo = NO_INFO
 
     @property
     def example(self) -> Batch:
@@ -99,19 +97,19 @@ class Binding:
                     "Trainer(model, inputs={parameter: key of the batch})."
                 )
 
-    def guided_by(self, facts: Facts) -> "Binding":
+    def guided_by(self, info: DatasetInfo) -> "Binding":
         """Returns the binding with what a dataset says of itself where nothing is said.
 
         Names of the call that the dataset has go before its word.
         """
         inputs, targets = self.inputs, self.targets
-        if inputs is None and facts.inputs is not None:
-            keys = (facts.inputs,) if isinstance(facts.inputs, str) else facts.inputs
+        if inputs is None and info.inputs is not None:
+            keys = (info.inputs,) if isinstance(info.inputs, str) else info.inputs
             wanted = self.call.required  # nothing, of nn.Sequential
-            named = bool(wanted) and all(name in facts.keys for name in wanted)
+            named = bool(wanted) and all(name in info.keys for name in wanted)
             inputs = None if named else keys
         if targets is None:
-            targets = facts.targets
+            targets = info.targets
         return dataclasses.replace(self, inputs=inputs, targets=targets)
 
     def split(self, raw: Any) -> Batch:

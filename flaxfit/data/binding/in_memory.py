@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from flaxfit._core.errors import DataError, caller
 from flaxfit._core.types import Batch
 from flaxfit.data.binding import dataframes
-from flaxfit.data.binding.binding import Binding, Whole, has_fields
+from flaxfit.data.binding.binding import Binding, InMemoryData, has_fields
 from flaxfit.data.binding.table_binding import (
     holds_column,
     holds_table,
@@ -17,7 +17,7 @@ from flaxfit.data.binding.table_binding import (
     refuse_other_order,
 )
 from flaxfit.data.datasets.example_dataset import ExampleSet
-from flaxfit.data.datasets.stream import Facts, Stream
+from flaxfit.data.datasets.stream import DatasetInfo, Stream
 from flaxfit.data.host.arrays import as_host, call_text, is_array, is_nest, narrow
 from flaxfit.data.host.checks import check_lengths
 from flaxfit.data.host.weights import with_weights
@@ -58,7 +58,7 @@ def is_arrays(x: Any, y: Any, sample_weight: Any) -> bool:
         )
     name = "y" if y is not None else "sample_weight"
     given = y is not None or sample_weight is not None
-    if isinstance(x, Batch | Whole):
+    if isinstance(x, Batch | InMemoryData):
         if given:
             raise ValueError(f"a Batch has its {name} inside: write {caller()}(batch).")
         return True
@@ -114,9 +114,9 @@ def _is_nested(value: Any) -> bool:
     return (nested and not is_array(value)) or dataframes.is_table(value)
 
 
-def read_arrays(x: Any, y: Any, sample_weight: Any, binding: Binding) -> Whole:
+def read_arrays(x: Any, y: Any, sample_weight: Any, binding: Binding) -> InMemoryData:
     """Returns all examples; `weights` is None where none are given."""
-    whole = x if isinstance(x, Whole) else _read(x, y, binding)
+    whole = x if isinstance(x, InMemoryData) else _read(x, y, binding)
     data = whole.batch
     if sample_weight is not None:
         if data.weights is not None:
@@ -132,7 +132,7 @@ def read_arrays(x: Any, y: Any, sample_weight: Any, binding: Binding) -> Whole:
     return replace(whole, batch=data)
 
 
-def _read(x: Any, y: Any, binding: Binding) -> Whole:
+def _read(x: Any, y: Any, binding: Binding) -> InMemoryData:
     """Reads arrays or a table, with their targets."""
     raw = x if y is None else (x, y)
     if holds_table(raw):
@@ -141,16 +141,17 @@ def _read(x: Any, y: Any, binding: Binding) -> Whole:
         return read_column(raw, binding)
     refuse_inner_tables(raw, "x")
     unused = binding.unused(x) if y is None else ()
-    return Whole(binding.split(as_host(raw)), unused, Facts(columns=binding.columns))
+    info = DatasetInfo(columns=binding.columns, unused=unused)
+    return InMemoryData(binding.split(as_host(raw)), info)
 
 
-def read_inputs(x: Any, binding: Binding) -> Whole:
+def read_inputs(x: Any, binding: Binding) -> InMemoryData:
     """Reads arrays or a table given to `predict`."""
     if holds_table(x):
         return read_table(x, binding, targets=False)
     refuse_inner_tables(x, "x")
-    return Whole(
-        _whole_inputs(as_host(x), binding), facts=Facts(columns=binding.columns)
+    return InMemoryData(
+        _whole_inputs(as_host(x), binding), info=DatasetInfo(columns=binding.columns)
     )
 
 

@@ -17,7 +17,7 @@ from flaxfit.data.binding.binding import (
     TARGET_NAMES,
     WEIGHT_NAMES,
     Binding,
-    Whole,
+    InMemoryData,
     listed,
 )
 from flaxfit.data.binding.dataframes import (
@@ -31,7 +31,7 @@ from flaxfit.data.binding.dataframes import (
     numbers,
 )
 from flaxfit.data.datasets.columns import Columns, Name, Part, names_in
-from flaxfit.data.datasets.stream import Facts
+from flaxfit.data.datasets.stream import NO_INFO, DatasetInfo
 from flaxfit.data.host.arrays import as_host, narrow
 
 _MOST_NAMES = 6
@@ -53,7 +53,7 @@ def holds_table(raw: Any) -> bool:
     return is_table(raw)
 
 
-def read_table(raw: Any, binding: Binding, *, targets: bool = True) -> Whole:
+def read_table(raw: Any, binding: Binding, *, targets: bool = True) -> InMemoryData:
     """Reads a table that `holds_table`.
 
     Args:
@@ -63,7 +63,7 @@ def read_table(raw: Any, binding: Binding, *, targets: bool = True) -> Whole:
       targets: False to read inputs alone.
 
     Returns:
-      The examples; remember `facts.columns` for later tables.
+      The examples; remember `info.columns` for later tables.
 
     Raises:
       DataError: columns that are missing, without a number, ambiguous, or targets
@@ -100,10 +100,10 @@ def read_table(raw: Any, binding: Binding, *, targets: bool = True) -> Whole:
     columns = Columns(parts_of, found.names, found.axis, found.class_names)
     used = {*names_in(parts_of), *names_in(taken), weight}
     unused = () if parts_of is None else [n for n in table.names if n not in used]
-    return Whole(
+    return InMemoryData(
         batch,
-        tuple(map(str, unused)),
-        Facts(
+        DatasetInfo(
+            unused=tuple(map(str, unused)),
             class_names=found.class_names,
             columns=binding.columns or columns,
             table=_in_words(parts_of, found.names, weight),
@@ -117,30 +117,30 @@ class TableReader:
     Args:
       binding: how data is read.
       targets: False to read inputs alone.
-
-    Attributes:
-      unused: the columns that were not read.
     """
 
     def __init__(self, binding: Binding, *, targets: bool = True) -> None:
         self._binding = binding
         self._targets = targets
-        self.unused: tuple[str, ...] = ()
-        self._table = ""
+        self._info = NO_INFO
 
     def __call__(self, raw: Any) -> Batch:
         """Returns a table as a batch; see `read_table`."""
         whole = read_table(raw, self._binding, targets=self._targets)
-        self._binding = replace(self._binding, columns=whole.facts.columns)
-        self.unused = whole.unused
-        self._table = whole.facts.table
+        self._binding = replace(self._binding, columns=whole.info.columns)
+        self._info = whole.info
         return whole.batch
 
-    def with_table_info(self, facts: Facts) -> Facts:
-        """Returns the facts of a dataset with those of its tables."""
+    def with_table_info(self, info: DatasetInfo) -> DatasetInfo:
+        """Returns what is known about a dataset, and about its tables."""
         columns = self._binding.columns
-        names = facts.class_names or (columns.class_names if columns else ())
-        return replace(facts, columns=columns, class_names=names, table=self._table)
+        return replace(
+            info,
+            columns=columns,
+            class_names=info.class_names or (columns.class_names if columns else ()),
+            table=self._info.table,
+            unused=self._info.unused or info.unused,
+        )
 
 
 def holds_column(raw: Any) -> bool:
@@ -150,7 +150,7 @@ def holds_column(raw: Any) -> bool:
     return 2 <= len(raw) <= 3 and (is_column(raw[1]) or is_table(raw[1]))
 
 
-def read_column(raw: Any, binding: Binding) -> Whole:
+def read_column(raw: Any, binding: Binding) -> InMemoryData:
     """Reads arrays with targets that `holds_column`.
 
     Raises:
@@ -162,9 +162,11 @@ def read_column(raw: Any, binding: Binding) -> Whole:
     batch = binding.split((as_host(x), None, as_host(weights)))
     found = _given_apart(y, batch.inputs, binding, known, known.inputs)
     columns = Columns(None, found.names, found.axis, found.class_names)
-    return Whole(
+    return InMemoryData(
         batch.replace(targets=found.values),
-        facts=Facts(class_names=found.class_names, columns=binding.columns or columns),
+        info=DatasetInfo(
+            class_names=found.class_names, columns=binding.columns or columns
+        ),
     )
 
 

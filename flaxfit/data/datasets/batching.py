@@ -179,7 +179,7 @@ def _stream(examples: ExampleSet, open_pass: Open, batch_size: int) -> Stream:
         if bucketing is None
         # The first batch may be the short one of a bucket.
         else BatchForm(bucketing.padding.buckets, batch_size),
-        facts=examples.facts,
+        info=examples.info,
     )
 
 

@@ -11,7 +11,7 @@ import jax
 
 from flaxfit._core.types import HostArray
 from flaxfit.data.datasets.shuffling import order_of_pass
-from flaxfit.data.datasets.stream import NO_FACTS, Facts
+from flaxfit.data.datasets.stream import NO_INFO, DatasetInfo
 from flaxfit.data.host.arrays import copy_host_arrays
 from flaxfit.data.host.collate import collate
 from flaxfit.data.host.padding import Padding
@@ -79,7 +79,7 @@ class ExampleSet:
       drawing: seed -> a re-entrant context manager under which items are read: their
         random draws are then a function of the seed. None where a library draws
         nothing itself. With several threads the draws follow no seed.
-      facts: what the dataset says about itself.
+      info: what the dataset says about itself.
     """
 
     kind: str
@@ -93,7 +93,7 @@ class ExampleSet:
     bucketing: Bucketing | None = None
     order: Callable[..., HostArray] = order_of_pass
     drawing: Callable[[Sequence[int]], AbstractContextManager[Any]] | None = None
-    facts: Facts = field(default=NO_FACTS)
+    info: DatasetInfo = field(default=NO_INFO)
 
     def seeded(self, *seed: int) -> AbstractContextManager[Any]:
         """Returns the context manager under which items are read; see `drawing`."""

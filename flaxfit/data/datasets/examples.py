@@ -115,23 +115,23 @@ class Examples:
 
     def applied_to(self, items: ExampleSet) -> ExampleSet:
         """Returns the items with what these arguments ask for."""
-        before, facts = items.loading, items.facts
+        before, info = items.loading, items.info
         load = self.load or before.load
         if self.load is not None and before.load is not None:
             load = Chain(before.load, self.load)
         if self.class_names:
-            facts = replace(facts, class_names=tuple(self.class_names))
+            info = replace(info, class_names=tuple(self.class_names))
         loading = Loading(
             load,
             self.threads or before.threads,
             self.processes or before.processes,
             self.collate or before.collate,
         )
-        changed = replace(items, loading=loading, facts=facts)
+        changed = replace(items, loading=loading, info=info)
         return changed if self.padding is None else self._padded(changed, self.padding)
 
     def _padded(self, items: ExampleSet, padding: Padding) -> ExampleSet:
-        facts, buckets = items.facts, None
+        info, buckets = items.info, None
         if self.lengths is not None:
             if not items.by_index:
                 raise ValueError(
@@ -144,6 +144,6 @@ class Examples:
             buckets = np.fromiter(measured, np.int64, len(self.items))
         if padding.masks:
             # Inputs that are named beforehand would leave the mask out.
-            keys = (*facts.keys, *padding.masks)
-            facts = replace(facts, keys=keys, inputs=None)
-        return replace(items, bucketing=Bucketing(padding, buckets), facts=facts)
+            keys = (*info.keys, *padding.masks)
+            info = replace(info, keys=keys, inputs=None)
+        return replace(items, bucketing=Bucketing(padding, buckets), info=info)

@@ -50,7 +50,7 @@ class Stream:
       examples: the same data as single examples, where only its items tell whether
         they are batches; else None.
       again: what to write where it is used up; empty for the usual advice.
-      facts: what the dataset says about itself.
+      info: what the dataset says about itself.
     """
 
     kind: str
@@ -64,7 +64,7 @@ class Stream:
     seeded: Callable[[Sequence[int]], Open] | None = None
     examples: Any = None
     again: str = ""
-    facts: "Facts | None" = None
+    info: "DatasetInfo | None" = None
 
 
 class Filled(NamedTuple):
@@ -80,7 +80,7 @@ class Filled(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Facts:
+class DatasetInfo:
     """What a dataset says of itself.
 
     Attributes:
@@ -93,6 +93,7 @@ class Facts:
         `float32` between 0 and 1.
       columns: what the columns of tables are read as from here on.
       table: which columns of a table were read as what, in words; empty for others.
+      unused: the keys or columns that are neither input nor target nor weight.
       shuffles: whether batches come in another order than the dataset's.
       assumed_split: the error for evaluation and prediction where no split was named
         and `train` was taken; empty where one was.
@@ -105,11 +106,12 @@ class Facts:
     pictures: bool = False
     columns: Columns | None = None
     table: str = ""
+    unused: tuple[str, ...] = ()
     shuffles: bool = False
     assumed_split: str = ""
 
 
-NO_FACTS = Facts()
+NO_INFO = DatasetInfo()
 
 
 def has_state(iterator: Any) -> bool:

@@ -12,7 +12,7 @@ from flaxfit._core import validation
 from flaxfit._core.arrays import empty_array
 from flaxfit._core.types import Batch, HostArray
 from flaxfit.data.datasets.shuffling import batches_of_pass, order_of_pass, rows_of
-from flaxfit.data.datasets.stream import NO_FACTS, Facts
+from flaxfit.data.datasets.stream import NO_INFO, DatasetInfo
 from flaxfit.data.host.arrays import named_leaves, narrow
 from flaxfit.data.host.weights import with_weights
 
@@ -27,8 +27,7 @@ class ArraySource:
         up, and the fill counts in batch statistics: for training cap it.
       shuffle: whether each pass has an order of its own.
       seed: decides the orders, together with the index of the pass.
-      unused: see `Source`.
-      facts: what the data says of itself.
+      info: what the data says of itself.
 
     Attributes:
       shuffle: whether each pass has an order of its own.
@@ -52,8 +51,7 @@ class ArraySource:
         *,
         shuffle: bool = False,
         seed: Sequence[int] = (0,),
-        unused: tuple[str, ...] = (),
-        facts: Facts = NO_FACTS,
+        info: DatasetInfo = NO_INFO,
     ) -> None:
         data = with_weights(data)
         self.num_examples: int = len(data.weights)
@@ -65,8 +63,7 @@ class ArraySource:
         self.shuffle = shuffle
         self._seed = tuple(seed)
         self.pad = True
-        self.unused = unused
-        self.facts = facts
+        self.info = info
 
     @property
     def example(self) -> Batch:

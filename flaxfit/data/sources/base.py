@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 from flaxfit._core.types import Batch
-from flaxfit.data.datasets.stream import Facts
+from flaxfit.data.datasets.stream import DatasetInfo
 
 
 class Source(Protocol):
@@ -13,11 +13,9 @@ class Source(Protocol):
     Attributes:
       pad: whether a short batch is filled up with real rows at weight 0; without,
         it is as short as it comes.
-      unused: the keys of a dict batch that are neither input nor target nor weight.
     """
 
     pad: bool
-    unused: tuple[str, ...]
 
     @property
     def kind(self) -> str:
@@ -32,8 +30,8 @@ class Source(Protocol):
         """How many shapes batches may have besides their rows."""
 
     @property
-    def facts(self) -> Facts:
-        """What the dataset says of itself."""
+    def info(self) -> DatasetInfo:
+        """What is known about the dataset."""
 
     @property
     def bookmark(self) -> Mapping[str, Any] | None:

@@ -19,7 +19,7 @@ import numpy as np
 from flaxfit._core.errors import DataError, caller
 from flaxfit._core.tree_specs import LeafSpec, diff, difference_lines
 from flaxfit._core.types import Batch
-from flaxfit.data.datasets.stream import NO_FACTS, Facts, Filled, Stream, set_state
+from flaxfit.data.datasets.stream import NO_INFO, DatasetInfo, Filled, Stream, set_state
 from flaxfit.data.host.arrays import (
     as_host,
     call_text,
@@ -58,7 +58,7 @@ class StreamSource:
     Args:
       stream: the raw batches.
       read: raw batch -> `Batch` of NumPy and jax arrays; `weights` may be None.
-      unused: raw batch -> the keys of which nothing is read.
+      describe: first raw batch -> what is known about the data.
       steps: the number of steps asked for; an iterator that ends before is an error.
       multiple_of: rounds the rows of a batch up, where the stream knows how many
         examples there are.
@@ -66,7 +66,7 @@ class StreamSource:
         the same with every batch.
 
     Attributes:
-      pad, unused, facts, batch_size, example: see `Source`.
+      pad, info, batch_size, example: see `Source`.
 
     Raises:
       DataError: there is no batch, or the first one cannot be read.
@@ -80,12 +80,11 @@ class StreamSource:
         stream: Stream,
         read: Callable[[Any], Batch],
         *,
-        unused: Callable[[Any], tuple[str, ...]] = lambda raw: (),
+        describe: Callable[[Any], DatasetInfo] = lambda raw: NO_INFO,
         steps: int | None = None,
         multiple_of: int = 1,
         structural: bool = False,
     ) -> None:
-        self.facts: Facts = stream.facts or NO_FACTS
         self.pad = True
         self._stream = stream
         self._read = read
@@ -105,7 +104,7 @@ class StreamSource:
         self._mark.note(iterator, 0, 1)
         first = copy_host_arrays(self._converted(raw, 0, 0, to_host=True))
         plain = raw.raw if isinstance(raw, Filled) else raw
-        self.unused = unused(plain)
+        self.info = describe(plain)
         if structural and stream.form.size is None:
             self._recipe = learn(plain, read)
         rows = max(len(first.weights), stream.form.batch_size or 0)

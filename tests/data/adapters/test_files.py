@@ -325,7 +325,7 @@ def test_text_by_name_may_be_there_if_nothing_is_read_of_it():
     names = Lazy(np.array(["a"] * 100))
     x = Lazy(X)
     source = as_source({"x": x, "label": Y, "name": names}, binding=ONE)
-    assert source.unused == ("name",)
+    assert source.info.unused == ("name",)
     np.testing.assert_array_equal(source.example.inputs[0], X[:32])
     with pytest.raises(DataError, match=r"x has dtype <U1.*only numbers"):
         as_source({"x": names, "label": Y}, binding=ONE)

@@ -85,7 +85,7 @@ def test_a_dataset_trains_as_arrays_do():
     source = source_of(table(), batch_size=4, shuffle=True, seed=(3,))
     arrays = source_of({"x": X, "label": Y}, batch_size=4, shuffle=True, seed=(3,))
     assert (source.kind, source.num_examples) == ("Hugging Face Dataset", ROWS)
-    assert (source.seeks, source.unused) == (True, ("name",))
+    assert (source.seeks, source.info.unused) == (True, ("name",))
     for index in range(2):
         for mine, other in zip(
             source.batches(index), arrays.batches(index), strict=True
@@ -200,38 +200,38 @@ def test_a_column_without_values_may_be_there_if_nothing_is_read_of_it():
     extra = [None, *range(1, len(X))]
     dataset = table().add_column("extra", extra)
     source = source_of(dataset, batch_size=4)
-    assert "extra" in source.unused
+    assert "extra" in source.info.unused
     assert sum(len(batch.targets) for batch in source.batches(0)) >= len(X)
 
 
 def test_pictures_and_class_names():
     source = source_of(pictures(), batch_size=4)
-    assert source.facts.pictures
-    assert source.facts.keys == ("image", "digit")
-    assert (source.facts.targets, source.facts.class_names) == (
+    assert source.info.pictures
+    assert source.info.keys == ("image", "digit")
+    assert (source.info.targets, source.info.class_names) == (
         "digit",
         ("0", "1", "2"),
     )
     assert source.example.inputs[0].dtype == np.uint8
     np.testing.assert_array_equal(source.example.inputs[0], PICTURES[:4])
     np.testing.assert_array_equal(source.example.targets, Y[:4])
-    facts = source_of(table()).facts
-    assert (facts.pictures, facts.targets, facts.class_names) == (
+    info = source_of(table()).info
+    assert (info.pictures, info.targets, info.class_names) == (
         False,
         None,
         ("a", "b", "c"),
     )
     two = table().add_column("coarse", Y).class_encode_column("coarse")
-    assert adapt(two).facts.class_names == ("a", "b", "c")
+    assert adapt(two).info.class_names == ("a", "b", "c")
     both = two.rename_column("label", "fine")
-    facts = adapt(both).facts
-    assert (facts.targets, facts.class_names) == (None, ())
+    info = adapt(both).info
+    assert (info.targets, info.class_names) == (None, ())
 
 
 def test_a_format_or_transform_of_the_user_stays():
     torch = pytest.importorskip("torch")
     chosen = table().with_format("numpy", columns=["label", "x"])
-    assert adapt(chosen).facts.keys == ("label", "x")
+    assert adapt(chosen).info.keys == ("label", "x")
     assert set(raw_of(chosen, 0)) == {"label", "x"}
     tensors = table().remove_columns("name").with_format("torch")
     assert isinstance(raw_of(tensors, 0)["x"], torch.Tensor)
@@ -307,7 +307,7 @@ def test_a_stream_yields_the_same_batches_in_every_pass():
     source = source_of(stream, batch_size=4)
     assert source.kind == "Hugging Face IterableDataset"
     assert source.num_batches is None
-    assert source.facts.class_names == ("a", "b", "c")
+    assert source.info.class_names == ("a", "b", "c")
     expected = [X[:4, 0].tolist(), X[4:8, 0].tolist(), X[8:, 0].tolist()]
     assert rows(source) == rows(source, 1) == rows(source, 2) == expected
     ours = fit(stream)
@@ -403,7 +403,7 @@ def test_a_shuffled_stream_has_an_order_for_each_pass(after):
 def test_a_stream_of_pictures_and_of_a_generator():
     stream = pictures().to_iterable_dataset()
     source = source_of(stream, batch_size=4)
-    assert source.facts.pictures
+    assert source.info.pictures
     np.testing.assert_array_equal(source.example.inputs[0], PICTURES[:4])
 
     def examples():
@@ -412,7 +412,7 @@ def test_a_stream_of_pictures_and_of_a_generator():
 
     source = source_of(datasets.IterableDataset.from_generator(examples), batch_size=4)
     np.testing.assert_array_equal(source.example.inputs[0], X[:4])
-    assert source.unused == ("note",)
+    assert source.info.unused == ("note",)
 
 
 def test_only_their_classes_are_recognized():

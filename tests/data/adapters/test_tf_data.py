@@ -177,7 +177,7 @@ def test_batches_are_told_from_examples(spec, batched):
         element["y"] = Y[:2]
     source = source_of(_BatchDataset([element, element], spec), steps=1)
     assert len(source.example.weights) == (4 if batched else 2)
-    assert source.facts.keys == ("x", "y")
+    assert source.info.keys == ("x", "y")
 
 
 @pytest.mark.parametrize(
@@ -231,8 +231,8 @@ def test_what_tensorflow_says_of_its_datasets():
     assert rows(shuffled, 1) != rows(shuffled, 2)
     fields = dataset.map(lambda x, y: {"x": x, "label": y, "text": "unused"}).batch(4)
     source = source_of(fields)
-    assert source.unused == ("text",)
-    assert set(source.facts.keys) == {"label", "text", "x"}
+    assert source.info.unused == ("text",)
+    assert set(source.info.keys) == {"label", "text", "x"}
     ragged = tf.data.Dataset.from_tensor_slices(tf.ragged.constant([[1], [2, 3]]))
     with pytest.raises(DataError, match=r"x\.to_tensor"):
         source_of(ragged.batch(2))

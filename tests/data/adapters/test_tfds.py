@@ -21,9 +21,9 @@ from flaxfit._core.types import CallSpec
 from flaxfit.data import Examples
 from flaxfit.data import tfds as named
 from flaxfit.data.adapters.registry import adapt
-from flaxfit.data.adapters.tfds import _facts, matches
+from flaxfit.data.adapters.tfds import _info, matches
 from flaxfit.data.binding.binding import Binding
-from flaxfit.data.datasets.stream import NO_FACTS
+from flaxfit.data.datasets.stream import NO_INFO
 
 tfds = pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("PIL")
@@ -95,7 +95,7 @@ def test_names(data_dir, name, split):
     images, labels = stored(data_dir, split)
     assert source.kind == f"few_digits/{split} 1.0.0 (TFDS)"
     assert source.num_examples == len(labels)
-    assert source.unused == ("id",)
+    assert source.info.unused == ("id",)
     read = rows(source)
     assert read[0].dtype == np.uint8
     np.testing.assert_array_equal(read[0], images)
@@ -156,15 +156,15 @@ def test_a_dataset_is_read_without_its_code(data_dir):
 
 
 def test_facts(data_dir):
-    facts = source_of("few_digits", data_dir).facts
-    assert set(facts.keys) == {"image", "label", "id"}
-    assert (facts.inputs, facts.targets) == ("image", "label")
-    assert facts.class_names == tfds_datasets.NAMES
-    assert facts.pictures
-    facts = source_of("few_patients", data_dir, TWO).facts
-    assert (facts.inputs, facts.targets) == (("mean", "worst"), "benign")
-    assert facts.class_names == ()  # "0" and "1" are no names
-    assert not facts.pictures
+    info = source_of("few_digits", data_dir).info
+    assert set(info.keys) == {"image", "label", "id"}
+    assert (info.inputs, info.targets) == ("image", "label")
+    assert info.class_names == tfds_datasets.NAMES
+    assert info.pictures
+    info = source_of("few_patients", data_dir, TWO).info
+    assert (info.inputs, info.targets) == (("mean", "worst"), "benign")
+    assert info.class_names == ()  # "0" and "1" are no names
+    assert not info.pictures
 
 
 def of_features(features, supervised_keys=None, method="DESERIALIZE_AND_DECODE"):
@@ -181,20 +181,20 @@ def test_facts_of_other_features():
     picture, classes = tfds.features.Image(), tfds.features.ClassLabel(names=["a", "b"])
     mask = tfds.features.LabeledImage(labels=2, shape=(None, None, 1))
     counts = tfds.features.Tensor(shape=(3,), dtype=np.uint8)
-    assert _facts(of_features({"x": picture, "y": classes})).pictures
-    assert _facts(of_features({"x": picture, "y": classes})).class_names == ("a", "b")
-    assert _facts(of_features({"x": picture, "y": classes})).inputs is None
-    assert not _facts(of_features({"x": mask, "y": classes})).pictures
-    assert not _facts(of_features({"x": counts, "y": classes})).pictures
+    assert _info(of_features({"x": picture, "y": classes})).pictures
+    assert _info(of_features({"x": picture, "y": classes})).class_names == ("a", "b")
+    assert _info(of_features({"x": picture, "y": classes})).inputs is None
+    assert not _info(of_features({"x": mask, "y": classes})).pictures
+    assert not _info(of_features({"x": counts, "y": classes})).pictures
     # Bytes that are no picture must not be scaled: then neither is.
     keys = (("x", {"z": "n"}), "m")
-    facts = _facts(of_features({"x": picture, "n": counts, "m": mask}, keys))
-    assert (facts.inputs, facts.targets) == (("x", "n"), "m")
-    assert not facts.pictures
-    assert _facts(of_features({"x": picture, "m": mask}, ("x", "m"))).pictures
+    info = _info(of_features({"x": picture, "n": counts, "m": mask}, keys))
+    assert (info.inputs, info.targets) == (("x", "n"), "m")
+    assert not info.pictures
+    assert _info(of_features({"x": picture, "m": mask}, ("x", "m"))).pictures
     nested = {"a": tfds.features.Text(), "b": tfds.features.Sequence({"c": np.int64})}
-    assert _facts(of_features({"x": picture, "y": classes, "n": nested})).pictures
-    assert _facts(of_features({"x": picture}, method="RAW_BYTES")) is NO_FACTS
+    assert _info(of_features({"x": picture, "y": classes, "n": nested})).pictures
+    assert _info(of_features({"x": picture}, method="RAW_BYTES")) is NO_INFO
 
 
 def test_every_pass_is_a_shuffle_of_its_own_and_seeks(data_dir):

@@ -104,7 +104,7 @@ def test_a_loader_of_dicts_with_text_that_is_not_used():
     items = [{"x": X[i], "label": Y[i], "name": f"row {i}"} for i in range(ROWS)]
     loader = data.DataLoader(items, batch_size=4)
     source = source_of(loader)
-    assert source.unused == ("name",)
+    assert source.info.unused == ("name",)
     assert_equal(fit(loader), fit(X, Y, batch_size=4))
 
 
@@ -639,11 +639,11 @@ def test_pictures_and_class_names_of_torchvision():
 
     for dataset in (Pictures(), data.Subset(Pictures(), [0, 1])):
         source = source_of(dataset)
-        assert source.facts.class_names == ("cat", "dog")
-        assert source.facts.pictures
+        assert source.info.class_names == ("cat", "dog")
+        assert source.info.pictures
         assert source.example.inputs[0].dtype == np.uint8
         assert source.example.inputs[0].shape[1:] == (5, 6)
-    assert not source_of(Rows()).facts.pictures
+    assert not source_of(Rows()).info.pictures
 
 
 # ------------------------------------------------------------------------- tensors

@@ -144,8 +144,8 @@ def test_inputs_chosen_and_ordered():
     chosen = Binding(ONE.call, inputs=["c", "a"])
     np.testing.assert_array_equal(batch_of(DF, binding=chosen).inputs[0], X[:, [2, 0]])
     source = as_source(DF.assign(city="x"), binding=chosen)
-    assert source.unused == ("b", "city")
-    assert source.facts.table == "c, a · targets: label"
+    assert source.info.unused == ("b", "city")
+    assert source.info.table == "c, a · targets: label"
     alone = batch_of(DF, binding=Binding(ONE.call, inputs="c")).inputs[0]
     np.testing.assert_array_equal(alone, X[:, 2])
     function = Binding(ONE.call, inputs=lambda df: df[["b", "a"]])
@@ -159,7 +159,7 @@ def test_inputs_by_name():
     batch = batch_of(table, binding=TWO)
     assert list(batch.inputs) == ["left", "right"]
     np.testing.assert_array_equal(batch.inputs["left"], X[:, 1])
-    assert as_source(table, binding=TWO).unused == ("c", "n")
+    assert as_source(table, binding=TWO).info.unused == ("c", "n")
     several = Binding(TWO.call, inputs={"left": ["b", "a"], "right": "n"})
     mixed = DF.assign(n=np.arange(20))[["n", "label", "a", "b"]]
     batch = batch_of(mixed, binding=several)
@@ -239,7 +239,7 @@ def test_a_category_as_target(kind):
     y = as_kinds(names, codes)[kind]
     source = as_source(X, y["label"], binding=ONE)
     np.testing.assert_array_equal(source.example.targets, codes)
-    assert source.facts.class_names == tuple(names)
+    assert source.info.class_names == tuple(names)
     trainer = Trainer(nn.Dense(3))
     history(DF[["a", "b", "c"]], y, trainer=trainer)
     assert trainer.class_names == tuple(names)
@@ -304,7 +304,9 @@ def test_columns_that_are_no_numbers(library, wrong):
         with pytest.raises(DataError, match=message):
             read(table, binding=ONE)
     # A column that nothing is read of may hold anything.
-    assert as_source(table, binding=Binding(ONE.call, inputs=["a"])).unused == ("z",)
+    assert as_source(table, binding=Binding(ONE.call, inputs=["a"])).info.unused == (
+        "z",
+    )
     with pytest.raises(DataError, match=r"the column 'z' |y holds inf at row 2"):
         as_source(table, binding=Binding(ONE.call, targets="z"))
 
@@ -406,7 +408,7 @@ def test_batches_that_are_tables():
         np.concatenate([b.inputs[0] for b in batches][:2]), X[:16]
     )
     np.testing.assert_array_equal(batches[1].targets, Y[8:16])
-    assert source.facts.columns == Columns((("a", "b", "c"),), "label")
+    assert source.info.columns == Columns((("a", "b", "c"),), "label")
     trainer = Trainer(nn.Dense(2))
     stream = pa.Table.from_pandas(DF).to_batches(max_chunksize=8)
     trainer.fit(lambda: iter(stream), epochs=1, verbose=0)
@@ -416,7 +418,7 @@ def test_batches_that_are_tables():
     np.testing.assert_array_equal(
         trainer.predict(iter(parts), verbose=0), trainer.predict(X, verbose=0)
     )
-    assert len(source.unused) == 0
+    assert len(source.info.unused) == 0
 
 
 def test_examples_made_of_rows():
@@ -451,8 +453,8 @@ def test_split_keeps_what_was_understood():
     table = DF.assign(city="x")
     chosen = Binding(ONE.call, inputs=["c", "a"])
     train, validation = split_data(table, None, None, 0.5, binding=chosen)
-    assert train.x.unused == validation.x.unused == ("b", "city")
-    assert train.x.facts.columns == Columns((("c", "a"),), "label")
+    assert train.x.info.unused == validation.x.info.unused == ("b", "city")
+    assert train.x.info.columns == Columns((("c", "a"),), "label")
     whole = as_whole(table, binding=chosen)
     np.testing.assert_array_equal(
         validation.x.batch.inputs[0], whole.batch.inputs[0][10:]

@@ -15,7 +15,7 @@ from flaxfit._core.types import CallSpec
 from flaxfit.data import Examples
 from flaxfit.data.binding.binding import Binding
 from flaxfit.data.datasets.example_dataset import ExampleSet, take_items
-from flaxfit.data.datasets.stream import Facts
+from flaxfit.data.datasets.stream import DatasetInfo
 from flaxfit.data.host.padding import plan_buckets
 from flaxfit.data.host.padding_arguments import as_padding
 
@@ -383,8 +383,8 @@ def test_no_rows_at_all():
 
 def test_inputs_that_a_dataset_names_do_not_leave_the_mask_out():
     items = [{"tokens": x, "label": y[0]} for x, y in ITEMS]
-    facts = Facts(("tokens", "label"), inputs="tokens", targets="label")
-    made = ExampleSet("made", 60, take_items(items), facts=facts)
+    info = DatasetInfo(("tokens", "label"), inputs="tokens", targets="label")
+    made = ExampleSet("made", 60, take_items(items), info=info)
     examples = Examples(items, pad_to={"tokens": 24}, mask="mask")
     binding = Binding(CallSpec(("tokens", "mask"), (), ("tokens",)))
     source = as_source(examples.applied_to(made), binding=binding)
