@@ -26,7 +26,7 @@ from flaxfit._reporting.timing import Clock
 from flaxfit.data.datasets.shuffling import rows_of
 from flaxfit.data.sources.array_source import ArraySource
 from flaxfit.data.sources.base import Source
-from flaxfit.data.sources.position import Bookmarks, Position, epochs_of
+from flaxfit.data.sources.position import IteratorCheckpoints, Position, epochs_of
 
 # Row counts are rounded up to an eighth of a power of two, so that data of nearly the
 # same size shares one compiled program.
@@ -81,7 +81,7 @@ def open_feed(
     epochs: int,
     steps: int | None,
     position: Position = Position(),  # noqa: B008
-    bookmarks: Bookmarks | None = None,
+    bookmarks: IteratorCheckpoints | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Feed:
     """Returns the feed of a fit.
@@ -292,7 +292,7 @@ class _SequentialFeed:
         self._execution = execution
         self._stopped = stopped
         self._bytes_per_output = bytes_per_output
-        self._reuses_buffers = source.lends
+        self._reuses_buffers = source.reuses_buffers
         # Batches of different lengths cannot be stacked, and gathering reads ahead.
         self._stacks = source.pad and execution.prefetch > 0
 

@@ -27,7 +27,7 @@ from flaxfit._runs.resume import (
 from flaxfit._runs.saver import BackgroundWriter, Saver, restore_running, unpack
 from flaxfit.callbacks.base import Callback, CallbackList, LoopState
 from flaxfit.data.sources.base import Source
-from flaxfit.data.sources.position import Bookmarks, Position
+from flaxfit.data.sources.position import IteratorCheckpoints, Position
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class RunSession:
         settings = CallbackList(callbacks).settings()
         self.origin = origin
         self.as_state = as_state
-        self.bookmarks = Bookmarks(source, origin.loop.get("bookmark"))
+        self.bookmarks = IteratorCheckpoints(source, origin.loop.get("bookmark"))
         self._folder = options.folder
         self._empty = empty
         self._display = display

@@ -43,7 +43,7 @@ from flaxfit.data.host.checks import (
     check_weights,
 )
 from flaxfit.data.host.collate import looks_single
-from flaxfit.data.host.padding import Padded, raw_of
+from flaxfit.data.host.padding import PaddedBatch, raw_of
 from flaxfit.data.host.weights import ClassWeighting, apply_mask, with_weights
 from flaxfit.data.sources.array_source import (
     ArraySource,
@@ -182,7 +182,7 @@ def batch_source(dataset: Dataset, binding: Binding, options: BatchOptions) -> S
             return stream_inputs(as_host(plain, but_device=True), binding)
         else:
             batch = binding.split(as_host(plain, but_device=True))
-        if isinstance(raw, Padded) and not options.inputs_only:
+        if isinstance(raw, PaddedBatch) and not options.inputs_only:
             return apply_mask(batch, binding.targets_of(raw.real), weighting)
         return batch if weighting is None else weighting(batch)
 

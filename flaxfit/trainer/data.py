@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -31,17 +31,31 @@ from flaxfit.data.sources.base import Source
 from flaxfit.trainer.check import listed_classes
 
 
-class Reader:
-    """Makes sources of data, those after the first like the first.
+@dataclass(frozen=True)
+class DataSchema:
+    """What a trainer remembers of the data it was trained on.
+
+    Attributes:
+      batch_size: rows of a batch where none are given.
+      class_names: the names of the classes 0, 1, …; empty where there are none.
+      columns: the columns of its tables, None if it was no table.
+    """
+
+    batch_size: int = DEFAULT_BATCH_SIZE
+    class_names: tuple[str, ...] = ()
+    columns: Columns | None = None
+
+
+class DataAdapter:
+    """Makes sources of data for one trainer, later data like the first.
 
     Args:
-      programs: checks the data, and is told what it holds.
+      programs: the trainer's programs.
       has_learned: whether a state was trained or loaded.
       given: how a raw batch is read, as far as the user has said.
 
     Attributes:
-      batch_size: the rows of a batch where nothing is said.
-      class_names: of the data that was learnt from; empty where it had none.
+      schema: what is remembered of the data.
     """
 
     def __init__(
@@ -50,33 +64,34 @@ class Reader:
         has_learned: Callable[[], bool],
         given: Binding,
     ) -> None:
-        self.batch_size = DEFAULT_BATCH_SIZE
-        self.class_names: tuple[str, ...] = ()
+        self.schema = DataSchema()
         self._programs = programs
         self._has_learned = has_learned
-        self._binding = given
+        self._given = given
 
     @property
     def binding(self) -> Binding:
-        """How data is read: tables like those that were learnt from, if any were."""
-        if self._has_learned():
-            return self._binding
-        return replace(self._binding, columns=None)
+        """How data is read: tables like the first, once something was trained."""
+        return self._binding if self._has_learned() else self._given
 
     @property
-    def columns(self) -> Columns | None:
-        """The columns of the table that was read last, None if it was none."""
-        return self._binding.columns
+    def _binding(self) -> Binding:
+        return replace(self._given, columns=self.schema.columns)
+
+    def remember(self, **changes: Any) -> None:
+        """Changes fields of the schema."""
+        self.schema = replace(self.schema, **changes)
 
     def read_like(self, saved: Checkpoint) -> Binding:
         """Reads data as the trainer of a checkpoint did; returns how."""
-        columns = Columns.from_plain(saved.meta.get("columns"))
-        self._binding = replace(self._binding, columns=columns)
-        self.class_names = tuple(saved.meta.get("class_names", ()))
+        self.remember(
+            columns=Columns.from_plain(saved.meta.get("columns")),
+            class_names=tuple(saved.meta.get("class_names", ())),
+        )
         return self._binding
 
     def learn(self, source: Source | InMemoryData, *, allow_rebuild: bool) -> None:
-        """Takes over what the data says of itself, before anything is built of it.
+        """Remembers what the data says about itself, before programs are built.
 
         Args:
           source: the data.
@@ -88,9 +103,10 @@ class Reader:
         if not allow_rebuild:
             self.refuse_other_classes(source)
             return
-        self._programs.learn(source.info.pictures)
-        self.class_names = source.info.class_names or self.class_names
-        self._binding = replace(self._binding, columns=source.info.columns)
+        info = source.info
+        self._programs.learn(info.pictures)
+        names = info.class_names or self.schema.class_names
+        self.remember(class_names=names, columns=info.columns)
 
     def refuse_other_classes(self, source: Source | InMemoryData) -> None:
         """Refuses data whose labels mean something else than before.
@@ -98,7 +114,7 @@ class Reader:
         Raises:
           DataError: its classes are not those the trainer was trained on.
         """
-        names, known = source.info.class_names, self.class_names
+        names, known = source.info.class_names, self.schema.class_names
         if names and known and names != known:
             raise DataError(
                 f"The data has the classes {listed_classes(names)}, and this trainer "
@@ -156,7 +172,7 @@ class Reader:
         """
         options = BatchOptions(
             batch_size=batch_size,
-            default_batch_size=default_batch_size or self.batch_size,
+            default_batch_size=default_batch_size or self.schema.batch_size,
             multiple_of=self._devices if divided else 1,
             steps=steps,
         )
@@ -170,7 +186,7 @@ class Reader:
         refuse_assumed_split(dataset)
         options = BatchOptions(
             batch_size=batch_size,
-            default_batch_size=self.batch_size,
+            default_batch_size=self.schema.batch_size,
             multiple_of=self._devices,
             steps=steps,
             inputs_only=True,

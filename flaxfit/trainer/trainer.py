@@ -70,7 +70,7 @@ from flaxfit.trainer.compilation_cache import use_compilation_cache
 from flaxfit.trainer.compile_ahead import compile_ahead
 from flaxfit.trainer.compile_report import CompileReport
 from flaxfit.trainer.data import (
-    Reader,
+    DataAdapter,
     refuse_endless,
     refuse_one_shot,
     refuse_to_go_back,
@@ -238,7 +238,7 @@ class Trainer:
             targets=targets,
             outputs=self._programs.outputs_of,
         )
-        self._reader = Reader(self._programs, self._has_learned, binding)
+        self._data = DataAdapter(self._programs, self._has_learned, binding)
         use_compilation_cache(compilation_cache)
 
     # ------------------------------------------------------------------ training
@@ -403,19 +403,19 @@ class Trainer:
         steps = optional_integer("steps_per_epoch", steps_per_epoch)
         display = make_display(verbose)
         with calling("compile"), listening(CompileReport(display)):
-            dataset = self._reader.open(x, y, batch_size=batch_size, is_training=True)
+            dataset = self._data.open(x, y, batch_size=batch_size, is_training=True)
             refuse_to_use_up(dataset)
             refuse_endless(dataset, steps, "steps_per_epoch")
             source = batch_source(
                 dataset,
-                self._reader.binding,
+                self._data.binding,
                 BatchOptions(batch_size=batch_size, steps=steps),
             )
             epoch_steps = steps or source.num_batches
             total_steps = epoch_steps and self.step + epochs * epoch_steps
             self._programs.require_total_steps(total_steps)
             resolved = self._prepare(source, total_steps, divide=True)
-            self._reader.batch_size = source.batch_size
+            self._data.remember(batch_size=source.batch_size)
             outputs = self._programs.find_outputs(source.example, sown=False)
             with self._store.borrow() as state:
                 return compile_ahead(
@@ -508,9 +508,9 @@ class Trainer:
             Interrupt() as interrupt,
             listening(CompileReport(display)),
         ):
-            dataset = self._reader.open(x, y, sample_weight, batch_size=batch_size)
+            dataset = self._data.open(x, y, sample_weight, batch_size=batch_size)
             refuse_endless(dataset, steps, "steps")
-            source = self._reader.source(
+            source = self._data.source(
                 dataset, batch_size=batch_size, steps=steps, divided=True
             )
             evaluate = Evaluation(
@@ -657,14 +657,14 @@ class Trainer:
     def predict_on_batch(self, x: Any) -> PyTree:
         """Returns the outputs for one batch of inputs of any size."""
         with calling("predict_on_batch"):
-            dataset, options = self._reader.inputs(x)
+            dataset, options = self._data.inputs(x)
             warn_of_order(dataset)
             if dataset.one_shot:
                 raise UsageError(_several_text(dataset))
             # All rows at once; a dataset brings its own batch.
             if isinstance(dataset, Arrays):
                 options = replace(options, batch_size=sys.maxsize)
-            source = batch_source(dataset, self._reader.binding, options)
+            source = batch_source(dataset, self._data.binding, options)
             if source.num_batches != 1:
                 raise UsageError(_several_text(source))
             prediction = self._prediction(source, None)
@@ -682,7 +682,7 @@ class Trainer:
         Args:
           batch: `(x, y)`, `(x, y, weights)` or a dict of arrays, or a `Batch`.
         """
-        batch = self._reader.raw_batch(batch)
+        batch = self._data.raw_batch(batch)
         self._programs.build(batch, allow_rebuild=not self._store.has_trained)
         if all(isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(batch)):
             self._programs.check_values(batch)
@@ -708,7 +708,7 @@ class Trainer:
                 write="state = trainer.init(batch), then state, logs = "
                 "trainer.train_step(state, batch)",
             )
-        batch = self._reader.raw_batch(batch)
+        batch = self._data.raw_batch(batch)
         resolved = self._programs.build(batch)
         self._programs.require_total_steps(resolved.total_steps)
         leaves = jax.tree.leaves(batch)
@@ -761,7 +761,7 @@ class Trainer:
     @property
     def class_names(self) -> tuple[str, ...]:
         """The names of the classes 0, 1, …, where the data had names for them."""
-        return self._reader.class_names
+        return self._data.schema.class_names
 
     @property
     def compiles(self) -> dict[str, int]:
@@ -778,9 +778,9 @@ class Trainer:
         """
         if x is not None:
             with calling("summary"):
-                dataset, options = self._reader.inputs(x)
+                dataset, options = self._data.inputs(x)
                 source = batch_source(
-                    dataset, self._reader.binding, replace(options, multiple_of=1)
+                    dataset, self._data.binding, replace(options, multiple_of=1)
                 )
                 resolved = self._prepare(source, inputs_only=True, state=False)
         else:
@@ -804,12 +804,12 @@ class Trainer:
           batch_size: rows of a batch, for arrays; that of the last `fit`, or 32.
         """
         with calling("check"):
-            dataset = self._reader.open(x, y, batch_size=batch_size, is_training=True)
+            dataset = self._data.open(x, y, batch_size=batch_size, is_training=True)
             refuse_to_use_up(dataset)
-            source = self._reader.source(dataset, batch_size=batch_size)
+            source = self._data.source(dataset, batch_size=batch_size)
             resolved = self._prepare(source, state=False)
             self._restore_pending()
-            names = self._reader.class_names
+            names = self._data.schema.class_names
             if self._store.empty:
                 state = self._programs.fresh_state(source.example)
                 return make_report(resolved, state, source, names)
@@ -870,8 +870,8 @@ class Trainer:
         execution = {n: changes.pop(n) for n in _EXECUTION if n in changes}
         config, example, batch_size = from_meta(saved.meta, changes, saved.path)
         trainer = cls(model, **config, **execution)
-        trainer._reader.batch_size = batch_size
-        trainer._reader.read_like(saved)
+        trainer._data.remember(batch_size=batch_size)
+        trainer._data.read_like(saved)
         trainer._pending = RestoreRequest(
             saved, "learning_rate" in changes, strict, params_only, rename
         )
@@ -931,7 +931,7 @@ class Trainer:
             self._build_for(example, saved.path)
         report = self._restore(request)
         if strict and not rename:
-            self._reader.read_like(saved)
+            self._data.read_like(saved)
         return report
 
     # ----------------------------------------------------------- inside of a fit
@@ -953,7 +953,7 @@ class Trainer:
         origin: ResumePoint,
     ) -> tuple[Source, Dataset | None]:
         """Returns the training data, and the dataset to validate on."""
-        reader, validation = self._reader, options.validation.data
+        reader, validation = self._data, options.validation.data
         binding = reader.binding
         if origin.saved is not None:
             binding = reader.read_like(origin.saved)
@@ -1007,7 +1007,7 @@ class Trainer:
                     dataset, epochs=epochs, steps=steps, argument="validation_steps"
                 )
                 refuse_endless(dataset, steps, "validation_steps")
-                source = self._reader.source(
+                source = self._data.source(
                     dataset,
                     batch_size=options.validation.batch_size,
                     default_batch_size=training.batch_size,
@@ -1029,7 +1029,7 @@ class Trainer:
         options: FitOptions,
         total_steps: int | None,
     ) -> RunRecord:
-        self._reader.batch_size = source.batch_size
+        self._data.remember(batch_size=source.batch_size)
         data = describe_data(
             source, validation, shuffle=options.shuffle, steps=options.steps
         )
@@ -1081,7 +1081,7 @@ class Trainer:
             self._store.peek(),
             source,
             self._programs.spare_devices,
-            self._reader.class_names,
+            self._data.schema.class_names,
         ):
             display.say(line)
 
@@ -1186,7 +1186,7 @@ class Trainer:
             else None
         )
         # The schema first: it decides whether images are scaled in the programs.
-        self._reader.learn(source, allow_rebuild=allow_rebuild)
+        self._data.learn(source, allow_rebuild=allow_rebuild)
         if inputs_only:
             resolved = self._programs.build_for_inputs(
                 source.example, allow_rebuild=allow_rebuild
@@ -1222,8 +1222,8 @@ class Trainer:
     def _one_batch(
         self, x: Any, y: Any, sample_weight: Any, class_weight: Any
     ) -> Batch:
-        dataset = self._reader.open(x, y, sample_weight, is_training=True)
-        whole = one_batch(dataset, self._reader.binding, class_weight)
+        dataset = self._data.open(x, y, sample_weight, is_training=True)
+        whole = one_batch(dataset, self._data.binding, class_weight)
         self._prepare(whole)
         return whole.batch
 
@@ -1238,11 +1238,11 @@ class Trainer:
     ) -> Prediction:
         """Returns the prediction for data, with programs and state ready."""
         steps = optional_integer("steps", steps)
-        dataset, options = self._reader.inputs(x, batch_size=batch_size, steps=steps)
+        dataset, options = self._data.inputs(x, batch_size=batch_size, steps=steps)
         if not may_be_endless:
             refuse_endless(dataset, steps, "steps")
         warn_of_order(dataset)
-        source = batch_source(dataset, self._reader.binding, options)
+        source = batch_source(dataset, self._data.binding, options)
         return self._prediction(source, steps, sown=sown)
 
     def _prediction(
@@ -1285,10 +1285,10 @@ class Trainer:
         return to_meta(
             {**self._config, "scale_images": self._programs.scaled},
             resolved.example,
-            batch_size=self._reader.batch_size,
+            batch_size=self._data.schema.batch_size,
             opt_state=resolved.template.opt_state,
-            class_names=self._reader.class_names,
-            columns=self._reader.columns,
+            class_names=self._data.schema.class_names,
+            columns=self._data.schema.columns,
         )
 
     def _build_for(self, example: Batch, where: str) -> None:

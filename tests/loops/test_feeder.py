@@ -227,7 +227,7 @@ class Batches:
 
     pad, unused, kind, one_shot = True, (), "iterable", False
     num_batches = num_examples = bookmark = None
-    lends = False
+    reuses_buffers = False
 
     def __init__(self, batches, error=None):
         self.given, self.error, self.passes = batches, error, 0

@@ -10,7 +10,7 @@ from flaxfit.data.datasets.example_dataset import ExampleSet
 from flaxfit.data.datasets.iterables import from_iterable
 from flaxfit.data.datasets.stream import BatchForm, Open, Stream
 from flaxfit.data.host.arrays import call_text, is_array
-from flaxfit.data.host.padding import Padded, Padding
+from flaxfit.data.host.padding import PaddedBatch, Padding
 from flaxfit.data.host.padding_arguments import as_padding
 
 
@@ -148,10 +148,10 @@ class _PaddedIterator:
         self._iterator = iterator
         self._padding = padding
 
-    def __iter__(self) -> Iterator[Padded]:
+    def __iter__(self) -> Iterator[PaddedBatch]:
         return self
 
-    def __next__(self) -> Padded:
+    def __next__(self) -> PaddedBatch:
         return self._padding.pad_batch(next(self._iterator))
 
     def __getattr__(self, name: str) -> Any:

@@ -15,8 +15,8 @@ from flaxfit.data.datasets.example_dataset import ExampleSet, takes_rng
 from flaxfit.data.datasets.shuffling import batches_of_pass, rows_of, seeded
 from flaxfit.data.datasets.stream import (
     BatchForm,
-    Filled,
     Open,
+    PaddedTail,
     Stream,
     get_state,
     set_state,
@@ -220,7 +220,7 @@ class _ByIndex:
         rows, real = rows_of(coded)
         with self.examples.seeded(*self.seed, int(rows[0])):
             raw = self._batch(rows)
-        return raw if real == len(rows) else Filled(raw, real)
+        return raw if real == len(rows) else PaddedTail(raw, real)
 
     def _batch(self, rows: HostArray) -> Any:
         examples = self.examples

@@ -67,7 +67,7 @@ class Stream:
     info: "DatasetInfo | None" = None
 
 
-class Filled(NamedTuple):
+class PaddedTail(NamedTuple):
     """A raw batch that is filled up with rows of other batches, as arrays are.
 
     Attributes:

@@ -1,7 +1,7 @@
 """Pads rows of different length to a few lengths and builds their masks.
 
 The lengths to pad to are called buckets: each of them is compiled for once. What is
-padded travels as `Padded` until targets are told from inputs.
+padded travels as `PaddedBatch` until targets are told from inputs.
 """
 
 from bisect import bisect_left
@@ -25,7 +25,7 @@ EVERY_PART = None
 
 
 @dataclass(frozen=True)
-class Padded:
+class PaddedBatch:
     """A raw batch that was padded; no pytree, so that nobody takes it for one.
 
     Attributes:
@@ -114,7 +114,7 @@ class Padding:
             buckets = np.maximum(buckets, found)
         return buckets
 
-    def collate(self, examples: Sequence[Any], rows: Sequence[int]) -> Padded:
+    def collate(self, examples: Sequence[Any], rows: Sequence[int]) -> PaddedBatch:
         """Returns a batch, padded to the smallest bucket that holds all of them.
 
         Args:
@@ -150,7 +150,7 @@ class Padding:
         real = {part: np.array([count[part] for count in counts]) for part in counts[0]}
         return self._padded(raw, real, bucket, len(hosts))
 
-    def pad_batch(self, raw: Any) -> Padded:
+    def pad_batch(self, raw: Any) -> PaddedBatch:
         """Returns a batch whose rows have one length, padded to the next bucket.
 
         Raises:
@@ -189,7 +189,7 @@ class Padding:
 
     def in_buckets(
         self, examples: Iterable[tuple[int, Any]], batch_size: int
-    ) -> Iterator[Padded]:
+    ) -> Iterator[PaddedBatch]:
         """Yields batches of examples of one bucket each, as soon as they are full.
 
         Args:
@@ -207,13 +207,13 @@ class Padding:
             if rest:
                 yield self._batch(rest)
 
-    def _batch(self, numbered: Sequence[tuple[int, Any]]) -> Padded:
+    def _batch(self, numbered: Sequence[tuple[int, Any]]) -> PaddedBatch:
         rows, examples = zip(*numbered, strict=True)
         return self.collate(examples, rows)
 
     def _padded(
         self, raw: Any, counts: Mapping[Any, HostArray], bucket: int, rows: int
-    ) -> Padded:
+    ) -> PaddedBatch:
         masks = {
             part: np.arange(self._length(part, bucket)) < count[:, None]
             for part, count in counts.items()
@@ -230,7 +230,7 @@ class Padding:
         for key, part in self.masks.items():
             mask = _one_mask(key, masks) if part is None else masks[part]
             raw, told = with_entry(raw, key, mask), with_entry(told, key, whole)
-        return Padded(raw, told)
+        return PaddedBatch(raw, told)
 
     def _counts(self, host: Any, axis: int, place: str) -> dict[Any, int]:
         """Returns the length of every part that is to be padded."""
@@ -307,7 +307,7 @@ def plan_buckets(
 
 def raw_of(raw: Any) -> Any:
     """Returns a raw batch, padded or not, as a user would have it."""
-    return raw.raw if isinstance(raw, Padded) else raw
+    return raw.raw if isinstance(raw, PaddedBatch) else raw
 
 
 def written(lengths: Mapping[Any, tuple[int, ...]]) -> str:

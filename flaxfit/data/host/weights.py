@@ -55,7 +55,7 @@ def apply_mask(
 
     Args:
       batch: host arrays; `weights` may be None.
-      real: `Padded.real` of the targets.
+      real: `PaddedBatch.real` of the targets.
       weigh: gives a batch weights by its targets. It is shown real targets only.
 
     Raises:

@@ -40,7 +40,7 @@ class ArraySource:
     kind = "arrays"
     one_shot = False
     seeks = True
-    lends = False
+    reuses_buffers = False
     shapes = 1
     bookmark = None
 

@@ -42,7 +42,7 @@ class Source(Protocol):
         """Whether it can be read only once."""
 
     @property
-    def lends(self) -> bool:
+    def reuses_buffers(self) -> bool:
         """Whether batches hold only until the next one is asked for."""
 
     @property
@@ -78,6 +78,6 @@ class Source(Protocol):
 
         `pass_index` decides the order; a bookmark of that pass shortens the way.
 
-        Where the source lends them, their memory may be the loader's: what is not
+        Where the source reuses buffers, their memory may be the loader's: what is not
         copied before the next batch is asked for may change under a step.
         """

@@ -22,7 +22,7 @@ class _Part(NamedTuple):
     dtype: np.dtype[Any]
 
 
-class Recipe(NamedTuple):
+class BatchTemplate(NamedTuple):
     """How a raw batch is made a batch, if it is like the one this was learned from.
 
     Attributes:
@@ -64,7 +64,7 @@ class Recipe(NamedTuple):
         return Batch(batch.inputs, batch.targets, np.ones(rows, np.float32))
 
 
-def learn(raw: Any, read: Callable[[Any], Batch]) -> Recipe | None:
+def learn(raw: Any, read: Callable[[Any], Batch]) -> BatchTemplate | None:
     """Learns from a raw batch how those like it are read.
 
     Args:
@@ -85,7 +85,7 @@ def learn(raw: Any, read: Callable[[Any], Batch]) -> Recipe | None:
         return None  # one array in two places, which need not be so in the next batch
     if given.weights is not None or any(id(leaf) not in places for leaf in arranged):
         return None
-    return Recipe(
+    return BatchTemplate(
         nesting,
         tuple((leaf.ndim, leaf.shape[1:], leaf.dtype) for leaf in leaves),
         tuple(_Part(places[id(leaf)], native(leaf.dtype)) for leaf in arranged),

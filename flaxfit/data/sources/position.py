@@ -70,7 +70,7 @@ class IteratorMark:
             self.latest = {"pass": pass_index, "number": number, "state": state}
 
 
-class Bookmarks:
+class IteratorCheckpoints:
     """Where an iterator that has a state of its own stood, at positions of a fit.
 
     The data is read ahead of the steps in another thread, so its state now is not that
@@ -133,7 +133,7 @@ def epochs_of(
     source: Source,
     steps: int | None,
     position: Position,
-    bookmarks: Bookmarks | None = None,
+    bookmarks: IteratorCheckpoints | None = None,
 ) -> Iterator[Iterator[Batch]]:
     """Yields the batches of each epoch: a pass each, or `steps` of endless passes.
 
@@ -143,7 +143,7 @@ def epochs_of(
       position: where to begin.
       bookmarks: how to get there, and where to note how to get there again.
     """
-    bookmarks = bookmarks or Bookmarks(source)
+    bookmarks = bookmarks or IteratorCheckpoints(source)
     mark = bookmarks.begin(position)
     if steps is None:
         if mark is not None and mark["epoch"] != position.epoch:
@@ -185,7 +185,7 @@ def _way(
 
 
 def _noting(
-    batches: Iterator[Batch], bookmarks: Bookmarks, position: Position
+    batches: Iterator[Batch], bookmarks: IteratorCheckpoints, position: Position
 ) -> Iterator[Batch]:
     """Yields the batches of an epoch, the first of them after `position`."""
     for number, batch in enumerate(batches, position.batch + 1):

@@ -19,7 +19,13 @@ import numpy as np
 from flaxfit._core.errors import DataError, caller
 from flaxfit._core.tree_specs import LeafSpec, diff, difference_lines
 from flaxfit._core.types import Batch
-from flaxfit.data.datasets.stream import NO_INFO, DatasetInfo, Filled, Stream, set_state
+from flaxfit.data.datasets.stream import (
+    NO_INFO,
+    DatasetInfo,
+    PaddedTail,
+    Stream,
+    set_state,
+)
 from flaxfit.data.host.arrays import (
     as_host,
     call_text,
@@ -31,7 +37,7 @@ from flaxfit.data.host.arrays import (
 )
 from flaxfit.data.host.checks import check_lengths, check_sized, check_weights
 from flaxfit.data.host.weights import with_weights
-from flaxfit.data.sources.fast_path import Recipe, learn
+from flaxfit.data.sources.fast_path import BatchTemplate, learn
 from flaxfit.data.sources.position import IteratorMark
 
 
@@ -73,7 +79,7 @@ class StreamSource:
       TypeError: a function that needs arguments or returns no iterable.
     """
 
-    lends = True
+    reuses_buffers = True
 
     def __init__(
         self,
@@ -92,7 +98,7 @@ class StreamSource:
         # The caller's name now: later passes are read in a thread, or for another call.
         self._progress = _Progress(caller(), steps)
         self._mark = IteratorMark(stream)
-        self._recipe: Recipe | None = None
+        self._template: BatchTemplate | None = None
         iterator = self._open(0, 0)
         try:
             raw = self._next(iterator, 0, 0)
@@ -103,10 +109,10 @@ class StreamSource:
             ) from None
         self._mark.note(iterator, 0, 1)
         first = copy_host_arrays(self._converted(raw, 0, 0, to_host=True))
-        plain = raw.raw if isinstance(raw, Filled) else raw
+        plain = raw.raw if isinstance(raw, PaddedTail) else raw
         self.info = describe(plain)
         if structural and stream.form.size is None:
-            self._recipe = learn(plain, read)
+            self._template = learn(plain, read)
         rows = max(len(first.weights), stream.form.batch_size or 0)
         if stream.num_examples is not None:
             rows = -(-rows // multiple_of) * multiple_of
@@ -260,7 +266,7 @@ class StreamSource:
     ) -> Batch:
         """Returns a raw batch with weights, checked but not padded."""
         rows = None
-        if isinstance(raw, Filled):
+        if isinstance(raw, PaddedTail):
             raw, rows = raw
         try:
             given = as_host(self._read(raw), but_device=not to_host)
@@ -280,10 +286,10 @@ class StreamSource:
 
     def _fast(self, raw: Any) -> Batch | None:
         """Returns a raw batch that is like the first one, else None."""
-        if self._recipe is None:
+        if self._template is None:
             return None
-        raw, rows = raw if isinstance(raw, Filled) else (raw, None)
-        batch = self._recipe.make(raw)
+        raw, rows = raw if isinstance(raw, PaddedTail) else (raw, None)
+        batch = self._template.make(raw)
         if batch is None or rows is None:
             return batch
         return self._without_fill(batch, rows)

@@ -168,7 +168,7 @@ def test_a_loader_may_use_its_memory_again(wrap):
             yield wrap(x), wrap(y), weights
 
     source = source_of(reuse)
-    assert source.lends
+    assert source.reuses_buffers
     batches = [copy_host_arrays(batch) for batch in source.batches(0)]
     np.testing.assert_array_equal(np.concatenate([b.inputs[0] for b in batches]), X)
     np.testing.assert_array_equal(np.concatenate([b.targets for b in batches]), Y)

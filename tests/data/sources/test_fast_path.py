@@ -67,12 +67,12 @@ def test_where_nothing_is_learned():
 def test_a_stream_reads_by_it_and_falls_back(monkeypatch):
     made = []
 
-    class Counted(fast_path.Recipe):
+    class Counted(fast_path.BatchTemplate):
         def make(self, raw):
             made.append(super().make(raw))
             return made[-1]
 
-    monkeypatch.setattr(fast_path, "Recipe", Counted)
+    monkeypatch.setattr(fast_path, "BatchTemplate", Counted)
     batches = [(X, Y), (X + 1, Y), [X + 2, Y], (X[:2], Y[:2])]
     found = list(as_source(batches, binding=ONE).batches(0))
     assert [batch is not None for batch in made] == [True, False, True]

@@ -9,7 +9,7 @@ from helpers.sources import as_source
 from flaxfit._core.types import CallSpec
 from flaxfit.data.binding.binding import Binding
 from flaxfit.data.sources import position
-from flaxfit.data.sources.position import Bookmarks, Position, epochs_of
+from flaxfit.data.sources.position import IteratorCheckpoints, Position, epochs_of
 
 BINDING = Binding(CallSpec(("x",), (), ("x",)))
 LENGTH = 5
@@ -63,7 +63,7 @@ def read(epochs, count):
 
 def stopped_at(source, steps, position):
     """Reads up to a position, as a fit does that looks ahead; returns its bookmark."""
-    bookmarks = Bookmarks(source)
+    bookmarks = IteratorCheckpoints(source)
     epochs = epochs_of(source, steps, Position(), bookmarks)
     for _ in range(position.epoch):
         list(next(epochs))
@@ -92,7 +92,7 @@ def test_every_position_goes_on_with_what_was_to_come(steps, epoch, batch, secon
     position = Position(epoch, batch)
     mark = stopped_at(source_of(Loader()), steps, position)
     source = source_of(Loader())
-    bookmarks = Bookmarks(source, mark)
+    bookmarks = IteratorCheckpoints(source, mark)
     rest = read(epochs_of(source, steps, position, bookmarks), 4 - epoch)
     assert rest == [whole[epoch][batch:], *whole[epoch + 1 :]]
 
@@ -104,7 +104,7 @@ def test_a_bookmark_saves_the_reading_of_what_was_trained_on(monkeypatch):
     loader = Loader()
     source = source_of(loader)
     loader.made.clear()  # of the first batch, which is always read
-    epochs = epochs_of(source, None, Position(0, 4), Bookmarks(source, mark))
+    epochs = epochs_of(source, None, Position(0, 4), IteratorCheckpoints(source, mark))
     assert read(epochs, 1) == [[5 * 7 % 11]]
     assert loader.made == [5]
 
@@ -114,7 +114,7 @@ def test_an_iterator_used_once_goes_on_as_well(batch, seconds):
     whole = read(epochs_of(source_of(Reader([], 9)), 9, Position()), 1)[0]
     mark = stopped_at(source_of(Reader([], 9)), 9, Position(0, batch))
     source = source_of(Reader([], 9))
-    epochs = epochs_of(source, 9, Position(0, batch), Bookmarks(source, mark))
+    epochs = epochs_of(source, 9, Position(0, batch), IteratorCheckpoints(source, mark))
     assert read(epochs, 1) == [whole[batch:]]
 
 
@@ -136,7 +136,7 @@ class Marked:
 
 
 def test_bookmarks_of_an_endless_epoch_are_bounded_and_stay_exact():
-    bookmarks = Bookmarks(Marked())
+    bookmarks = IteratorCheckpoints(Marked())
     for batch in range(1, 5001):
         bookmarks.note(Position(0, batch))
     assert len(bookmarks._marks) <= 512
@@ -156,14 +156,18 @@ def test_a_second_resume_goes_on_with_what_was_to_come(steps, first, more, secon
     whole = np.concatenate(read(epochs_of(source_of(Loader()), steps, Position()), 9))
     position = Position(*divmod(first, length))
     source = source_of(Loader())
-    bookmarks = Bookmarks(source, stopped_at(source_of(Loader()), steps, position))
+    bookmarks = IteratorCheckpoints(
+        source, stopped_at(source_of(Loader()), steps, position)
+    )
     epochs = epochs_of(source, steps, position, bookmarks)
     ahead = itertools.chain.from_iterable(itertools.islice(epochs, 4))
     numbers = [int(batch.inputs[0][0, 0]) for batch in itertools.islice(ahead, more)]
     assert numbers == whole[first : first + more].tolist()
     later = Position(*divmod(first + more, length))
     again = source_of(Loader())
-    epochs = epochs_of(again, steps, later, Bookmarks(again, bookmarks.at(later)))
+    epochs = epochs_of(
+        again, steps, later, IteratorCheckpoints(again, bookmarks.at(later))
+    )
     rest = np.concatenate(read(epochs, 2))
     start = first + more
     assert rest.tolist() == whole[start : start + len(rest)].tolist()
@@ -174,7 +178,7 @@ def test_going_back_again_and_again_forgets_what_was_read_ahead(steps, seconds):
     """A rollback reads again in the same process, from before what was noted last."""
     numbers = [(number + 1) * 7 % 11 for number in range(40)]
     source = source_of(lambda: Reader([], 40))
-    bookmarks = Bookmarks(source)
+    bookmarks = IteratorCheckpoints(source)
     list(itertools.islice(next(epochs_of(source, steps, Position(), bookmarks)), 30))
     bookmarks.at(Position(0, 8))  # a checkpoint
     for bad in (10, 16, 20):
