@@ -12,7 +12,7 @@ from flaxfit._programs.resolve import ResolvedTask
 from flaxfit._reporting.display import Display
 from flaxfit._runs.session import RunSession
 from flaxfit.callbacks.base import CallbackList, LoopState
-from flaxfit.data.sources.base import Source
+from flaxfit.data.sources.base import BatchSource
 from flaxfit.data.sources.position import Position
 
 Evaluate: TypeAlias = Callable[[TrainState], dict[str, Any] | None]
@@ -30,7 +30,7 @@ class FitData:
       validates_at: whether to validate after an epoch, counted from 0.
     """
 
-    source: Source
+    source: BatchSource
     steps: int | None
     epochs: range
     validate: Evaluate | None

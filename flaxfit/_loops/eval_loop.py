@@ -8,7 +8,7 @@ from flaxfit._loops.feeder import Execution, open_pass, timed
 from flaxfit._loops.host_reads import read_logs, show_progress
 from flaxfit._programs.resolve import ResolvedTask
 from flaxfit._reporting.display import Display, Silent, epoch_display
-from flaxfit.data.sources.base import Source
+from flaxfit.data.sources.base import BatchSource
 
 
 class Evaluation:
@@ -28,7 +28,7 @@ class Evaluation:
         self,
         resolved: ResolvedTask,
         execution: Execution,
-        source: Source,
+        source: BatchSource,
         *,
         steps: int | None,
         keep: bool = False,

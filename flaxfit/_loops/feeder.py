@@ -25,7 +25,7 @@ from flaxfit._programs.resolve import ResolvedTask
 from flaxfit._reporting.timing import Clock
 from flaxfit.data.datasets.shuffling import rows_of
 from flaxfit.data.sources.array_source import ArraySource
-from flaxfit.data.sources.base import Source
+from flaxfit.data.sources.base import BatchSource
 from flaxfit.data.sources.position import IteratorCheckpoints, Position, epochs_of
 
 # Row counts are rounded up to an eighth of a power of two, so that data of nearly the
@@ -76,7 +76,7 @@ class Feed(Protocol):
 def open_feed(
     resolved: ResolvedTask,
     execution: Execution,
-    source: Source,
+    source: BatchSource,
     *,
     epochs: int,
     steps: int | None,
@@ -112,7 +112,7 @@ def open_feed(
 def open_pass(
     resolved: ResolvedTask,
     execution: Execution,
-    source: Source,
+    source: BatchSource,
     *,
     steps: int | None,
     keep: bool = False,
@@ -283,7 +283,7 @@ class _SequentialFeed:
         epochs: Iterator[Iterator[Batch]],
         placement: Placement,
         execution: Execution,
-        source: Source,
+        source: BatchSource,
         stopped: Callable[[], bool],
         bytes_per_output: int = 0,
     ) -> None:

@@ -16,7 +16,7 @@ from flaxfit._programs.chunks import Stack
 from flaxfit._programs.program_cache import Outputs
 from flaxfit._programs.resolve import ResolvedTask
 from flaxfit._reporting.display import Display, Silent, epoch_display
-from flaxfit.data.sources.base import Source
+from flaxfit.data.sources.base import BatchSource
 
 Part: TypeAlias = tuple[PyTree, tuple[int, ...]]
 """The outputs of a call, NumPy arrays `[batches, batch, ...]` with their padding, and
@@ -39,7 +39,7 @@ class Prediction:
         self,
         resolved: ResolvedTask,
         execution: Execution,
-        source: Source,
+        source: BatchSource,
         outputs: Outputs,
         *,
         steps: int | None = None,

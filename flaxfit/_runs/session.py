@@ -26,7 +26,7 @@ from flaxfit._runs.resume import (
 )
 from flaxfit._runs.saver import BackgroundWriter, Saver, restore_running, unpack
 from flaxfit.callbacks.base import Callback, CallbackList, LoopState
-from flaxfit.data.sources.base import Source
+from flaxfit.data.sources.base import BatchSource
 from flaxfit.data.sources.position import IteratorCheckpoints, Position
 
 
@@ -156,7 +156,7 @@ class RunSession:
         origin: ResumePoint,
         record: RunRecord,
         callbacks: Sequence[Callback],
-        source: Source,
+        source: BatchSource,
         *,
         as_state: Callable[[Any], TrainState],
         empty: EpochAccumulators,
@@ -264,7 +264,7 @@ class RunSession:
         return self.as_state(found.state), ResumePoint.of(found).epoch, running
 
     def _report_changes(
-        self, record: RunRecord, settings: list[dict[str, Any]], source: Source
+        self, record: RunRecord, settings: list[dict[str, Any]], source: BatchSource
     ) -> None:
         origin, say = self.origin, self._display.say
         report_changes(origin, record.trainer["config"], record.data, say=say)
@@ -288,7 +288,11 @@ class RunSession:
 
 
 def describe_data(
-    source: Source, validation: Source | None, *, shuffle: bool, steps: int | None
+    source: BatchSource,
+    validation: BatchSource | None,
+    *,
+    shuffle: bool,
+    steps: int | None,
 ) -> dict[str, Any]:
     """Returns what determines which examples are in which batch, as plain values."""
     return {

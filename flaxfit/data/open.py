@@ -51,7 +51,7 @@ from flaxfit.data.sources.array_source import (
     train_rows,
     warn_if_sorted,
 )
-from flaxfit.data.sources.base import Source
+from flaxfit.data.sources.base import BatchSource
 from flaxfit.data.sources.stream_source import StreamSource
 
 DEFAULT_BATCH_SIZE = 32
@@ -154,7 +154,9 @@ def open_inputs(x: Any, binding: Binding, *, batch_size: int | None = None) -> D
     return dataset
 
 
-def batch_source(dataset: Dataset, binding: Binding, options: BatchOptions) -> Source:
+def batch_source(
+    dataset: Dataset, binding: Binding, options: BatchOptions
+) -> BatchSource:
     """Returns a source of batches; reads the first of them.
 
     Args:

@@ -19,7 +19,7 @@ from flaxfit._reporting.display import (
     format_table,
     format_value,
 )
-from flaxfit.data.sources.base import Source
+from flaxfit.data.sources.base import BatchSource
 from flaxfit.losses.matching import pick, where
 
 _MOST_CLASSES = 10
@@ -67,7 +67,7 @@ class CheckReport:
 def first_lines(
     resolved: ResolvedTask,
     state: TrainState,
-    source: Source,
+    source: BatchSource,
     spare_devices: int = 0,
     class_names: Sequence[str] = (),
 ) -> list[str]:
@@ -140,7 +140,7 @@ def listed_classes(names: Sequence[str]) -> str:
 def make_report(
     resolved: ResolvedTask,
     state: TrainState,
-    source: Source,
+    source: BatchSource,
     class_names: Sequence[str] = (),
 ) -> CheckReport:
     """Computes the report on the first batch; the state is only read."""
@@ -219,7 +219,7 @@ def _warning_rows(
 
 
 def _data_rows(
-    resolved: ResolvedTask, source: Source, example: Batch
+    resolved: ResolvedTask, source: BatchSource, example: Batch
 ) -> dict[str, str]:
     rows = {
         "data": _data_text(source),
@@ -240,7 +240,7 @@ def _data_rows(
     return rows
 
 
-def _data_text(source: Source) -> str:
+def _data_text(source: BatchSource) -> str:
     size = "" if source.num_examples is None else f"{source.num_examples:,} examples, "
     batches = "unknown number of" if source.num_batches is None else source.num_batches
     return f"{source.kind}: {size}{batches} batches of {source.batch_size}"
@@ -298,7 +298,7 @@ def _step_text(flops: float | None, step_bytes: float | None) -> str:
     return ", ".join(texts) or "not told by this backend"
 
 
-def _has_tail(source: Source) -> bool:
+def _has_tail(source: BatchSource) -> bool:
     if source.num_examples is None or not source.batch_size:
         return True
     return source.num_examples % source.batch_size != 0

@@ -8,14 +8,14 @@ from flaxfit._programs.placement import has_rows
 from flaxfit._programs.resolve import ResolvedTask
 from flaxfit.data.datasets.stream import BatchForm, Stream
 from flaxfit.data.sources.array_source import ArraySource
-from flaxfit.data.sources.base import Source
+from flaxfit.data.sources.base import BatchSource
 from flaxfit.data.sources.stream_source import StreamSource
 
 
 def compile_ahead(
     resolved: ResolvedTask,
     execution: Execution,
-    source: Source,
+    source: BatchSource,
     state: TrainState,
     *,
     bytes_per_output: int,
@@ -49,7 +49,7 @@ def compile_ahead(
     }
 
 
-def _source_of(batch: Batch, rows: int) -> Source:
+def _source_of(batch: Batch, rows: int) -> BatchSource:
     """Returns one batch as a source of batches of `rows`."""
     if has_rows(batch):
         return ArraySource(batch, rows)

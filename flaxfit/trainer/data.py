@@ -27,7 +27,7 @@ from flaxfit.data.open import (
     open_dataset,
     open_inputs,
 )
-from flaxfit.data.sources.base import Source
+from flaxfit.data.sources.base import BatchSource
 from flaxfit.trainer.check import listed_classes
 
 
@@ -90,7 +90,7 @@ class DataAdapter:
         )
         return self._binding
 
-    def learn(self, source: Source | InMemoryData, *, allow_rebuild: bool) -> None:
+    def learn(self, source: BatchSource | InMemoryData, *, allow_rebuild: bool) -> None:
         """Remembers what the data says about itself, before programs are built.
 
         Args:
@@ -108,7 +108,7 @@ class DataAdapter:
         names = info.class_names or self.schema.class_names
         self.remember(class_names=names, columns=info.columns)
 
-    def refuse_other_classes(self, source: Source | InMemoryData) -> None:
+    def refuse_other_classes(self, source: BatchSource | InMemoryData) -> None:
         """Refuses data whose labels mean something else than before.
 
         Raises:
@@ -158,7 +158,7 @@ class DataAdapter:
         steps: int | None = None,
         divided: bool = False,
         of_fit: bool = False,
-    ) -> Source:
+    ) -> BatchSource:
         """Returns a source of data that is evaluated or looked at.
 
         Args:

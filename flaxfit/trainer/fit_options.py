@@ -9,7 +9,7 @@ from flaxfit._core.validation import boolean, integer, optional_integer
 from flaxfit._runs.resume import ResumePoint
 from flaxfit._runs.session import RunOptions
 from flaxfit.callbacks.base import Callback, as_callbacks
-from flaxfit.data.sources.base import Source
+from flaxfit.data.sources.base import BatchSource
 from flaxfit.trainer.arguments import as_epoch_filter
 
 
@@ -104,7 +104,7 @@ class FitOptions:
         """Returns the epochs of the whole run, those before a resumption included."""
         return range(origin.first_epoch, max(self.epochs, origin.first_epoch))
 
-    def total_steps(self, source: Source, origin: ResumePoint) -> int | None:
+    def total_steps(self, source: BatchSource, origin: ResumePoint) -> int | None:
         """Returns the step at which training will end, None if unknown."""
         steps = self.steps or source.num_batches
         return steps and origin.first_step + len(self.epochs_from(origin)) * steps

@@ -63,7 +63,7 @@ from flaxfit.data.open import (
     one_batch,
     split_dataset,
 )
-from flaxfit.data.sources.base import Source
+from flaxfit.data.sources.base import BatchSource
 from flaxfit.trainer.arguments import as_variables
 from flaxfit.trainer.check import CheckReport, Text, first_lines, make_report
 from flaxfit.trainer.compilation_cache import use_compilation_cache
@@ -951,7 +951,7 @@ class Trainer:
         sample_weight: Any,
         options: FitOptions,
         origin: ResumePoint,
-    ) -> tuple[Source, Dataset | None]:
+    ) -> tuple[BatchSource, Dataset | None]:
         """Returns the training data, and the dataset to validate on."""
         reader, validation = self._data, options.validation.data
         binding = reader.binding
@@ -995,9 +995,9 @@ class Trainer:
         self,
         dataset: Dataset | None,
         options: FitOptions,
-        training: Source,
+        training: BatchSource,
         origin: ResumePoint,
-    ) -> Source | None:
+    ) -> BatchSource | None:
         if dataset is None:
             return None
         epochs, steps = len(options.epochs_from(origin)), options.validation.steps
@@ -1024,8 +1024,8 @@ class Trainer:
 
     def _record(
         self,
-        source: Source,
-        validation: Source | None,
+        source: BatchSource,
+        validation: BatchSource | None,
         options: FitOptions,
         total_steps: int | None,
     ) -> RunRecord:
@@ -1040,7 +1040,7 @@ class Trainer:
         options: FitOptions,
         origin: ResumePoint,
         record: RunRecord,
-        source: Source,
+        source: BatchSource,
         display: Display,
     ) -> RunSession:
         resolved = self._programs.resolved
@@ -1058,7 +1058,7 @@ class Trainer:
     def _begin_state(
         self,
         resumed: TrainState | None,
-        source: Source,
+        source: BatchSource,
         origin: ResumePoint,
         total_steps: int | None,
     ) -> None:
@@ -1075,7 +1075,7 @@ class Trainer:
             state = with_new_rate(self._programs.resolved, self._store.take())
             self._store.put(state, fresh=fresh)
 
-    def _say_first_lines(self, source: Source, display: Display) -> None:
+    def _say_first_lines(self, source: BatchSource, display: Display) -> None:
         for line in first_lines(
             self._programs.resolved,
             self._store.peek(),
@@ -1088,8 +1088,8 @@ class Trainer:
     def _fit_context(
         self,
         session: RunSession,
-        source: Source,
-        validation: Source | None,
+        source: BatchSource,
+        validation: BatchSource | None,
         options: FitOptions,
         clock: Clock,
         display: Display,
@@ -1156,7 +1156,7 @@ class Trainer:
 
     def _prepare(
         self,
-        source: Source | InMemoryData,
+        source: BatchSource | InMemoryData,
         total_steps: int | None = None,
         *,
         inputs_only: bool = False,
@@ -1205,7 +1205,7 @@ class Trainer:
             self._ensure_state(source.example)
         return resolved
 
-    def _placement_for(self, source: Source) -> Placement | None:
+    def _placement_for(self, source: BatchSource) -> Placement | None:
         """Returns the devices that divide the batches; None for those used now."""
         if not has_rows(source.example):
             return None
@@ -1246,7 +1246,7 @@ class Trainer:
         return self._prediction(source, steps, sown=sown)
 
     def _prediction(
-        self, source: Source, steps: int | None, *, sown: bool = False
+        self, source: BatchSource, steps: int | None, *, sown: bool = False
     ) -> Prediction:
         resolved = self._prepare(source, inputs_only=True, state=False)
         outputs = self._programs.find_outputs(source.example, sown=sown)
@@ -1341,7 +1341,7 @@ def _finish(fit: FitContext) -> History:
     return history
 
 
-def _several_text(data: Dataset | Source) -> str:
+def _several_text(data: Dataset | BatchSource) -> str:
     return (
         f"predict_on_batch takes one batch, and the {data.kind} given may have more. "
         "Write predict(dataset), or predict_on_batch(next(iter(dataset)))."

@@ -7,7 +7,7 @@ from flaxfit._core.types import Batch
 from flaxfit.data.datasets.stream import DatasetInfo
 
 
-class Source(Protocol):
+class BatchSource(Protocol):
     """Batches of fixed shape on the host, pass after pass.
 
     Attributes:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from flaxfit._core.types import Batch
 from flaxfit.data.datasets.stream import Stream, get_state
-from flaxfit.data.sources.base import Source
+from flaxfit.data.sources.base import BatchSource
 
 _MOST_BOOKMARKS = 512
 # Saving iterator state is not free; replaying up to 50 ms of data is not noticeable.
@@ -82,7 +82,9 @@ class IteratorCheckpoints:
       saved: what `at` returned in an earlier process.
     """
 
-    def __init__(self, source: Source, saved: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, source: BatchSource, saved: Mapping[str, Any] | None = None
+    ) -> None:
         self._source = source
         self._lock = threading.Lock()
         self._latest: Mapping[str, Any] | None = None
@@ -130,7 +132,7 @@ class IteratorCheckpoints:
 
 
 def epochs_of(
-    source: Source,
+    source: BatchSource,
     steps: int | None,
     position: Position,
     bookmarks: IteratorCheckpoints | None = None,
@@ -171,7 +173,7 @@ def epochs_of(
 
 
 def _way(
-    source: Source, steps: int, position: Position, mark: Mapping[str, Any] | None
+    source: BatchSource, steps: int, position: Position, mark: Mapping[str, Any] | None
 ) -> tuple[int, int, int]:
     """Returns the pass to begin with, its first batch, and how many to leave out."""
     if mark is not None:

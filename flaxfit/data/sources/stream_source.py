@@ -72,7 +72,7 @@ class StreamSource:
         the same with every batch.
 
     Attributes:
-      pad, info, batch_size, example: see `Source`.
+      pad, info, batch_size, example: see `BatchSource`.
 
     Raises:
       DataError: there is no batch, or the first one cannot be read.
