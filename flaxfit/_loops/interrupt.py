@@ -17,7 +17,7 @@ class Interrupt:
     assignment of the new one would lose both. Off the main thread, or where a signal
     is ignored, nothing is touched. The old handlers come back at the end.
 
-    After SIGTERM, leaving raises `SystemExit(143)`; a handler that somebody had set
+    After SIGTERM, leaving raises `SystemExit(143)`; a handler that was set before
     for it is called first, and decides if it does not return.
     """
 

@@ -109,7 +109,7 @@ def _check(target: Any, output: Any, examples: int | None) -> None:
         dtype = np.dtype(getattr(target.dtype, "numpy_dtype", target.dtype))
     except (AttributeError, TypeError) as error:
         raise TypeError(
-            f"out is a {type(target).__name__}, whose dtype is none of NumPy's. Give "
+            f"out is a {type(target).__name__}, whose dtype is not NumPy's. Give "
             "its NumPy view, as out=out.numpy() of torch."
         ) from error
     # Whole numbers that are too large would wrap around; others are rounded.

@@ -440,7 +440,7 @@ def _record(
         # Only here: choosing takes a pass over the state, and XLA then rounds an update
         # differently in the last bit.
         good &= _all_finite(state.params)
-        # The step count goes on, so that the next batch gets other random numbers.
+        # The step count continues, so that the next batch gets other random numbers.
         kept = old.replace(step=state.step), running
         after = jax.tree.map(
             lambda new, old: (

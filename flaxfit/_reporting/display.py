@@ -26,7 +26,7 @@ class Display(Protocol):
         """Begins an epoch of `total` steps, None if unknown."""
 
     def note(self, text: str) -> None:
-        """Shows what goes on beside the bar, until the next `update`."""
+        """Shows a note beside the bar, until the next `update`."""
 
     def due(self) -> bool:
         """Whether it is time for an `update`: at most ten times a second."""
@@ -221,7 +221,7 @@ def make_display(verbose: int | str) -> Display:
 
 def make_progress(verbose: int | str) -> Display:
     """Returns the display of `evaluate` and `predict`: as `make_display`, but no lines
-    of their own where nobody watches."""
+    where the output is not a terminal or notebook."""
     display = make_display(verbose)
     return Silent() if verbose == "auto" and isinstance(display, Lines) else display
 

@@ -40,7 +40,7 @@ def newest(folder: Path) -> checkpoint.Checkpoint | None:
         if damaged:
             raise CheckpointError(
                 f"Of the {len(damaged)} checkpoints in {os.fspath(folder)!r} none can "
-                'be read. fit(..., resume="never") begins anew, and keeps them in a '
+                'be read. fit(..., resume="never") starts over, and keeps them in a '
                 f"folder below; the last error was: {damaged[-1]}"
             )
         if not vanished:
@@ -75,7 +75,7 @@ def _scan(folder: Path) -> tuple[checkpoint.Checkpoint | None, list[str], bool]:
 
 
 def resumable_step(meta: dict[str, Any]) -> int | None:
-    """Returns the step of a checkpoint that a training can go on from, else None."""
+    """Returns the step of a checkpoint that can be resumed, else None."""
     loop = meta.get("loop")
     if not isinstance(loop, dict) or meta.get("contents") == "weights":
         return None
@@ -129,7 +129,7 @@ def opened(folder: Path) -> Iterator[None]:
     """Keeps a run's folder to this process, and clears what a killed one left.
 
     Raises:
-      CheckpointError: another process writes there, or nobody can.
+      CheckpointError: another process writes there, or no process can.
     """
     disk.probe(folder)
     with disk.lock_folder(folder):

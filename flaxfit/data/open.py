@@ -87,7 +87,7 @@ class BatchOptions:
     inputs_only: bool = False
 
     def size(self, examples: int | None) -> int:
-        """Returns the rows of a batch of so many examples, None if unknown.
+        """Returns the rows of a batch, given the number of examples, None if unknown.
 
         Raises:
           ValueError: `batch_size` is not an integer of at least 1.

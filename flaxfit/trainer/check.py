@@ -295,7 +295,7 @@ def _step_text(flops: float | None, step_bytes: float | None) -> str:
         texts.append(f"{format_count(flops)}FLOP")
     if step_bytes is not None:
         texts.append(f"{format_bytes(step_bytes)} on the device")
-    return ", ".join(texts) or "not told by this backend"
+    return ", ".join(texts) or "unknown on this backend"
 
 
 def _has_tail(source: BatchSource) -> bool:

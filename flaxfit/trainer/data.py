@@ -194,7 +194,7 @@ class DataAdapter:
         return dataset, options
 
     def raw_batch(self, raw: Any) -> Batch:
-        """Returns the batch of one's own loop, of arrays on the device or traced.
+        """Returns the batch of a custom loop, of arrays on the device or traced.
 
         Raises:
           TypeError: it holds something else than arrays.

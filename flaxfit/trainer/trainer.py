@@ -126,7 +126,7 @@ class Trainer:
       seed: decides parameters, dropout and the order of the data.
       weight_decay: passed on to the optimizer.
       clip_norm: clips gradients to this global norm.
-      accumulate_steps: averages the gradients of so many steps into one update.
+      accumulate_steps: averages the gradients of this many steps into one update.
       freeze: patterns of parameter paths that stay as they are, e.g. `"encoder/*"`.
       variables: variables to start from, e.g. `{"params": …, "batch_stats": …}`;
         collections left out are initialized.
@@ -141,12 +141,12 @@ class Trainer:
         one matrix, where the model takes one input.
       targets: the key or keys of a dict batch, or columns, that hold the targets.
       make_train_step: `(task) -> train_step` in place of
-        `flaxfit.make_train_step`, for a training step of one's own.
+        `flaxfit.make_train_step`, for a custom training step.
       nonfinite: what `fit` does when the loss of a batch is NaN or infinite: `"stop"`,
         with the last checkpoint of the `run_dir` where there is one; `"rollback"` goes
         back to that checkpoint, and on with the next batch; `"skip"` leaves the batch
         out, as well as one that makes a parameter so, which takes a pass over the
-        state in every step; `"ignore"` goes on.
+        state in every step; `"ignore"` continues.
       scale_images: whether pictures, inputs of `uint8[batch, height, width, ...]`, are
         divided by 255 on the device before the model is called. `"auto"` does so where
         the first data says that they are pictures: TFDS, Hugging Face and image
@@ -267,7 +267,7 @@ class Trainer:
         resume: str | os.PathLike[str] = "auto",
         monitor: str | None = None,
     ) -> History:
-        """Trains the model; a second call goes on from where the first ended.
+        """Trains the model; a second call continues from where the first ended.
 
         Argument names and meaning are Keras's. Where Keras is silently wrong this
         differs: weights and losses are averaged over examples, not batches; the
@@ -289,29 +289,29 @@ class Trainer:
           epochs: the epoch to end at (the number of epochs, from `initial_epoch` 0).
           verbose: 0 nothing, 1 a bar per epoch, 2 a line per epoch, `"auto"`.
           callbacks: see `Callback`.
-          validation_split: the last fraction of the arrays, or of examples that are
-            had by index, taken before shuffling.
+          validation_split: the last fraction of the arrays, or of examples with
+            random access, taken before shuffling.
           validation_data: `(x, y)`, `(x, y, weights)` or any dataset.
-          shuffle: whether arrays, and examples that are had by index, are shuffled
+          shuffle: whether arrays, and examples with random access, are shuffled
             before each epoch. Other datasets bring their own order.
           class_weight: class -> weight of its examples in training; 1 if missing.
           sample_weight: `float[examples]`, or one for every element of the targets.
           initial_epoch: the epoch to begin at.
-          steps_per_epoch: an epoch then has exactly that many steps: the data goes
-            on from where it was, and starts anew, reshuffled, when it ends.
-          validation_steps: validate on the first so many batches. An iterator goes
-            on where it was, and must have as many for each validation.
+          steps_per_epoch: an epoch then has exactly that many steps: the data
+            continues from where it was, and starts again, reshuffled, when it ends.
+          validation_steps: validate on this many batches. An iterator continues
+            where it was, and must have as many for each validation.
           validation_batch_size: rows of a validation batch; `batch_size`.
-          validation_freq: validate every so many epochs, or after these epochs,
+          validation_freq: validate every this many epochs, or after these epochs,
             counted from 1.
           run_dir: a folder for the last two checkpoints, the best one
-            (`best.msgpack`), the history and a log. The same line, run again, goes on
+            (`best.msgpack`), the history and a log. The same line, run again, continues
             exactly where it stopped, or does nothing more when it was finished.
-          save_every: a checkpoint within an epoch every so many steps, or every
+          save_every: a checkpoint within an epoch every this many steps, or every
             `"30s"`, `"5m"`, `"1h"`; those after every epoch do not need it.
-          resume: `"auto"` goes on with what is in `run_dir`, or begins; `"must"` has to
-            find something; `"never"` begins anew, and moves what was there into
-            `run_dir/old-1`; a path goes on from that checkpoint.
+          resume: `"auto"` resumes what is in `run_dir`, or begins; `"must"` has to
+            find something; `"never"` starts over, and moves what was there into
+            `run_dir/old-1`; a path resumes that checkpoint.
           monitor: the log that decides which epoch is the best; `val_loss`, or `loss`
             without a validation.
 
@@ -491,7 +491,7 @@ class Trainer:
           batch_size: rows of a batch, for arrays; that of the last `fit`, or 32.
           verbose: 0 nothing, 1 a bar; `"auto"` a bar where someone watches.
           sample_weight: `float[examples]`, or one for every element of the targets.
-          steps: use the first so many batches only.
+          steps: use only the first batches, this many.
           return_dict: for those who know Keras; there is nothing but a dict.
 
         Returns:
@@ -568,7 +568,7 @@ class Trainer:
           batch_size: rows of a batch, for arrays and for examples; that of the last
             `fit`, or 32.
           verbose: 0 nothing, 1 a bar; `"auto"` a bar where someone watches.
-          steps: use the first so many batches only.
+          steps: use only the first batches, this many.
           out: arrays `[examples, ...]` to write into, nested as the outputs are: in
             memory, memory-mapped (`np.lib.format.open_memmap`), of zarr, HDF5.
 
@@ -612,7 +612,7 @@ class Trainer:
         Args:
           x: what `predict` takes.
           batch_size: as of `predict`.
-          steps: use the first so many batches only.
+          steps: use only the first batches, this many.
 
         Yields:
           NumPy arrays `[rows, ...]` in the nesting of the model's output, as many rows
@@ -850,7 +850,7 @@ class Trainer:
         rename: Mapping[str, str | None] | None = None,
         **changes: Any,
     ) -> Self:
-        """Returns the trainer that was saved, ready to go on.
+        """Returns the trainer that was saved, ready to continue.
 
         Args:
           path: a file written by `save`, by `fit(run_dir=...)` or by
@@ -897,7 +897,7 @@ class Trainer:
           strict: whether everything has to fit. Otherwise what does not is left as it
             is, and the report says so.
           params_only: take parameters and collections, what `module.apply` needs. The
-            optimizer and the step count begin anew. For another optimizer, or for
+            optimizer and the step count start over. For another optimizer, or for
             transfer learning.
           rename: prefix of a path in the file -> the one in the model:
             `{"encoder": "backbone"}`. None for the latter leaves that part of the

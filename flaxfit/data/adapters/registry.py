@@ -1,6 +1,6 @@
 """The registry of dataset kinds: matches data and picks its adapter.
 
-`KINDS` lists them in the order they are tried. Whatever nobody matches is arrays,
+`KINDS` lists them in the order they are tried. Other data is arrays,
 or iterates over batches or examples.
 """
 

@@ -93,7 +93,7 @@ def adapt(x: Any, *, data_dir: str | os.PathLike[str] | None = None) -> ExampleS
     examples = _example_set(open_source(builder, opened))
     if split:
         return examples
-    # Only training may take a split that nobody named.
+    # Only training may take a split that was not named.
     text = _unnamed_split(builder.info, given)
     return replace(examples, info=replace(examples.info, assumed_split=text))
 

@@ -90,10 +90,10 @@ def _stream_in_order(
         return _sorted(examples, made, batch_size)
 
     length = examples.length
-    untold = length is None or examples.sorts
+    unknown = length is None or examples.sorts
     return replace(
         _stream(examples, open_pass, batch_size),
-        num_batches=None if untold else math.ceil((length or 0) / batch_size),
+        num_batches=None if unknown else math.ceil((length or 0) / batch_size),
         num_examples=length,
         one_shot=examples.one_shot,
         endless=examples.endless,
@@ -194,7 +194,7 @@ def _sorted(
 
 
 def batch_of_rows(examples: ExampleSet, rows: HostArray) -> Any:
-    """Returns the raw batch of some rows, which are had by index."""
+    """Returns the raw batch of some rows, by random access."""
     return raw_of(_ByIndex(examples.in_order(), (0,))(rows))
 
 

@@ -15,7 +15,7 @@ class Columns:
 
     Attributes:
       inputs: what the model is called with, by position or by the call's parameter.
-        None where that is decided anew: there was no table, or a function reads it.
+        None where that is decided again: there was no table, or a function reads it.
       targets: the columns of the targets, or those of each of several outputs. None
         where they came without a name.
       target_axis: whether one column of targets is `[rows, 1]`, like the output.

@@ -47,7 +47,7 @@ class Examples:
       lengths: `int[len(items)]`, about how long the examples will be, by part where
         they differ: they go into batches by it, and one that turns out longer is padded
         further. Then the batches of a pass are known before anything is loaded: how
-        many, and where to go on in the middle of one. A list without `load` is
+        many, and where to continue in the middle of one. A list without `load` is
         measured.
 
     Raises:

@@ -27,10 +27,10 @@ def from_iterable(data: Any) -> Stream:
 
     Args:
       data: something to iterate over, or a function without arguments that returns
-        it anew for each pass. An iterator (`iter(data) is data`) serves one pass.
+        it again for each pass. An iterator (`iter(data) is data`) serves one pass.
 
     Raises:
-      TypeError: it is none of these, or a function that needs arguments.
+      TypeError: another object, or a function that needs arguments.
     """
     kind = kind_of(data)
     if kind == "iterator":
@@ -69,7 +69,7 @@ def peek(stream: Stream) -> tuple[Any, Stream]:
 
 
 class _ByIndex:
-    """Opens passes over batches that are had by index.
+    """Opens passes over batches with random access.
 
     Those of Keras shuffle in `on_epoch_end`: it is called as often as passes are over.
     """
@@ -105,7 +105,7 @@ def kind_of(data: Any) -> str:
     """Returns `"iterator"`, `"iterable"` or `"generator function"`.
 
     Raises:
-      TypeError: it is none of these, or a function that needs arguments.
+      TypeError: another object, or a function that needs arguments.
     """
     if hasattr(data, "__next__") and not isinstance(data, type):
         if not hasattr(data, "__iter__") or iter(data) is data:

@@ -127,7 +127,7 @@ def get_state(iterator: Any) -> Any:
 
 
 def set_state(iterator: Any, state: Any) -> None:
-    """Makes an iterator go on from what `get_state` returned."""
+    """Sets an iterator to a state that `get_state` returned."""
     methods = _methods(iterator)
     if methods is None:
         raise TypeError(f"a {type(iterator).__name__} cannot be set to a state")

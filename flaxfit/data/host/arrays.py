@@ -178,7 +178,7 @@ def as_array(leaf: Any, but_device: bool = False) -> Any:
     if type(leaf) is np.ndarray or isinstance(leaf, np.memmap):
         return leaf
     if but_device and isinstance(leaf, jax.Array) and not leaf.committed:
-        # A weak type, as `jnp.full(shape, 1.0)` has, would be compiled for anew.
+        # A weak type, as `jnp.full(shape, 1.0)` has, would be compiled for again.
         return strongly_typed(leaf) if leaf.weak_type else leaf
     if isinstance(leaf, Mapping):
         return as_host(leaf, but_device=but_device)

@@ -1,7 +1,7 @@
 """Pads rows of different length to a few lengths and builds their masks.
 
 The lengths to pad to are called buckets: each of them is compiled for once. What is
-padded travels as `PaddedBatch` until targets are told from inputs.
+padded travels as `PaddedBatch` until targets are separated from inputs.
 """
 
 from bisect import bisect_left
@@ -26,7 +26,7 @@ EVERY_PART = None
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """A raw batch that was padded; no pytree, so that nobody takes it for one.
+    """A raw batch that was padded; not a pytree, so that jax does not take it for one.
 
     Attributes:
       raw: the batch.
@@ -226,11 +226,12 @@ class Padding:
                 lambda leaf: whole if mask is None or leaf.ndim < 2 else mask, values[0]
             )
 
-        told = rebuilt([parts_of(raw)], real, raw)
+        real_rows = rebuilt([parts_of(raw)], real, raw)
         for key, part in self.masks.items():
             mask = _one_mask(key, masks) if part is None else masks[part]
-            raw, told = with_entry(raw, key, mask), with_entry(told, key, whole)
-        return PaddedBatch(raw, told)
+            raw = with_entry(raw, key, mask)
+        real_rows = with_entry(real_rows, key, whole)
+        return PaddedBatch(raw, real_rows)
 
     def _counts(self, host: Any, axis: int, place: str) -> dict[Any, int]:
         """Returns the length of every part that is to be padded."""
@@ -343,9 +344,9 @@ def _pad_and_stack(values: Sequence[Any], *, length: int, value: Any) -> HostArr
             "the others have to be alike."
         )
     # An empty list has no dtype of its own.
-    told = {array.dtype for array in arrays if array.size} or {arrays[0].dtype}
+    dtypes = {array.dtype for array in arrays if array.size} or {arrays[0].dtype}
     shape = (len(arrays), length, *arrays[0].shape[1:])
-    padded = _filled(shape, np.result_type(*told), value)
+    padded = _filled(shape, np.result_type(*dtypes), value)
     for row, array in zip(padded, arrays, strict=True):
         row[: len(array)] = array[:length]
     return padded

@@ -32,7 +32,7 @@ class ArraySource:
     Attributes:
       shuffle: whether each pass has an order of its own.
 
-    Batches are copies: steps that are still under way read them while a callback may
+    Batches are copies: steps in flight read them while a callback may
     already write into the arrays they were cut from. Later batches then hold what it
     wrote.
     """

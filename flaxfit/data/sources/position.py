@@ -21,14 +21,14 @@ class Position(NamedTuple):
 
     Attributes:
       epoch: the epochs of the fit that are over.
-      batch: the batches of the epoch under way that were trained on.
+      batch: the batches of the running epoch that were trained on.
     """
 
     epoch: int = 0
     batch: int = 0
 
     def in_passes(self, steps: int | None, length: int | None) -> tuple[int, int]:
-        """Returns the pass over the data, and the batch of it to go on with.
+        """Returns the pass over the data, and the batch of it to continue with.
 
         Args:
           steps: batches of an epoch that does not go by passes, else None.
