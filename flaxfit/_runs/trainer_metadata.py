@@ -55,7 +55,7 @@ def to_meta(
 
 
 def example_of(meta: Mapping[str, Any]) -> Batch | None:
-    """Returns the shapes of the batch a trainer was built from, None if the file does not record it."""
+    """Returns the shapes of a trainer's first batch, None if a file has none."""
     shapes = meta.get("example")
     if not shapes:
         return None

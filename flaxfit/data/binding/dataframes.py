@@ -260,8 +260,8 @@ def labels(
     codes = places[codes]
     if len(codes) and codes.min() < 0:
         raise DataError(
-            f"{column.where} holds a class at row {np.argmin(codes)} that is none of "
-            f"those this trainer was trained on: {', '.join(known)}. Classes here: "
+            f"{column.where} holds a class at row {np.argmin(codes)} that this "
+            f"trainer was not trained on; it knows {', '.join(known)}. Classes here: "
             f"{', '.join(names)}"
         )
     return codes, known
