@@ -197,6 +197,7 @@ def batch_source(
         stream,
         read,
         describe=describe,
+        # A prediction takes what there is; `steps` only bounds it.
         steps=None if options.inputs_only else options.steps,
         multiple_of=options.multiple_of,
         structural=not callable(binding.inputs),

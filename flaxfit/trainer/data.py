@@ -179,11 +179,27 @@ class DataAdapter:
         return batch_source(dataset, self._binding if of_fit else self.binding, options)
 
     def inputs(
-        self, x: Any, *, batch_size: int | None = None, steps: int | None = None
+        self,
+        x: Any,
+        *,
+        batch_size: int | None = None,
+        steps: int | None = None,
+        any_split: bool = False,
     ) -> tuple[Dataset, BatchOptions]:
-        """Returns data to predict on, and how its batches are made."""
+        """Returns data to call the model with, and how its batches are made.
+
+        Args:
+          x: the data.
+          batch_size: rows of a batch.
+          steps: how many batches are asked for.
+          any_split: whether a split may be assumed where none is named.
+
+        Raises:
+          ValueError: which part of a dataset to predict on is not said.
+        """
         dataset = open_inputs(x, self.binding, batch_size=batch_size)
-        refuse_assumed_split(dataset)
+        if not any_split:
+            refuse_assumed_split(dataset)
         options = BatchOptions(
             batch_size=batch_size,
             default_batch_size=self.schema.batch_size,

@@ -778,7 +778,7 @@ class Trainer:
         """
         if x is not None:
             with calling("summary"):
-                dataset, options = self._data.inputs(x)
+                dataset, options = self._data.inputs(x, any_split=True)
                 source = batch_source(
                     dataset, self._data.binding, replace(options, multiple_of=1)
                 )

@@ -62,7 +62,7 @@ def matches(x: Any) -> bool:
     return _is_data_source(x) or comes_from(x, "tensorflow_datasets", "DatasetBuilder")
 
 
-def adapt(x: Any, *, data_dir: str | os.PathLike[str] | None = None) -> ExampleSet:
+def adapt(x: Any) -> ExampleSet:
     """Returns the examples of one split.
 
     A dataset that is not prepared is, first. Without a split, `fit` takes `train`.

@@ -322,6 +322,27 @@ def test_only_training_has_a_split_of_its_own(data_dir, what, line):
         source_of("few_digits", data_dir, name=what)
 
 
+def test_outputs_need_a_split_and_a_summary_does_not(data_dir):
+    trainer = Trainer(Classifier())
+    given = named("few_digits", data_dir=data_dir)
+    assert "Dense" in str(trainer.summary(given))
+    with pytest.raises(ValueError, match=r"Write predict\('few_digits/test'\)"):
+        trainer.predict(given)
+    with pytest.raises(ValueError, match=r"Write predict_batches\('few_digits/test'\)"):
+        trainer.predict_batches(given)
+    with pytest.raises(ValueError, match=r"Write evaluate\('few_digits/test'\)"):
+        trainer.evaluate(Examples(given))
+
+
+def test_a_name_is_looked_up_in_the_folder_given_or_in_that_of_tfds(
+    data_dir, monkeypatch
+):
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(data_dir))
+    assert source_of("few_digits/test").num_examples == 60
+    with pytest.raises(TypeError, match="data_dir"):
+        Trainer(Classifier()).fit("few_digits", data_dir=data_dir)
+
+
 def test_builders_and_dicts_of_sources_need_a_split(data_dir):
     builder = tfds.builder("few_digits", data_dir=data_dir)
     with pytest.raises(ValueError, match=r"Write .*builder\.as_data_source\('test'\)"):
