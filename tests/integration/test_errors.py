@@ -252,7 +252,7 @@ INPUTS = [
     Case("a list of examples", lambda t: t.predict([X[0], X[1]]), DataError,
          r"For a list of examples write np\.stack\(x\)"),
     Case("one example", lambda t: t.predict(X[0]), ValueError,
-         r"For one example write x\[None\]"),
+         r"Write predict\(x\[None\]\) for one example"),
     Case("one example in train_on_batch", lambda t: t.train_on_batch(X[0], LABELS[0]),
          DataError, r"y is a single value .*np\.stack"),
     Case("a dataset of examples", fits(lambda: zip(X, LABELS, strict=True)), DataError,

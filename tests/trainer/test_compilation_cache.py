@@ -116,6 +116,9 @@ def results(cache):
 
 def test_the_cache_changes_no_bit_and_is_hit(tmp_path):
     hits = []
+    # Not that of the test run, where other tests may have kept the same programs.
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
 
     def listen(event, **labels):
         if event == "/jax/compilation_cache/cache_hits":

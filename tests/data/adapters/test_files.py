@@ -173,7 +173,7 @@ def same_array(one, other):
 @pytest.mark.parametrize("name", ARRAYS)
 def test_an_npy_is_mapped(name, tmp_path):
     np.save(tmp_path / "a.npy", ARRAYS[name])
-    array = adapt(str(tmp_path / "a.npy"), what="fit")
+    array = adapt(str(tmp_path / "a.npy"))
     same_array(array, ARRAYS[name])
     assert isinstance(array, np.memmap)
     assert not array.flags.writeable
@@ -183,7 +183,7 @@ def test_arrays_of_an_npz_keep_names_order_and_dtypes(tmp_path):
     arrays = {name: a for name, a in ARRAYS.items() if len(a) == 100}
     arrays["scalar"] = np.float32(3)
     np.savez(tmp_path / "a.npz", **arrays)
-    got = adapt(str(tmp_path / "a.npz"), what="fit")
+    got = adapt(str(tmp_path / "a.npz"))
     assert list(got) == list(arrays)
     for name, array in got.items():
         same_array(array, np.load(tmp_path / "a.npz")[name])
