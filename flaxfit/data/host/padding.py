@@ -230,7 +230,7 @@ class Padding:
         for key, part in self.masks.items():
             mask = _one_mask(key, masks) if part is None else masks[part]
             raw = with_entry(raw, key, mask)
-        real_rows = with_entry(real_rows, key, whole)
+            real_rows = with_entry(real_rows, key, whole)
         return PaddedBatch(raw, real_rows)
 
     def _counts(self, host: Any, axis: int, place: str) -> dict[Any, int]:
