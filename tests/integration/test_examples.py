@@ -117,13 +117,13 @@ def readme(tmp_path_factory):
 
 def test_readme_prints_what_it_says(readme):
     _, printed = readme
-    assert len(printed) == 17
+    assert len(printed) == 18
     first_lines = re.search(r"```text\n(.*?)```", README, flags=re.DOTALL)[1]
     assert printed[0].startswith(first_lines)
     assert "Epoch 10/10 · 45 steps" in printed[0]
     assert "zero gradient  none" in printed[1]
-    assert "waiting for data  0" in printed[9]
-    assert "after step 45: " in printed[10]
+    assert "waiting for data  0" in printed[10]
+    assert "after step 45: " in printed[11]
 
 
 def test_readme_ends_with_the_numbers_it_says(readme):
