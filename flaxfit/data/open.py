@@ -314,7 +314,7 @@ def _array_source(
         seed=options.seed,
         info=whole.info,
     )
-    check_values(with_weights(data))
+    source.check(check_values)
     check_values(source.example)
     return source
 

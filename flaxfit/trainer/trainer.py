@@ -503,25 +503,22 @@ class Trainer:
         refuse_list(return_dict)
         steps = optional_integer("steps", steps)
         display = make_progress(verbose)
-        with (
-            calling("evaluate"),
-            Interrupt() as interrupt,
-            listening(CompileReport(display)),
-        ):
+        with calling("evaluate"), listening(CompileReport(display)):
             dataset = self._data.open(x, y, sample_weight, batch_size=batch_size)
             refuse_endless(dataset, steps, "steps")
             source = self._data.source(
                 dataset, batch_size=batch_size, steps=steps, divided=True
             )
-            evaluate = Evaluation(
-                self._prepare(source),
-                self._execution,
-                source,
-                steps=steps,
-                display=display,
-                interrupted=lambda: interrupt.requested,
-            )
-            with self._store.borrow() as state:
+            resolved = self._prepare(source)
+            with Interrupt() as interrupt, self._store.borrow() as state:
+                evaluate = Evaluation(
+                    resolved,
+                    self._execution,
+                    source,
+                    steps=steps,
+                    display=display,
+                    interrupted=lambda: interrupt.requested,
+                )
                 values = evaluate(state)
         if values is None:
             raise KeyboardInterrupt
@@ -952,8 +949,8 @@ class Trainer:
         options: FitOptions,
         origin: ResumePoint,
     ) -> tuple[BatchSource, Dataset | None]:
-        """Returns the training data, and the dataset to validate on."""
-        reader, validation = self._data, options.validation.data
+        """Returns the training data, and what `validation_split` holds out of it."""
+        reader, held_out = self._data, None
         binding = reader.binding
         if origin.saved is not None:
             binding = reader.read_like(origin.saved)
@@ -961,14 +958,9 @@ class Trainer:
             x, y, sample_weight, batch_size=options.batch_size, is_training=True
         )
         if options.validation.split:
-            dataset, validation = split_dataset(
+            dataset, held_out = split_dataset(
                 dataset, options.validation.split, binding
             )
-        elif validation is not None:
-            with calling("validation_data"):
-                validation = reader.open(
-                    validation, batch_size=options.validation.batch_size
-                )
         if self._programs.nonfinite == "rollback":
             refuse_to_go_back(dataset)
         epochs = len(options.epochs_from(origin))
@@ -989,27 +981,31 @@ class Trainer:
         )
         if origin.saved is not None:
             reader.refuse_other_classes(source)
-        return source, validation
+        return source, held_out
 
     def _open_validation(
         self,
-        dataset: Dataset | None,
+        held_out: Dataset | None,
         options: FitOptions,
         training: BatchSource,
         origin: ResumePoint,
     ) -> BatchSource | None:
-        if dataset is None:
+        asked = options.validation
+        if held_out is None and asked.data is None:
             return None
-        epochs, steps = len(options.epochs_from(origin)), options.validation.steps
+        epochs, steps = len(options.epochs_from(origin)), asked.steps
         try:
             with calling("validation_data"):
+                dataset = held_out
+                if dataset is None:
+                    dataset = self._data.open(asked.data, batch_size=asked.batch_size)
                 refuse_one_shot(
                     dataset, epochs=epochs, steps=steps, argument="validation_steps"
                 )
                 refuse_endless(dataset, steps, "validation_steps")
                 source = self._data.source(
                     dataset,
-                    batch_size=options.validation.batch_size,
+                    batch_size=asked.batch_size,
                     default_batch_size=training.batch_size,
                     steps=steps,
                     divided=True,
@@ -1017,8 +1013,7 @@ class Trainer:
                 )
                 self._prepare(source, allow_rebuild=False, state=False)
         except Exception as error:
-            split = options.validation.split
-            error.add_note(_LAST_EXAMPLES if split else "in validation_data")
+            error.add_note(_LAST_EXAMPLES if asked.split else "in validation_data")
             raise
         return source
 
