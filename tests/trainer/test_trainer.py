@@ -855,3 +855,9 @@ def test_an_iterator_that_is_too_short_for_the_steps_of_evaluate():
     trainer = Trainer(nn.Dense(3))
     with pytest.raises(flaxfit.DataError):
         trainer.evaluate(iter([(X, LABELS)] * 3), steps=5)
+
+
+def test_an_error_in_validation_data_says_so():
+    with pytest.raises(TypeError) as caught:
+        Trainer(nn.Dense(3)).fit(X, LABELS, validation_data=object(), verbose=0)
+    assert "in validation_data" in caught.value.__notes__
