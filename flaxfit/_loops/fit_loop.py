@@ -203,7 +203,10 @@ def _new_shapes(
     try:
         yield True
     except Exception as error:
-        fit.store.put(fit.session.as_state(kept))
+        try:
+            fit.store.put(fit.session.as_state(kept))
+        except Exception as later:  # report the first error
+            error.add_note(f"then the state could not be put back: {later!r}")
         if "RESOURCE_EXHAUSTED" in str(error):
             error.add_note(_OUT_OF_MEMORY)
         raise

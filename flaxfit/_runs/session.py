@@ -60,8 +60,9 @@ class RunOptions:
             resume = os.fspath(resume)
         if not isinstance(resume, str) or not resume:
             raise UsageError(
-                f"resume={resume!r}",
-                write='"auto", "must", "never", or the path of a checkpoint',
+                f"Got resume={resume!r}",
+                'Expected "auto", "must", "never", or the path of a checkpoint',
+                'resume="auto"',
             )
         required = {
             f"save_every={save_every!r}": save_every is not None,
@@ -126,10 +127,11 @@ def locked_run(
 
 
 class RunSession:
-    """Resumes and saves one fit; as a context manager it waits for its files.
+    """Resumes and saves one fit.
 
-    Creating it first reports what changed since the checkpoint, which may be an error.
-    Only then does it move another run's files out of the way.
+    Creating it only reports what changed since the checkpoint, which may be an error.
+    Entering it moves another run's files out of the way, so everything that can fail
+    comes before; leaving it waits until its own files are written.
 
     Args:
       options: the run directory, and how often to save.
@@ -172,8 +174,6 @@ class RunSession:
         self._finished = why_finished(origin, record.epochs, settings)
         if origin.saved is not None:
             self._report_changes(record, settings, source)
-        if origin.foreign and options.folder is not None:
-            set_aside(options.folder)
         self._meta = {
             **record.trainer,
             "loop": {
@@ -198,6 +198,8 @@ class RunSession:
         self.callbacks = CallbackList([*callbacks, *recorder])
 
     def __enter__(self) -> Self:
+        if self.origin.foreign and self._folder is not None:
+            set_aside(self._folder)
         return self
 
     def __exit__(self, *unused: object) -> None:

@@ -95,9 +95,10 @@ class BatchOptions:
         rows = self.default_batch_size
         if self.batch_size is not None or rows is None:
             wanted = DEFAULT_BATCH_SIZE if self.batch_size is None else self.batch_size
-            rows = validation.integer(
-                "batch_size", wanted, write=f"batch_size={DEFAULT_BATCH_SIZE}"
-            )
+            validates = caller() == "validation_data"
+            name = "validation_batch_size" if validates else "batch_size"
+            line = f"{name}={DEFAULT_BATCH_SIZE}"
+            rows = validation.integer(name, wanted, write=line)
             # More would fill every batch up, and BatchNorm would count rows twice.
             rows = rows if examples is None else min(rows, examples)
         return -(-rows // self.multiple_of) * self.multiple_of

@@ -207,9 +207,9 @@ def _no_rule(outputs: PyTree, targets: PyTree, path: OutputPath) -> DetectionErr
 def _no_targets(name: str) -> tuple[str, str, str]:
     return (
         f"There are no targets for loss={name!r}",
-        "Pass fit(x, y) or a dataset of (x, y)",
-        "Trainer(model, loss=None) for a model that sows its losses, or give a "
-        "function (outputs, targets) that needs no targets",
+        "A model that sows its losses takes loss=None; a function (outputs, targets) "
+        "may need none",
+        "fit(x, y), or give a dataset of (x, y)",
     )
 
 

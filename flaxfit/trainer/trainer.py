@@ -348,11 +348,12 @@ class Trainer:
             self._programs.require_total_steps(total_steps)
             self._prepare(source, total_steps, divide=True, state=False)
             validation = self._open_validation(held_out, options, source, origin)
-            # ---- Resume: all that can fail comes before the state is replaced.
+            # ---- Resume: all that can fail comes before files are moved.
             record = self._record(source, validation, options, total_steps)
             state = resumed_state(self._programs, origin, record.trainer["config"])
-            with self._session(options, origin, record, source, display) as session:
-                self._begin_state(state, source, origin, total_steps)
+            session = self._session(options, origin, record, source, display)
+            self._begin_state(state, source, origin, total_steps)
+            with session:
                 # ---- Loop.
                 if verbose != 0:
                     self._say_first_lines(source, display)
@@ -680,7 +681,7 @@ class Trainer:
           batch: `(x, y)`, `(x, y, weights)` or a dict of arrays, or a `Batch`.
         """
         batch = self._data.raw_batch(batch)
-        self._programs.build(batch, allow_rebuild=not self._store.has_trained)
+        self._programs.build(batch, allow_rebuild=self._may_rebuild)
         if all(isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(batch)):
             self._programs.check_values(batch)
         self._restore_pending()
@@ -1166,7 +1167,7 @@ class Trainer:
           total_steps: the step at which training will end, None if unknown.
           inputs_only: whether to do without targets.
           allow_rebuild: whether data of another form may replace schema and programs;
-            None for "as long as nothing was trained".
+            None for "as long as nothing was trained and no fit is running".
           divide: whether to use as many devices as divide its batches.
           state: whether to initialize a state as well.
 
@@ -1174,7 +1175,7 @@ class Trainer:
           ValueError: data that does not fit the model or what was trained.
         """
         if allow_rebuild is None:
-            allow_rebuild = not self._store.has_trained
+            allow_rebuild = self._may_rebuild
         placement = (
             self._placement_for(source)
             if divide and not isinstance(source, InMemoryData)
@@ -1249,6 +1250,11 @@ class Trainer:
         return Prediction(
             resolved, self._execution, source, outputs, steps=steps, sown=sown
         )
+
+    @property
+    def _may_rebuild(self) -> bool:
+        """Whether data of another form may replace programs and state."""
+        return not (self._store.has_trained or self._clocks)
 
     def _has_learned(self) -> bool:
         """Whether a state was trained or loaded, or a fit is running."""

@@ -5,8 +5,9 @@ import pytest
 from helpers.models import Linear
 
 from flaxfit import Trainer
-from flaxfit.data import Examples, register_adapter
+from flaxfit.data import Batches, Examples, register_adapter
 from flaxfit.data.adapters import registry
+from flaxfit.data.open import open_dataset
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(20, 3)).astype(np.float32)
@@ -75,3 +76,32 @@ def test_the_latest_registration_wins(registered):
     register_adapter(lambda x: isinstance(x, Tap), lambda x: (X[:4], Y[:4]))
     trainer, _ = trained(Tap())
     assert trainer.step == 2
+
+
+class Shelf:
+    """A list of batches under another name."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+
+def test_a_registered_kind_may_hold_the_batches_of_batches(registered):
+    register_adapter(lambda x: isinstance(x, Shelf), lambda x: x.batches)
+    ragged = [([[1.0, 2.0], [3.0]], Y[:2])]
+    padded = [
+        open_dataset(Batches(given, pad_to={0: 2}, mask=None)).kind
+        for given in (Shelf(ragged), ragged)
+    ]
+    assert padded[0] == padded[1]
+
+
+def test_wrong_adapters_are_refused_or_named(registered):
+    with pytest.raises(TypeError, match=r"Got matches=5.*Expected a function"):
+        register_adapter(5, lambda x: x)
+    register_adapter(lambda x: isinstance(x, Shelf), lambda x: x)
+    with pytest.raises(ValueError, match="registered for Shelf returned its argument"):
+        Trainer(Linear()).fit(Shelf([]))
+    register_adapter(lambda x: x.name == 7, lambda x: x)
+    with pytest.raises(AttributeError) as caught:
+        Trainer(Linear()).fit(Shelf([]))
+    assert "while asking a registered adapter" in caught.value.__notes__[0]

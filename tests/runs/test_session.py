@@ -7,6 +7,9 @@ import shutil
 import signal
 import threading
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -399,7 +402,7 @@ def test_files_that_hold_no_training_are_no_place_to_go_on(tmp_path):
     ("options", "text"),
     [
         ({"resume": "yes", "run_dir": "a"}, "There is no file 'yes'"),
-        ({"resume": 3}, 'resume=3. Write "auto", "must", "never", or the path'),
+        ({"resume": 3}, 'Got resume=3. Expected "auto", "must", "never", or the path'),
         ({"resume": "must"}, "resume='must' requires a run_dir"),
         ({"save_every": 10}, "save_every=10 requires a run_dir"),
         ({"monitor": "loss"}, "monitor='loss' requires a run_dir"),
@@ -667,3 +670,19 @@ def test_checkpoints_of_callbacks_are_places_to_go_on_from(tmp_path, whole):
         )
         same(trainer.state, whole[0].state)
         assert history.history == whole[1].history
+
+
+def test_a_fit_that_fails_in_init_leaves_the_files_of_the_other_run(tmp_path):
+    def broken(key, shape, dtype=None):
+        def fail():
+            raise RuntimeError("no memory")
+
+        return jax.pure_callback(fail, jax.ShapeDtypeStruct(shape, jnp.float32))
+
+    fit(make(), tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(Exception, match="no memory"):
+        Trainer(nn.Dense(3, kernel_init=broken)).fit(
+            X, Y, run_dir=tmp_path, resume="never", verbose=0
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == before

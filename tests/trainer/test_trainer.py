@@ -861,3 +861,36 @@ def test_an_error_in_validation_data_says_so():
     with pytest.raises(TypeError) as caught:
         Trainer(nn.Dense(3)).fit(X, LABELS, validation_data=object(), verbose=0)
     assert "in validation_data" in caught.value.__notes__
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_an_error_in_a_later_validation_names_the_validation_data(prefetch):
+    passes = []
+
+    def batches():
+        passes.append(1)
+        return iter([(X, LABELS)]) if len(passes) == 1 else (X, LABELS)
+
+    trainer = Trainer(nn.Dense(3), prefetch=prefetch)
+    with pytest.raises(
+        TypeError, match=r"given to validation_data.*validation_data=\("
+    ):
+        trainer.fit(X, LABELS, validation_data=batches, epochs=3, verbose=0)
+
+
+def test_a_call_inside_of_a_fit_does_not_replace_what_it_trains():
+    trainer = Trainer(nn.Dense(3))
+
+    def evaluate(loop):
+        with pytest.raises(ValueError, match="for which this trainer was built"):
+            trainer.evaluate(X[:, :2], LABELS, verbose=0)
+
+    expected = Trainer(nn.Dense(3)).fit(X, LABELS, batch_size=64, verbose=0)
+    history = trainer.fit(
+        X,
+        LABELS,
+        batch_size=64,
+        callbacks=LambdaCallback(on_train_begin=evaluate),
+        verbose=0,
+    )
+    assert history.history == expected.history

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from flaxfit._core.errors import caller
+from flaxfit._core.errors import UsageError, UsageTypeError, caller
 from flaxfit.data.adapters import (
     chunked_arrays,
     grain,
@@ -37,7 +37,8 @@ def register_adapter(
 ) -> None:
     """Adds a kind of data to those that `fit`, `evaluate` and `predict` take.
 
-    Registered kinds are tried before the built-in ones, the latest first.
+    Registered kinds are tried before the built-in ones, the latest first. Such data is
+    given as a whole, `fit(corpus)`, with its targets inside.
 
     Args:
       matches: whether an object is of this kind. It is called with all data that is
@@ -46,9 +47,19 @@ def register_adapter(
         `Batches`, anything with `len(x)` and `x[0]`, an iterable of batches, or a
         function that returns one.
 
+    Raises:
+      TypeError: an argument that is not a function.
+
     Example:
       `register_adapter(lambda x: isinstance(x, Corpus), lambda x: Examples(x.lines))`
     """
+    for name, function in (("matches", matches), ("adapt", adapt)):
+        if not callable(function):
+            raise UsageTypeError(
+                f"Got {name}={function!r}",
+                "Expected a function of the data",
+                "register_adapter(lambda x: isinstance(x, Corpus), lambda x: x.pairs)",
+            )
     _REGISTERED.insert(0, (matches, adapt))
 
 
@@ -59,8 +70,20 @@ def adapt(x: Any) -> Any:
       TypeError, ValueError, DataError: a dataset that cannot be read as it is.
     """
     for matches, translate in _REGISTERED:
-        if matches(x):
-            return adapt(translate(x))
+        try:
+            is_of_kind = bool(matches(x))
+        except Exception as error:
+            error.add_note(f"while asking a registered adapter about {type(x)}")
+            raise
+        if is_of_kind:
+            translated = translate(x)
+            if translated is x:
+                raise UsageError(
+                    f"The adapter registered for {type(x).__name__} returned its "
+                    "argument",
+                    "Return data of a kind that is known already",
+                )
+            return adapt(translated)
     for matches, translate in KINDS:
         if matches(x):
             return translate(x)

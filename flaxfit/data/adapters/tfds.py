@@ -13,7 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from flaxfit._core.errors import DataError, UsageError, caller, did_you_mean
+from flaxfit._core.errors import (
+    DataError,
+    UsageError,
+    UsageTypeError,
+    caller,
+    did_you_mean,
+)
 from flaxfit._core.lazy_types import comes_from
 from flaxfit.data.adapters.npy_files import SUFFIXES
 from flaxfit.data.adapters.tfds_builders import find_builder, open_source, prepare
@@ -44,7 +50,17 @@ def tfds(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> NamedD
 
     Example:
       `trainer.fit(flaxfit.data.tfds("mnist", data_dir="/data"))`
+
+    Raises:
+      TypeError: a name or a folder of another type.
     """
+    folder = isinstance(data_dir, str | os.PathLike | None)
+    if not isinstance(name, str) or not folder:
+        raise UsageTypeError(
+            f"Got tfds({name!r}, data_dir={data_dir!r})",
+            "Expected a name and the path of a folder",
+            'tfds("mnist", data_dir="/data")',
+        )
     return NamedDataset(name, data_dir)
 
 

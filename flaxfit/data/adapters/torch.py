@@ -183,7 +183,6 @@ class _Batches:
 
     def __init__(self, loader: Any, seed: Sequence[int], pass_index: int) -> None:
         self._loader = loader
-        self._caller = caller()
         self._pass = pass_index
         self._iterator: Any = None
         self._restored: Any = None
@@ -211,10 +210,10 @@ class _Batches:
         self._drawing.generators = self._later
         if self._loader.batch_sampler is None and looks_single(raw):
             raise DataError(
-                f"the DataLoader(..., batch_size=None) given to {self._caller} yields "
+                f"the DataLoader(..., batch_size=None) given to {caller()} yields "
                 "single examples",
                 write="DataLoader(dataset, batch_size=32), or give the dataset: "
-                f"{call_text('dataset', self._caller)}",
+                f"{call_text('dataset')}",
             )
         return raw
 
@@ -238,7 +237,7 @@ class _Batches:
         if persistent and not is_latest(self._loader, self._token):
             raise DataError(
                 "a DataLoader(..., persistent_workers=True) is read by two at once, "
-                f"and one of them is {self._caller}: its workers can serve only one",
+                f"and one of them is {caller()}: its workers can serve only one",
                 "Give validation a DataLoader of its own.",
             )
 

@@ -276,7 +276,8 @@ def _require(table: Table, parts: Any, role: str) -> None:
         raise DataError(
             f"the {table.kind} has no column {', '.join(map(repr, missing))}, which "
             f"{'is' if len(missing) == 1 else 'are'} among {role}; it has "
-            f"{listed(table.names)}.{near}"
+            f"{listed(table.names)}.{near}",
+            "Columns go by their names, in any order; others are left out",
         )
 
 

@@ -115,13 +115,13 @@ def open_batches(batches: Batches, adapted: Any) -> Stream:
     """
     if isinstance(adapted, Stream):
         return batches.of_stream(adapted)
-    if adapted is not batches.batches and not isinstance(adapted, ExampleSet):
+    if isinstance(adapted, tuple | Mapping | Batch) or is_array(adapted):
         raise TypeError(
             f"Batches of a {type(batches.batches).__name__}, which is arrays: it takes "
             f"something that yields batches. Write {call_text('x, y')} with the "
             "arrays, or Batches([batch], ...) with a single batch."
         )
-    if adapted is not batches.batches:
+    if isinstance(adapted, ExampleSet):
         raise TypeError(
             f"Batches of a {adapted.kind}, which holds single examples. Write "
             f"{call_text('Examples(dataset, pad_to=...)')}."

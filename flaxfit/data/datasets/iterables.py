@@ -114,7 +114,7 @@ def kind_of(data: Any) -> str:
         return "iterable"
     if not callable(data):
         raise TypeError(
-            f"a {type(data).__name__} is no data. Understood are {UNDERSTOOD}."
+            f"Unsupported data type {type(data).__name__}. Supported: {UNDERSTOOD}."
         )
     try:
         inspect.signature(data).bind()

@@ -143,14 +143,9 @@ def named_leaves(nest: PyTree) -> list[tuple[str, Any]]:
     return [leaf for name, part in parts.items() for leaf in _paths(part, name)]
 
 
-def call_text(arguments: str, name: str | None = None) -> str:
-    """Returns how data is given to a method, or to an argument of `fit`.
-
-    Args:
-      arguments: the data, as code.
-      name: the method or argument, None for that of the running call.
-    """
-    name = name or caller()
+def call_text(arguments: str) -> str:
+    """Returns how data is given to the running call, or to an argument of `fit`."""
+    name = caller()
     if name == "validation_data":
         return f"{name}=({arguments})" if "," in arguments else f"{name}={arguments}"
     return f"{name}({arguments})"

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flaxfit._core.errors import DataError, caller
+from flaxfit._core.errors import DataError, caller, calling
 from flaxfit._core.tree_specs import LeafSpec, diff, difference_lines
 from flaxfit._core.types import Batch
 from flaxfit.data.datasets.stream import (
@@ -240,7 +240,8 @@ class StreamSource:
 
     def _open(self, pass_index: int, start: int) -> Iterator[Any]:
         try:
-            return self._stream.open(pass_index, start)
+            with calling(self._progress.caller):
+                return self._stream.open(pass_index, start)
         except (DataError, TypeError):
             raise
         except Exception as error:
@@ -249,7 +250,9 @@ class StreamSource:
 
     def _next(self, iterator: Iterator[Any], number: int, pass_index: int) -> Any:
         try:
-            return next(iterator)
+            # A later pass is read outside of the call that the data was given to.
+            with calling(self._progress.caller):
+                return next(iterator)
         except StopIteration:
             raise
         except Exception as error:
@@ -347,11 +350,11 @@ class StreamSource:
         return DataError(given, self._reusable())
 
     def _reusable(self) -> str:
-        name = self._progress.caller
+        with calling(self._progress.caller):
+            function, iterator = call_text("make_batches"), call_text("make_batches()")
         return self._stream.again or (
             "Pass something that can be read again and again: a list, a loader, or the "
-            f"function that makes the batches, {call_text('make_batches', name)} not "
-            f"{call_text('make_batches()', name)}."
+            f"function that makes the batches, {function} not {iterator}."
         )
 
 

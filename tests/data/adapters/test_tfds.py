@@ -466,3 +466,9 @@ def test_only_datasets_of_tfds_import_it():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("arguments", [{"name": 5}, {"name": "mnist", "data_dir": 5}])
+def test_a_name_and_a_folder_of_another_type_are_refused_at_once(arguments):
+    with pytest.raises(TypeError, match=r"Expected a name and the path of a folder"):
+        named(**arguments)

@@ -387,7 +387,7 @@ def test_single_examples_are_refused():
     data = Batches(Examples([np.ones(3)]), pad_to=8)
     with pytest.raises(TypeError, match=r"fit\(Examples\(dataset, pad_to=...\)\)"):
         Trainer(Tagger()).fit(data)
-    with pytest.raises(TypeError, match="is no data"):
+    with pytest.raises(TypeError, match="Unsupported data type"):
         Trainer(Tagger()).fit(Batches(3, pad_to=8))
     with pytest.raises(DataError, match="no batches"):
         Trainer(Tagger()).fit(Batches([], pad_to=8))

@@ -410,9 +410,14 @@ def test_an_interrupted_fit_leaves_no_process(tmp_path):
             from flaxfit import Trainer
             from flaxfit.data import Examples
 
+            def is_worker(process):
+                try:
+                    return "popen_loky" in "".join(process.cmdline())
+                except psutil.NoSuchProcess:  # it has ended, or is a zombie
+                    return False
+
             def workers():
-                lines = [p.cmdline() for p in psutil.Process().children()]
-                return sum("popen_loky" in "".join(line) for line in lines)
+                return sum(map(is_worker, psutil.Process().children()))
 
             def interrupt():
                 time.sleep(3)

@@ -262,7 +262,7 @@ def test_as_source_refuses(arguments, error, message):
         (X[:0], DataError, r"no examples: x has shape \(0, 2\)"),
         ([], DataError, "no examples"),
         (None, TypeError, r"fit\(None\) gives no data"),
-        (3, TypeError, "a int is no data. Understood are arrays"),
+        (3, TypeError, "Unsupported data type int. Supported: arrays"),
         ((X, iter([Y])), TypeError, "a tuple of ndarray, list_iterator: .*a list"),
         ({"x": 3, "y": iter([Y])}, TypeError, "a dict of int, list_iterator"),
         ((), TypeError, "a tuple of nothing"),
