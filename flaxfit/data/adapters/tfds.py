@@ -41,11 +41,14 @@ class NamedDataset:
     data_dir: str | os.PathLike[str] | None = None
 
 
-def tfds(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> NamedDataset:
+def tfds(
+    name: str | PurePath, *, data_dir: str | os.PathLike[str] | None = None
+) -> NamedDataset:
     """Names a dataset of TensorFlow Datasets that is stored in another folder.
 
     Args:
-      name: `name[/config][:version][/split]`, e.g. `"mnist/train[:90%]"`.
+      name: `name[/config][:version][/split]`, e.g. `"mnist/train[:90%]"`, or the
+        folder of a prepared dataset.
       data_dir: the folder; None for `$TFDS_DATA_DIR`, or `~/tensorflow_datasets`.
 
     Example:
@@ -55,7 +58,7 @@ def tfds(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> NamedD
       TypeError: a name or a folder of another type.
     """
     folder = isinstance(data_dir, str | os.PathLike | None)
-    if not isinstance(name, str) or not folder:
+    if not isinstance(name, str | PurePath) or not folder:
         raise UsageTypeError(
             f"Got tfds({name!r}, data_dir={data_dir!r})",
             "Expected a name and the path of a folder",
