@@ -67,12 +67,8 @@ def from_meta(
 ) -> tuple[dict[str, Any], Batch | None, int]:
     """Returns the trainer's arguments, the shapes of its batch, and its batch size.
 
-    The shapes are None where they are of a structure that a file cannot hold.
-
-    Args:
-      meta: what `to_meta` returned.
-      changes: arguments that replace the saved ones.
-      path: the file, for messages.
+    The shapes are None where they are of a structure that a file cannot hold. The
+    arguments in `changes` replace the saved ones.
 
     Raises:
       CheckpointError: an argument was a function or an object and is not given, or
@@ -93,8 +89,8 @@ def from_meta(
                 f"Trainer.load(..., {name}=...): Trainer has no such argument."
                 f"{did_you_mean(name, saved)}"
             )
-    config = {**{n: _unpack(v) for n, v in saved.items()}, **changes}
-    missing = {n: v.text for n, v in config.items() if isinstance(v, _Missing)}
+    kept = {name: value for name, value in saved.items() if name not in changes}
+    missing = {name: v[_OBJECT] for name, v in kept.items() if _is_object(v)}
     if missing:
         raise CheckpointError(
             f"{path!r} was saved by a Trainer with "
@@ -104,31 +100,21 @@ def from_meta(
             + ", ".join(f"{name}=..." for name in missing)
             + ")."
         )
-    return config, example, batch_size
+    return {**saved, **changes}, example, batch_size
 
 
 def _outline(node: Any) -> str:
     """Returns the names of an optimizer's parts: `"(ScaleByAdamState, EmptyState)"`."""
     if isinstance(node, Mapping):
-        children, name = list(node.values()), ""
+        children = list(node.values())
     elif isinstance(node, tuple | list):
-        children, name = (
-            list(node),
-            type(node).__name__ if hasattr(node, "_fields") else "",
-        )
+        children = list(node)
     else:
         return ""
+    name = type(node).__name__ if hasattr(node, "_fields") else ""
     inner = ", ".join(filter(None, map(_outline, children)))
-    return (
-        f"{name}({inner})" if inner and (name or len(children) > 1) else name or inner
-    )
-
-
-class _Missing:
-    """Stands for an argument that the file could not hold."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
+    enclosed = inner and (name or len(children) > 1)
+    return f"{name}({inner})" if enclosed else name or inner
 
 
 def _pack(value: Any) -> Any:
@@ -148,10 +134,6 @@ def _pack(value: Any) -> Any:
 
 def _is_object(packed: Any) -> bool:
     return isinstance(packed, dict) and _OBJECT in packed
-
-
-def _unpack(value: Any) -> Any:
-    return _Missing(value[_OBJECT]) if _is_object(value) else value
 
 
 def _text(value: Any) -> str:

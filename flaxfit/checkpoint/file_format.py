@@ -49,11 +49,8 @@ def write(
 ) -> None:
     """Writes a file leaf by leaf; the arrays are not copied.
 
-    Args:
-      file: open for writing, best with a buffer.
-      meta: in msgpack's own types, with "format" and "leaves".
-      state: nested dicts with NumPy arrays, scalars and None in them.
-      extra: the same; left out of the file if empty.
+    `meta` holds msgpack's own types, `state` and `extra` nested dicts with NumPy
+    arrays, scalars and None in them. An empty `extra` is left out of the file.
     """
     writer = _Writer(file)
     writer.say(corruption.START[1] if extra else corruption.START[0])
@@ -157,19 +154,13 @@ def pieces(array: HostArray) -> Iterator[HostArray]:
 
     Small pieces stay in the processor's cache from one use to the next.
     """
-    if array.flags.c_contiguous:
-        flat = array.reshape(-1)
-        step = max(1, _PIECE // array.dtype.itemsize)
-        for start in range(0, flat.size, step):
-            yield flat[start : start + step]
-    elif array.size:
-        parts: Any = np.nditer(
-            array,
-            ("external_loop", "buffered"),
-            order="C",
-            buffersize=max(1, _PIECE // array.dtype.itemsize),
-        )
-        yield from parts
+    parts: Any = np.nditer(
+        array,
+        ("external_loop", "buffered", "zerosize_ok"),
+        order="C",
+        buffersize=_PIECE // array.dtype.itemsize,
+    )
+    yield from parts
 
 
 _BIN = ((1, b"\xc4"), (2, b"\xc5"), (4, b"\xc6"))
@@ -235,10 +226,7 @@ def read(data: bytes, path: str) -> Checkpoint:
 def read_front(data: bytes, size: int, path: str) -> dict[str, Any] | None:
     """Returns meta from the first bytes of a file, None if they do not hold all of it.
 
-    Args:
-      data: the first bytes.
-      size: that of the whole file.
-      path: the file, for messages.
+    `size` is that of the whole file.
 
     Raises:
       CheckpointCorruptError: these bytes are damaged.
