@@ -144,7 +144,7 @@ class Bar(Display):
         """Redraws the bar."""
         self._last = time.perf_counter()
         self._bar.n = done
-        self._bar.set_postfix_str(format_logs(logs), refresh=True)
+        self.note(format_logs(logs))
 
     def end(self, done: int, logs: Mapping[str, Any], *, finished: bool) -> None:
         """Replaces the bar by the epoch's line."""
