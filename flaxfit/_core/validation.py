@@ -62,12 +62,7 @@ def number(name: str, value: Any, *, zero: bool = True) -> float:
         found = float(value) if scalar else None
     except (TypeError, ValueError):
         found = None
-    if (
-        found is None
-        or not math.isfinite(found)
-        or found < 0
-        or (found == 0 and not zero)
-    ):
+    if found is None or not 0 <= found < math.inf or (found == 0 and not zero):
         raise _error(name, value, expected, "", found is None)
     return found
 

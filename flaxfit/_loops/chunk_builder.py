@@ -51,7 +51,7 @@ class ChunkBuilder:
         self._start_next()
 
     def _start_next(self) -> None:
-        self._capacity = 0
+        self._capacity = 1
         self._chunk: Any = None  # a `Batch` or a `Stack`
         self._leaves: list[HostArray] = []
         self._examples: list[int] = []
@@ -64,7 +64,7 @@ class ChunkBuilder:
     @property
     def full(self) -> bool:
         """Whether the open chunk takes no more batches."""
-        return bool(self._examples) and len(self._examples) == self._capacity
+        return len(self._examples) == self._capacity
 
     def fits(self, batch: Batch) -> bool:
         """Whether the batch has the shapes of the open stack."""
@@ -95,7 +95,10 @@ class ChunkBuilder:
         return DeviceChunk(placed, len(examples), tuple(examples))
 
     def _open(self, batch: Batch) -> None:
-        self._capacity = self._capacity_for(batch)
+        if self.stacks and not on_device(batch):
+            size = sum(leaf.nbytes for leaf in jax.tree.leaves(batch))
+            size = max(size, self.bytes_per_output)
+            self._capacity = stack_capacity(size, self.steps_per_call)
         if self._capacity == 1:
             self._chunk = copy_host_arrays(batch) if self.reuses_buffers else batch
             return
@@ -103,13 +106,6 @@ class ChunkBuilder:
             lambda leaf: empty_array((self._capacity, *leaf.shape), leaf.dtype), batch
         )
         self._chunk, self._leaves = Stack(stacked), jax.tree.leaves(stacked)
-
-    def _capacity_for(self, batch: Batch) -> int:
-        if not self.stacks or on_device(batch):
-            return 1
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(batch))
-        size = max(size, self.bytes_per_output)
-        return stack_capacity(size, self.steps_per_call)
 
 
 def _count_examples(weights: HostArray | jax.Array) -> int:

@@ -78,6 +78,8 @@ class BackgroundWriter:
                 )
             finally:
                 self._jobs.task_done()
+            # Otherwise the state of the last file stays in memory until the next one.
+            del entry, job
         self._jobs.task_done()
 
 

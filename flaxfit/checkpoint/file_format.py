@@ -163,17 +163,17 @@ def pieces(array: HostArray) -> Iterator[HostArray]:
     yield from parts
 
 
-_BIN = ((1, b"\xc4"), (2, b"\xc5"), (4, b"\xc6"))
-_EXT = ((1, b"\xc7"), (2, b"\xc8"), (4, b"\xc9"))
+# The first byte of each kind where one byte holds the size; 2 and 4 bytes follow it.
+_BIN, _EXT = 0xC4, 0xC7
 
 
-def _head(kind: tuple[tuple[int, bytes], ...], size: int) -> bytes:
+def _head(kind: int, size: int) -> bytes:
     """Returns the head of binary data or an extension, as msgpack writes it."""
-    if kind is _EXT and size in (1, 2, 4, 8, 16):
+    if kind == _EXT and size in (1, 2, 4, 8, 16):
         return bytes([0xD3 + size.bit_length()])
-    for width, byte in kind:
+    for byte, width in enumerate((1, 2, 4), kind):
         if size < 1 << (8 * width):
-            return byte + size.to_bytes(width, "big")
+            return bytes([byte]) + size.to_bytes(width, "big")
     raise OverflowError(f"{size} bytes in one piece")
 
 
