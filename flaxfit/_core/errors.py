@@ -4,8 +4,6 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
-from typing import Any
 
 _caller: ContextVar[str] = ContextVar("caller", default="fit")
 
@@ -64,14 +62,10 @@ class CheckpointCorruptError(CheckpointError):
         where the damage is elsewhere or cannot be located.
     """
 
-    def __init__(self, message: str, *, path: str, leaf: str | None = None) -> None:
-        super().__init__(message)
-        self.path = path
-        self.leaf = leaf
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        rebuild = partial(type(self), path=self.path, leaf=self.leaf)
-        return rebuild, (self.given,)
+    def __init__(self, *parts: str, path: str = "", leaf: str | None = None) -> None:
+        super().__init__(*parts)
+        # Unpickling calls the class with the parts, and sets the attributes afterwards.
+        self.path, self.leaf = path, leaf
 
 
 class DetectionError(UsageError):

@@ -14,6 +14,10 @@ class TrainStateStore:
     A train program consumes ("donates") the state it is given. A state that was read
     may be kept by the reader, so the next `take` hands out a copy. Threads may share
     a store: a loader may predict with the model that it feeds.
+
+    Attributes:
+      lock: held while the state is replaced.
+      version: how often the state was replaced.
     """
 
     def __init__(self, state: TrainState | None = None) -> None:
@@ -21,7 +25,7 @@ class TrainStateStore:
         self._was_read = False
         self._borrowers = 0
         self._is_fresh = False
-        self._version = 0
+        self.version = 0
         self.lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -34,11 +38,6 @@ class TrainStateStore:
     def has_trained(self) -> bool:
         """Whether the state holds more than a freshly initialized one."""
         return self._state is not None and not self._is_fresh
-
-    @property
-    def version(self) -> int:
-        """How often the state was replaced."""
-        return self._version
 
     @property
     def empty(self) -> bool:
@@ -89,4 +88,4 @@ class TrainStateStore:
             self._state = state
             self._was_read = False
             self._is_fresh = fresh
-            self._version += 1
+            self.version += 1

@@ -1,7 +1,7 @@
 """The types that steps take and return: state, batch, model, accumulators."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, Self, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, Protocol, Self, TypeAlias
 
 import flax.struct
 import jax
@@ -102,7 +102,6 @@ class Model(NamedTuple):
     apply: Apply
 
 
-@runtime_checkable
 class Accumulator(Protocol):
     """The value of a log on the device: merged over batches, computed once."""
 

@@ -27,8 +27,6 @@ def integer(name: str, value: Any, *, least: int | None = 1, write: str = "") ->
     """Returns a whole number of at least `least`.
 
     Args:
-      name: the argument.
-      value: what was given.
       least: the smallest number allowed, None for any.
       write: the line to write instead; the smallest number by default.
     """
@@ -44,9 +42,9 @@ def integer(name: str, value: Any, *, least: int | None = 1, write: str = "") ->
     return number
 
 
-def optional_integer(name: str, value: Any, *, write: str = "") -> int | None:
+def optional_integer(name: str, value: Any) -> int | None:
     """Returns a whole number of at least 1, or None."""
-    return None if value is None else integer(name, value, write=write)
+    return None if value is None else integer(name, value)
 
 
 def integer_or_auto(name: str, value: Any) -> int | None:
@@ -64,12 +62,7 @@ def number(name: str, value: Any, *, zero: bool = True) -> float:
         found = float(value) if scalar else None
     except (TypeError, ValueError):
         found = None
-    if (
-        found is None
-        or not math.isfinite(found)
-        or found < 0
-        or (found == 0 and not zero)
-    ):
+    if found is None or not 0 <= found < math.inf or (found == 0 and not zero):
         raise _error(name, value, expected, "", found is None)
     return found
 
@@ -80,8 +73,6 @@ def fraction(
     """Returns a number between 0 and 1.
 
     Args:
-      name: the argument.
-      value: what was given.
       within: the interval: `"[0, 1]"`, `"(0, 1)"`, `"[0, 1)"` or `"(0, 1]"`.
       write: the line to write instead.
     """
@@ -93,10 +84,10 @@ def fraction(
     return float(value)
 
 
-def boolean(name: str, value: Any) -> bool:
+def boolean(name: str, value: Any, *, expected: str = "True or False") -> bool:
     """Returns True or False."""
     if not isinstance(value, bool | np.bool_):
-        raise _error(name, value, "True or False", "", True)
+        raise _error(name, value, expected, "", True)
     return bool(value)
 
 
@@ -104,9 +95,7 @@ def switch(name: str, value: Any) -> bool | str:
     """Returns True, False or `"auto"`."""
     if isinstance(value, str) and value == "auto":
         return value
-    if not isinstance(value, bool | np.bool_):
-        raise _error(name, value, 'True, False or "auto"', "", True)
-    return bool(value)
+    return boolean(name, value, expected='True, False or "auto"')
 
 
 def choice(name: str, value: Any, choices: Sequence[str]) -> str:
@@ -131,7 +120,6 @@ def interval(name: str, value: Any) -> tuple[int | None, float | None]:
     """Returns an interval in steps, and in seconds; at least one of them is None.
 
     Args:
-      name: the argument.
       value: a number of steps; a string of a number and `s`, `m` or `h`; or None.
     """
     if value is None:

@@ -1,6 +1,7 @@
 """Builds chunks: stacks batches on the host and sends each stack to the device."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,10 +28,11 @@ class DeviceChunk(NamedTuple):
     examples: tuple[int, ...]
 
 
+@dataclass
 class ChunkBuilder:
     """Stacks batches; those on a device, or too large, form a chunk each.
 
-    Args:
+    Attributes:
       placement: the devices.
       stacks: whether batches are stacked at all.
       steps_per_call: the steps of a call, None to tune them by the clock.
@@ -39,94 +41,71 @@ class ChunkBuilder:
         then single batches are copied. A stack is a copy anyway.
     """
 
-    def __init__(
-        self,
-        placement: Placement,
-        stacks: bool,
-        steps_per_call: int | None,
-        bytes_per_output: int,
-        reuses_buffers: bool = False,
-    ) -> None:
-        self._placement = placement
-        self._reuses_buffers = reuses_buffers
-        self._stacks = stacks
-        self._steps_per_call = steps_per_call
-        self._bytes_per_output = bytes_per_output
-        self._open: _HostStack | _SingleBatch | None = None
+    placement: Placement
+    stacks: bool
+    steps_per_call: int | None
+    bytes_per_output: int
+    reuses_buffers: bool
+
+    def __post_init__(self) -> None:
+        self._start_next()
+
+    def _start_next(self) -> None:
+        self._capacity = 1
+        self._chunk: Any = None  # a `Batch` or a `Stack`
+        self._leaves: list[HostArray] = []
+        self._examples: list[int] = []
 
     @property
     def empty(self) -> bool:
-        return self._open is None
+        """Whether the open chunk holds no batch."""
+        return not self._examples
 
     @property
     def full(self) -> bool:
-        return self._open is not None and self._open.full
+        """Whether the open chunk takes no more batches."""
+        return len(self._examples) == self._capacity
 
     def fits(self, batch: Batch) -> bool:
-        return isinstance(self._open, _HostStack) and self._open.fits(batch)
-
-    def add(self, batch: Batch) -> None:
-        examples = _count_examples(batch.weights)
-        if not isinstance(self._open, _HostStack):
-            capacity = self._capacity(batch)
-            if capacity == 1:
-                batch = copy_host_arrays(batch) if self._reuses_buffers else batch
-                self._open = _SingleBatch(batch, examples)
-                return
-            self._open = _HostStack(batch, capacity)
-        self._open.add(batch, examples)
-
-    def close(self) -> "_HostStack | _SingleBatch":
-        closed, self._open = self._open, None
-        assert closed is not None
-        return closed
-
-    def send(self, closed: "_HostStack | _SingleBatch") -> DeviceChunk:
-        if isinstance(closed, _SingleBatch):
-            chunk = self._placement.put_chunk(closed.batch)
-            return DeviceChunk(chunk, 1, (closed.examples,))
-        chunk = self._placement.put_chunk(Stack(closed.batches))
-        return DeviceChunk(chunk, len(closed.examples), tuple(closed.examples))
-
-    def _capacity(self, batch: Batch) -> int:
-        if not self._stacks or on_device(batch):
-            return 1
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(batch))
-        size = max(size, self._bytes_per_output)
-        return stack_capacity(size, self._steps_per_call)
-
-
-class _SingleBatch(NamedTuple):
-    batch: Batch
-    examples: int
-    full: bool = True
-
-
-class _HostStack:
-    """Batches copied side by side into newly allocated arrays."""
-
-    def __init__(self, like: Batch, capacity: int) -> None:
-        self.batches: Batch = jax.tree.map(
-            lambda leaf: empty_array((capacity, *leaf.shape), leaf.dtype), like
-        )
-        self._leaves = jax.tree.leaves(self.batches)
-        self.examples: list[int] = []
-        self._capacity = capacity
-
-    @property
-    def full(self) -> bool:
-        return len(self.examples) == self._capacity
-
-    def fits(self, batch: Batch) -> bool:
+        """Whether the batch has the shapes of the open stack."""
         return all(
             isinstance(leaf, np.ndarray) and stacked.shape[1:] == leaf.shape
             for stacked, leaf in zip(self._leaves, jax.tree.leaves(batch), strict=True)
         )
 
-    def add(self, batch: Batch, examples: int) -> None:
-        for stacked, leaf in zip(self._leaves, jax.tree.leaves(batch), strict=True):
-            stacked[len(self.examples)] = leaf
-        self.examples.append(examples)
+    def add(self, batch: Batch) -> None:
+        """Adds a batch to the open chunk."""
+        if self.empty:
+            self._open(batch)
+        leaves = jax.tree.leaves(batch) if self._leaves else []
+        for stacked, leaf in zip(self._leaves, leaves, strict=True):
+            stacked[len(self._examples)] = leaf
+        self._examples.append(_count_examples(batch.weights))
+
+    def close(self) -> tuple[Any, list[int]]:
+        """Returns the open chunk and starts the next one."""
+        closed = self._chunk, self._examples
+        self._start_next()
+        return closed
+
+    def send(self, closed: tuple[Any, list[int]]) -> DeviceChunk:
+        """Transfers what `close` returned; may be slow, so no lock is held."""
+        chunk, examples = closed
+        placed = self.placement.put_chunk(chunk)
+        return DeviceChunk(placed, len(examples), tuple(examples))
+
+    def _open(self, batch: Batch) -> None:
+        if self.stacks and not on_device(batch):
+            size = sum(leaf.nbytes for leaf in jax.tree.leaves(batch))
+            size = max(size, self.bytes_per_output)
+            self._capacity = stack_capacity(size, self.steps_per_call)
+        if self._capacity == 1:
+            self._chunk = copy_host_arrays(batch) if self.reuses_buffers else batch
+            return
+        stacked: Batch = jax.tree.map(
+            lambda leaf: empty_array((self._capacity, *leaf.shape), leaf.dtype), batch
+        )
+        self._chunk, self._leaves = Stack(stacked), jax.tree.leaves(stacked)
 
 
 def _count_examples(weights: HostArray | jax.Array) -> int:

@@ -42,22 +42,22 @@ class DispatchQueue:
 
     Args:
       steps_per_call: steps of every call; None to tune them by the clock.
+
+    Attributes:
+      steps_per_call: the largest number of steps for the next call.
+      finished: the result of the last finished call, None at first, and the steps up
+        to it. Reading that result does not wait for the device.
     """
 
     def __init__(self, steps_per_call: int | None = None) -> None:
         self._fixed = steps_per_call
-        self._steps = steps_per_call or 1
+        self.steps_per_call = steps_per_call or 1
         self._in_flight: deque[_Call] = deque()
         self._last_end = 0.0
         self._seconds_per_call = 0.0
         self._seconds_per_step = 0.0
-        self._finished: tuple[Any, int] = (None, 0)
+        self.finished: tuple[Any, int] = (None, 0)
         self._submitted = 0
-
-    @property
-    def steps_per_call(self) -> int:
-        """The largest number of steps for the next call."""
-        return self._steps
 
     @property
     def idle(self) -> bool:
@@ -66,26 +66,18 @@ class DispatchQueue:
         return not self._in_flight
 
     @property
-    def finished(self) -> tuple[Any, int]:
-        """The result of the last finished call, None at first, and the steps up to it.
-
-        Reading that result does not wait for the device.
-        """
-        return self._finished
-
-    @property
     def seconds_left(self) -> float:
         """Estimates how long the calls in flight will take."""
         if not self._in_flight or not self._seconds_per_step:
             return 0.0
-        steps = self._submitted - self._finished[1]
+        steps = self._submitted - self.finished[1]
         elapsed = time.perf_counter() - max(self._in_flight[0].began, self._last_end)
         return max(0.0, steps * self._seconds_per_step - max(elapsed, 0.0))
 
     def begin(self, done: int = 0) -> None:
         """Starts an epoch in which `done` steps are finished already."""
         self._in_flight.clear()
-        self._finished, self._submitted = (None, done), done
+        self.finished, self._submitted = (None, done), done
 
     def submit(self, token: PyTree, result: Any, steps: int, *, compiled: bool) -> None:
         """Adds a call, and waits while too many are in flight.
@@ -131,15 +123,15 @@ class DispatchQueue:
         jax.block_until_ready(last.token)
         end = time.perf_counter()
         seconds = end - max(self._last_end, done[0].began)
-        steps = last.steps - self._finished[1]
-        self._finished, self._last_end = (last.result, last.steps), end
+        steps = last.steps - self.finished[1]
+        self.finished, self._last_end = (last.result, last.steps), end
         if any(call.began == float("inf") for call in done):
             return
         self._seconds_per_call = seconds / calls
         self._seconds_per_step = seconds / steps
         if self._fixed is None:
             wanted = int(_SECONDS_PER_CALL * steps / max(seconds, 1e-9))
-            self._steps = max(1, min(wanted, _GROWTH * self._steps))
+            self.steps_per_call = max(1, min(wanted, _GROWTH * self.steps_per_call))
 
 
 def _is_ready(token: PyTree) -> bool:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import count, islice
 from typing import Protocol
@@ -84,15 +84,10 @@ def open_feed(
     bookmarks: IteratorCheckpoints | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Feed:
-    """Returns the feed of a fit.
+    """Returns the feed of a fit: `epochs` epochs from `position` on.
 
     Args:
-      resolved: the programs and the devices.
-      execution: how to run them.
-      source: the data.
-      epochs: the number of epochs from `position` on.
       steps: batches of an epoch, from endless passes; None for one pass.
-      position: where to begin.
       bookmarks: saved positions of data that cannot be entered by a number.
       stopped: whether to wait no longer.
     """
@@ -104,7 +99,11 @@ def open_feed(
             data = placement.put_data(source.padded(rows), how)
             capacity = order_capacity(source.batch_size, execution.steps_per_call)
             orders = _RowOrders(source, epochs, steps, position)
-            return _DeviceFeed(resolved, data, orders, capacity, source.counted)
+            return _DirectFeed(
+                lambda: _ordered_chunks(
+                    resolved, data, orders, capacity, source.counted
+                )
+            )
     batches = epochs_of(source, steps, position, bookmarks)
     return _SequentialFeed(batches, placement, execution, source, stopped)
 
@@ -122,10 +121,9 @@ def open_pass(
 ) -> Feed:
     """Returns the feed of an evaluation or prediction: batches in their order.
 
+    Each epoch of the feed starts at the beginning of the data.
+
     Args:
-      resolved: the programs and the devices.
-      execution: how to run them.
-      source: the data; each epoch of the feed starts at its beginning.
       steps: the largest number of batches, None for all.
       keep: whether the data is read several times, so that it may stay on the device.
       copy: whether chunks must be copies, because the caller may write into the
@@ -141,9 +139,11 @@ def open_pass(
         )
     size = source.nbytes // source.num_examples * source.batch_size
     capacity = stack_capacity(max(size, bytes_per_output), execution.steps_per_call)
-    feed = _ArrayFeed(source, placement, capacity, steps, copy=keep or copy)
     fits = placement.room_for(source.nbytes, execution.device_data) == "whole"
-    return _CachedFeed(feed) if keep and fits else feed
+    return _DirectFeed(
+        lambda: _stacks_of(source, placement, capacity, steps, copy=keep or copy),
+        keep=keep and fits,
+    )
 
 
 def first_chunk(feed: Feed) -> Chunk:
@@ -157,12 +157,6 @@ class _RowOrders:
 
     An order is `int32[batches, batch]` of row numbers, see `DeviceDataset`. An epoch
     may end within a pass; the next one then continues with its rest.
-
-    Args:
-      source: the data.
-      epochs: how many epochs there are.
-      steps: batches of an epoch; None for one pass.
-      position: where to begin.
     """
 
     def __init__(
@@ -194,120 +188,108 @@ class _RowOrders:
         return self._source.order(next(self._passes))
 
 
-class _DeviceFeed:
-    """All examples are on the device; an epoch sends only the order of their rows."""
+def _ordered_chunks(
+    resolved: ResolvedTask,
+    data: Batch,
+    orders: _RowOrders,
+    capacity: int,
+    counted: HostArray | None,
+) -> Iterator[DeviceChunk]:
+    """Yields the chunks of an epoch of data that is on the device.
 
-    def __init__(
-        self,
-        resolved: ResolvedTask,
-        data: Batch,
-        orders: _RowOrders,
-        capacity: int,
-        counted: HostArray | None,
-    ) -> None:
-        self._placement = resolved.placement
-        self._data = data
-        self._orders = orders
-        self._capacity = capacity
-        self._counted = counted
-        # A single call takes an order from the host as fast as from the device; many
-        # calls would each transfer it.
-        single = resolved.programs.one_step_per_call
-        self._put_order = single or len(resolved.placement.devices) > 1
-
-    def epoch(self) -> AbstractContextManager[Chunks]:
-        return nullcontext(_Synchronous(self._chunks(self._orders.epoch())))
-
-    def _chunks(self, orders: Iterator[HostArray]) -> Iterator[DeviceChunk]:
-        for whole in orders:
-            for first in range(0, len(whole), self._capacity):
-                yield self._chunk(whole[first : first + self._capacity])
-
-    def _chunk(self, rows: HostArray) -> DeviceChunk:
-        # Always of full capacity: another shape would compile another program.
-        order = np.zeros((self._capacity, rows.shape[1]), np.int32)
-        order[: len(rows)] = rows
-        chunk: Chunk = DeviceDataset(self._data, order)
-        if self._put_order:
-            chunk = self._placement.put_chunk(chunk)
-        real = rows >= 0
-        if self._counted is not None:
-            real &= self._counted[rows_of(rows)[0]]
-        examples = np.count_nonzero(real, axis=1)
-        return DeviceChunk(chunk, len(rows), tuple(examples.tolist()))
+    Only the order of its rows is sent there.
+    """
+    placement = resolved.placement
+    # A single call takes an order from the host as fast as from the device; many
+    # calls would each transfer it.
+    put_order = resolved.programs.one_step_per_call or len(placement.devices) > 1
+    for whole in orders.epoch():
+        for first in range(0, len(whole), capacity):
+            rows = whole[first : first + capacity]
+            # Always of full capacity: another shape would compile another program.
+            order = np.zeros((capacity, rows.shape[1]), np.int32)
+            order[: len(rows)] = rows
+            chunk: Chunk = DeviceDataset(data, order)
+            if put_order:
+                chunk = placement.put_chunk(chunk)
+            real = rows >= 0
+            if counted is not None:
+                real &= counted[rows_of(rows)[0]]
+            examples = np.count_nonzero(real, axis=1)
+            yield DeviceChunk(chunk, len(rows), tuple(examples.tolist()))
 
 
-class _ArrayFeed:
-    """Sends arrays in their order, one stack at a time while the device computes.
+def _stacks_of(
+    source: ArraySource,
+    placement: Placement,
+    capacity: int,
+    steps: int | None,
+    copy: bool,
+) -> Iterator[DeviceChunk]:
+    """Yields stacks of arrays in their order, one at a time while the device computes.
 
     Without `copy` a stack may be the user's own memory: then the caller has to finish
     the pass before it returns to the user.
     """
+    batches = source.num_batches if steps is None else min(steps, source.num_batches)
+    for first in range(0, batches, capacity):
+        number = min(capacity, batches - first)
+        stacked, examples = source.stack(first, number, capacity, own=copy)
+        yield DeviceChunk(placement.put_chunk(Stack(stacked)), number, examples)
+
+
+class _DirectFeed:
+    """Builds chunks in the calling thread, when they are needed.
+
+    Args:
+      chunks: yields the chunks of the next epoch.
+      keep: whether those of the first epoch stay on the device for the later ones.
+    """
 
     def __init__(
-        self,
-        source: ArraySource,
-        placement: Placement,
-        capacity: int,
-        steps: int | None,
-        *,
-        copy: bool,
+        self, chunks: Callable[[], Iterator[DeviceChunk]], keep: bool = False
     ) -> None:
-        self._source = source
-        self._placement = placement
-        self._capacity = capacity
-        self._copy = copy
-        self._batches = source.num_batches
-        if steps is not None:
-            self._batches = min(steps, self._batches)
+        self._chunks = chunks
+        self._keep = keep
+        self._kept: list[DeviceChunk] | None = None
 
     def epoch(self) -> AbstractContextManager[Chunks]:
-        return nullcontext(_Synchronous(self._chunks()))
+        if self._kept is not None:
+            return nullcontext(_Direct(iter(self._kept)))
+        return nullcontext(_Direct(self._recorded() if self._keep else self._chunks()))
 
-    def _chunks(self) -> Iterator[DeviceChunk]:
-        for first in range(0, self._batches, self._capacity):
-            number = min(self._capacity, self._batches - first)
-            batches, examples = self._source.stack(
-                first, number, self._capacity, own=self._copy
-            )
-            yield DeviceChunk(
-                self._placement.put_chunk(Stack(batches)), number, examples
-            )
+    def _recorded(self) -> Iterator[DeviceChunk]:
+        kept = []
+        for chunk in self._chunks():
+            kept.append(chunk)
+            yield chunk
+        self._kept = kept
 
 
+@dataclass(frozen=True)
 class _SequentialFeed:
     """Gathers, stacks and transfers batches as they arrive."""
 
-    def __init__(
-        self,
-        epochs: Iterator[Iterator[Batch]],
-        placement: Placement,
-        execution: Execution,
-        source: BatchSource,
-        stopped: Callable[[], bool],
-        bytes_per_output: int = 0,
-    ) -> None:
-        self._epochs = epochs
-        self._placement = placement
-        self._execution = execution
-        self._stopped = stopped
-        self._bytes_per_output = bytes_per_output
-        self._reuses_buffers = source.reuses_buffers
-        # Batches of different lengths cannot be stacked, and gathering reads ahead.
-        self._stacks = source.pad and execution.prefetch > 0
+    epochs: Iterator[Iterator[Batch]]
+    placement: Placement
+    execution: Execution
+    source: BatchSource
+    stopped: Callable[[], bool]
+    bytes_per_output: int = 0
 
     def epoch(self) -> AbstractContextManager[Chunks]:
-        batches = next(self._epochs)
+        batches, prefetch = next(self.epochs), self.execution.prefetch
         builder = ChunkBuilder(
-            self._placement,
-            self._stacks,
-            self._execution.steps_per_call,
-            self._bytes_per_output,
-            self._reuses_buffers,
+            self.placement,
+            # Batches of different lengths cannot be stacked, and gathering reads ahead.
+            self.source.pad and prefetch > 0,
+            self.execution.steps_per_call,
+            self.bytes_per_output,
+            self.source.reuses_buffers,
         )
-        if self._execution.prefetch == 0:
-            return nullcontext(_Synchronous(_one_by_one(batches, builder)))
-        return Prefetch(batches, builder, self._execution.prefetch, self._stopped)
+        if prefetch == 0:
+            return nullcontext(_Direct(_one_by_one(batches, builder)))
+        return Prefetch(batches, builder, prefetch, self.stopped)
 
 
 def _one_by_one(
@@ -318,27 +300,8 @@ def _one_by_one(
         yield builder.send(builder.close())
 
 
-class _CachedFeed:
-    """Keeps the chunks of the first epoch on the device for the later ones."""
-
-    def __init__(self, feed: Feed) -> None:
-        self._feed = feed
-        self._kept: list[DeviceChunk] | None = None
-
-    @contextmanager
-    def epoch(self) -> Iterator[Chunks]:
-        if self._kept is not None:
-            yield _Synchronous(iter(self._kept))
-            return
-        with self._feed.epoch() as chunks:
-            recording = _Recording(chunks)
-            yield recording
-        if recording.complete:
-            self._kept = recording.kept
-
-
-class _Synchronous:
-    """Builds chunks in the calling thread."""
+class _Direct:
+    """Chunks that are built in the calling thread."""
 
     ready = True
 
@@ -346,35 +309,10 @@ class _Synchronous:
         self._chunks = chunks
 
     def __iter__(self) -> Iterator[DeviceChunk]:
-        return self
+        return self._chunks
 
     def __next__(self) -> DeviceChunk:
         return next(self._chunks)
-
-
-class _Recording:
-    """Records chunks as they are consumed."""
-
-    def __init__(self, chunks: Chunks) -> None:
-        self._chunks = chunks
-        self.kept: list[DeviceChunk] = []
-        self.complete = False
-
-    @property
-    def ready(self) -> bool:
-        return self._chunks.ready
-
-    def __iter__(self) -> Iterator[DeviceChunk]:
-        return self
-
-    def __next__(self) -> DeviceChunk:
-        try:
-            chunk = next(self._chunks)
-        except StopIteration:
-            self.complete = True
-            raise
-        self.kept.append(chunk)
-        return chunk
 
 
 def _rounded(rows: int) -> int:

@@ -107,7 +107,8 @@ def train_epoch(
                 feed = fit.open_feed(loop.epoch, loop.batch)
         closed = _close_epoch(fit, *values, shown)
         if closed:
-            loop.history.timing.close_epoch(loop.batch - start, examples)
+            timing = loop.history.timing
+            timing.append(timing.clock.lap(), loop.batch - start, examples)
             loop.running = None
             _save(fit, queue, guard)
         return closed, feed
@@ -120,14 +121,7 @@ def dispatch(
     queue: DispatchQueue,
     guard: NonFiniteGuard,
 ) -> int:
-    """Trains on the next batches of a chunk in one call, and runs the batch hooks.
-
-    Args:
-      fit: the fit.
-      chunk: the batches.
-      start: the first of them to train on.
-      queue: the calls in flight.
-      guard: detects non-finite losses.
+    """Trains on a chunk from batch `start` on in one call, and runs the batch hooks.
 
     Returns:
       The number of steps of the call.

@@ -22,25 +22,24 @@ class Interrupt:
     """
 
     def __init__(self) -> None:
-        self._count = 0
+        self._received: list[int] = []
         self._shielded = False
         self._previous: dict[int, Any] = {}
-        self._signal = signal.SIGINT
 
     @property
     def requested(self) -> bool:
         """Whether Ctrl-C was pressed, or SIGTERM came."""
-        return self._count > 0
+        return bool(self._received)
 
     @property
     def insisted(self) -> bool:
         """Whether it came again."""
-        return self._count > 1
+        return len(self._received) > 1
 
     @property
     def terminated(self) -> bool:
-        """Whether SIGTERM came: the process is to end."""
-        return self.requested and self._signal == signal.SIGTERM
+        """Whether SIGTERM came, perhaps with Ctrl-C: the process is to end."""
+        return signal.SIGTERM in self._received
 
     @property
     def reason(self) -> str:
@@ -55,7 +54,7 @@ class Interrupt:
             yield
         finally:
             self._shielded = False
-        if self._count > 1:
+        if self.insisted:
             self._raise()
 
     def __enter__(self) -> Self:
@@ -78,11 +77,8 @@ class Interrupt:
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         del frame
-        self._count += 1
-        # Ctrl-C after SIGTERM does not take the end of the process back.
-        if self._signal != signal.SIGTERM:
-            self._signal = signal.Signals(signum)
-        if self._count > 1 and not self._shielded:
+        self._received.append(signum)
+        if self.insisted and not self._shielded:
             self._raise()
 
     def _raise(self) -> None:

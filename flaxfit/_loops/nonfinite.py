@@ -23,10 +23,6 @@ class NonFiniteGuard:
     The compiled program itself ends the call in which such a loss occurs and runs no
     later steps. So the host may notice it late, and never has to wait for a step.
 
-    Args:
-      fit: the fit to guard.
-      queue: the calls in flight.
-
     Attributes:
       rolled_back: whether a checkpoint was restored and the feed has to be reopened.
     """
@@ -47,9 +43,8 @@ class NonFiniteGuard:
     def poll(self) -> None:
         """Checks the last finished call, at most a few times a second."""
         now = time.perf_counter()
-        if self._fit.nonfinite == "ignore" or now - self._polled < (
-            _SECONDS_BETWEEN_POLLS
-        ):
+        early = now - self._polled < _SECONDS_BETWEEN_POLLS
+        if early or self._fit.nonfinite == "ignore":
             return
         self._polled = now
         finished, _ = self._queue.finished
@@ -63,12 +58,7 @@ class NonFiniteGuard:
             self.handle(*read(counts_of(running)))
 
     def handle(self, bad: Any, skipped: Any) -> None:
-        """Handles what the accumulators report.
-
-        Args:
-          bad: the number of the first batch whose loss was not finite, or -1.
-          skipped: how many batches were skipped.
-        """
+        """Handles what `counts_of` returned, on the host."""
         fit, loop = self._fit, self._fit.loop
         handled = self.rolled_back or loop.outcome.failure == "nonfinite"
         if bad < 0 or fit.nonfinite == "ignore" or handled:
@@ -92,15 +82,13 @@ class NonFiniteGuard:
             self.rolled_back = True
             return
         loop.outcome = Outcome(text, "nonfinite")
-        _warn(
-            f"{sentence} Training stopped; the trainer holds "
-            + (
-                f"the checkpoint of step {loop.step}."
-                if restored
-                else "the state after that step. fit(run_dir=...) would restore the "
-                'last checkpoint; Trainer(nonfinite="skip") skips such batches.'
+        held = f"the checkpoint of step {loop.step}."
+        if not restored:
+            held = (
+                "the state after that step. fit(run_dir=...) would restore the last "
+                'checkpoint; Trainer(nonfinite="skip") skips such batches.'
             )
-        )
+        _warn(f"{sentence} Training stopped; the trainer holds {held}")
 
     def _report_skipped(self, skipped: int, where: str) -> None:
         epoch = self._fit.loop.epoch

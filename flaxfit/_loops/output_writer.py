@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from flaxfit._core.errors import UsageError, UsageTypeError
 from flaxfit._core.types import PyTree
 from flaxfit._loops.predict_loop import Part, real_rows
 
@@ -81,44 +82,36 @@ class OutputWriter:
 
 
 def _check(target: Any, output: Any, examples: int | None) -> None:
+    kind, advice = f"out is a {type(target).__name__}", _advice(output, examples)
     shape = getattr(target, "shape", None)
     writable = hasattr(target, "__setitem__") and not isinstance(target, jax.Array)
     if shape is None or not writable:
-        raise TypeError(
-            f"out is a {type(target).__name__}, which cannot be written into by rows. "
-            f"Write {_advice(output, examples)}."
-        )
+        given = f"{kind}, which cannot be written into by rows"
+        raise UsageTypeError(given, write=advice)
     flags = getattr(target, "flags", None)
     if getattr(target, "read_only", False) or not getattr(flags, "writeable", True):
-        raise ValueError(
-            f"out is a {type(target).__name__} that is read-only: open it for "
-            "writing, a memory-mapped array with mode='r+'."
+        raise UsageError(
+            f"{kind} that is read-only: open it for writing, a memory-mapped array "
+            "with mode='r+'"
         )
     if tuple(shape[1:]) != output.shape[1:] or not len(shape):
-        raise ValueError(
-            f"out has the shape {tuple(shape)}, and the outputs are {output.dtype}"
-            f"[examples{''.join(f', {n}' for n in output.shape[1:])}]. Write "
-            f"{_advice(output, examples)}."
-        )
+        wanted = ", ".join(["examples", *map(str, output.shape[1:])])
+        given = f"out has the shape {tuple(shape)}, and the outputs are {output.dtype}"
+        raise UsageError(f"{given}[{wanted}]", write=advice)
     if examples is not None and shape[0] != examples:
-        raise ValueError(
-            f"out has {shape[0]} rows, and there are {examples} examples. Give "
-            f"{f'out[:{examples}]' if shape[0] > examples else 'more rows'}."
-        )
+        rows = f"out[:{examples}]" if shape[0] > examples else "more rows"
+        given = f"out has {shape[0]} rows, and there are {examples} examples"
+        raise UsageError(given, f"Give {rows}")
     try:
         dtype = np.dtype(getattr(target.dtype, "numpy_dtype", target.dtype))
     except (AttributeError, TypeError) as error:
-        raise TypeError(
-            f"out is a {type(target).__name__}, whose dtype is not NumPy's. Give "
-            "its NumPy view, as out=out.numpy() of torch."
-        ) from error
+        expected = "Give its NumPy view, as out=out.numpy() of torch"
+        raise UsageTypeError(f"{kind}, whose dtype is not NumPy's", expected) from error
     # Whole numbers that are too large would wrap around; others are rounded.
     exact = np.issubdtype(dtype, np.integer)
     if not np.can_cast(output.dtype, dtype, "safe" if exact else "same_kind"):
-        raise ValueError(
-            f"out is {dtype}, and the outputs are {output.dtype}, which it cannot "
-            f"hold. Write {_advice(output, examples)}."
-        )
+        given = f"out is {dtype}, and the outputs are {output.dtype}"
+        raise UsageError(f"{given}, which it cannot hold", write=advice)
 
 
 def _advice(output: Any, examples: int | None) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -15,7 +16,7 @@ from flaxfit._loops.host_reads import read
 from flaxfit._programs.chunks import Stack
 from flaxfit._programs.program_cache import Outputs
 from flaxfit._programs.resolve import ResolvedTask
-from flaxfit._reporting.display import Display, Silent, epoch_display
+from flaxfit._reporting.display import Display, epoch_display
 from flaxfit.data.sources.base import BatchSource
 
 Part: TypeAlias = tuple[PyTree, tuple[int, ...]]
@@ -23,10 +24,11 @@ Part: TypeAlias = tuple[PyTree, tuple[int, ...]]
 how many rows of each batch are real."""
 
 
+@dataclass(frozen=True)
 class Prediction:
     """The prediction of one dataset.
 
-    Args:
+    Attributes:
       resolved: the compiled programs.
       execution: how to run them.
       source: the inputs.
@@ -35,29 +37,17 @@ class Prediction:
       sown: whether to predict the `intermediates` that the model sows.
     """
 
-    def __init__(
-        self,
-        resolved: ResolvedTask,
-        execution: Execution,
-        source: BatchSource,
-        outputs: Outputs,
-        *,
-        steps: int | None = None,
-        sown: bool = False,
-    ) -> None:
-        self._resolved = resolved
-        self._execution = execution
-        self._source = source
-        self._steps = steps
-        self._program = (
-            resolved.programs.intermediates if sown else resolved.programs.predict
-        )
-        self.outputs = outputs
+    resolved: ResolvedTask
+    execution: Execution
+    source: BatchSource
+    outputs: Outputs
+    steps: int | None = None
+    sown: bool = False
 
     @property
     def examples(self) -> int | None:
         """The number of examples to predict, None if only reading tells."""
-        source, steps = self._source, self._steps
+        source, steps = self.source, self.steps
         if steps is None or source.num_examples is None:
             return source.num_examples
         if source.kind == "arrays":
@@ -70,25 +60,22 @@ class Prediction:
     ) -> Generator[Part]:
         """Yields the outputs of each call.
 
-        They are read while the next calls run, or while the data is waited for.
-
-        Args:
-          state: the state to predict with; it is only read.
-          copy: see `open_pass`.
-          display: shows the progress.
+        They are read while the next calls run, or while the data is waited for. The
+        state is only read. For `copy` see `open_pass`.
         """
-        single = self._resolved.programs.one_step_per_call
+        programs = self.resolved.programs
+        predict = programs.intermediates if self.sown else programs.predict
         feed = open_pass(
-            self._resolved,
-            self._execution,
-            self._source,
-            steps=self._steps,
+            self.resolved,
+            self.execution,
+            self.source,
+            steps=self.steps,
             copy=copy,
             bytes_per_output=self.outputs.nbytes,
         )
-        predict, display = self._program, display or Silent()
-        total = self._source.num_batches if self._steps is None else self._steps
-        done, queue = 0, self._execution.queue(self._resolved)
+        display = display or Display()
+        total = self.source.num_batches if self.steps is None else self.steps
+        done, queue = 0, self.execution.queue(self.resolved)
         pending: Callable[[], Part] | None = None
         with (
             epoch_display(display, "Predicting", total) as shown,
@@ -113,6 +100,7 @@ class Prediction:
                     compiled = predict.traces != traces
                     queue.submit(outputs, outputs, steps, compiled=compiled)
                     part = slice(start, start + steps)
+                    single = programs.one_step_per_call
                     stacked = not single and isinstance(chunk.chunk, Stack)
                     pending = partial(
                         _read_outputs, outputs, chunk.examples[part], part, stacked
@@ -151,7 +139,13 @@ def join_batches(parts: Generator[Part], batched: Sequence[bool]) -> PyTree:
             leaves, structure = jax.tree.flatten(outputs)
             for column, leaf, is_batch in zip(columns, leaves, batched, strict=True):
                 if is_batch and column and column[0].shape[1:] != leaf.shape[2:]:
-                    raise DataError(_unlike_rows(column[0].shape[1:], leaf.shape[2:]))
+                    before, now = list(column[0].shape[1:]), list(leaf.shape[2:])
+                    raise DataError(
+                        "predict joins the outputs of all batches, and their rows "
+                        f"differ in shape: {before} and {now}. Write for outputs in "
+                        "trainer.predict_batches(x), or pad all inputs to one length, "
+                        "pad_to=128."
+                    )
                 if is_batch:
                     column += real_rows(leaf, examples)
                 else:
@@ -178,11 +172,3 @@ def real_rows(leaf: HostArray, examples: tuple[int, ...]) -> list[HostArray]:
     if sum(examples) == leaf.shape[0] * leaf.shape[1]:
         return [leaf.reshape(-1, *leaf.shape[2:])]
     return [one[:rows] for one, rows in zip(leaf, examples, strict=True)]
-
-
-def _unlike_rows(before: tuple[int, ...], now: tuple[int, ...]) -> str:
-    return (
-        "predict joins the outputs of all batches, and their rows differ in shape: "
-        f"{list(before)} and {list(now)}. Write for outputs in "
-        "trainer.predict_batches(x), or pad all inputs to one length, pad_to=128."
-    )

@@ -1,4 +1,4 @@
-"""A background thread that prepares the next chunks; knows nothing about batches."""
+"""A background thread that prepares the next chunks."""
 
 import contextlib
 import contextvars
@@ -6,13 +6,13 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterator
-from typing import Any, Generic, Protocol, Self, TypeVar
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, Self
 
 import jax
 
-Item = TypeVar("Item", contravariant=True)
-Sent = TypeVar("Sent", covariant=True)
+from flaxfit._core.types import Batch
+from flaxfit._loops.chunk_builder import ChunkBuilder, DeviceChunk
 
 # How long `close` waits for a busy loader. Its thread ends when the loader returns.
 _SECONDS_TO_END = 1.0
@@ -23,30 +23,6 @@ _NOTE = (
     "The data was read ahead in a background thread; Trainer(model, prefetch=0) reads "
     "it in yours."
 )
-
-
-class Builder(Protocol[Item, Sent]):
-    """Gathers consecutive items into one chunk."""
-
-    @property
-    def empty(self) -> bool:
-        """Whether the open chunk holds no item."""
-
-    @property
-    def full(self) -> bool:
-        """Whether the open chunk takes no more items."""
-
-    def fits(self, item: Item) -> bool:
-        """Whether the item can join the open chunk."""
-
-    def add(self, item: Item) -> None:
-        """Adds an item to the open chunk."""
-
-    def close(self) -> Any:
-        """Returns the open chunk and starts the next one."""
-
-    def send(self, closed: Any) -> Sent:
-        """Transfers what `close` returned; may be slow, so no lock is held."""
 
 
 class _WakeEvent:
@@ -84,7 +60,7 @@ class _CloseSignal:
         self.wake.set()
 
 
-class _Worker(Generic[Item, Sent]):
+class _Worker:
     """The work of the thread, and everything that both threads share.
 
     `lock` protects the open chunk, which the consumer may take before it is full. The
@@ -92,12 +68,12 @@ class _Worker(Generic[Item, Sent]):
     """
 
     def __init__(
-        self, items: Iterator[Item], builder: Builder[Item, Sent], depth: int
+        self, items: Iterator[Batch], builder: ChunkBuilder, depth: int
     ) -> None:
         self._items = items
         self._depth = depth
         self.builder = builder
-        self.chunks: deque[Sent] = deque()
+        self.chunks: deque[DeviceChunk] = deque()
         self.lock = threading.Lock()
         self.wake_consumer = _WakeEvent()
         self.ended = False
@@ -136,7 +112,7 @@ class _Worker(Generic[Item, Sent]):
         if isinstance(items, Generator):
             items.close()
 
-    def _add(self, item: Item) -> bool:
+    def _add(self, item: Batch) -> bool:
         """Adds an item and sends a full chunk; False once the consumer has closed."""
         builder = self.builder
         with self.lock:
@@ -168,7 +144,7 @@ class _Worker(Generic[Item, Sent]):
         return not self.signal.closed
 
 
-class Prefetch(Generic[Item, Sent]):
+class Prefetch:
     """Gathers and sends in a background thread, a bounded number of chunks ahead.
 
     A waiting consumer receives a partial chunk rather than wait for a full one: at
@@ -177,18 +153,18 @@ class Prefetch(Generic[Item, Sent]):
     `close`, or when this object is garbage collected: Ctrl-C may come before `close`.
 
     Args:
-      items: what is gathered; read in the thread.
-      builder: gathers and sends it.
+      items: the batches; read in the thread.
+      builder: gathers and sends them.
       depth: how many chunks may wait.
       stopped: checked while the consumer waits; True ends its iteration.
     """
 
     def __init__(
         self,
-        items: Iterator[Item],
-        builder: Builder[Item, Sent],
+        items: Iterator[Batch],
+        builder: ChunkBuilder,
         depth: int,
-        stopped: Any = lambda: False,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         worker = _Worker(items, builder, depth)
         self._worker = worker
@@ -216,7 +192,7 @@ class Prefetch(Generic[Item, Sent]):
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Sent:
+    def __next__(self) -> DeviceChunk:
         worker = self._worker
         while True:
             # Read before the deque: a chunk appended in between would be lost.

@@ -5,19 +5,22 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 _SECONDS_BETWEEN_UPDATES = 0.1
 _SEPARATOR = " \N{MIDDLE DOT} "
 _ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
 _TOTAL_KNOWN = "{desc} {bar:%d} {n_fmt}/{total_fmt} [{elapsed}<{remaining}%s{postfix}]"
 _TOTAL_UNKNOWN = "{desc} {n_fmt} steps [{elapsed}%s{postfix}]"
-_WIDE = 100  # columns from which the bar is longer and has the steps per second
+_WIDE = 100  # from this many columns on, the bar is longer and shows steps per second
 
 
-class Display(Protocol):
-    """Where the progress of a fit, an evaluation or a prediction goes."""
+class Display:
+    """Shows the progress of a fit, an evaluation or a prediction.
+
+    This one is `verbose=0` and shows nothing; the others override its methods.
+    """
 
     def say(self, text: str) -> None:
         """Shows a line of text."""
@@ -30,39 +33,17 @@ class Display(Protocol):
 
     def due(self) -> bool:
         """Whether it is time for an `update`: at most ten times a second."""
+        return False
 
     def update(self, done: int, logs: Mapping[str, Any]) -> None:
         """Shows `done` steps and the values so far."""
 
     def end(self, done: int, logs: Mapping[str, Any], *, finished: bool) -> None:
-        """Ends the epoch with its values; `finished` is False where it broke off."""
-
-
-class Silent:
-    """`verbose=0`: shows nothing."""
-
-    def say(self, text: str) -> None:
-        """Does nothing."""
-
-    def begin(self, title: str, total: int | None) -> None:
-        """Does nothing."""
-
-    def note(self, text: str) -> None:
-        """Does nothing."""
-
-    def due(self) -> bool:
-        """Never."""
-        return False
-
-    def update(self, done: int, logs: Mapping[str, Any]) -> None:
-        """Does nothing."""
-
-    def end(self, done: int, logs: Mapping[str, Any], *, finished: bool) -> None:
-        """Does nothing."""
+        """Ends the epoch with its values; `finished` is False if it was interrupted."""
 
 
 class EpochLine:
-    """The line that remains of an epoch."""
+    """The line that stays on the screen after an epoch."""
 
     def __init__(self) -> None:
         self._title = ""
@@ -78,7 +59,7 @@ class EpochLine:
     ) -> str:
         """Returns the line, shortened to `columns` if they are not 0.
 
-        The learning rate is in it where it differs from that of the epoch before and
+        It includes the learning rate if that has changed since the last epoch and if
         there is room for it.
         """
         rate = logs.get("learning_rate")
@@ -87,18 +68,14 @@ class EpochLine:
         self._rate = rate
         title = self._title if finished else self._title + _SEPARATOR + "broken off"
         seconds = f"{time.perf_counter() - self._began:.1f} s"
-        for chosen in (rated, plain):
-            line = _joined(title, f"{done} steps", seconds, format_logs(chosen))
-            if not columns or len(line) <= columns:
-                return line
-        for chosen in (rated, plain):
-            line = _joined(title, seconds, _paired(chosen))
-            if len(line) <= columns:
-                return line
-        return _shortened(line, columns)
+        both, start = (rated, plain), _joined(title, f"{done} steps", seconds)
+        long = [_joined(start, format_logs(chosen)) for chosen in both]
+        short = [_joined(title, seconds, _paired(chosen)) for chosen in both]
+        fits = (line for line in long + short if not columns or len(line) <= columns)
+        return next(fits, None) or _shortened(short[-1], columns)
 
 
-class Lines(Silent):
+class Lines(Display):
     """`verbose=2`: one plain line per epoch, for files and logs."""
 
     def __init__(self) -> None:
@@ -117,13 +94,13 @@ class Lines(Silent):
         self.say(self._line.text(done, logs, finished))
 
 
-class Bar:
+class Bar(Display):
     """`verbose=1`: a tqdm bar, in a terminal or a notebook, that ends as a line."""
 
     def __init__(self) -> None:
         self._in_notebook = in_notebook()
         with warnings.catch_warnings():
-            # Without ipywidgets tqdm says so and draws a text bar: good enough.
+            # Without ipywidgets, tqdm warns and draws a text bar, which is enough.
             warnings.simplefilter("ignore")
             if self._in_notebook:
                 from tqdm.auto import tqdm
@@ -135,7 +112,7 @@ class Bar:
         self._line = EpochLine()
 
     def say(self, text: str) -> None:
-        """Prints the text, broken between its parts where the terminal ends."""
+        """Prints the text, in lines no wider than the terminal."""
         wrapped = _wrapped(_encodable(text), self._columns())
         self._tqdm.write(wrapped, file=sys.stdout)
 
@@ -160,17 +137,17 @@ class Bar:
             self._bar.set_postfix_str(_encodable(text), refresh=True)
 
     def due(self) -> bool:
-        """Whether a tenth of a second has gone by."""
+        """Whether a tenth of a second has passed."""
         return time.perf_counter() - self._last >= _SECONDS_BETWEEN_UPDATES
 
     def update(self, done: int, logs: Mapping[str, Any]) -> None:
         """Redraws the bar."""
         self._last = time.perf_counter()
         self._bar.n = done
-        self._bar.set_postfix_str(format_logs(logs), refresh=True)
+        self.note(format_logs(logs))
 
     def end(self, done: int, logs: Mapping[str, Any], *, finished: bool) -> None:
-        """Puts the epoch's line in the bar's place."""
+        """Replaces the bar by the epoch's line."""
         self._bar.close()
         self._bar = None
         self.say(self._line.text(done, logs, finished, self._columns()))
@@ -181,7 +158,7 @@ class Bar:
 
     def _format(self, total: int | None) -> str | None:
         if self._in_notebook:
-            return None  # tqdm's widget has a form of its own
+            return None  # tqdm's widget has its own format
         wide = self._columns() >= _WIDE
         rate = ", {rate_fmt}" if wide else ""
         if total is None:
@@ -190,14 +167,12 @@ class Bar:
 
 
 def _encodable(text: str) -> str:
-    """Returns the text in what stdout can write; an odd locale ends no training."""
+    """Replaces the characters that stdout cannot encode: `print` would raise."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
         text.encode(encoding)
     except UnicodeEncodeError:
-        plain = text.replace(" \N{MIDDLE DOT} ", " | ").replace(
-            "\N{MULTIPLICATION SIGN}", "x"
-        )
+        plain = text.replace(_SEPARATOR, " | ").replace("\N{MULTIPLICATION SIGN}", "x")
         return plain.encode(encoding, "replace").decode(encoding)
     return text
 
@@ -206,33 +181,37 @@ def make_display(verbose: int | str) -> Display:
     """Returns the display for Keras's `verbose`.
 
     Args:
-      verbose: 0 nothing, 1 a bar, 2 a line per epoch, `"auto"` a bar where someone
-        watches (a terminal, a notebook) and lines elsewhere.
+      verbose: 0 shows nothing, 1 a bar, 2 a line per epoch; `"auto"` a bar in a
+        terminal or a notebook, and lines elsewhere.
 
     Raises:
-      ValueError: anything else.
+      ValueError: another value.
     """
     if verbose == "auto":
         verbose = 1 if in_notebook() or sys.stdout.isatty() else 2
     if verbose not in (0, 1, 2):
         raise ValueError(f'verbose={verbose!r}: write 0, 1, 2 or "auto".')
-    return Silent() if verbose == 0 else Bar() if verbose == 1 else Lines()
+    return (Display, Bar, Lines)[int(verbose)]()
 
 
 def make_progress(verbose: int | str) -> Display:
-    """Returns the display of `evaluate` and `predict`: as `make_display`, but no lines
-    where the output is not a terminal or notebook."""
+    """Returns the display of `evaluate` and `predict`.
+
+    It is that of `make_display`, but `"auto"` shows nothing outside of a terminal or a
+    notebook.
+    """
     display = make_display(verbose)
-    return Silent() if verbose == "auto" and isinstance(display, Lines) else display
+    return Display() if verbose == "auto" and isinstance(display, Lines) else display
 
 
 @contextlib.contextmanager
 def epoch_display(
     display: Display, title: str, total: int | None
 ) -> Iterator[dict[str, Any]]:
-    """Opens an epoch and closes it whatever happens.
+    """Begins an epoch and ends it, also after an error.
 
-    Yields a dict to be filled with `done` and `logs`; an error breaks it off.
+    Yields:
+      A dict for the caller to update: the steps `done`, the `logs`, and `finished`.
     """
     shown: dict[str, Any] = {"done": 0, "logs": {}, "finished": False}
     display.begin(title, total)
@@ -255,7 +234,7 @@ def format_logs(logs: Mapping[str, Any]) -> str:
 
 
 def _paired(logs: Mapping[str, Any]) -> str:
-    """Returns `"loss 0.1234 (val 0.2345) · …"`: less wide than `format_logs`."""
+    """Returns `"loss 0.1234 (val 0.2345) · …"`, which is shorter than `format_logs`."""
     parts = []
     for name, value in logs.items():
         validated = logs.get(f"val_{name}")
@@ -271,7 +250,7 @@ def _joined(*parts: str) -> str:
 
 
 def _shortened(line: str, columns: int) -> str:
-    """Returns as many whole parts as fit, the first cut if it alone does not."""
+    """Returns the parts that fit; if not even the first one does, it is cut."""
     parts = line.split(_SEPARATOR)
     while len(parts) > 1 and len(_joined(*parts, _ELLIPSIS)) > columns:
         parts.pop()
@@ -279,7 +258,7 @@ def _shortened(line: str, columns: int) -> str:
 
 
 def _wrapped(text: str, columns: int) -> str:
-    """Returns `text` in lines of at most `columns`, broken at separators only."""
+    """Breaks `text` at its separators into lines of at most `columns`."""
     lines = [""]
     for part in text.split(_SEPARATOR):
         longer = _joined(lines[-1], part)
@@ -299,20 +278,21 @@ def format_value(value: Any) -> str:
 
 def format_bytes(size: float) -> str:
     """Returns e.g. `"1.5 MiB"`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    raise AssertionError  # pragma: no cover
+    return _scaled(size, 1024, (" B", " KiB", " MiB", " GiB"))
 
 
 def format_count(count: float) -> str:
     """Returns e.g. `"3.4 M"` for FLOPs and the like."""
-    for unit in ("", " k", " M", " G", " T"):
-        if count < 1000 or unit == " T":
-            return f"{count:.0f}" if not unit else f"{count:.1f}{unit}"
-        count /= 1000
-    raise AssertionError  # pragma: no cover
+    return _scaled(count, 1000, ("", " k", " M", " G", " T"))
+
+
+def _scaled(value: float, factor: int, units: Sequence[str]) -> str:
+    """Returns `value` in the largest of `units` in which it is at least 1."""
+    power = 0
+    while value >= factor and power < len(units) - 1:
+        value /= factor
+        power += 1
+    return f"{value:.{1 if power else 0}f}{units[power]}"
 
 
 def format_table(rows: Mapping[str, Any]) -> str:

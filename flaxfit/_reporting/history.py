@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PANELS_PER_ROW = 3
-_EPOCHS_WITH_MARKERS = 50  # beyond that the points hide the line
+_EPOCHS_WITH_MARKERS = 50  # more markers would hide the line
 
 
 class History:
@@ -23,7 +23,7 @@ class History:
       val_epoch: the epoch numbers of the `val_…` entries.
       params: `epochs`, `steps` (per epoch, None if unknown) and `verbose`.
       trainer: the trainer that was fitted.
-      timing: what the time was spent on, by epoch; see `Timing`.
+      timing: how the time was spent in each epoch; see `Timing`.
       stop_reason: why `fit` ended before its last epoch, or None.
     """
 
@@ -43,8 +43,8 @@ class History:
         self._epochs: dict[str, list[int]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # Without the trainer, whose functions cannot be pickled, and without a class of
-        # a private module.
+        # The trainer has functions that cannot be pickled, and a pickle must not name
+        # the class of a private module.
         timing = self.timing.__getstate__()
         return {**vars(self), "trainer": None, "timing": timing}
 
@@ -53,7 +53,7 @@ class History:
         vars(self.timing).update(state["timing"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the record in plain values; `load_state_dict` takes it back."""
+        """Returns the record as plain values, for `load_state_dict`."""
         return {
             "epoch": list(self.epoch),
             "values": {name: list(values) for name, values in self.history.items()},
@@ -62,7 +62,7 @@ class History:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues the record that `state_dict` returned."""
+        """Restores the record that `state_dict` returned."""
         self.epoch, self.val_epoch = list(state["epoch"]), list(state["val_epoch"])
         self.history = {name: list(v) for name, v in state["values"].items()}
         self._epochs = {name: list(v) for name, v in state["epochs"].items()}
@@ -75,7 +75,7 @@ class History:
         self.amend(logs)
 
     def amend(self, logs: Mapping[str, Any]) -> None:
-        """Sets values of the last epoch, those that callbacks added among them."""
+        """Sets values of the last epoch, also those that callbacks have added."""
         for name, value in logs.items():
             epochs = self._epochs.setdefault(name, [])
             values = self.history.setdefault(name, [])
@@ -98,17 +98,16 @@ class History:
         return frame.infer_objects()
 
     def plot(self) -> "Figure":
-        """Draws each value over the epochs, training and validation together.
+        """Plots each value over the epochs, training and validation in one panel.
 
-        A learning rate that does not change has no panel.
-
-        Needs matplotlib (`pip install flaxfit[plot]`).
+        A constant learning rate is not plotted. Requires matplotlib
+        (`pip install flaxfit[plot]`).
 
         Returns:
           The figure; `history.plot().savefig("history.png")`.
 
         Raises:
-          ValueError: no epoch was finished, so there is nothing to draw.
+          ValueError: no epoch was finished, so there is nothing to plot.
         """
         names = [name for name in self.history if self._is_worth_a_panel(name)]
         if not names:
@@ -135,18 +134,21 @@ class History:
                     axis.plot(
                         epochs, self.history[log], marker=marker, ms=3, label=label
                     )
-            axis.set_title(name.replace("_", " "))
-            axis.set_xlabel("epoch")
+            axis.set(title=name.replace("_", " "), xlabel="epoch")
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.grid(alpha=0.3)
             axis.spines[["top", "right"]].set_visible(False)
             if f"val_{name}" in self.history:
                 axis.legend(frameon=False)
-        pyplot.close(figure)  # a notebook would show it twice
+        pyplot.close(figure)  # otherwise a notebook shows it twice
         return figure
 
     def _is_worth_a_panel(self, name: str) -> bool:
-        """Numbers are, but for validation, drawn with training, and a constant rate."""
+        """Whether a log is plotted in a panel of its own.
+
+        Not if it is no number, is plotted beside the training value, or is a constant
+        learning rate.
+        """
         values = self.history[name]
         if not values or not all(map(_is_number, values)):
             return False

@@ -1,4 +1,4 @@
-"""Measures where the time of a fit went. Knows nothing of devices."""
+"""Measures how a fit spends its time. Knows nothing of devices."""
 
 import threading
 import time
@@ -16,15 +16,15 @@ PHASES = (
     "callbacks",
     "saving",
 )
-# From this share of the time on, the input is said to hold training back.
+# The remark on slow input needs this share of waiting, and a fit of this many seconds.
 _MUCH_WAITING = 0.2
-_LONG_ENOUGH = 0.5  # seconds of a fit, below which nothing is worth a remark
+_LONG_ENOUGH = 0.5
 
 
 class Clock:
-    """Splits the time that goes by among phases, each moment to the innermost one.
+    """Splits the time of one thread among phases; nested phases count once.
 
-    It is that of one thread; what others do in the meantime is not counted.
+    What other threads do in the meantime is not counted.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Counts the time inside as `name`."""
+        """Counts the time inside the block as `name`."""
         if threading.get_ident() != self._thread:
             yield
             return
@@ -46,14 +46,14 @@ class Clock:
             self.switch(outer)
 
     def switch(self, name: str) -> str:
-        """Counts the time from here on as `name`; returns what it was counted as."""
+        """Counts the time from now on as `name`; returns the phase before it."""
         now = time.perf_counter()
         self._seconds[self._phase] += now - self._since
         outer, self._phase, self._since = self._phase, name, now
         return outer
 
     def move(self, seconds: float, phase: str) -> None:
-        """Counts `seconds` that went by in the current phase as another one."""
+        """Moves `seconds` from the current phase to another one."""
         self._seconds[self._phase] -= seconds
         self._seconds[phase] += seconds
 
@@ -65,16 +65,16 @@ class Clock:
 
 
 class Timing:
-    """Where the time of a `fit` went; `print` it, or look things up.
+    """How a `fit` spent its time; `print` it, or read the attributes.
 
     Attributes:
       seconds: phase -> seconds of each epoch. The phases are `compiling`,
         `waiting_for_data` (the device had nothing to do), `stepping`, `evaluating`,
-        `callbacks`, `saving` and `total`. An epoch's saving and callbacks are those
-        up to its end; what comes before the first epoch counts to it.
+        `callbacks`, `saving` and `total`. Saving and callbacks after the end of an
+        epoch belong to the next one, the time before the first epoch to that.
       steps: training steps of each epoch.
-      examples: training examples of each epoch, without fill and those of weight 0.
-      flops_per_step: counts the FLOPs of a step of the program that was run.
+      examples: training examples of each epoch, without padding and weights of 0.
+      flops_per_step: returns the FLOPs of a step of the compiled program.
       clock: measures the running epoch.
     """
 
@@ -84,10 +84,6 @@ class Timing:
         self.steps: list[int] = []
         self.examples: list[int] = []
         self.flops_per_step: Callable[[], float | None] | None = None
-
-    def close_epoch(self, steps: int, examples: int) -> None:
-        """Adds an epoch, with the time since the last one."""
-        self.append(self.clock.lap(), steps, examples)
 
     def append(self, seconds: Mapping[str, float], steps: int, examples: int) -> None:
         """Adds an epoch."""
@@ -99,27 +95,27 @@ class Timing:
 
     @property
     def examples_per_second(self) -> list[float]:
-        """Examples per second of training in each epoch, without compiling."""
+        """Training examples per second in each epoch, without compiling."""
         return [_rate(n, s) for n, s in zip(self.examples, self._train(), strict=True)]
 
     @property
     def steps_per_second(self) -> list[float]:
-        """Steps per second of training in each epoch, without compiling."""
+        """Training steps per second in each epoch, without compiling."""
         return [_rate(n, s) for n, s in zip(self.steps, self._train(), strict=True)]
 
     @property
     def flops_per_second(self) -> list[float] | None:
-        """FLOP/s of training in each epoch; None where the backend does not tell.
+        """FLOP/s of training in each epoch; None if the backend does not report them.
 
-        The FLOPs of a step are counted in its program when this is asked for, which
-        takes a moment. What a custom kernel computes is not among them.
+        Reading this counts the FLOPs in the step's program, which takes a moment.
+        Those of custom kernels are not included.
         """
         flops = self.flops_per_step and self.flops_per_step()
         return None if flops is None else [flops * r for r in self.steps_per_second]
 
     @property
     def remark(self) -> str | None:
-        """What holds training back, if it is the input; else None."""
+        """A sentence if training waits for its input much of the time, else None."""
         waiting = sum(self.seconds["waiting_for_data"])
         training = waiting + sum(self.seconds["stepping"])
         if training < _LONG_ENOUGH or waiting < _MUCH_WAITING * training:
@@ -134,8 +130,7 @@ class Timing:
         return [w + s for w, s in zip(waiting, stepping, strict=True)]
 
     def __getstate__(self) -> dict[str, Any]:
-        # Numbers can be pickled; a function of the trainer's program cannot, and the
-        # clock is that of a thread of this process.
+        # The function cannot be pickled, and the clock belongs to a thread.
         return {**vars(self), "flops_per_step": None, "clock": None}
 
     def __repr__(self) -> str:

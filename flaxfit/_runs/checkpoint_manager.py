@@ -4,6 +4,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ HISTORY = "history.json"
 LOG = "log.jsonl"
 _STEPS = "step-*.msgpack"
 # With one alone, damage to it would be the end.
-KEEP = 2
+_KEEP = 2
 
 
 def step_file(folder: Path, step: int) -> Path:
@@ -97,31 +98,31 @@ def _passed_over(file: Path, error: CheckpointError, damaged: list[str]) -> bool
     return True
 
 
-def prune(folder: Path, keep: int = KEEP) -> None:
-    """Removes all but the checkpoints of the `keep` highest steps.
+def prune(folder: Path) -> None:
+    """Removes all but the checkpoints of the two highest steps.
 
     Called when the newest is safe on the disk, so that there is never none.
     """
-    for file in sorted(folder.glob(_STEPS))[:-keep]:
+    for file in sorted(folder.glob(_STEPS))[:-_KEEP]:
         disk.remove(file)
 
 
-def set_aside(folder: Path) -> Path | None:
-    """Moves what an earlier run left into a folder of its own, `old-1`, `old-2`, …"""
-    names = (HISTORY, LOG)
-    files = [f for f in folder.glob("*.msgpack")] + [
-        folder / name for name in names if (folder / name).exists()
-    ]
+def set_aside(folder: Path) -> None:
+    """Moves the files of an earlier run into `old-1`, `old-2`, …, with a warning."""
+    others = [folder / name for name in (HISTORY, LOG)]
+    files = [*folder.glob("*.msgpack"), *filter(Path.exists, others)]
     if not files:
-        return None
-    number = 1
-    while (folder / f"old-{number}").exists():
-        number += 1
-    aside = folder / f"old-{number}"
+        return
+    asides = (folder / f"old-{number}" for number in count(1))
+    aside = next(path for path in asides if not path.exists())
     aside.mkdir()
     for file in files:
         os.replace(file, aside / file.name)
-    return aside
+    warnings.warn(
+        f"What was in {os.fspath(folder)!r} is now in {os.fspath(aside)!r}.",
+        UserWarning,
+        stacklevel=3,
+    )
 
 
 @contextlib.contextmanager

@@ -4,9 +4,10 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from flaxfit._core import validation
 from flaxfit._runs import checkpoint_manager
@@ -58,10 +59,7 @@ class RunRecorder(Callback):
 
         A new run is saved at once, so that an unwritable directory fails early.
         """
-        if (
-            self.best is not None
-            and not (self.folder / checkpoint_manager.BEST).exists()
-        ):
+        if not (self.folder / checkpoint_manager.BEST).exists():
             self.best = None
         self._log(event)
         if event["event"] == "start":
@@ -80,7 +78,8 @@ class RunRecorder(Callback):
             if monitor.is_better(value, before):
                 self.best = value
                 loop.save(
-                    self.folder / checkpoint_manager.BEST, failed=self._back_to(before)
+                    self.folder / checkpoint_manager.BEST,
+                    failed=partial(self._restore_best, before),
                 )
         self._save(loop, history=True)
         self._log({"event": "epoch", "epoch": loop.epoch + 1, **_place(loop)})
@@ -118,17 +117,11 @@ class RunRecorder(Callback):
             text = json.dumps(history, indent=1).encode()
             path = self.folder / checkpoint_manager.HISTORY
 
-            def write(file: BinaryIO) -> None:
-                file.write(text)
+            disk.replace_file(path, lambda file: file.write(text))
 
-            disk.replace_file(path, write)
-
-    def _back_to(self, best: float | None) -> Callable[[Exception], None]:
-        def failed(error: Exception) -> None:
-            del error
-            self.best = best
-
-        return failed
+    def _restore_best(self, best: float | None, error: Exception) -> None:
+        del error
+        self.best = best
 
     def _log(self, event: Mapping[str, Any]) -> None:
         line = json.dumps({"time": time.strftime("%FT%T%z"), **event}) + "\n"

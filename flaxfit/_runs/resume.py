@@ -15,6 +15,7 @@ from flaxfit import checkpoint
 from flaxfit._core.errors import CheckpointError, UsageError
 from flaxfit._runs import checkpoint_manager
 
+_POSITION = ("first_step", "first_epoch", "step", "epoch", "batch")
 # The settings that determine which examples are in which batch.
 _ORDER = ("batch_size", "examples", "shuffle", "steps_per_epoch")
 _WORDS = MappingProxyType(
@@ -64,11 +65,6 @@ class ResumePoint(NamedTuple):
         return {} if self.saved is None else self.saved.meta["loop"]
 
     @classmethod
-    def new(cls, step: int, epoch: int) -> "ResumePoint":
-        """Returns the start of a new run."""
-        return cls(uuid.uuid4().hex[:12], step, epoch, step, epoch)
-
-    @classmethod
     def of(cls, saved: checkpoint.Checkpoint) -> "ResumePoint":
         """Returns the point at which a checkpoint was written.
 
@@ -77,15 +73,8 @@ class ResumePoint(NamedTuple):
         """
         loop = saved.meta["loop"]
         try:
-            return cls(
-                run=str(loop["run"]),
-                first_step=int(loop["first_step"]),
-                first_epoch=int(loop["first_epoch"]),
-                step=int(loop["step"]),
-                epoch=int(loop["epoch"]),
-                batch=int(loop["batch"]),
-                saved=saved,
-            )
+            numbers: dict[str, Any] = {name: int(loop[name]) for name in _POSITION}
+            return cls(run=str(loop["run"]), saved=saved, **numbers)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{saved.path!r} does not record where its training stood ({error!r})."
@@ -137,7 +126,8 @@ def find_resume_point(
             )
     _check_processes_agree(found)
     if found is None:
-        return ResumePoint.new(step, epoch)._replace(foreign=foreign)
+        run = uuid.uuid4().hex[:12]
+        return ResumePoint(run, step, epoch, step, epoch, foreign=foreign)
     origin = ResumePoint.of(found)._replace(foreign=foreign)
     if belongs_to != origin.run and step not in (0, origin.first_step):
         raise UsageError(
@@ -187,16 +177,6 @@ def _check_processes_agree(found: checkpoint.Checkpoint | None) -> None:
         )
 
 
-def set_aside(run_dir: Path) -> None:
-    """Moves another run's files into a folder below the run directory, and says so."""
-    if jax.process_index() == 0 and (aside := checkpoint_manager.set_aside(run_dir)):
-        warnings.warn(
-            f"What was in {os.fspath(run_dir)!r} is now in {os.fspath(aside)!r}.",
-            UserWarning,
-            stacklevel=3,
-        )
-
-
 def report_changes(
     origin: ResumePoint,
     config: Mapping[str, Any],
@@ -215,8 +195,7 @@ def report_changes(
     Raises:
       CheckpointError: the order of the data would change within a pass.
     """
-    if origin.saved is None:
-        return
+    assert origin.saved is not None
     changed = {
         name: (old.get(name), value)
         for old, new in (

@@ -1,7 +1,7 @@
 """Builds checkpoints during training and writes them in the background."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from queue import Queue
 from threading import Thread
@@ -13,7 +13,7 @@ import numpy as np
 from flaxfit import checkpoint
 from flaxfit._core.errors import CheckpointError
 from flaxfit._core.types import PyTree, TrainState
-from flaxfit.callbacks.base import CallbackList, LoopState, SaveRequest
+from flaxfit.callbacks.base import SaveRequest
 
 # One is being written and one waits: more would only fill the memory.
 _MOST_WAITING = 1
@@ -29,7 +29,9 @@ class BackgroundWriter:
     """
 
     def __init__(self) -> None:
-        self._jobs: Queue[Callable[[], object] | None] = Queue(_MOST_WAITING)
+        self._jobs: Queue[tuple[Callable[[], object], str] | None] = Queue(
+            _MOST_WAITING
+        )
         self._failures: list[str] = []
         self._thread: Thread | None = None
 
@@ -43,7 +45,7 @@ class BackgroundWriter:
         if self._thread is None:
             self._thread = Thread(target=self._work, name="flaxfit-writer", daemon=True)
             self._thread.start()
-        self._jobs.put(partial(self._attempt, job, name))
+        self._jobs.put((job, name))
 
     def flush(self) -> None:
         """Waits for all jobs, and warns of those that failed."""
@@ -65,91 +67,48 @@ class BackgroundWriter:
             warnings.warn(failure, UserWarning, stacklevel=2)
 
     def _work(self) -> None:
-        while True:
-            job = self._jobs.get()
+        while entry := self._jobs.get():
+            job, name = entry
             try:
-                if job is None:
-                    return
                 job()
+            except Exception as error:  # a full disk must not end the training
+                self._failures.append(
+                    f"{name} failed: {error}. Earlier files are untouched, training "
+                    "continues, and the next save tries again."
+                )
             finally:
                 self._jobs.task_done()
-
-    def _attempt(self, job: Callable[[], object], name: str) -> None:
-        try:
-            job()
-        except Exception as error:  # a full disk must not end the training
-            self._failures.append(
-                f"{name} failed: {error}. Earlier files are untouched, training "
-                "continues, and the next save tries again."
-            )
+            # Otherwise the state of the last file stays in memory until the next one.
+            del entry, job
+        self._jobs.task_done()
 
 
-class Saver:
-    """Builds the checkpoints that callbacks request.
+def submit_saves(
+    writer: BackgroundWriter,
+    requests: Sequence[SaveRequest],
+    state: TrainState,
+    meta: Mapping[str, Any],
+    extra: Mapping[str, PyTree],
+) -> None:
+    """Copies a state to the host, once, and queues the requested files.
 
-    Args:
-      writer: writes them.
-      describe: (epoch, batch) -> metadata of the trainer and the fit.
+    They hold `meta` too, and those of a whole state the arrays of `extra`.
     """
-
-    def __init__(
-        self, writer: BackgroundWriter, describe: Callable[[int, int], dict[str, Any]]
-    ) -> None:
-        self._writer = writer
-        self._describe = describe
-        self._leads = jax.process_index() == 0
-
-    def save(self, loop: LoopState, state: TrainState, callbacks: CallbackList) -> None:
-        """Copies the state to the host, once, and queues the requested files.
-
-        Args:
-          loop: the position of the training, and the requests.
-          state: the state at that position.
-          callbacks: their state is part of the checkpoint.
-        """
-        requests = loop.take_saves()
-        if not self._leads:  # of several processes, one writes
-            return
-        meta, extra = self._content(loop, callbacks)
-        for weights_only in (False, True):
-            chosen = [r for r in requests if r.weights_only is weights_only]
-            if not chosen:
-                continue
-            kept: Any = state
-            if weights_only:
-                kept = {"params": state.params, "collections": state.collections}
-                meta, extra = {**meta, "contents": "weights"}, {}
-            snapshot = checkpoint.snapshot(kept, extra, copy=True)
-            for request in chosen:
-                job = partial(_write, request, snapshot, meta)
-                self._writer.submit(job, f"Saving {request.path!r}")
-        if not all(request.background for request in requests):
-            self._writer.flush()
-        self._writer.warn()
-
-    def _content(
-        self, loop: LoopState, callbacks: CallbackList
-    ) -> tuple[dict[str, Any], dict[str, PyTree]]:
-        """Returns all but the state: plain values, and arrays."""
-        running = loop.running  # None between epochs
-        trees: dict[str, PyTree] = {}
-        states = pack(callbacks.states(), trees)
-        extra: dict[str, PyTree] = {"callbacks": trees} if trees else {}
-        if running is not None:
-            extra["running"] = dict(enumerate(jax.tree.leaves(running)))
-        epoch = loop.epoch + 1 if loop.epoch_is_over else loop.epoch
-        batch = 0 if running is None else loop.batch
-        meta = self._describe(epoch, batch)
-        meta["loop"] |= {
-            "step": loop.step,
-            "epoch": epoch,
-            "batch": batch,
-            "steps_per_epoch": loop.steps_per_epoch,
-            "stop_reason": None if loop.outcome.failure else loop.stop_reason,
-            "callbacks": states,
-            "history": loop.history.state_dict(),
-        }
-        return meta, extra
+    for weights_only in (False, True):
+        chosen = [r for r in requests if r.weights_only is weights_only]
+        if not chosen:
+            continue
+        kept: Any = state
+        if weights_only:
+            kept = {"params": state.params, "collections": state.collections}
+            meta, extra = {**meta, "contents": "weights"}, {}
+        snapshot = checkpoint.snapshot(kept, extra, copy=True)
+        for request in chosen:
+            job = partial(_write, request, snapshot, meta)
+            writer.submit(job, f"Saving {request.path!r}")
+    if not all(request.background for request in requests):
+        writer.flush()
+    writer.warn()
 
 
 def _write(
@@ -168,12 +127,7 @@ def _write(
 
 
 def pack(value: Any, trees: dict[str, PyTree]) -> Any:
-    """Returns `value` with a name in place of every array and state.
-
-    Args:
-      value: the value of a `Callback.state_dict`.
-      trees: receives the arrays and states by name.
-    """
+    """Replaces each array and state in a `state_dict` by its name in `trees`."""
     if isinstance(value, TrainState | jax.Array | np.ndarray):
         name = str(len(trees))
         trees[name] = value
@@ -188,13 +142,7 @@ def pack(value: Any, trees: dict[str, PyTree]) -> Any:
 def unpack(
     value: Any, trees: Mapping[str, PyTree], as_state: Callable[[Any], TrainState]
 ) -> Any:
-    """Reverses `pack`.
-
-    Args:
-      value: the result of `pack`.
-      trees: the arrays, read from a file.
-      as_state: makes a state from them.
-    """
+    """Reverses `pack`; `as_state` makes a state from arrays read from a file."""
     if isinstance(value, Mapping):
         if value.keys() == {_TREE}:
             kind, name = value[_TREE]
@@ -213,14 +161,15 @@ def restore_running(saved: Mapping[str, Any] | None, empty: PyTree) -> PyTree | 
       empty: the accumulators that an epoch starts with.
     """
     leaves, structure = jax.tree.flatten(empty)
-    found = [(saved or {}).get(str(index)) for index in range(len(leaves))]
-    if len(saved or {}) != len(leaves) or any(
+    wanted = {str(index): leaf for index, leaf in enumerate(leaves)}
+    saved = saved or {}
+    if saved.keys() != wanted.keys() or any(
         value is None or value.shape != leaf.shape or value.dtype != leaf.dtype
-        for value, leaf in zip(found, leaves, strict=True)
+        for value, leaf in zip(map(saved.get, wanted), leaves, strict=True)
     ):
         return None
     placed = [
-        jax.device_put(np.array(value), leaf.sharding)
-        for value, leaf in zip(found, leaves, strict=True)
+        jax.device_put(np.array(saved[index]), leaf.sharding)
+        for index, leaf in wanted.items()
     ]
     return jax.tree.unflatten(structure, placed)

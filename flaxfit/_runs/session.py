@@ -12,7 +12,7 @@ import jax
 
 from flaxfit._core import validation
 from flaxfit._core.errors import CheckpointError, UsageError
-from flaxfit._core.types import TrainState
+from flaxfit._core.types import PyTree, TrainState
 from flaxfit._programs.compile import EpochAccumulators
 from flaxfit._reporting.display import Display
 from flaxfit._runs import checkpoint_manager
@@ -21,10 +21,15 @@ from flaxfit._runs.resume import (
     ResumePoint,
     find_resume_point,
     report_changes,
-    set_aside,
     why_finished,
 )
-from flaxfit._runs.saver import BackgroundWriter, Saver, restore_running, unpack
+from flaxfit._runs.saver import (
+    BackgroundWriter,
+    pack,
+    restore_running,
+    submit_saves,
+    unpack,
+)
 from flaxfit.callbacks.base import Callback, CallbackList, LoopState, Outcome
 from flaxfit.data.sources.base import BatchSource
 from flaxfit.data.sources.position import IteratorCheckpoints, Position
@@ -35,10 +40,8 @@ class RunOptions:
     """The arguments of `Trainer.fit` about the run directory, checked.
 
     Attributes:
-      folder: `run_dir`, None for none: then only callbacks save.
-      save_every: see `Trainer.fit`.
-      resume: see `Trainer.fit`.
-      monitor: see `Trainer.fit`.
+      folder: `run_dir`, None for none: then only callbacks save. For the others see
+        `Trainer.fit`.
     """
 
     folder: Path | None
@@ -104,15 +107,8 @@ def locked_run(
 ) -> Iterator[ResumePoint]:
     """Locks the run directory, and finds where the fit starts.
 
-    Args:
-      options: the directory, and how to resume.
-      step: the trainer's steps so far.
-      epoch: the epoch at which a new run starts.
-      belongs_to: the run that the trainer's state is from, None for none.
-
-    Raises:
-      CheckpointError: the directory cannot be used, or has no readable checkpoint.
-      ValueError: resuming would replace a training that is not part of the run.
+    The arguments and errors are those of `find_resume_point`, and CheckpointError is
+    raised too if the directory cannot be used.
     """
     with contextlib.ExitStack() as stack:
         if options.folder is not None and _leads():
@@ -187,7 +183,6 @@ class RunSession:
             },
         }
         self._writer = BackgroundWriter()
-        self._saver = Saver(self._writer, self._describe)
         self._recorder: RunRecorder | None = None
         if options.folder is not None and _leads():
             self._recorder = RunRecorder(
@@ -198,8 +193,8 @@ class RunSession:
         self.callbacks = CallbackList([*callbacks, *recorder])
 
     def __enter__(self) -> Self:
-        if self.origin.foreign and self._folder is not None:
-            set_aside(self._folder)
+        if self.origin.foreign and self._folder is not None and _leads():
+            checkpoint_manager.set_aside(self._folder)
         return self
 
     def __exit__(self, *unused: object) -> None:
@@ -241,7 +236,32 @@ class RunSession:
 
     def save(self, loop: LoopState, state: TrainState) -> None:
         """Writes the checkpoints that callbacks have requested."""
-        self._saver.save(loop, state, self.callbacks)
+        requests = loop.take_saves()
+        if _leads():
+            submit_saves(self._writer, requests, state, *self._content(loop))
+
+    def _content(self, loop: LoopState) -> tuple[dict[str, Any], dict[str, PyTree]]:
+        """Returns all of a checkpoint but the state: plain values, and arrays."""
+        trees: dict[str, PyTree] = {}
+        states = pack(self.callbacks.states(), trees)
+        extra: dict[str, PyTree] = {"callbacks": trees} if trees else {}
+        epoch = loop.epoch + 1 if loop.epoch_is_over else loop.epoch
+        batch = 0
+        if loop.running is not None:  # it is None between epochs
+            batch = loop.batch
+            extra["running"] = dict(enumerate(jax.tree.leaves(loop.running)))
+        position = Position(epoch - self.origin.first_epoch, batch)
+        progress = {
+            "bookmark": self.bookmarks.at(position),
+            "step": loop.step,
+            "epoch": epoch,
+            "batch": batch,
+            "steps_per_epoch": loop.steps_per_epoch,
+            "stop_reason": None if loop.outcome.failure else loop.stop_reason,
+            "callbacks": states,
+            "history": loop.history.state_dict(),
+        }
+        return self._meta | {"loop": self._meta["loop"] | progress}, extra
 
     def last_checkpoint(
         self,
@@ -282,12 +302,6 @@ class RunSession:
                 "batches trained on are read again and skipped"
             )
 
-    def _describe(self, epoch: int, batch: int) -> dict[str, Any]:
-        """Returns a checkpoint's metadata at a position, without the progress."""
-        position = Position(epoch - self.origin.first_epoch, batch)
-        bookmark = self.bookmarks.at(position)
-        return self._meta | {"loop": {**self._meta["loop"], "bookmark": bookmark}}
-
 
 def describe_data(
     source: BatchSource,
@@ -302,12 +316,12 @@ def describe_data(
         "batch_size": source.batch_size,
         "examples": source.num_examples,
         "num_batches": source.num_batches,
-        "shuffle": bool(shuffle),
+        "shuffle": shuffle,
         "steps_per_epoch": steps,
         "validation_examples": validation and validation.num_examples,
     }
 
 
 def _leads() -> bool:
-    """Whether this process writes the files; of several, the first does."""
+    """Whether this process is the one that writes the files."""
     return jax.process_index() == 0

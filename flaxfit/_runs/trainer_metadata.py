@@ -38,15 +38,16 @@ def to_meta(
       class_names: the names of the classes, where the data had names for them.
       columns: what the columns of its tables are read as.
     """
-    # Structures of other kinds have no name in a file: the first data tells them.
-    plain = all(_is_plain(tree) for tree in (example.inputs, example.targets))
     fields = ("inputs", "targets", "weights")
-    shapes = {name: _pack_shapes(getattr(example, name)) for name in fields if plain}
+    try:
+        shapes = {name: _pack_shapes(getattr(example, name)) for name in fields}
+    except TypeError:  # Such a structure has no name in a file: the data shows it.
+        shapes = None
     return {
         "versions": {name: _version(name) for name in _PACKAGES},
         "config": {name: _pack(value) for name, value in config.items()},
         "batch_size": batch_size,
-        "example": shapes or None,
+        "example": shapes,
         "optimizer": _outline(opt_state),
         "contents": "state",
         "class_names": list(class_names),
@@ -67,12 +68,8 @@ def from_meta(
 ) -> tuple[dict[str, Any], Batch | None, int]:
     """Returns the trainer's arguments, the shapes of its batch, and its batch size.
 
-    The shapes are None where they are of a structure that a file cannot hold.
-
-    Args:
-      meta: what `to_meta` returned.
-      changes: arguments that replace the saved ones.
-      path: the file, for messages.
+    The shapes are None where they are of a structure that a file cannot hold. The
+    arguments in `changes` replace the saved ones.
 
     Raises:
       CheckpointError: an argument was a function or an object and is not given, or
@@ -93,42 +90,30 @@ def from_meta(
                 f"Trainer.load(..., {name}=...): Trainer has no such argument."
                 f"{did_you_mean(name, saved)}"
             )
-    config = {**{n: _unpack(v) for n, v in saved.items()}, **changes}
-    missing = {n: v.text for n, v in config.items() if isinstance(v, _Missing)}
+    kept = {name: value for name, value in saved.items() if name not in changes}
+    missing = {name: v[_OBJECT] for name, v in kept.items() if _is_object(v)}
     if missing:
+        given = ", ".join(f"{name}={text}" for name, text in missing.items())
+        again = ", ".join(f"{name}=..." for name in missing)
         raise CheckpointError(
-            f"{path!r} was saved by a Trainer with "
-            + ", ".join(f"{name}={text}" for name, text in missing.items())
-            + ", which a file does not hold. Give it again: "
-            + f"Trainer.load({path!r}, model, "
-            + ", ".join(f"{name}=..." for name in missing)
-            + ")."
+            f"{path!r} was saved by a Trainer with {given}, which a file does not "
+            f"hold. Give it again: Trainer.load({path!r}, model, {again})."
         )
-    return config, example, batch_size
+    return {**saved, **changes}, example, batch_size
 
 
 def _outline(node: Any) -> str:
     """Returns the names of an optimizer's parts: `"(ScaleByAdamState, EmptyState)"`."""
     if isinstance(node, Mapping):
-        children, name = list(node.values()), ""
+        children = list(node.values())
     elif isinstance(node, tuple | list):
-        children, name = (
-            list(node),
-            type(node).__name__ if hasattr(node, "_fields") else "",
-        )
+        children = list(node)
     else:
         return ""
+    name = type(node).__name__ if hasattr(node, "_fields") else ""
     inner = ", ".join(filter(None, map(_outline, children)))
-    return (
-        f"{name}({inner})" if inner and (name or len(children) > 1) else name or inner
-    )
-
-
-class _Missing:
-    """Stands for an argument that the file could not hold."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
+    enclosed = inner and (name or len(children) > 1)
+    return f"{name}({inner})" if enclosed else name or inner
 
 
 def _pack(value: Any) -> Any:
@@ -150,32 +135,21 @@ def _is_object(packed: Any) -> bool:
     return isinstance(packed, dict) and _OBJECT in packed
 
 
-def _unpack(value: Any) -> Any:
-    return _Missing(value[_OBJECT]) if _is_object(value) else value
-
-
 def _text(value: Any) -> str:
     name = getattr(value, "__name__", None)
     return name if isinstance(name, str) else f"<{type(value).__name__}>"
 
 
-def _is_plain(tree: PyTree) -> bool:
-    if type(tree) is dict:
-        return all(isinstance(k, str) and _is_plain(v) for k, v in tree.items())
-    if type(tree) in (tuple, list):
-        return all(map(_is_plain, tree))
-    return tree is None or isinstance(tree, jax.ShapeDtypeStruct)
-
-
 def _pack_shapes(tree: PyTree) -> Any:
     if tree is None:
         return None
-    if isinstance(tree, Mapping):
+    if isinstance(tree, jax.ShapeDtypeStruct):
+        return {"shape": list(tree.shape), "dtype": str(tree.dtype)}
+    if type(tree) is dict and all(isinstance(key, str) for key in tree):
         return {"dict": {key: _pack_shapes(value) for key, value in tree.items()}}
-    if isinstance(tree, tuple | list):
-        kind = "tuple" if isinstance(tree, tuple) else "list"
-        return {kind: [_pack_shapes(value) for value in tree]}
-    return {"shape": list(tree.shape), "dtype": str(tree.dtype)}
+    if type(tree) in (tuple, list):
+        return {type(tree).__name__: [_pack_shapes(value) for value in tree]}
+    raise TypeError(f"a file has no name for a {type(tree).__name__}")
 
 
 def _unpack_shapes(packed: Any) -> PyTree:

@@ -250,6 +250,7 @@ class Callback:
         """Called once at the end, whatever ended the fit."""
 
 
+HOOKS = tuple(name for name in vars(Callback) if name.startswith("on_"))
 _BATCH_HOOKS = ("on_train_batch_begin", "on_train_batch_end")
 
 
@@ -263,15 +264,12 @@ class CallbackList:
     def __init__(self, callbacks: Sequence[Callback]) -> None:
         self._callbacks = tuple(callbacks)
         self._hooks = {
-            name: tuple(c for c in callbacks if overrides(c, name))
-            for name in vars(Callback)
-            if name.startswith("on_")
+            name: tuple(c for c in callbacks if overrides(c, name)) for name in HOOKS
         }
         per_step = [c for name in _BATCH_HOOKS for c in self._hooks[name]]
         self._intervals = tuple({_interval(callback) for callback in per_step} - {0})
-        self._timed = {
-            id(c): _Timer(c.every_seconds) for c in per_step if c.every_seconds
-        }
+        self._seconds = {id(c): c.every_seconds for c in per_step if c.every_seconds}
+        self._last_times = dict.fromkeys(self._seconds, time.monotonic())
 
     @property
     def log_names(self) -> tuple[str, ...]:
@@ -295,8 +293,8 @@ class CallbackList:
             if hook in _BATCH_HOOKS:
                 if not self._has_turn(callback, loop.step):
                     continue
-                if hook == "on_train_batch_end" and id(callback) in self._timed:
-                    self._timed[id(callback)].begin()
+                if hook == "on_train_batch_end" and id(callback) in self._seconds:
+                    self._last_times[id(callback)] = time.monotonic()
             with loop.clock.phase("callbacks"), _named(callback, hook):
                 getattr(callback, hook)(loop)
 
@@ -305,9 +303,9 @@ class CallbackList:
         return any(self._has_turn(callback, step) for callback in self._hooks[hook])
 
     def _has_turn(self, callback: Callback, step: int) -> bool:
-        timer = self._timed.get(id(callback))
-        if timer is not None:
-            return timer.is_over
+        seconds = self._seconds.get(id(callback))
+        if seconds is not None:
+            return time.monotonic() - self._last_times[id(callback)] >= seconds
         return step % (_interval(callback) or 1) == 0
 
     def settings(self) -> list[dict[str, Any]]:
@@ -363,19 +361,6 @@ class CallbackList:
                 errors.append(error)
         if errors:
             raise errors[0]
-
-
-class _Timer:
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self.begin()
-
-    def begin(self) -> None:
-        self._began = time.monotonic()
-
-    @property
-    def is_over(self) -> bool:
-        return time.monotonic() - self._began >= self._seconds
 
 
 def _state_of(callback: Callback) -> dict[str, Any]:
@@ -448,15 +433,14 @@ def as_callbacks(callbacks: Any) -> list[Callback]:
 
 def _check_hooks(callback: Callback) -> None:
     """Raises for hooks that do not exist or that take Keras's arguments."""
-    hooks = [name for name in vars(Callback) if name.startswith("on_")]
     kind = type(callback).__name__
     for name in dir(callback):
         if not name.startswith("on_") or not callable(getattr(callback, name)):
             continue
-        if name not in hooks:
+        if name not in HOOKS:
             raise UsageTypeError(
-                f"{kind}.{name} is not a hook.{did_you_mean(name, hooks)}",
-                f"The hooks are {', '.join(hooks)}",
+                f"{kind}.{name} is not a hook.{did_you_mean(name, HOOKS)}",
+                f"The hooks are {', '.join(HOOKS)}",
             )
         if not _takes_loop(getattr(callback, name)):
             raise UsageTypeError(

@@ -134,7 +134,5 @@ class EarlyStopping(Callback):
         keep_last = loop.outcome.failure == "interrupted"
         if best.state is not None and best.epoch != loop.epoch and not keep_last:
             loop.state = best.state
-        if (
-            loop.outcome.failure is None
-        ):  # otherwise a resumed fit needs it from the checkpoint
+        if loop.outcome.failure is None:  # else a resumed fit needs it
             self._best = best._replace(state=None)

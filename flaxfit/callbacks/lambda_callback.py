@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from flaxfit._core.errors import UsageTypeError, did_you_mean
-from flaxfit.callbacks.base import Callback, LoopState
+from flaxfit.callbacks.base import HOOKS, Callback, LoopState
 
 
 class LambdaCallback(Callback):
@@ -28,13 +28,12 @@ class LambdaCallback(Callback):
         **hooks: Callable[[LoopState], object],
     ) -> None:
         self.every_steps = every_steps
-        known = [name for name in vars(Callback) if name.startswith("on_")]
         for name, function in hooks.items():
-            if name not in known:
+            if name not in HOOKS:
                 raise UsageTypeError(
                     f"LambdaCallback({name}=...) is not a hook."
-                    f"{did_you_mean(name, known)}",
-                    f"The hooks are {', '.join(known)}",
+                    f"{did_you_mean(name, HOOKS)}",
+                    f"The hooks are {', '.join(HOOKS)}",
                 )
             if not callable(function):
                 raise UsageTypeError(

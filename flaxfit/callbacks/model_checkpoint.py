@@ -4,8 +4,8 @@ import math
 import os
 import re
 import string
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,13 +17,6 @@ from flaxfit.callbacks.monitor import MODES, Monitor
 from flaxfit.checkpoint import disk
 
 _PLACES = ("epoch", "batch", "step")
-
-
-@dataclass
-class _Record:
-    names: set[str]  # in the file's path
-    written: list[str] = field(default_factory=list)
-    monitor: Monitor | None = None
 
 
 class ModelCheckpoint(Callback):
@@ -94,14 +87,18 @@ class ModelCheckpoint(Callback):
         self.keep = keep
         self.background = background
         self.best: float | None = None
-        self._record = _Record(_names_in(self.filepath))
+        self._names = _names_in(self.filepath)
+        self._written: list[str] = []
+        self._monitor: Monitor | None = None
         if not self._by_epoch:
             interval("save_freq", save_freq)
-        if keep is not None and not self._record.names:
+        if keep is not None and not self._names:
+            root, extension = os.path.splitext(self.filepath)
+            numbered = f"{root}-{{epoch:03d}}{extension}"
             raise UsageError(
                 f"Got keep={keep} for one file",
                 "Expected a filepath with a number",
-                f"filepath={_numbered(self.filepath)!r}",
+                f"filepath={numbered!r}",
             )
 
     @property
@@ -125,7 +122,7 @@ class ModelCheckpoint(Callback):
           ValueError: a log that this fit will not have.
           CheckpointError: nothing can be written there.
         """
-        for name in self._record.names - {*_PLACES, *loop.log_names}:
+        for name in self._names - {*_PLACES, *loop.log_names}:
             known = [*_PLACES, *loop.log_names]
             raise UsageError(
                 f"ModelCheckpoint({self.filepath!r}): there is no log {name!r}."
@@ -133,7 +130,7 @@ class ModelCheckpoint(Callback):
                 f"The name may contain {', '.join(known)}",
             )
         if self.save_best_only:
-            self._record.monitor = Monitor(
+            self._monitor = Monitor(
                 "ModelCheckpoint", self.monitor, self.mode, loop.log_names
             )
             if self.best is None:
@@ -159,24 +156,24 @@ class ModelCheckpoint(Callback):
         return {
             "best": self.best,
             "best_of": self.monitor,
-            "written": list(self._record.written),
+            "written": list(self._written),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned."""
-        self.best, self._record.written = state["best"], list(state["written"])
+        self.best, self._written = state["best"], list(state["written"])
 
     def _consider(self, loop: LoopState) -> None:
-        record, before, after = self._record, self.best, self.best
-        if record.monitor is not None:
+        before, after = self.best, self.best
+        if self._monitor is not None:
             if self.monitor not in loop.logs:
                 return  # no validation after this epoch
             after = float(loop.logs[self.monitor])
-            if not record.monitor.is_better(after, before):
+            if not self._monitor.is_better(after, before):
                 return
         path = self._path(loop)
         self.best = after
-        record.written = [p for p in record.written if p != path] + [path]
+        self._written = [p for p in self._written if p != path] + [path]
         if self.verbose:
             print(f"saving {path} after epoch {loop.epoch + 1}, step {loop.step}")
         loop.save(
@@ -184,12 +181,12 @@ class ModelCheckpoint(Callback):
             weights_only=self.save_weights_only,
             background=self.background,
             saved=self._prune,
-            failed=self._forget(path, before),
+            failed=partial(self._forget, path, before),
         )
 
     def _path(self, loop: LoopState) -> str:
         # Reading the logs waits for the device, so they are read only if needed.
-        logs = loop.logs if self._record.names - set(_PLACES) else {}
+        logs = loop.logs if self._names - set(_PLACES) else {}
         places = {"epoch": loop.epoch + 1, "batch": loop.batch, "step": loop.step}
         try:
             return self.filepath.format(**{**logs, **places})
@@ -202,19 +199,16 @@ class ModelCheckpoint(Callback):
     def _prune(self) -> None:
         """Deletes older files; called when the newest one is safe."""
         if self.keep is not None:
-            for path in self._record.written[: -self.keep]:
+            for path in self._written[: -self.keep]:
                 disk.remove(Path(path))
-            self._record.written = self._record.written[-self.keep :]
+            self._written = self._written[-self.keep :]
 
-    def _forget(self, path: str, best: float | None) -> Callable[[Exception], None]:
-        def failed(error: Exception) -> None:
-            del error
-            self.best = best
-            if not os.path.exists(path):
-                written = self._record.written
-                self._record.written = [p for p in written if p != path]
-
-        return failed
+    def _forget(self, path: str, best: float | None, error: Exception) -> None:
+        """Restores what was known before a file that could not be written."""
+        del error
+        self.best = best
+        if not os.path.exists(path):
+            self._written = [p for p in self._written if p != path]
 
     def _best_of_file(self) -> float | None:
         """Returns the best value in the files of an earlier process."""
@@ -232,10 +226,10 @@ class ModelCheckpoint(Callback):
                 and entry["state"]["best_of"] == self.monitor
                 and entry["state"]["best"] is not None
             ]
-        assert self._record.monitor is not None
+        assert self._monitor is not None
         best: float | None = None
         for value in found:
-            best = value if self._record.monitor.is_better(value, best) else best
+            best = value if self._monitor.is_better(value, best) else best
         return best
 
 
@@ -248,8 +242,3 @@ def _names_in(filepath: str) -> set[str]:
             write='filepath="run/{epoch:02d}-{val_loss:.3f}.msgpack"',
         ) from error
     return {re.split(r"[.\[]", name)[0] for name in fields if name is not None}
-
-
-def _numbered(filepath: str) -> str:
-    root, extension = os.path.splitext(filepath)
-    return f"{root}-{{epoch:03d}}{extension}"

@@ -125,13 +125,11 @@ def nonfinite_leaf(snapshot: Snapshot) -> str | None:
 def _is_nonfinite(leaf: Any, *, infinite: bool) -> bool:
     if isinstance(leaf, (float, complex)):
         leaf = np.asarray(leaf)
-    if not isinstance(leaf, np.ndarray) or leaf.dtype.kind in "biu":
+    if not isinstance(leaf, np.ndarray) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
         return False
-    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-        return False
+    small = leaf.dtype.kind == "V" or leaf.dtype.itemsize < 4
     with np.errstate(all="ignore"):
         for piece in file_format.pieces(leaf):
-            small = leaf.dtype.kind == "V" or leaf.dtype.itemsize < 4
             values = piece.astype(np.float32) if small else piece
             # A finite sum has finite terms, and is found faster than an array of bools.
             total = values.sum()

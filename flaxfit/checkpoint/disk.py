@@ -23,7 +23,7 @@ _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.tmp", re.DOTALL)
 _LOCK = ".lock"
 
 
-def replace_file(target: Path, write: Callable[[BinaryIO], None]) -> None:
+def replace_file(target: Path, write: Callable[[BinaryIO], object]) -> None:
     """Makes `target` hold what `write` writes, all of it or nothing.
 
     Of a link, the file it points to is replaced. Missing folders are made.
@@ -54,11 +54,8 @@ def remove_stale(folder: Path, name: str | None = None) -> None:
     """Removes the temporary files of writers that died.
 
     A writer holds a lock on its file, which dies with it; where the system has no
-    such locks, everything is left.
-
-    Args:
-      folder: where to look.
-      name: the file they were meant to become; None for any.
+    such locks, everything is left. `name` is the file they were meant to become, None
+    for any.
     """
     for path in sorted(folder.glob(".*.tmp")):
         match = _TEMPORARY.fullmatch(path.name)

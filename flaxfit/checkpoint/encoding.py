@@ -4,6 +4,7 @@ Leaves that `flax.serialization` cannot write become leaves that it can.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
@@ -14,7 +15,7 @@ import numpy as np
 from flax import serialization
 
 from flaxfit._core.errors import CheckpointError
-from flaxfit._core.tree_specs import LeafSpec
+from flaxfit._core.tree_specs import LeafSpec, path_text
 from flaxfit._core.types import HostArray, PyTree
 
 MAX_DEPTH = 64
@@ -31,13 +32,7 @@ _DTYPE_NAMES = (
     *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"),
     *("float8_e8m0fnu", "float4_e2m1fn", "int2", "int4", "uint2", "uint4"),
 )
-DTYPES = MappingProxyType(
-    {
-        name: np.dtype(getattr(jnp, name, None) or name)
-        for name in _DTYPE_NAMES
-        if hasattr(jnp, name) or hasattr(np, name)
-    }
-)
+DTYPES = MappingProxyType({name: np.dtype(name) for name in _DTYPE_NAMES})
 """The dtypes a file may hold, by their canonical names."""
 
 # `dtype.name` computes the name at every access; this is faster.
@@ -64,6 +59,7 @@ def is_key_node(node: Mapping[str, Any]) -> bool:
     return node.keys() == _KEY_FIELDS and isinstance(node["key_impl"], str)
 
 
+@dataclass
 class Encoder:
     """Makes Flax's state dict of a tree, and describes its leaves on the way.
 
@@ -76,11 +72,10 @@ class Encoder:
       nbytes: the size of their data together.
     """
 
-    def __init__(self, *, copy: bool = False, abstract: bool = False) -> None:
-        self._copy = copy
-        self._abstract = abstract
-        self.leaves: list[str] = []
-        self.nbytes = 0
+    copy: bool = False
+    abstract: bool = False
+    leaves: list[str] = field(default_factory=list)
+    nbytes: int = 0
 
     def encode(self, node: PyTree, path: KeyPath) -> Any:
         """Returns nested dicts with NumPy arrays, scalars and None in them.
@@ -108,7 +103,7 @@ class Encoder:
                 raise _refused(path, "an int", f"{limits.dtype} cannot hold {leaf}")
             self._describe(spec_of(leaf), path, is_weak(leaf), 16)
             return leaf
-        abstract = self._abstract and isinstance(leaf, jax.ShapeDtypeStruct)
+        abstract = self.abstract and isinstance(leaf, jax.ShapeDtypeStruct)
         if not abstract and not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
             raise _refused(path, f"a {type(leaf).__qualname__}", "it is not an array")
         if _is_key(leaf):
@@ -118,7 +113,7 @@ class Encoder:
             raise _refused(path, f"an array of dtype {leaf.dtype}", reason)
         if not abstract:
             weak = is_weak(leaf)
-            leaf = _on_host(leaf, path, copy=self._copy)
+            leaf = _on_host(leaf, path, copy=self.copy)
             self._describe(spec_of(leaf), path, weak, leaf.nbytes)
         return leaf
 
@@ -126,7 +121,7 @@ class Encoder:
         if isinstance(key, jax.ShapeDtypeStruct):
             return key
         impl = str(jax.random.key_impl(key))
-        data = _on_host(jax.random.key_data(_usable(key, path)), path, copy=self._copy)
+        data = _on_host(jax.random.key_data(_usable(key, path)), path, copy=self.copy)
         self._describe(LeafSpec(key.shape, f"key<{impl}>"), path, False, data.nbytes)
         return {"key_data": data, "key_impl": impl}
 
@@ -192,15 +187,12 @@ def _usable(array: Any, path: KeyPath) -> Any:
 
 def _on_host(array: Any, path: KeyPath, *, copy: bool) -> HostArray:
     """Returns `array` on the host in the machine's byte order."""
-    if type(array) is not np.ndarray:
-        try:
-            host = np.asarray(_usable(array, path))
-        except (RuntimeError, TypeError) as err:
-            raise _refused(path, f"a {type(array).__name__}", str(err)) from err
-        if isinstance(array, np.ma.MaskedArray):
-            raise _refused(path, "a masked array", "its mask would be lost")
-    else:
-        host = array
+    if isinstance(array, np.ma.MaskedArray):
+        raise _refused(path, "a masked array", "its mask would be lost")
+    try:
+        host = np.asarray(_usable(array, path))
+    except (RuntimeError, TypeError) as err:
+        raise _refused(path, f"a {type(array).__name__}", str(err)) from err
     if not host.dtype.isnative:  # Flax writes a dtype's name, which has no byte order
         return host.astype(host.dtype.newbyteorder("="))
     # On a CPU `host` is the device's buffer, which a step overwrites once donated.
@@ -269,14 +261,7 @@ def leaves_of(node: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
 
 def path_of(key_path: tuple[Any, ...]) -> KeyPath:
     """Returns jax's key path in the names of Flax's state dict."""
-
-    def name(step: Any) -> str:
-        for attribute in ("key", "name", "idx"):
-            if hasattr(step, attribute):
-                return str(getattr(step, attribute))
-        return str(step)
-
-    return tuple(map(name, key_path))
+    return tuple(path_text((step,)) for step in key_path)
 
 
 def _is_key(leaf: Any) -> bool:

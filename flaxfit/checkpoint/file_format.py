@@ -49,11 +49,8 @@ def write(
 ) -> None:
     """Writes a file leaf by leaf; the arrays are not copied.
 
-    Args:
-      file: open for writing, best with a buffer.
-      meta: in msgpack's own types, with "format" and "leaves".
-      state: nested dicts with NumPy arrays, scalars and None in them.
-      extra: the same; left out of the file if empty.
+    `meta` holds msgpack's own types, `state` and `extra` nested dicts with NumPy
+    arrays, scalars and None in them. An empty `extra` is left out of the file.
     """
     writer = _Writer(file)
     writer.say(corruption.START[1] if extra else corruption.START[0])
@@ -157,32 +154,26 @@ def pieces(array: HostArray) -> Iterator[HostArray]:
 
     Small pieces stay in the processor's cache from one use to the next.
     """
-    if array.flags.c_contiguous:
-        flat = array.reshape(-1)
-        step = max(1, _PIECE // array.dtype.itemsize)
-        for start in range(0, flat.size, step):
-            yield flat[start : start + step]
-    elif array.size:
-        parts: Any = np.nditer(
-            array,
-            ("external_loop", "buffered"),
-            order="C",
-            buffersize=max(1, _PIECE // array.dtype.itemsize),
-        )
-        yield from parts
+    parts: Any = np.nditer(
+        array,
+        ("external_loop", "buffered", "zerosize_ok"),
+        order="C",
+        buffersize=_PIECE // array.dtype.itemsize,
+    )
+    yield from parts
 
 
-_BIN = ((1, b"\xc4"), (2, b"\xc5"), (4, b"\xc6"))
-_EXT = ((1, b"\xc7"), (2, b"\xc8"), (4, b"\xc9"))
+# The first byte of each kind where one byte holds the size; 2 and 4 bytes follow it.
+_BIN, _EXT = 0xC4, 0xC7
 
 
-def _head(kind: tuple[tuple[int, bytes], ...], size: int) -> bytes:
+def _head(kind: int, size: int) -> bytes:
     """Returns the head of binary data or an extension, as msgpack writes it."""
-    if kind is _EXT and size in (1, 2, 4, 8, 16):
+    if kind == _EXT and size in (1, 2, 4, 8, 16):
         return bytes([0xD3 + size.bit_length()])
-    for width, byte in kind:
+    for byte, width in enumerate((1, 2, 4), kind):
         if size < 1 << (8 * width):
-            return byte + size.to_bytes(width, "big")
+            return bytes([byte]) + size.to_bytes(width, "big")
     raise OverflowError(f"{size} bytes in one piece")
 
 
@@ -235,10 +226,7 @@ def read(data: bytes, path: str) -> Checkpoint:
 def read_front(data: bytes, size: int, path: str) -> dict[str, Any] | None:
     """Returns meta from the first bytes of a file, None if they do not hold all of it.
 
-    Args:
-      data: the first bytes.
-      size: that of the whole file.
-      path: the file, for messages.
+    `size` is that of the whole file.
 
     Raises:
       CheckpointCorruptError: these bytes are damaged.

@@ -104,7 +104,18 @@ class Reader:
             if in_meta:
                 self._refuse("an array in the description")
             return self._extension(size)
-        return self._scalar(kind, size)
+        if kind == "str":
+            return self._text(size)
+        if kind == "bin":
+            return self._take(size, cost=_OBJECT + size)
+        if kind == "nil":
+            return None
+        if kind == "bool":
+            return bool(size)
+        if kind not in ("int", "float"):
+            self._refuse(f"a value of unknown type ({size:#x})")
+        self._pay(32)
+        return size
 
     def _map(self, size: int, depth: int, *, in_meta: bool) -> dict[str, Any]:
         self._check_nested(2 * size, depth)
@@ -116,22 +127,6 @@ class Reader:
                 self._refuse(f"the name {name[:80]!r} twice")
             content[name] = self._value(depth + 1, in_meta=in_meta)
         return content
-
-    def _scalar(self, kind: str, size: int) -> Any:
-        if kind == "str":
-            return self._text(size)
-        if kind == "bin":
-            self._check_there(size)
-            self._pay(_OBJECT + size)
-            return self._take(size)
-        if kind == "nil":
-            return None
-        if kind == "bool":
-            return bool(size)
-        if kind in ("int", "float"):
-            self._pay(32)
-            return size
-        return self._refuse(f"a value of unknown type ({size:#x})")
 
     def _extension(self, size: int) -> Any:
         code = self._take(1)[0]
@@ -173,8 +168,8 @@ class Reader:
         kind, size = self._head()
         if kind != "bin" or size != math.prod((dtype.itemsize, *shape)):
             self._refuse(f"an array {dtype}{list(shape)} of {size} bytes")
-        start = self.at
-        self._skip(size)
+        self._check_there(size)
+        start, self.at = self.at, self.at + size
         try:
             # NumPy refuses an offset at the very end, even of an empty array.
             return np.ndarray(shape, dtype, self._data, start if size else 0)
@@ -237,9 +232,7 @@ class Reader:
         return kind, int.from_bytes(raw, "big")
 
     def _text(self, size: int) -> str:
-        self._check_there(size)
-        self._pay(_OBJECT + size)
-        raw = self._take(size)
+        raw = self._take(size, cost=_OBJECT + size)
         if not raw.isascii():
             self._pay(3 * size)  # A single wide character widens the whole string.
         try:
@@ -247,14 +240,11 @@ class Reader:
         except UnicodeDecodeError:
             return self._refuse("a string that is not UTF-8")
 
-    def _take(self, size: int) -> bytes:
-        start = self.at
-        self._skip(size)
-        return self._data[start : self.at]
-
-    def _skip(self, size: int) -> None:
+    def _take(self, size: int, *, cost: int = 0) -> bytes:
         self._check_there(size)
-        self.at += size
+        self._pay(cost)
+        start, self.at = self.at, self.at + size
+        return self._data[start : self.at]
 
     def _pay(self, size: int) -> None:
         self._budget -= size

@@ -84,17 +84,15 @@ class _Match(NamedTuple):
 
     Attributes:
       found: the leaves of the file.
-      wanted: the leaves of the template.
+      wanted: the leaves of the template that the file has to have.
       renamed: path in the file -> path in the model.
       skipped: paths in the file that `rename` leaves out.
-      exempt: paths in the model that `rename` leaves out.
     """
 
     found: dict[KeyPath, Any]
     wanted: dict[KeyPath, Any]
     renamed: dict[KeyPath, KeyPath]
     skipped: list[KeyPath]
-    exempt: set[KeyPath]
 
 
 def restore(
@@ -136,7 +134,11 @@ def restore(
     found = dict(leaves_of(raw_state, ()))
     expected, treedef = _by_path(template), jax.tree.structure(template)
     match = _match(found, expected, dict(rename or {}), chosen)
-    differences = _differences(match)
+    wanted, given = (
+        {path: spec_of(leaf) for path, leaf in side.items()}
+        for side in (match.wanted, match.found)
+    )
+    differences = diff(wanted, given)
     if strict and differences:
         raise _does_not_fit(differences, raw_state)
     differing = {path for path, _, _ in differences}
@@ -170,26 +172,22 @@ def _match(
         ((_parts(key), value) for key, value in rename.items()),
         key=lambda rule: -len(rule[0]),
     )
-    used: set[KeyPath] = set()
-    match = _Match({}, {}, {}, [], set())
+    targets = {path: _renamed(path, rules) for path in found}
     sources: dict[KeyPath, KeyPath] = {}
-    for path, leaf in found.items():
-        new, rule = _renamed(path, rules)
-        used |= {rule} if rule is not None else set()
-        if path[:1] and path[0] not in chosen:
+    skipped: list[KeyPath] = []
+    for path, (new, _) in targets.items():
+        if path and path[0] not in chosen:
             continue
         if new is None:
-            match.skipped.append(path)
-            continue
-        if new in sources:
+            skipped.append(path)
+        elif new in sources:
             raise CheckpointError(
                 f"rename= puts both {joined(sources[new])} and {joined(path)} of the "
                 f"file at {joined(new)}"
             )
-        sources[new] = path
-        match.found[new] = leaf
-        if new != path:
-            match.renamed[path] = new
+        else:
+            sources[new] = path
+    used = {rule for _, rule in targets.values()}
     for key in rename:
         if _parts(key) not in used:
             known = {"/".join(p[i:j]) for p in found for i, j in _prefixes(p)}
@@ -198,12 +196,17 @@ def _match(
                 f"{did_you_mean(key, known)}"
             )
     dropped = [rule for rule in rules if rule[1] is None]
-    for path, leaf in expected.items():
-        if path[:1] and path[0] in chosen:
-            match.wanted[path] = leaf
-            if dropped and path not in match.found:
-                match.exempt.update({path} if _renamed(path, dropped)[1] else ())
-    return match
+    wanted = {
+        path: leaf
+        for path, leaf in expected.items()
+        if path[0] in chosen and (path in sources or not _renamed(path, dropped)[1])
+    }
+    return _Match(
+        found={new: found[path] for new, path in sources.items()},
+        wanted=wanted,
+        renamed={path: new for new, path in sources.items() if new != path},
+        skipped=skipped,
+    )
 
 
 def _parts(text: str) -> KeyPath:
@@ -246,13 +249,6 @@ def _position(path: KeyPath, old: KeyPath) -> int | None:
         ends = range(1, len(path) - len(old) + 1)
         return next((i for i in ends if path[i : i + len(old)] == old), None)
     return None
-
-
-def _differences(match: _Match) -> list[Difference]:
-    """Returns the paths at which the model and the file differ."""
-    exempt = match.exempt
-    wanted = {p: spec_of(x) for p, x in match.wanted.items() if p not in exempt}
-    return diff(wanted, {path: spec_of(leaf) for path, leaf in match.found.items()})
 
 
 def _report(

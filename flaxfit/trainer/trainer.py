@@ -26,7 +26,7 @@ from flaxfit._core.validation import (
     switch,
 )
 from flaxfit._loops.context import FitContext, FitData
-from flaxfit._loops.eval_loop import Evaluation
+from flaxfit._loops.eval_loop import make_evaluation
 from flaxfit._loops.feeder import Execution
 from flaxfit._loops.fit_loop import fit_loop
 from flaxfit._loops.host_reads import read, read_logs
@@ -513,7 +513,7 @@ class Trainer:
             )
             resolved = self._prepare(source)
             with Interrupt() as interrupt, self._store.borrow() as state:
-                evaluate = Evaluation(
+                evaluate = make_evaluation(
                     resolved,
                     self._execution,
                     source,
@@ -1111,7 +1111,7 @@ class Trainer:
         )
         validate = None
         if validation is not None:
-            validate = Evaluation(
+            validate = make_evaluation(
                 resolved,
                 self._execution,
                 validation,

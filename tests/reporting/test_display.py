@@ -162,3 +162,14 @@ def test_an_odd_locale_ends_no_training(monkeypatch):
     text = raw.getvalue().decode("ascii")
     assert "adam 0.001 | 1 x cpu" in text
     assert "Epoch 2/2 | 5 steps" in text
+
+
+def test_an_odd_locale_ends_no_training_with_a_bar(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    bar = display.Bar()
+    bar.begin("Epoch 1/1", 5)
+    bar.update(3, {"loss": 1.0, "accuracy": 0.5})
+    bar.end(5, {}, finished=True)
+    sys.stdout.flush()
+    assert "loss: 1.0000 | accuracy: 0.5000" in raw.getvalue().decode("ascii")

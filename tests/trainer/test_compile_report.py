@@ -11,7 +11,7 @@ from flaxfit import Trainer
 from flaxfit._core.types import Batch
 from flaxfit._programs.chunks import DeviceDataset, Stack
 from flaxfit._programs.compile import Program, listening, noting
-from flaxfit._reporting.display import Silent
+from flaxfit._reporting.display import Display
 from flaxfit._reporting.timing import Clock
 from flaxfit.trainer.compile_report import CompileReport, why_again
 
@@ -147,7 +147,7 @@ def test_a_batch_with_one_more_input_is_named():
     assert "missing" in why_again(program)
 
 
-class Shown(Silent):
+class Shown(Display):
     def __init__(self):
         self.lines, self.notes = [], []
 
