@@ -6,6 +6,7 @@ before anything is read.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -176,15 +177,18 @@ def batch_source(
     reader = TableReader(binding, targets=not options.inputs_only)
     weights = options.class_weight
     weighting = None if weights is None else ClassWeighting(weights)
+    split = binding.split
+    if options.inputs_only:
+        split = partial(stream_inputs, binding=binding)
 
     def read(raw: Any) -> Batch:
         plain = raw_of(raw)
         if holds_table(plain):
             batch = reader(plain)
-        elif options.inputs_only:
-            return stream_inputs(as_host(plain, but_device=True), binding)
         else:
-            batch = binding.split(as_host(plain, but_device=True))
+            batch = split(as_host(plain, but_device=True))
+            if callable(binding.inputs):  # a function of the user's returns anything
+                batch = as_host(batch, but_device=True)
         if isinstance(raw, PaddedBatch) and not options.inputs_only:
             return apply_mask(batch, binding.targets_of(raw.real), weighting)
         return batch if weighting is None else weighting(batch)
@@ -237,11 +241,8 @@ def one_batch(
         options = BatchOptions(class_weight=class_weight)
         source = batch_source(dataset, binding, options)
         return InMemoryData(source.example, source.info)
-    whole = read_arrays(dataset.x, dataset.y, dataset.sample_weight, binding)
-    data = whole.batch
-    if class_weight is not None:
-        data = ClassWeighting(class_weight)(data)
-    data = with_weights(narrow(data, keep_mapped=keep_mapped))
+    whole = read_arrays(dataset, binding, class_weight)
+    data = with_weights(narrow(whole.batch, keep_mapped=keep_mapped))
     check_weights(data.weights, all_zero=True)
     check_values(data)
     return replace(whole, batch=data)
@@ -302,10 +303,8 @@ def _array_source(
         size = options.size(check_lengths(whole.batch))
         data = narrow(whole.batch, keep_mapped=True)
         return ArraySource(data, size, info=whole.info)
-    whole = read_arrays(arrays.x, arrays.y, arrays.sample_weight, binding)
+    whole = read_arrays(arrays, binding, options.class_weight)
     data = whole.batch
-    if options.class_weight is not None:
-        data = ClassWeighting(options.class_weight)(data)
     if data.weights is not None:
         check_weights(data.weights)
     source = ArraySource(

@@ -11,6 +11,7 @@ from flaxfit._core.errors import DataError, did_you_mean
 from flaxfit._core.types import Batch, CallSpec, Inputs, PyTree
 from flaxfit.data.datasets.columns import Columns
 from flaxfit.data.datasets.stream import NO_INFO, DatasetInfo
+from flaxfit.data.host.fields import parts_of
 
 TARGET_NAMES = ("label", "labels", "target", "targets", "y")
 WEIGHT_NAMES = ("weights", "sample_weight", "sample_weights")
@@ -124,21 +125,15 @@ class Binding:
             fields = _fields(raw)
             plan = self._plan(fields)
             weights = None if plan.weights is None else fields[plan.weights]
-            inputs = (
-                _called(self.inputs(raw), self.call)
-                if callable(self.inputs)
-                else self._picked(fields, plan.inputs)
-            )
+            if callable(self.inputs):
+                inputs = self.bind(raw)
+            else:
+                inputs = self._picked(fields, plan.inputs)
             return Batch(inputs, _pick(fields, plan.targets), weights)
         x, y, weights = _unpacked(raw)
         if isinstance(y, Mapping) and self.targets is not None:
             y = _pick(y, _known_keys("targets", self.targets, y))
-        inputs = (
-            _called(self.inputs(raw), self.call)
-            if callable(self.inputs)
-            else self.bind(x)
-        )
-        return Batch(inputs, y, weights)
+        return Batch(self.bind(raw if callable(self.inputs) else x), y, weights)
 
     def targets_of(self, raw: Any) -> PyTree:
         """Returns what a raw batch has where the targets are, nested like them."""
@@ -191,12 +186,13 @@ class Binding:
 
     def _plan(self, fields: Mapping[str, Any]) -> _Plan:
         names = self.call.names
-        weights = _first(k for k in WEIGHT_NAMES if k in fields and k not in names)
+        weight_names = (k for k in WEIGHT_NAMES if k in fields and k not in names)
+        weights = next(weight_names, None)
         targets: str | tuple[str, ...] | None
         if self.targets is not None:
             targets = _known_keys("targets", self.targets, fields)
         else:
-            targets = _first(key for key in TARGET_NAMES if key in fields)
+            targets = next((key for key in TARGET_NAMES if key in fields), None)
         taken = {weights, *((targets,) if isinstance(targets, str) else targets or ())}
         if callable(self.inputs):
             return _Plan((), targets, weights, ())
@@ -334,10 +330,8 @@ def has_fields(raw: object) -> bool:
 
 
 def _fields(raw: Any) -> dict[str, Any]:
-    if isinstance(raw, Mapping):
-        return dict(raw)
-    if hasattr(raw, "_asdict"):
-        return dict(raw._asdict())
+    if isinstance(raw, Mapping) or hasattr(raw, "_asdict"):
+        return parts_of(raw)
     return {field.name: getattr(raw, field.name) for field in dataclasses.fields(raw)}
 
 
@@ -360,10 +354,6 @@ def _pick(fields: Mapping[str, Any], keys: str | tuple[str, ...] | None) -> PyTr
     if isinstance(keys, str):
         return fields[keys]
     return {key: fields[key] for key in keys}
-
-
-def _first(keys: Any) -> str | None:
-    return next(iter(keys), None)
 
 
 def listed(names: Any) -> str:

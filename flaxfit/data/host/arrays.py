@@ -9,6 +9,7 @@ import numpy as np
 
 from flaxfit._core.arrays import strongly_typed
 from flaxfit._core.errors import DataError, caller
+from flaxfit._core.tree_specs import path_text
 from flaxfit._core.types import Batch, HostArray, PyTree
 from flaxfit.data.host.torch_tensors import as_numpy, is_tensor
 
@@ -134,13 +135,14 @@ def narrow(nest: PyTree, *, keep_mapped: bool = False) -> PyTree:
 
 def named_leaves(nest: PyTree) -> list[tuple[str, Any]]:
     """Returns every leaf with its path, in words a user knows: `x/image`, `y`."""
-    if not isinstance(nest, Batch):
-        return _paths(nest, "")
-    inputs: Any = nest.inputs
-    if isinstance(inputs, tuple) and len(inputs) == 1:
-        inputs = inputs[0]
-    parts = {"x": inputs, "y": nest.targets, "weights": nest.weights}
-    return [leaf for name, part in parts.items() for leaf in _paths(part, name)]
+    if isinstance(nest, Batch):
+        inputs: Any = nest.inputs
+        if isinstance(inputs, tuple) and len(inputs) == 1:
+            inputs = inputs[0]
+        # In this order: jax sorts the keys of a plain dict.
+        nest = OrderedDict(x=inputs, y=nest.targets, weights=nest.weights)
+    flat, _ = jax.tree_util.tree_flatten_with_path(nest)
+    return [(path_text(path) or "x", leaf) for path, leaf in flat]
 
 
 def call_text(arguments: str) -> str:
@@ -156,15 +158,6 @@ def _is_leaf(value: object) -> bool:
     return is_array(value) or (
         jax.tree_util.default_registry.flatten_one_level(value) is None
     )
-
-
-def _paths(nest: PyTree, prefix: str) -> list[tuple[str, Any]]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(nest)
-    named = []
-    for path, leaf in flat:
-        key = jax.tree_util.keystr(path, simple=True, separator="/")
-        named.append(("/".join(filter(None, (prefix, key))) or "x", leaf))
-    return named
 
 
 def as_array(leaf: Any, but_device: bool = False) -> Any:

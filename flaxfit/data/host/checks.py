@@ -11,6 +11,7 @@ import numpy as np
 
 from flaxfit._core.arrays import append_axes
 from flaxfit._core.errors import DataError
+from flaxfit._core.tree_specs import path_text
 from flaxfit._core.types import Batch, HostArray, PyTree
 from flaxfit.data.host.arrays import named_leaves
 
@@ -150,17 +151,12 @@ def check_weights(weights: HostArray, *, all_zero: bool = False) -> None:
     Raises:
       DataError: NaN, infinity, negative weights, or nothing but zeros.
     """
-    if not np.isfinite(weights).all():
-        row = int(np.argwhere(~np.isfinite(weights))[0][0])
+    right = np.isfinite(weights) & (weights >= 0)
+    if not right.all():
+        row = int(np.argwhere(~right)[0][0])
         raise DataError(
-            f"weights hold {weights[row]} at row {row}; weights are finite numbers, "
-            "0 leaves an example out."
-        )
-    if (weights < 0).any():
-        row = int(np.argwhere(weights < 0)[0][0])
-        raise DataError(
-            f"weights hold {weights[row]} at row {row}; weights are at least 0, "
-            "0 leaves an example out."
+            f"weights hold {weights[row]} at row {row}; weights are at least 0 and "
+            "finite, 0 leaves an example out."
         )
     if not all_zero and not weights.any():
         raise DataError(
@@ -182,10 +178,9 @@ def check_tokens(batch: Batch, vocabularies: Mapping[str, int]) -> None:
     if not vocabularies:
         return
     flat, _ = jax.tree_util.tree_flatten_with_path(batch.inputs)
-    for (path, tokens), (name, _) in zip(
-        flat, named_leaves(batch.replace(targets=None, weights=None)), strict=True
-    ):
-        rows = vocabularies.get(jax.tree_util.keystr(path, simple=True, separator="/"))
+    names = named_leaves(batch.replace(targets=None, weights=None))
+    for (path, tokens), (name, _) in zip(flat, names, strict=True):
+        rows = vocabularies.get(path_text(path))
         if rows is None or not tokens.size:
             continue
         if tokens.min() >= 0 and tokens.max() < rows:

@@ -147,15 +147,21 @@ class ClassWeighting:
         if target.ndim > 1 and target.shape[-1] == 1:
             target = target[..., 0]
         elif target.ndim > 1:
-            first = self._one_hot is None
-            if first:
-                self._one_hot = _is_one_hot(target)
+            if self._one_hot is None:
+                self._one_hot = bool(_one_hot_rows(target).all())
+                if not self._one_hot:
+                    _refuse_several_labels(target)
             if self._one_hot:
-                if not first and not _is_one_hot(target):
-                    raise ValueError(_mixed(target))
+                one_hot = _one_hot_rows(target)
+                if not one_hot.all():
+                    row = int(np.argwhere(~one_hot)[0][0])
+                    raise ValueError(
+                        "class_weight took the targets for one-hot, as all rows of the "
+                        f"first batch were, but row {row} of {describe(target)} is "
+                        "not. Leave class_weight out, and let the data yield (x, y, "
+                        "weights)."
+                    )
                 return np.asarray(target.argmax(axis=-1))
-            if first:
-                _refuse_several_labels(target)
         labels = target.astype(np.int64)
         if np.any(labels != target):
             raise ValueError(
@@ -201,19 +207,6 @@ def _refuse_several_labels(target: HostArray) -> None:
         f"{describe(target)} and not all rows are one-hot. {advice}"
         "sample_weight=np.where(y == 1, 5.0, 1.0)."
     )
-
-
-def _mixed(target: HostArray) -> str:
-    row = int(np.argwhere(~_one_hot_rows(target))[0][0])
-    return (
-        f"class_weight took the targets for one-hot, as all rows of the first batch "
-        f"were, but row {row} of {describe(target)} is not. Leave "
-        "class_weight out, and let the data yield (x, y, weights)."
-    )
-
-
-def _is_one_hot(target: HostArray) -> bool:
-    return bool(_one_hot_rows(target).all())
 
 
 def _one_hot_rows(target: HostArray) -> HostArray:

@@ -31,6 +31,8 @@ class ArraySource:
 
     Attributes:
       shuffle: whether each pass has an order of its own.
+      in_memory: whether no array is mapped from a file.
+      nbytes: the bytes of all examples; those mapped from a file may be narrowed.
 
     Batches are copies: steps in flight read them while a callback may
     already write into the arrays they were cut from. Later batches then hold what it
@@ -53,13 +55,14 @@ class ArraySource:
         seed: Sequence[int] = (0,),
         info: DatasetInfo = NO_INFO,
     ) -> None:
-        data = with_weights(data)
-        self.num_examples: int = len(data.weights)
+        self._data = with_weights(data)
+        self.num_examples: int = len(self._data.weights)
         self.num_batches: int = math.ceil(self.num_examples / batch_size)
         self.batch_size = batch_size
-        self._weights: HostArray = data.weights
-        self._leaves, self._structure = jax.tree.flatten(data)
-        self._mapped = any(isinstance(leaf, np.memmap) for leaf in self._leaves)
+        leaves, self._structure = jax.tree.flatten(self._data)
+        self._leaves: list[HostArray] = leaves
+        self.nbytes: int = sum(leaf.nbytes for leaf in leaves)
+        self.in_memory = not any(isinstance(leaf, np.memmap) for leaf in leaves)
         self.shuffle = shuffle
         self._seed = tuple(seed)
         self.pad = True
@@ -74,7 +77,7 @@ class ArraySource:
 
     def check(self, check_values: Callable[[Batch], None]) -> None:
         """Checks the values of all examples."""
-        check_values(jax.tree.unflatten(self._structure, self._leaves))
+        check_values(self._data)
 
     def batches(
         self, pass_index: int, start: int = 0, bookmark: Any = None
@@ -97,19 +100,9 @@ class ArraySource:
         return batches_of_pass(order, self.batch_size)
 
     @property
-    def nbytes(self) -> int:
-        """The bytes of all examples; those mapped from a file may be narrowed."""
-        return sum(leaf.nbytes for leaf in self._leaves)
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether no array is mapped from a file."""
-        return not self._mapped
-
-    @property
     def counted(self) -> HostArray | None:
         """Which examples have any weight, `bool[examples]`; None if all have."""
-        weights = self._weights
+        weights = self._data.weights
         counted = (weights != 0).reshape(len(weights), -1).any(axis=1)
         return None if counted.all() else counted
 
@@ -121,7 +114,7 @@ class ArraySource:
             wide[: len(leaf)] = leaf
             return wide
 
-        data: Batch = jax.tree.unflatten(self._structure, map(copy, self._leaves))
+        data: Batch = jax.tree.map(copy, self._data)
         return data
 
     def stack(
@@ -153,7 +146,7 @@ class ArraySource:
             rows[real : real + len(fill)] = leaf[fill]
             return stacked
 
-        batches: Batch = jax.tree.unflatten(self._structure, map(copy, self._leaves))
+        batches: Batch = jax.tree.map(copy, self._data)
         weights = batches.weights
         if len(fill):
             weights.reshape(-1, *weights.shape[2:])[real : real + len(fill)] = 0.0
@@ -168,7 +161,7 @@ class ArraySource:
             rows = rows[:real]
         leaves = [_rows(leaf, rows, self.shuffle) for leaf in self._leaves]
         cut: Batch = jax.tree.unflatten(self._structure, leaves)
-        if self._mapped:
+        if not self.in_memory:
             cut = narrow(cut)
         cut.weights[real:] = 0.0
         return cut
