@@ -159,12 +159,7 @@ def open_inputs(x: Any, binding: Binding, *, batch_size: int | None = None) -> D
 def batch_source(
     dataset: Dataset, binding: Binding, options: BatchOptions
 ) -> BatchSource:
-    """Returns a source of batches; reads the first of them.
-
-    Args:
-      dataset: from `open_dataset`.
-      binding: how a raw batch is read.
-      options: how batches are made.
+    """Returns a source of the batches of a dataset; reads the first of them.
 
     Raises:
       DataError: data that cannot be trained on; see `data/host/checks`.
@@ -253,13 +248,7 @@ def split_dataset(
 ) -> tuple[Dataset, Dataset]:
     """Splits the last `fraction` of the examples off, before any shuffling.
 
-    Args:
-      dataset: arrays, or examples with random access.
-      fraction: between 0 and 1, both excluded.
-      binding: how a raw batch is read.
-
-    Returns:
-      `(train, validation)`.
+    Returns `(train, validation)`, of arrays or of examples with random access.
 
     Raises:
       ValueError: `fraction` is out of range or leaves one side empty, or the data comes
@@ -307,12 +296,9 @@ def _array_source(
     data = whole.batch
     if data.weights is not None:
         check_weights(data.weights)
+    size = options.size(len(jax.tree.leaves(data)[0]))
     source = ArraySource(
-        data,
-        options.size(len(jax.tree.leaves(data)[0])),
-        shuffle=options.shuffle,
-        seed=options.seed,
-        info=whole.info,
+        data, size, shuffle=options.shuffle, seed=options.seed, info=whole.info
     )
     source.check(check_values)
     check_values(source.example)

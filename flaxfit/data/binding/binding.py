@@ -18,14 +18,7 @@ WEIGHT_NAMES = ("weights", "sample_weight", "sample_weights")
 
 
 class _Plan(NamedTuple):
-    """What becomes of the keys of a dict batch.
-
-    Attributes:
-      inputs: keys by position, or the call's parameter -> key.
-      targets: key, keys or None.
-      weights: key or None.
-      unused: the keys left over.
-    """
+    """The keys of a dict batch by their role; inputs by position or by parameter."""
 
     inputs: tuple[str, ...] | dict[str, str]
     targets: str | tuple[str, ...] | None
@@ -37,9 +30,7 @@ class _Plan(NamedTuple):
 class InMemoryData:
     """All examples of arrays or a table, bound to inputs and targets.
 
-    Attributes:
-      batch: the examples; `weights` may be None.
-      info: what is known about the data.
+    `batch.weights` may be None.
     """
 
     batch: Batch
@@ -177,8 +168,7 @@ class Binding:
     def takes_several(self) -> bool:
         """Whether the call takes more than one input."""
         call = self.call
-        single = len(call.positional or call.keyword_only) <= 1
-        return call.var_positional or not single
+        return call.var_positional or len(call.positional or call.keyword_only) > 1
 
     def _lone(self, names: Mapping[str, Any]) -> bool:
         """Whether these are the one input of a call: then a name changes nothing."""

@@ -101,12 +101,7 @@ def read_table(raw: Any, binding: Binding, *, targets: bool = True) -> InMemoryD
 
 
 class TableReader:
-    """Reads raw batches that are tables, all of them like the first.
-
-    Args:
-      binding: how data is read.
-      targets: False to read inputs alone.
-    """
+    """Reads raw batches that are tables like the first; see `read_table`."""
 
     def __init__(self, binding: Binding, *, targets: bool = True) -> None:
         self._binding = binding
@@ -114,7 +109,7 @@ class TableReader:
         self._info = NO_INFO
 
     def __call__(self, raw: Any) -> Batch:
-        """Returns a table as a batch; see `read_table`."""
+        """Returns a table as a batch."""
         whole = read_table(raw, self._binding, targets=self._targets)
         self._binding = replace(self._binding, columns=whole.info.columns)
         self._info = whole.info
@@ -289,10 +284,7 @@ def _as_array(made: Any) -> Any:
 def _values(table: Table, part: Part, *, floats: bool) -> HostArray:
     """Returns a column `[rows]`, or a matrix `[rows, columns]`.
 
-    Args:
-      table: the table.
-      part: one column or several.
-      floats: whether a matrix of integers is `float32` too.
+    With `floats` a matrix of integers is `float32` too.
     """
     if not isinstance(part, tuple):
         return numbers(table.column(part))
@@ -373,10 +365,9 @@ def _refuse_leak(table: Table, y: Any, target: PyTree, parts: Any) -> None:
     suspects: set[Any] = set(TARGET_NAMES)
     if any(comes_from(y, lib, "Series", "DataFrame") for lib in ("pandas", "polars")):
         suspects |= {getattr(y, "name", None), *getattr(y, "columns", ())}
+    flat = target.reshape(-1)
     for name in names_in(parts):
-        if name not in suspects:
-            continue
-        if np.array_equal(table.column(name).values, target.reshape(-1)):
+        if name in suspects and np.array_equal(table.column(name).values, flat):
             raise DataError(
                 f"the column {name!r} of x is y: the model would see its target",
                 write=f"fit(df) with Trainer(model, targets={name!r}), or leave the "

@@ -17,12 +17,8 @@ from flaxfit.data.host.torch_tensors import as_numpy, is_tensor
 def fill(batch: Batch, size: int) -> Batch:
     """Fills a short batch up to `size` rows with its own rows at weight 0.
 
-    Real rows, not zeros: BatchNorm then sees real data only.
-
-    Args:
-      batch: arrays `[rows, ...]`, `weights` `float32[rows, ...]`. Those on a device
-        stay there.
-      size: rows wanted; a batch that has them is returned as it is.
+    Real rows, not zeros: BatchNorm then sees real data only. Arrays on a device stay
+    there.
     """
     rows = len(batch.weights)
     if rows >= size:
@@ -196,12 +192,7 @@ def native(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def as_dtype(name: str, leaf: HostArray, dtype: np.dtype[Any]) -> HostArray:
-    """Returns an array in a dtype of the same kind.
-
-    Args:
-      name: what it is called in messages.
-      leaf: the array.
-      dtype: see `native`.
+    """Returns an array, called `name` in messages, in a dtype of the same kind.
 
     Raises:
       DataError: an integer that the dtype cannot hold.

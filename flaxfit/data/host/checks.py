@@ -69,9 +69,7 @@ def check_lengths(nest: PyTree) -> int:
 def check_sized(batch: Batch, given: Any) -> int:
     """Returns the rows of a batch whose inputs are arrays of any shapes.
 
-    Args:
-      batch: NumPy or jax arrays; targets and weights `[rows, ...]`.
-      given: the rows, as a user's function returned them.
+    `given` are the rows, as a user's function returned them.
 
     Raises:
       DataError: it returned no whole number of at least 1, or another one than there
@@ -144,9 +142,7 @@ def check_values(batch: Batch) -> None:
 def check_weights(weights: HostArray, *, all_zero: bool = False) -> None:
     """Checks sample weights `float32[rows, ...]`.
 
-    Args:
-      weights: those of all examples, or of a batch.
-      all_zero: whether they may all be 0, as in one batch of many.
+    With `all_zero` they may all be 0, as in one batch of many.
 
     Raises:
       DataError: NaN, infinity, negative weights, or nothing but zeros.
@@ -168,9 +164,7 @@ def check_weights(weights: HostArray, *, all_zero: bool = False) -> None:
 def check_tokens(batch: Batch, vocabularies: Mapping[str, int]) -> None:
     """Checks inputs that are looked up in a table of embeddings.
 
-    Args:
-      batch: host arrays.
-      vocabularies: the path of an input in `batch.inputs` -> the table's rows.
+    `vocabularies` maps the path of an input in `batch.inputs` to the table's rows.
 
     Raises:
       DataError: a number that the table has no row for.

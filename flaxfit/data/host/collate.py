@@ -18,8 +18,7 @@ def collate(
     """Returns a raw batch of examples that are nested alike.
 
     Args:
-      examples: at least one; dicts, tuples, named tuples or any other pytrees of
-        arrays, numbers and text.
+      examples: at least one pytree of arrays, numbers and text.
       join: the values of a leaf -> their array, in place of `stack`.
 
     Returns:

@@ -19,9 +19,7 @@ from flaxfit.data.host.arrays import named_leaves
 def with_weights(batch: Batch, rows: int | None = None) -> Batch:
     """Returns the batch with `float32[rows, ...]` weights, 1 where it has none.
 
-    Args:
-      batch: arrays of equal length; `weights` may be None. On a device they stay.
-      rows: that length, where it is known, or where the inputs do not have it.
+    `rows` is needed where the arrays are not of equal length. On a device they stay.
 
     Raises:
       DataError: weights whose shape is not the leading part of every target's.
@@ -35,9 +33,7 @@ def with_weights(batch: Batch, rows: int | None = None) -> Batch:
             "[rows] or [rows, ...], it counts for every output."
         )
     weights = batch.weights.astype(np.float32, copy=False)
-    for name, target in named_leaves(batch.replace(weights=None)):
-        if name.split("/")[0] != "y":
-            continue
+    for name, target in named_leaves(Batch((), batch.targets, None)):
         if weights.shape != target.shape[: weights.ndim]:
             raise DataError(
                 f"weights have shape {weights.shape}, {name} has {target.shape}: "
@@ -56,7 +52,7 @@ def apply_mask(
     Args:
       batch: host arrays; `weights` may be None.
       real: `PaddedBatch.real` of the targets.
-      weigh: gives a batch weights by its targets. It is shown real targets only.
+      weigh: gives a batch weights by its targets; it is shown real targets only.
 
     Raises:
       DataError: some targets are padded, and others are not, or in other places.

@@ -170,17 +170,7 @@ class ArraySource:
 def split_validation(data: Batch, fraction: float) -> tuple[Batch, Batch]:
     """Splits the last `fraction` of the examples off, before any shuffling.
 
-    Like Keras: the first `floor(n * (1 - fraction))` examples are for training.
-
-    Args:
-      data: all examples, host arrays `[examples, ...]`; `weights` may be None.
-      fraction: between 0 and 1, both excluded.
-
-    Returns:
-      `(train, validation)`, views of `data`.
-
-    Raises:
-      ValueError: `fraction` is out of range or leaves one side empty.
+    Returns `(train, validation)`, views of `data`; see `train_rows`.
     """
     train = train_rows(len(jax.tree.leaves(data)[0]), fraction)
     warn_if_sorted(
@@ -196,6 +186,8 @@ def split_validation(data: Batch, fraction: float) -> tuple[Batch, Batch]:
 
 def train_rows(total: int, fraction: float) -> int:
     """Returns how many of `total` examples are for training: `floor(n * (1 - f))`.
+
+    So does Keras.
 
     Raises:
       ValueError: `fraction` is out of range or leaves one side empty.
@@ -217,17 +209,11 @@ def train_rows(total: int, fraction: float) -> int:
 def warn_if_sorted(data: Batch, advice: str) -> None:
     """Warns where the targets are classes in their order.
 
-    Args:
-      data: NumPy arrays.
-      advice: what to write to shuffle such data.
+    `advice` is what to write to shuffle such data.
     """
-    for name, leaf in named_leaves(data.replace(weights=None)):
+    for name, leaf in named_leaves(Batch((), data.targets, None)):
         labels = leaf.reshape(-1) if leaf.size == len(leaf) else leaf
-        if (
-            name.split("/")[0] != "y"
-            or labels.ndim > 1
-            or labels.dtype.kind not in "iub"
-        ):
+        if labels.ndim > 1 or labels.dtype.kind not in "iub":
             continue
         # Compared, not subtracted: unsigned labels would wrap around.
         ascending = bool(np.all(labels[1:] >= labels[:-1]))

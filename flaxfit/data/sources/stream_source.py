@@ -20,6 +20,7 @@ from flaxfit._core.tree_specs import LeafSpec, diff, difference_lines
 from flaxfit._core.types import Batch
 from flaxfit.data.datasets.stream import (
     NO_INFO,
+    BatchForm,
     DatasetInfo,
     PaddedTail,
     Stream,
@@ -56,9 +57,6 @@ class StreamSource:
       structural: whether `read` depends on structure and names alone, so that it does
         the same with every batch.
 
-    Attributes:
-      See `BatchSource`.
-
     Raises:
       DataError: there is no batch, or the first one cannot be read.
       TypeError: a function that needs arguments or returns no iterable.
@@ -93,7 +91,8 @@ class StreamSource:
         self._yielded = self._passes = 0
         self._mark = IteratorMark(stream)
         iterator = self._open(0, 0)
-        given = self._next(iterator, 0, 0)
+        place = _place(0, 0)
+        given = self._next(iterator, place)
         if given is _END:
             raise DataError(
                 f"no batches: the {self.kind} given to {caller()} yielded nothing",
@@ -102,7 +101,7 @@ class StreamSource:
         self._mark.note(iterator, 0, 1)
         raw, rows = _parted(given)
         # Arrays on a device stay there, as those of all later batches do.
-        ahead = self._without_fill(self._converted(raw, 0, 0, first=True), rows)
+        ahead = self._without_fill(self._converted(raw, place, first=True), rows)
         first = copy_host_arrays(as_host(ahead))
         self.info = describe(raw)
         self._template: BatchTemplate | None = None
@@ -113,7 +112,7 @@ class StreamSource:
             size = -(-size // multiple_of) * multiple_of
         self.batch_size = size
         self.example = fill(first, size)
-        self._likeness = _Likeness(stream, first, self.example)
+        self._likeness = _Likeness(stream.form, first, self.example)
         # The first batch, until the first pass yields it.
         ahead = ahead if on_device(ahead) else first
         self._ahead: tuple[Iterator[Any], Batch] | None = (iterator, ahead)
@@ -143,13 +142,8 @@ class StreamSource:
     ) -> Iterator[Batch]:
         """Yields the batches of one pass; the data determines the order.
 
-        Batches before number `start` are read and skipped, except by streams that
-        seek.
-
-        Args:
-          pass_index: which pass.
-          start: the number of the first batch.
-          bookmark: a saved state of the same pass, at `start` or before.
+        Batches before number `start`, or between a bookmark and it, are read and
+        skipped, except by streams that seek.
 
         Raises:
           DataError: there is no more data, an iterator ends before the steps asked for,
@@ -169,7 +163,7 @@ class StreamSource:
             iterator, batch = ahead
             number = 1
             if start == 0:
-                yield self._finished(batch, 0, named)
+                yield self._finished(batch, _place(0, named))
         else:
             number = start if self.seeks else 0
             iterator = self._open(pass_index, number)
@@ -177,17 +171,18 @@ class StreamSource:
         self._skip(iterator, number, start, named)
         number = max(number, start)
         while True:
-            given = self._next(iterator, number, named)
+            place = _place(number, named)
+            given = self._next(iterator, place)
             if given is _END:
                 break
             self._mark.note(iterator, pass_index, number + 1)
             raw, rows = _parted(given)
             made = None if self._template is None else self._template.make(raw)
             if made is None:
-                made = self._converted(raw, number, named)
-                self._likeness.compare(made, f"batch {number} of pass {named}")
+                made = self._converted(raw, place)
+                self._likeness.compare(made, place)
             batch = self._without_fill(made, rows)
-            yield self._finished(batch, number, named)
+            yield self._finished(batch, place)
             number += 1
         # A caller with a step limit stops earlier, so reaching this point means that
         # the iterator ran out.
@@ -198,7 +193,7 @@ class StreamSource:
         self, iterator: Iterator[Any], number: int, start: int, pass_index: int
     ) -> None:
         for skipped in range(number, start):
-            if self._next(iterator, skipped, pass_index) is _END:
+            if self._next(iterator, _place(skipped, pass_index)) is _END:
                 raise DataError(
                     f"the {self.kind} given to {self._caller} ends after {skipped} "
                     f"batches, but {start} of them were trained on before this run was "
@@ -216,13 +211,13 @@ class StreamSource:
             error.add_note(f"while starting pass {pass_index} over the data")
             raise
 
-    def _next(self, iterator: Iterator[Any], number: int, pass_index: int) -> Any:
+    def _next(self, iterator: Iterator[Any], place: str) -> Any:
         try:
             # A later pass is read outside of the call that the data was given to.
             with calling(self._caller):
                 return next(iterator, _END)
         except Exception as error:
-            error.add_note(f"while reading batch {number} of pass {pass_index}")
+            error.add_note(f"while reading {place}")
             if "already executing" in str(error):
                 error.add_note(
                     "An earlier fit still reads from it in the background. Wait for "
@@ -230,9 +225,7 @@ class StreamSource:
                 )
             raise
 
-    def _converted(
-        self, raw: Any, number: int, pass_index: int, *, first: bool = False
-    ) -> Batch:
+    def _converted(self, raw: Any, place: str, *, first: bool = False) -> Batch:
         """Returns a raw batch with weights, checked but not padded."""
         try:
             given = self._read(raw)
@@ -243,12 +236,12 @@ class StreamSource:
             batch = with_weights(narrow(given), rows)
             # Of weights on a device only the first are read back.
             if first or isinstance(batch.weights, np.ndarray):
-                check_weights(as_host(batch.weights), all_zero=True)
+                check_weights(np.asarray(batch.weights), all_zero=True)
             return batch
         except DataError as error:
-            raise DataError(f"batch {number} of pass {pass_index}: {error}") from error
+            raise DataError(f"{place}: {error}") from error
         except Exception as error:
-            error.add_note(f"while reading batch {number} of pass {pass_index}")
+            error.add_note(f"while reading {place}")
             raise
 
     def _without_fill(self, batch: Batch, rows: int | None) -> Batch:
@@ -262,9 +255,8 @@ class StreamSource:
         weights[rows:] = 0.0
         return batch.replace(weights=weights)
 
-    def _finished(self, batch: Batch, number: int, pass_index: int) -> Batch:
+    def _finished(self, batch: Batch, place: str) -> Batch:
         """Returns a batch checked and padded."""
-        place = f"batch {number} of pass {pass_index}"
         if self._check is not None:
             try:
                 self._check(self._on_host(batch))
@@ -273,12 +265,11 @@ class StreamSource:
         self._yielded += 1
         if self._stream.form.size is not None:
             return batch
-        if len(batch.weights) > self.batch_size:
+        rows = len(batch.weights)
+        if rows > self.batch_size:
             if self.pad:
-                self._likeness.warn_of_growth(
-                    place, len(batch.weights), self.batch_size
-                )
-            self.batch_size = len(batch.weights)
+                self._likeness.warn_of_growth(place, rows, self.batch_size)
+            self.batch_size = rows
         return fill(batch, self.batch_size) if self.pad else batch
 
     def _on_host(self, batch: Batch) -> Batch:
@@ -313,22 +304,20 @@ class StreamSource:
         )
 
 
+def _place(number: int, pass_index: int) -> str:
+    return f"batch {number} of pass {pass_index}"
+
+
 def _parted(given: Any) -> tuple[Any, int | None]:
     """Returns a raw batch, and how many of its rows are no fill, None for all."""
     return given if isinstance(given, PaddedTail) else (given, None)
 
 
 class _Likeness:
-    """Compares batches with the first one.
+    """Compares batches with the first one; `example` is it, padded."""
 
-    Args:
-      stream: knows how many shapes there may be.
-      first: the first batch.
-      example: it, padded.
-    """
-
-    def __init__(self, stream: Stream, first: Batch, example: Batch) -> None:
-        self._form = stream.form
+    def __init__(self, form: BatchForm, first: Batch, example: Batch) -> None:
+        self._form = form
         self._example = example
         self._signature = _signature(first)
         self._shapes = {self._shapes_of(first)}
