@@ -37,12 +37,7 @@ from flaxfit.data.datasets.example_dataset import ExampleSet
 from flaxfit.data.datasets.iterables import from_iterable, peek
 from flaxfit.data.datasets.stream import NO_INFO, DatasetInfo, Stream
 from flaxfit.data.host.arrays import as_host, narrow
-from flaxfit.data.host.checks import (
-    check_finite,
-    check_lengths,
-    check_values,
-    check_weights,
-)
+from flaxfit.data.host.checks import check_lengths, check_values, check_weights
 from flaxfit.data.host.collate import looks_single
 from flaxfit.data.host.padding import PaddedBatch, raw_of
 from flaxfit.data.host.weights import ClassWeighting, apply_mask, with_weights
@@ -203,7 +198,8 @@ def batch_source(
         structural=not callable(binding.inputs),
     )
     if not options.inputs_only:
-        check_finite(source.example)
+        check_weights(source.example.weights)
+        check_values(source.example)
     return source
 
 
@@ -233,8 +229,7 @@ def one_batch(
                 f"{caller()} takes one batch of arrays, not a dataset ({dataset.kind})",
                 write="x, y = next(iter(dataset)) for its first batch",
             )
-        options = BatchOptions(class_weight=class_weight)
-        source = batch_source(dataset, binding, options)
+        source = batch_source(dataset, binding, BatchOptions(class_weight=class_weight))
         return InMemoryData(source.example, source.info)
     whole = read_arrays(dataset, binding, class_weight)
     data = with_weights(narrow(whole.batch, keep_mapped=keep_mapped))

@@ -273,9 +273,8 @@ class Binding:
         first = (*spare, *free, "key")[0]
         return DataError(
             f"the batch has the keys {listed(fields)}; the model's call takes "
-            f"{listed(self.call.names)} and requires {listed(self.call.required)}. "
-            "Say which key is which input: "
-            f"Trainer(model, inputs={{{name!r}: {first!r}}})."
+            f"{listed(self.call.names)} and requires {listed(self.call.required)}. Say "
+            f"which key is which input: Trainer(model, inputs={{{name!r}: {first!r}}})."
         )
 
 

@@ -114,8 +114,19 @@ def read_arrays(
     arrays: Arrays, binding: Binding, class_weight: Mapping[Any, float] | None = None
 ) -> InMemoryData:
     """Returns all examples; `weights` is None where none are given."""
-    x, sample_weight = arrays.x, arrays.sample_weight
-    whole = x if isinstance(x, InMemoryData) else _read(x, arrays.y, binding)
+    x, y, sample_weight = arrays.x, arrays.y, arrays.sample_weight
+    raw = x if y is None else (x, y)
+    if isinstance(x, InMemoryData):
+        whole = x
+    elif holds_table(raw):
+        whole = read_table(raw, binding)
+    elif holds_column(raw):
+        whole = read_column(raw, binding)
+    else:
+        refuse_inner_tables(raw, "x")
+        unused = binding.unused(x) if y is None else ()
+        info = DatasetInfo(columns=binding.columns, unused=unused)
+        whole = InMemoryData(binding.split(as_host(raw)), info)
     data = whole.batch
     if sample_weight is not None:
         if data.weights is not None:
@@ -133,19 +144,6 @@ def read_arrays(
     return replace(whole, batch=data)
 
 
-def _read(x: Any, y: Any, binding: Binding) -> InMemoryData:
-    """Reads arrays or a table, with their targets."""
-    raw = x if y is None else (x, y)
-    if holds_table(raw):
-        return read_table(raw, binding)
-    if holds_column(raw):
-        return read_column(raw, binding)
-    refuse_inner_tables(raw, "x")
-    unused = binding.unused(x) if y is None else ()
-    info = DatasetInfo(columns=binding.columns, unused=unused)
-    return InMemoryData(binding.split(as_host(raw)), info)
-
-
 def read_inputs(x: Any, binding: Binding) -> InMemoryData:
     """Reads arrays or a table given to `predict`."""
     if holds_table(x):
@@ -158,8 +156,7 @@ def read_inputs(x: Any, binding: Binding) -> InMemoryData:
     elif apart and len(raw) > 1 and not _is_nested(raw[0]):
         raise DataError(
             f"a list of {len(raw)} arrays for a model with one input. For a list of "
-            "examples write np.stack(x); for (x, y) a tuple; for batches "
-            "iter(batches)."
+            "examples write np.stack(x); for (x, y) a tuple; for batches iter(batches)."
         )
     else:
         batch = stream_inputs(raw, binding)

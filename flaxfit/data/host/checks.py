@@ -98,23 +98,11 @@ def check_sized(batch: Batch, given: Any) -> int:
     return size
 
 
-def check_finite(example: Batch) -> None:
-    """Checks the values of one batch: what is NaN here is NaN in every result.
-
-    Targets of weight 0 may hold anything: they do not count.
-
-    Raises:
-      DataError: NaN or infinity in inputs, targets or weights, negative weights,
-        weights that are all zero.
-    """
-    check_weights(example.weights)
-    check_values(example)
-
-
 def check_values(batch: Batch) -> None:
-    """Checks inputs and targets as `check_finite` does, and no weights.
+    """Checks inputs and targets: what is NaN here is NaN in every result.
 
-    Arrays mapped from a file are passed over: all of the file would be read.
+    Targets of weight 0 may hold anything: they do not count. Arrays mapped from a file
+    are passed over: all of the file would be read.
 
     Raises:
       DataError: NaN or infinity in inputs, or in targets whose weight is not 0.
@@ -133,9 +121,8 @@ def check_values(batch: Batch) -> None:
             place = tuple(int(i) for i in np.argwhere(bad)[0])
             raise DataError(
                 f"{name} holds {leaf[place]} at row {place[0]}: one such value makes "
-                "the loss and then every parameter NaN. Drop such rows or replace "
-                "the values, e.g. np.nan_to_num(x); a target of weight 0 does not "
-                "count."
+                "the loss and then every parameter NaN. Drop such rows or replace the "
+                "values, e.g. np.nan_to_num(x); a target of weight 0 does not count."
             )
 
 

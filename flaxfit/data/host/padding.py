@@ -96,9 +96,8 @@ class Padding:
             known = np.asarray(lengths if given is None else given[part])
             if known.shape != buckets.shape or known.dtype.kind not in "iu":
                 raise ValueError(
-                    f"lengths is {describe(known)} for {total} items: "
-                    "give one whole number for each, "
-                    "lengths=np.array([len(item) for item in items])."
+                    f"lengths is {describe(known)} for {total} items: give one whole "
+                    "number for each, lengths=np.array([len(item) for item in items])."
                 )
             found = np.searchsorted(ends, known)
             if found.max(initial=0) == len(ends):

@@ -37,9 +37,8 @@ def with_weights(batch: Batch, rows: int | None = None) -> Batch:
         if weights.shape != target.shape[: weights.ndim]:
             raise DataError(
                 f"weights have shape {weights.shape}, {name} has {target.shape}: "
-                "weights hold one number per row, or one per element of the "
-                "targets' leading axes. Write weights.reshape(len(weights)) for "
-                "one per row."
+                "weights hold one number per row, or one per element of the targets' "
+                "leading axes. Write weights.reshape(len(weights)) for one per row."
             )
     return batch.replace(weights=weights)
 

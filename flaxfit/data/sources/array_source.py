@@ -71,9 +71,8 @@ class ArraySource:
     @property
     def example(self) -> Batch:
         """The first rows in their given order."""
-        first = np.arange(self.batch_size)
-        rows = first % self.num_examples
-        return self._cut(np.where(first < self.num_examples, rows, ~rows))
+        rows = np.arange(min(self.num_examples, self.batch_size))
+        return self._cut(batches_of_pass(rows, self.batch_size)[0])
 
     def check(self, check_values: Callable[[Batch], None]) -> None:
         """Checks the values of all examples."""

@@ -376,13 +376,10 @@ def _difference(batch: Batch, first: Batch) -> str:
         for each in (batch, first)
     )
     lines = difference_lines(diff(then, now), "{path} is {given}, was {wanted}")
-    different = lines or [f"the nesting is {_nesting(batch)}, was {_nesting(first)}"]
+    nestings = [str(jax.tree.structure((b.inputs, b.targets))) for b in (batch, first)]
+    different = lines or [f"the nesting is {nestings[0]}, was {nestings[1]}"]
     return (
         f"differs from the first batch: {'; '.join(different)}. All batches need the "
         "same structure, dtypes and shapes beyond the batch axis: pad rows to one "
         "length and convert with .astype(...) where the batches are made."
     )
-
-
-def _nesting(batch: Batch) -> str:
-    return str(jax.tree.structure((batch.inputs, batch.targets)))
