@@ -101,11 +101,7 @@ class BatchOptions:
 
 
 def open_dataset(
-    x: Any,
-    y: Any = None,
-    sample_weight: Any = None,
-    *,
-    batch_size: int | None = None,
+    x: Any, y: Any = None, sample_weight: Any = None, *, batch_size: int | None = None
 ) -> Dataset:
     """Returns data as a `Dataset`. Nothing is read but item 0 of a sequence.
 

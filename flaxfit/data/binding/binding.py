@@ -5,7 +5,7 @@ Looks at structure and names only, never at values: it works on tracers too.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from flaxfit._core.errors import DataError, did_you_mean
 from flaxfit._core.types import Batch, CallSpec, Inputs, PyTree
@@ -16,11 +16,14 @@ from flaxfit.data.host.fields import parts_of
 TARGET_NAMES = ("label", "labels", "target", "targets", "y")
 WEIGHT_NAMES = ("weights", "sample_weight", "sample_weights")
 
+_Keys: TypeAlias = tuple[str, ...] | dict[str, str]
+"""The keys of the inputs, by position or by the call's parameter."""
+
 
 class _Plan(NamedTuple):
-    """The keys of a dict batch by their role; inputs by position or by parameter."""
+    """The keys of a dict batch by their role."""
 
-    inputs: tuple[str, ...] | dict[str, str]
+    inputs: _Keys
     targets: str | tuple[str, ...] | None
     weights: str | None
     unused: tuple[str, ...]
@@ -194,9 +197,7 @@ class Binding:
         unused = tuple(key for key in fields if key not in taken | used)
         return _Plan(inputs, targets, weights, unused)
 
-    def _matched(
-        self, fields: Mapping[str, Any], taken: set[str | None]
-    ) -> tuple[str, ...] | dict[str, str]:
+    def _matched(self, fields: Mapping[str, Any], taken: set[str | None]) -> _Keys:
         """Finds the call's inputs among the keys that are not `taken`."""
         call = self.call
         free = [key for key in fields if key not in taken]
@@ -218,9 +219,7 @@ class Binding:
             return {**{k: k for k in found if k not in left}, missing[0]: left[0]}
         raise self._missing(fields, tuple(free))
 
-    def _chosen(
-        self, inputs: Any, fields: Mapping[str, Any]
-    ) -> tuple[str, ...] | dict[str, str]:
+    def _chosen(self, inputs: Any, fields: Mapping[str, Any]) -> _Keys:
         """Returns the keys that the override `inputs` names."""
         keys = tuple(inputs.values()) if isinstance(inputs, Mapping) else inputs
         known = _known_keys("inputs", keys, fields)
@@ -232,9 +231,7 @@ class Binding:
             return {key: key for key in known}
         return known
 
-    def _picked(
-        self, fields: Mapping[str, Any], keys: tuple[str, ...] | dict[str, str]
-    ) -> Inputs:
+    def _picked(self, fields: Mapping[str, Any], keys: _Keys) -> Inputs:
         if isinstance(keys, dict):
             return {name: fields[key] for name, key in keys.items()}
         return self.by_position(tuple(fields[key] for key in keys))

@@ -5,8 +5,8 @@ their order.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -35,6 +35,9 @@ from flaxfit.data.datasets.stream import NO_INFO, DatasetInfo
 from flaxfit.data.host.arrays import as_host, narrow
 
 _MOST_NAMES = 6
+
+_Targets: TypeAlias = tuple[PyTree, Columns]
+"""The targets, and what to remember of their columns."""
 
 
 def holds_table(raw: Any) -> bool:
@@ -100,30 +103,30 @@ def read_table(raw: Any, binding: Binding, *, targets: bool = True) -> InMemoryD
     )
 
 
+@dataclass
 class TableReader:
     """Reads raw batches that are tables like the first; see `read_table`."""
 
-    def __init__(self, binding: Binding, *, targets: bool = True) -> None:
-        self._binding = binding
-        self._targets = targets
-        self._info = NO_INFO
+    binding: Binding
+    targets: bool
+    info: DatasetInfo = NO_INFO
 
     def __call__(self, raw: Any) -> Batch:
         """Returns a table as a batch."""
-        whole = read_table(raw, self._binding, targets=self._targets)
-        self._binding = replace(self._binding, columns=whole.info.columns)
-        self._info = whole.info
+        whole = read_table(raw, self.binding, targets=self.targets)
+        self.binding = replace(self.binding, columns=whole.info.columns)
+        self.info = whole.info
         return whole.batch
 
     def with_table_info(self, info: DatasetInfo) -> DatasetInfo:
         """Returns what is known about a dataset, and about its tables."""
-        columns = self._binding.columns
+        columns = self.binding.columns
         return replace(
             info,
             columns=columns,
             class_names=info.class_names or (columns.class_names if columns else ()),
-            table=self._info.table,
-            unused=self._info.unused or info.unused,
+            table=self.info.table,
+            unused=self.info.unused or info.unused,
         )
 
 
@@ -295,10 +298,8 @@ def _values(table: Table, part: Part, *, floats: bool) -> HostArray:
     return np.stack(columns, axis=1, dtype=None if whole else np.float32)
 
 
-def _from_table(
-    table: Table, names: Any, inputs: Inputs, binding: Binding
-) -> tuple[PyTree, Columns]:
-    """Returns targets that are columns of a table, and what to remember of them."""
+def _from_table(table: Table, names: Any, inputs: Inputs, binding: Binding) -> _Targets:
+    """Returns targets that are columns of this table or of a separate one."""
     known = binding.columns
     if not isinstance(names, tuple | Mapping):
         return _one_column(table.column(names), names, inputs, binding)
@@ -317,7 +318,7 @@ def _from_table(
 
 def _one_column(
     column: Column, name: Name | None, inputs: Inputs, binding: Binding
-) -> tuple[PyTree, Columns]:
+) -> _Targets:
     """Returns one column of targets, `[rows]` or `[rows, 1]` as the output is."""
     known = binding.columns
     values, class_names = labels(column, known.class_names if known else ())
@@ -326,9 +327,7 @@ def _one_column(
     return values, Columns(None, name, axis, class_names)
 
 
-def _given_apart(
-    y: Any, inputs: Inputs, binding: Binding, parts: Any
-) -> tuple[PyTree, Columns]:
+def _given_apart(y: Any, inputs: Inputs, binding: Binding, parts: Any) -> _Targets:
     """Returns targets that are given beside the inputs."""
     if is_table(y):
         table, known = as_table(y), binding.columns and binding.columns.targets

@@ -172,20 +172,15 @@ class Padding:
 
         `examples` are index and example; the last batch of a bucket may be short.
         """
-        waiting: list[list[tuple[int, Any]]] = [[] for _ in range(self.buckets)]
+        waiting: list[list[tuple[Any, int]]] = [[] for _ in range(self.buckets)]
         for row, example in examples:
             same = waiting[self.bucket_of(row, example)]
-            same.append((row, example))
+            same.append((example, row))
             if len(same) == batch_size:
-                yield self._batch(same)
+                yield self.collate(*zip(*same, strict=True))
                 same.clear()
-        for rest in waiting:
-            if rest:
-                yield self._batch(rest)
-
-    def _batch(self, numbered: Sequence[tuple[int, Any]]) -> PaddedBatch:
-        rows, examples = zip(*numbered, strict=True)
-        return self.collate(examples, rows)
+        for rest in filter(None, waiting):
+            yield self.collate(*zip(*rest, strict=True))
 
     def _with_masks(
         self, raw: Any, counts: Mapping[Any, HostArray], bucket: int

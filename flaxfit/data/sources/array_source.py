@@ -30,7 +30,6 @@ class ArraySource:
       info: what the data says of itself.
 
     Attributes:
-      shuffle: whether each pass has an order of its own.
       in_memory: whether no array is mapped from a file.
       nbytes: the bytes of all examples; those mapped from a file may be narrowed.
 

@@ -55,10 +55,7 @@ class BatchSource(Protocol):
         """
 
     def batches(
-        self,
-        pass_index: int,
-        start: int = 0,
-        bookmark: Mapping[str, Any] | None = None,
+        self, pass_index: int, start: int = 0, bookmark: Mapping[str, Any] | None = None
     ) -> Iterator[Batch]:
         """Yields the batches of one pass from number `start` on.
 

@@ -135,10 +135,7 @@ class StreamSource:
         self._check = check_values
 
     def batches(
-        self,
-        pass_index: int,
-        start: int = 0,
-        bookmark: Mapping[str, Any] | None = None,
+        self, pass_index: int, start: int = 0, bookmark: Mapping[str, Any] | None = None
     ) -> Iterator[Batch]:
         """Yields the batches of one pass; the data determines the order.
 
