@@ -105,12 +105,9 @@ def is_nest(value: object) -> bool:
 def narrow(nest: PyTree, *, keep_mapped: bool = False) -> PyTree:
     """Returns a nesting of NumPy arrays in the dtypes jax computes in.
 
-    Without 64-bit mode that is float32 for float64 and int32 for int64.
-
-    Args:
-      nest: NumPy arrays in any nesting.
-      keep_mapped: leave arrays mapped from a file as they are, to be narrowed batch
-        by batch instead of read as a whole.
+    Without 64-bit mode that is float32 for float64 and int32 for int64. With
+    `keep_mapped`, arrays mapped from a file stay as they are, to be narrowed batch by
+    batch instead of read as a whole.
 
     Raises:
       DataError: an integer that the narrower dtype cannot hold.

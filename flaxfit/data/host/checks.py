@@ -20,10 +20,7 @@ _MOST_NAMED = 8
 
 
 def check_lengths(nest: PyTree) -> int:
-    """Returns the number of rows all arrays of a nesting share.
-
-    Args:
-      nest: NumPy or jax arrays `[rows, ...]` in a `Batch` or any other nesting.
+    """Returns the number of rows that all arrays `[rows, ...]` of a nesting share.
 
     Raises:
       DataError: arrays of different length, no rows or no array at all, a single

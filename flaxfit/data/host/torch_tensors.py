@@ -27,10 +27,7 @@ def stack_tensors(tensors: Sequence[Any]) -> HostArray | None:
 
 
 def as_numpy(tensor: Any) -> HostArray:
-    """Returns a tensor as an array of its dtype, bfloat16 and float8 among them.
-
-    Args:
-      tensor: of any device, with or without gradient.
+    """Returns a tensor of any device as an array of its dtype, bfloat16 among them.
 
     Raises:
       DataError: a sparse or nested tensor.

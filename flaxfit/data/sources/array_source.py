@@ -86,12 +86,7 @@ class ArraySource:
             yield self._cut(coded)
 
     def order(self, pass_index: int) -> HostArray:
-        """Returns the rows of the batches of one pass.
-
-        Returns:
-          `int64[batches, batch]`; where a batch is only filled up, at weight 0, the
-          row `r` is written as `~r`.
-        """
+        """Returns the rows of the batches of one pass, see `batches_of_pass`."""
         order = order_of_pass(
             self.num_examples, pass_index, shuffle=self.shuffle, seed=self._seed
         )
@@ -183,9 +178,7 @@ def split_validation(data: Batch, fraction: float) -> tuple[Batch, Batch]:
 
 
 def train_rows(total: int, fraction: float) -> int:
-    """Returns how many of `total` examples are for training: `floor(n * (1 - f))`.
-
-    So does Keras.
+    """Returns how many of `total` examples are for training, as many as in Keras.
 
     Raises:
       ValueError: `fraction` is out of range or leaves one side empty.
