@@ -6,6 +6,7 @@ before anything is read.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -36,12 +37,7 @@ from flaxfit.data.datasets.example_dataset import ExampleSet
 from flaxfit.data.datasets.iterables import from_iterable, peek
 from flaxfit.data.datasets.stream import NO_INFO, DatasetInfo, Stream
 from flaxfit.data.host.arrays import as_host, narrow
-from flaxfit.data.host.checks import (
-    check_finite,
-    check_lengths,
-    check_values,
-    check_weights,
-)
+from flaxfit.data.host.checks import check_lengths, check_values, check_weights
 from flaxfit.data.host.collate import looks_single
 from flaxfit.data.host.padding import PaddedBatch, raw_of
 from flaxfit.data.host.weights import ClassWeighting, apply_mask, with_weights
@@ -105,11 +101,7 @@ class BatchOptions:
 
 
 def open_dataset(
-    x: Any,
-    y: Any = None,
-    sample_weight: Any = None,
-    *,
-    batch_size: int | None = None,
+    x: Any, y: Any = None, sample_weight: Any = None, *, batch_size: int | None = None
 ) -> Dataset:
     """Returns data as a `Dataset`. Nothing is read but item 0 of a sequence.
 
@@ -158,12 +150,7 @@ def open_inputs(x: Any, binding: Binding, *, batch_size: int | None = None) -> D
 def batch_source(
     dataset: Dataset, binding: Binding, options: BatchOptions
 ) -> BatchSource:
-    """Returns a source of batches; reads the first of them.
-
-    Args:
-      dataset: from `open_dataset`.
-      binding: how a raw batch is read.
-      options: how batches are made.
+    """Returns a source of the batches of a dataset; reads the first of them.
 
     Raises:
       DataError: data that cannot be trained on; see `data/host/checks`.
@@ -176,15 +163,18 @@ def batch_source(
     reader = TableReader(binding, targets=not options.inputs_only)
     weights = options.class_weight
     weighting = None if weights is None else ClassWeighting(weights)
+    split = binding.split
+    if options.inputs_only:
+        split = partial(stream_inputs, binding=binding)
 
     def read(raw: Any) -> Batch:
         plain = raw_of(raw)
         if holds_table(plain):
             batch = reader(plain)
-        elif options.inputs_only:
-            return stream_inputs(as_host(plain, but_device=True), binding)
         else:
-            batch = binding.split(as_host(plain, but_device=True))
+            batch = split(as_host(plain, but_device=True))
+            if callable(binding.inputs):  # a function of the user's returns anything
+                batch = as_host(batch, but_device=True)
         if isinstance(raw, PaddedBatch) and not options.inputs_only:
             return apply_mask(batch, binding.targets_of(raw.real), weighting)
         return batch if weighting is None else weighting(batch)
@@ -204,7 +194,8 @@ def batch_source(
         structural=not callable(binding.inputs),
     )
     if not options.inputs_only:
-        check_finite(source.example)
+        check_weights(source.example.weights)
+        check_values(source.example)
     return source
 
 
@@ -234,14 +225,10 @@ def one_batch(
                 f"{caller()} takes one batch of arrays, not a dataset ({dataset.kind})",
                 write="x, y = next(iter(dataset)) for its first batch",
             )
-        options = BatchOptions(class_weight=class_weight)
-        source = batch_source(dataset, binding, options)
+        source = batch_source(dataset, binding, BatchOptions(class_weight=class_weight))
         return InMemoryData(source.example, source.info)
-    whole = read_arrays(dataset.x, dataset.y, dataset.sample_weight, binding)
-    data = whole.batch
-    if class_weight is not None:
-        data = ClassWeighting(class_weight)(data)
-    data = with_weights(narrow(data, keep_mapped=keep_mapped))
+    whole = read_arrays(dataset, binding, class_weight)
+    data = with_weights(narrow(whole.batch, keep_mapped=keep_mapped))
     check_weights(data.weights, all_zero=True)
     check_values(data)
     return replace(whole, batch=data)
@@ -252,13 +239,7 @@ def split_dataset(
 ) -> tuple[Dataset, Dataset]:
     """Splits the last `fraction` of the examples off, before any shuffling.
 
-    Args:
-      dataset: arrays, or examples with random access.
-      fraction: between 0 and 1, both excluded.
-      binding: how a raw batch is read.
-
-    Returns:
-      `(train, validation)`.
+    Returns `(train, validation)`, of arrays or of examples with random access.
 
     Raises:
       ValueError: `fraction` is out of range or leaves one side empty, or the data comes
@@ -302,18 +283,13 @@ def _array_source(
         size = options.size(check_lengths(whole.batch))
         data = narrow(whole.batch, keep_mapped=True)
         return ArraySource(data, size, info=whole.info)
-    whole = read_arrays(arrays.x, arrays.y, arrays.sample_weight, binding)
+    whole = read_arrays(arrays, binding, options.class_weight)
     data = whole.batch
-    if options.class_weight is not None:
-        data = ClassWeighting(options.class_weight)(data)
     if data.weights is not None:
         check_weights(data.weights)
+    size = options.size(len(jax.tree.leaves(data)[0]))
     source = ArraySource(
-        data,
-        options.size(len(jax.tree.leaves(data)[0])),
-        shuffle=options.shuffle,
-        seed=options.seed,
-        info=whole.info,
+        data, size, shuffle=options.shuffle, seed=options.seed, info=whole.info
     )
     source.check(check_values)
     check_values(source.example)

@@ -5,28 +5,25 @@ Looks at structure and names only, never at values: it works on tracers too.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from flaxfit._core.errors import DataError, did_you_mean
 from flaxfit._core.types import Batch, CallSpec, Inputs, PyTree
 from flaxfit.data.datasets.columns import Columns
 from flaxfit.data.datasets.stream import NO_INFO, DatasetInfo
+from flaxfit.data.host.fields import parts_of
 
 TARGET_NAMES = ("label", "labels", "target", "targets", "y")
 WEIGHT_NAMES = ("weights", "sample_weight", "sample_weights")
 
+_Keys: TypeAlias = tuple[str, ...] | dict[str, str]
+"""The keys of the inputs, by position or by the call's parameter."""
+
 
 class _Plan(NamedTuple):
-    """What becomes of the keys of a dict batch.
+    """The keys of a dict batch by their role."""
 
-    Attributes:
-      inputs: keys by position, or the call's parameter -> key.
-      targets: key, keys or None.
-      weights: key or None.
-      unused: the keys left over.
-    """
-
-    inputs: tuple[str, ...] | dict[str, str]
+    inputs: _Keys
     targets: str | tuple[str, ...] | None
     weights: str | None
     unused: tuple[str, ...]
@@ -36,9 +33,7 @@ class _Plan(NamedTuple):
 class InMemoryData:
     """All examples of arrays or a table, bound to inputs and targets.
 
-    Attributes:
-      batch: the examples; `weights` may be None.
-      info: what is known about the data.
+    `batch.weights` may be None.
     """
 
     batch: Batch
@@ -124,21 +119,15 @@ class Binding:
             fields = _fields(raw)
             plan = self._plan(fields)
             weights = None if plan.weights is None else fields[plan.weights]
-            inputs = (
-                _called(self.inputs(raw), self.call)
-                if callable(self.inputs)
-                else self._picked(fields, plan.inputs)
-            )
+            if callable(self.inputs):
+                inputs = self.bind(raw)
+            else:
+                inputs = self._picked(fields, plan.inputs)
             return Batch(inputs, _pick(fields, plan.targets), weights)
         x, y, weights = _unpacked(raw)
         if isinstance(y, Mapping) and self.targets is not None:
             y = _pick(y, _known_keys("targets", self.targets, y))
-        inputs = (
-            _called(self.inputs(raw), self.call)
-            if callable(self.inputs)
-            else self.bind(x)
-        )
-        return Batch(inputs, y, weights)
+        return Batch(self.bind(raw if callable(self.inputs) else x), y, weights)
 
     def targets_of(self, raw: Any) -> PyTree:
         """Returns what a raw batch has where the targets are, nested like them."""
@@ -182,8 +171,7 @@ class Binding:
     def takes_several(self) -> bool:
         """Whether the call takes more than one input."""
         call = self.call
-        single = len(call.positional or call.keyword_only) <= 1
-        return call.var_positional or not single
+        return call.var_positional or len(call.positional or call.keyword_only) > 1
 
     def _lone(self, names: Mapping[str, Any]) -> bool:
         """Whether these are the one input of a call: then a name changes nothing."""
@@ -191,12 +179,13 @@ class Binding:
 
     def _plan(self, fields: Mapping[str, Any]) -> _Plan:
         names = self.call.names
-        weights = _first(k for k in WEIGHT_NAMES if k in fields and k not in names)
+        weight_names = (k for k in WEIGHT_NAMES if k in fields and k not in names)
+        weights = next(weight_names, None)
         targets: str | tuple[str, ...] | None
         if self.targets is not None:
             targets = _known_keys("targets", self.targets, fields)
         else:
-            targets = _first(key for key in TARGET_NAMES if key in fields)
+            targets = next((key for key in TARGET_NAMES if key in fields), None)
         taken = {weights, *((targets,) if isinstance(targets, str) else targets or ())}
         if callable(self.inputs):
             return _Plan((), targets, weights, ())
@@ -208,9 +197,7 @@ class Binding:
         unused = tuple(key for key in fields if key not in taken | used)
         return _Plan(inputs, targets, weights, unused)
 
-    def _matched(
-        self, fields: Mapping[str, Any], taken: set[str | None]
-    ) -> tuple[str, ...] | dict[str, str]:
+    def _matched(self, fields: Mapping[str, Any], taken: set[str | None]) -> _Keys:
         """Finds the call's inputs among the keys that are not `taken`."""
         call = self.call
         free = [key for key in fields if key not in taken]
@@ -232,9 +219,7 @@ class Binding:
             return {**{k: k for k in found if k not in left}, missing[0]: left[0]}
         raise self._missing(fields, tuple(free))
 
-    def _chosen(
-        self, inputs: Any, fields: Mapping[str, Any]
-    ) -> tuple[str, ...] | dict[str, str]:
+    def _chosen(self, inputs: Any, fields: Mapping[str, Any]) -> _Keys:
         """Returns the keys that the override `inputs` names."""
         keys = tuple(inputs.values()) if isinstance(inputs, Mapping) else inputs
         known = _known_keys("inputs", keys, fields)
@@ -246,9 +231,7 @@ class Binding:
             return {key: key for key in known}
         return known
 
-    def _picked(
-        self, fields: Mapping[str, Any], keys: tuple[str, ...] | dict[str, str]
-    ) -> Inputs:
+    def _picked(self, fields: Mapping[str, Any], keys: _Keys) -> Inputs:
         if isinstance(keys, dict):
             return {name: fields[key] for name, key in keys.items()}
         return self.by_position(tuple(fields[key] for key in keys))
@@ -287,9 +270,8 @@ class Binding:
         first = (*spare, *free, "key")[0]
         return DataError(
             f"the batch has the keys {listed(fields)}; the model's call takes "
-            f"{listed(self.call.names)} and requires {listed(self.call.required)}. "
-            "Say which key is which input: "
-            f"Trainer(model, inputs={{{name!r}: {first!r}}})."
+            f"{listed(self.call.names)} and requires {listed(self.call.required)}. Say "
+            f"which key is which input: Trainer(model, inputs={{{name!r}: {first!r}}})."
         )
 
 
@@ -334,10 +316,8 @@ def has_fields(raw: object) -> bool:
 
 
 def _fields(raw: Any) -> dict[str, Any]:
-    if isinstance(raw, Mapping):
-        return dict(raw)
-    if hasattr(raw, "_asdict"):
-        return dict(raw._asdict())
+    if isinstance(raw, Mapping) or hasattr(raw, "_asdict"):
+        return parts_of(raw)
     return {field.name: getattr(raw, field.name) for field in dataclasses.fields(raw)}
 
 
@@ -360,10 +340,6 @@ def _pick(fields: Mapping[str, Any], keys: str | tuple[str, ...] | None) -> PyTr
     if isinstance(keys, str):
         return fields[keys]
     return {key: fields[key] for key in keys}
-
-
-def _first(keys: Any) -> str | None:
-    return next(iter(keys), None)
 
 
 def listed(names: Any) -> str:

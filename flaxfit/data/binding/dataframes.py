@@ -87,13 +87,7 @@ class Column(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table of any library.
-
-    Attributes:
-      kind: its library and type: `"pandas DataFrame"`.
-      names: the names of its columns.
-      column: name -> `Column`.
-    """
+    """A table of any library; `kind` is e.g. `"pandas DataFrame"`."""
 
     kind: str
     names: tuple[Name, ...]
@@ -118,9 +112,8 @@ def is_lazy(value: object) -> bool:
     )
 
 
-def refuse_lazy(value: Any, **unused: Any) -> NoReturn:
+def refuse_lazy(value: Any) -> NoReturn:
     """Raises UsageTypeError for a value that `is_lazy`."""
-    del unused
     polars = comes_from(value, "polars", "LazyFrame")
     raise UsageTypeError(
         f"a {type(value).__name__} holds no rows yet",
@@ -165,8 +158,8 @@ def as_column(value: Any, name: Name | None = None) -> Column:
 
         value = pa.chunked_array([value])
     series = nw.from_native(value, series_only=True)
-    if name is None and library != "pyarrow" and isinstance(series.name, str | int):
-        name = None if series.name == "" else series.name
+    if name is None and isinstance(series.name, str | int) and series.name != "":
+        name = series.name
     dtype = str(value.type if library == "pyarrow" else value.dtype)
     missing = np.asarray(series.is_null().to_numpy(), bool)
     # A column without any value may have been meant as numbers.
@@ -191,11 +184,7 @@ def plain_columns(value: Any) -> dict[Name, HostArray]:
 
 
 def numbers(column: Column, *, floats: bool = False) -> HostArray:
-    """Returns a column of numbers.
-
-    Args:
-      column: the column.
-      floats: whether to return `float32`; else the column keeps its dtype.
+    """Returns a column of numbers, as `float32` with `floats`, else in its dtype.
 
     Raises:
       DataError: it holds something else, or a row has no number.

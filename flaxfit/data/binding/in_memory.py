@@ -20,7 +20,7 @@ from flaxfit.data.datasets.example_dataset import ExampleSet
 from flaxfit.data.datasets.stream import DatasetInfo, Stream
 from flaxfit.data.host.arrays import as_host, call_text, is_array, is_nest, narrow
 from flaxfit.data.host.checks import check_lengths
-from flaxfit.data.host.weights import with_weights
+from flaxfit.data.host.weights import ClassWeighting, with_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +67,9 @@ def is_arrays(x: Any, y: Any, sample_weight: Any) -> bool:
     if not is_batch_list(x, y) and is_nest(x):
         return True
     if given:
+        kind = x.kind if isinstance(x, ExampleSet | Stream) else type(x).__name__
         raise ValueError(
-            f"{name} is given beside a {kind_text(x)}, which brings its targets and "
+            f"{name} is given beside a {kind}, which brings its targets and "
             "weights itself. Let its items be (x, y), (x, y, weights) or dicts, and "
             f"write {call_text('dataset')}; what is one column of a dataset is "
             "made an array by np.asarray(column)."
@@ -84,11 +85,6 @@ def is_arrays(x: Any, y: Any, sample_weight: Any) -> bool:
             "weights), arrays in any nesting. For several batches pass a list of them."
         )
     return False
-
-
-def kind_text(x: Any) -> str:
-    """Returns what data is, in words, for messages."""
-    return x.kind if isinstance(x, ExampleSet | Stream) else type(x).__name__
 
 
 def is_batch_list(x: Any, y: Any) -> bool:
@@ -114,9 +110,23 @@ def _is_nested(value: Any) -> bool:
     return (nested and not is_array(value)) or dataframes.is_table(value)
 
 
-def read_arrays(x: Any, y: Any, sample_weight: Any, binding: Binding) -> InMemoryData:
+def read_arrays(
+    arrays: Arrays, binding: Binding, class_weight: Mapping[Any, float] | None = None
+) -> InMemoryData:
     """Returns all examples; `weights` is None where none are given."""
-    whole = x if isinstance(x, InMemoryData) else _read(x, y, binding)
+    x, y, sample_weight = arrays.x, arrays.y, arrays.sample_weight
+    raw = x if y is None else (x, y)
+    if isinstance(x, InMemoryData):
+        whole = x
+    elif holds_table(raw):
+        whole = read_table(raw, binding)
+    elif holds_column(raw):
+        whole = read_column(raw, binding)
+    else:
+        refuse_inner_tables(raw, "x")
+        unused = binding.unused(x) if y is None else ()
+        info = DatasetInfo(columns=binding.columns, unused=unused)
+        whole = InMemoryData(binding.split(as_host(raw)), info)
     data = whole.batch
     if sample_weight is not None:
         if data.weights is not None:
@@ -129,20 +139,9 @@ def read_arrays(x: Any, y: Any, sample_weight: Any, binding: Binding) -> InMemor
     check_lengths(data)
     data = narrow(data, keep_mapped=True)
     data = data if data.weights is None else with_weights(data)
+    if class_weight is not None:
+        data = ClassWeighting(class_weight)(data)
     return replace(whole, batch=data)
-
-
-def _read(x: Any, y: Any, binding: Binding) -> InMemoryData:
-    """Reads arrays or a table, with their targets."""
-    raw = x if y is None else (x, y)
-    if holds_table(raw):
-        return read_table(raw, binding)
-    if holds_column(raw):
-        return read_column(raw, binding)
-    refuse_inner_tables(raw, "x")
-    unused = binding.unused(x) if y is None else ()
-    info = DatasetInfo(columns=binding.columns, unused=unused)
-    return InMemoryData(binding.split(as_host(raw)), info)
 
 
 def read_inputs(x: Any, binding: Binding) -> InMemoryData:
@@ -150,33 +149,27 @@ def read_inputs(x: Any, binding: Binding) -> InMemoryData:
     if holds_table(x):
         return read_table(x, binding, targets=False)
     refuse_inner_tables(x, "x")
-    return InMemoryData(
-        _whole_inputs(as_host(x), binding), info=DatasetInfo(columns=binding.columns)
-    )
-
-
-def _whole_inputs(raw: Any, binding: Binding) -> Batch:
-    """Reads arrays given to `predict`."""
-    if is_several_inputs(raw, binding):
-        return Batch(binding.bind(raw), None, None)
+    raw = as_host(x)
     apart = isinstance(raw, list) and not callable(binding.inputs)
-    if apart and len(raw) > 1 and not _is_nested(raw[0]):
+    if is_several_inputs(raw, binding):
+        batch = Batch(binding.bind(raw), None, None)
+    elif apart and len(raw) > 1 and not _is_nested(raw[0]):
         raise DataError(
             f"a list of {len(raw)} arrays for a model with one input. For a list of "
-            "examples write np.stack(x); for (x, y) a tuple; for batches "
-            "iter(batches)."
+            "examples write np.stack(x); for (x, y) a tuple; for batches iter(batches)."
         )
-    return stream_inputs(raw, binding)
+    else:
+        batch = stream_inputs(raw, binding)
+    return InMemoryData(batch, DatasetInfo(columns=binding.columns))
 
 
 def stream_inputs(raw: Any, binding: Binding) -> Batch:
     """Reads a raw batch for its inputs alone."""
-    if has_fields(raw):
-        try:
-            inputs = binding.split(raw).inputs
-        except DataError:
-            # Not a batch with names for the call: then it is one input as it is.
-            inputs = binding.bind(raw)
-    else:
+    try:
         inputs = binding.split(raw).inputs
+    except DataError:
+        if not has_fields(raw):
+            raise
+        # Not a batch with names for the call: then it is one input as it is.
+        inputs = binding.bind(raw)
     return Batch(inputs, None, None)

@@ -5,8 +5,8 @@ their order.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -36,14 +36,8 @@ from flaxfit.data.host.arrays import as_host, narrow
 
 _MOST_NAMES = 6
 
-
-class _Targets(NamedTuple):
-    """Targets, and the facts about them to remember; see `Columns`."""
-
-    values: PyTree = None
-    names: Part | Mapping[str, Part] | None = None
-    axis: bool = False
-    class_names: tuple[str, ...] = ()
+_Targets: TypeAlias = tuple[PyTree, Columns]
+"""The targets, and what to remember of their columns."""
 
 
 def holds_table(raw: Any) -> bool:
@@ -84,62 +78,55 @@ def read_table(raw: Any, binding: Binding, *, targets: bool = True) -> InMemoryD
             parts_of = _choose(table, free, binding)
         _require(table, parts_of, "the model's inputs")
     inputs = _inputs(x, table, parts_of, binding)
-    found = _Targets()
+    values, columns = None, Columns()
     if targets and not whole:
         refuse_other_order(x, y, "y")
-        found = _given_apart(y, inputs, binding, known, parts_of)
-        _refuse_leak(table, y, found, parts_of)
+        values, columns = _given_apart(y, inputs, binding, parts_of)
+        _refuse_leak(table, y, values, parts_of)
     elif targets and taken is not None:
-        found = _from_table(table, taken, inputs, binding)
+        values, columns = _from_table(table, taken, inputs, binding)
     if targets and weight is not None:
         weights = numbers(table.column(weight), floats=True)
     elif weights is not None:
         refuse_other_order(x, weights, "weights")
         weights = as_host(weights)
-    batch = Batch(inputs, found.values, weights if targets else None)
-    columns = Columns(parts_of, found.names, found.axis, found.class_names)
     used = {*names_in(parts_of), *names_in(taken), weight}
     unused = () if parts_of is None else [n for n in table.names if n not in used]
     return InMemoryData(
-        batch,
+        Batch(inputs, values, weights if targets else None),
         DatasetInfo(
             unused=tuple(map(str, unused)),
-            class_names=found.class_names,
-            columns=binding.columns or columns,
-            table=_in_words(parts_of, found.names, weight),
+            class_names=columns.class_names,
+            columns=binding.columns or replace(columns, inputs=parts_of),
+            table=_in_words(parts_of, columns.targets, weight),
         ),
     )
 
 
+@dataclass
 class TableReader:
-    """Reads raw batches that are tables, all of them like the first.
+    """Reads raw batches that are tables like the first; see `read_table`."""
 
-    Args:
-      binding: how data is read.
-      targets: False to read inputs alone.
-    """
-
-    def __init__(self, binding: Binding, *, targets: bool = True) -> None:
-        self._binding = binding
-        self._targets = targets
-        self._info = NO_INFO
+    binding: Binding
+    targets: bool
+    info: DatasetInfo = NO_INFO
 
     def __call__(self, raw: Any) -> Batch:
-        """Returns a table as a batch; see `read_table`."""
-        whole = read_table(raw, self._binding, targets=self._targets)
-        self._binding = replace(self._binding, columns=whole.info.columns)
-        self._info = whole.info
+        """Returns a table as a batch."""
+        whole = read_table(raw, self.binding, targets=self.targets)
+        self.binding = replace(self.binding, columns=whole.info.columns)
+        self.info = whole.info
         return whole.batch
 
     def with_table_info(self, info: DatasetInfo) -> DatasetInfo:
         """Returns what is known about a dataset, and about its tables."""
-        columns = self._binding.columns
+        columns = self.binding.columns
         return replace(
             info,
             columns=columns,
             class_names=info.class_names or (columns.class_names if columns else ()),
-            table=self._info.table,
-            unused=self._info.unused or info.unused,
+            table=self.info.table,
+            unused=self.info.unused or info.unused,
         )
 
 
@@ -158,16 +145,12 @@ def read_column(raw: Any, binding: Binding) -> InMemoryData:
     """
     x, y, weights = (*raw, None)[:3]
     refuse_inner_tables(x, "x")
-    known = binding.columns or Columns()
+    known = binding.columns
     batch = binding.split((as_host(x), None, as_host(weights)))
-    found = _given_apart(y, batch.inputs, binding, known, known.inputs)
-    columns = Columns(None, found.names, found.axis, found.class_names)
-    return InMemoryData(
-        batch.replace(targets=found.values),
-        info=DatasetInfo(
-            class_names=found.class_names, columns=binding.columns or columns
-        ),
-    )
+    parts = known.inputs if known else None
+    values, columns = _given_apart(y, batch.inputs, binding, parts)
+    info = DatasetInfo(class_names=columns.class_names, columns=known or columns)
+    return InMemoryData(batch.replace(targets=values), info)
 
 
 def refuse_inner_tables(data: Any, where: str) -> None:
@@ -304,10 +287,7 @@ def _as_array(made: Any) -> Any:
 def _values(table: Table, part: Part, *, floats: bool) -> HostArray:
     """Returns a column `[rows]`, or a matrix `[rows, columns]`.
 
-    Args:
-      table: the table.
-      part: one column or several.
-      floats: whether a matrix of integers is `float32` too.
+    With `floats` a matrix of integers is `float32` too.
     """
     if not isinstance(part, tuple):
         return numbers(table.column(part))
@@ -332,8 +312,8 @@ def _from_table(table: Table, names: Any, inputs: Inputs, binding: Binding) -> _
             }
     if isinstance(names, Mapping):
         by_name = {k: _values(table, part, floats=False) for k, part in names.items()}
-        return _Targets(by_name, names)
-    return _Targets(_values(table, names, floats=False), names)
+        return by_name, Columns(targets=names)
+    return _values(table, names, floats=False), Columns(targets=names)
 
 
 def _one_column(
@@ -343,31 +323,28 @@ def _one_column(
     known = binding.columns
     values, class_names = labels(column, known.class_names if known else ())
     axis = known.target_axis if known else _is_column(_outputs(binding, inputs))
-    return _Targets(values[:, None] if axis else values, name, axis, class_names)
+    values = values[:, None] if axis else values
+    return values, Columns(None, name, axis, class_names)
 
 
-def _given_apart(
-    y: Any, inputs: Inputs, binding: Binding, known: Columns, parts: Any
-) -> _Targets:
+def _given_apart(y: Any, inputs: Inputs, binding: Binding, parts: Any) -> _Targets:
     """Returns targets that are given beside the inputs."""
     if is_table(y):
-        table = as_table(y)
-        names: Any = known.targets
-        if names is None:
-            names = table.names[0] if len(table.names) == 1 else table.names
-        elif len(table.names) == 1 and not isinstance(names, tuple | Mapping):
+        table, known = as_table(y), binding.columns and binding.columns.targets
+        names: Any = table.names if known is None else known
+        if len(table.names) == 1 and not isinstance(known, tuple | Mapping):
             names = table.names[0]
         _require(table, names, "its targets")
-        found = _from_table(table, names, inputs, binding)
+        values, columns = _from_table(table, names, inputs, binding)
     elif is_column(y):
         column = as_column(y)
-        found = _one_column(column, column.name, inputs, binding)
+        values, columns = _one_column(column, column.name, inputs, binding)
     else:
         values = as_host(y)
-        return _Targets(values, axis=_is_column(values))
+        return values, Columns(target_axis=_is_column(values))
     # An input of the same name is another column: do not look for targets there.
-    clash = {*names_in(parts)} & {*names_in(found.names)}
-    return found._replace(names=None) if clash else found
+    clash = {*names_in(parts)} & {*names_in(columns.targets)}
+    return values, replace(columns, targets=None) if clash else columns
 
 
 def _outputs(binding: Binding, inputs: Inputs) -> PyTree:
@@ -380,29 +357,21 @@ def _is_column(output: Any) -> bool:
     return len(shape) == 2 and shape[1] == 1
 
 
-def _refuse_leak(table: Table, y: Any, found: _Targets, parts: Any) -> None:
+def _refuse_leak(table: Table, y: Any, target: PyTree, parts: Any) -> None:
     """Raises DataError for targets that are an input as well, by name and values."""
-    target = found.values
     if not isinstance(target, np.ndarray) or target.size != len(target):
         return
     suspects: set[Any] = set(TARGET_NAMES)
-    if _named(y):
+    if any(comes_from(y, lib, "Series", "DataFrame") for lib in ("pandas", "polars")):
         suspects |= {getattr(y, "name", None), *getattr(y, "columns", ())}
+    flat = target.reshape(-1)
     for name in names_in(parts):
-        if name not in suspects:
-            continue
-        if np.array_equal(table.column(name).values, target.reshape(-1)):
+        if name in suspects and np.array_equal(table.column(name).values, flat):
             raise DataError(
                 f"the column {name!r} of x is y: the model would see its target",
                 write=f"fit(df) with Trainer(model, targets={name!r}), or leave the "
                 f"column out of x, df.drop(columns={name!r})",
             )
-
-
-def _named(y: Any) -> bool:
-    return comes_from(y, "pandas", "Series", "DataFrame") or comes_from(
-        y, "polars", "Series", "DataFrame"
-    )
 
 
 def refuse_other_order(x: Any, y: Any, name: str) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from flaxfit._core.arrays import strongly_typed
 from flaxfit._core.errors import DataError, caller
+from flaxfit._core.tree_specs import path_text
 from flaxfit._core.types import Batch, HostArray, PyTree
 from flaxfit.data.host.torch_tensors import as_numpy, is_tensor
 
@@ -16,12 +17,8 @@ from flaxfit.data.host.torch_tensors import as_numpy, is_tensor
 def fill(batch: Batch, size: int) -> Batch:
     """Fills a short batch up to `size` rows with its own rows at weight 0.
 
-    Real rows, not zeros: BatchNorm then sees real data only.
-
-    Args:
-      batch: arrays `[rows, ...]`, `weights` `float32[rows, ...]`. Those on a device
-        stay there.
-      size: rows wanted; a batch that has them is returned as it is.
+    Real rows, not zeros: BatchNorm then sees real data only. Arrays on a device stay
+    there.
     """
     rows = len(batch.weights)
     if rows >= size:
@@ -108,12 +105,9 @@ def is_nest(value: object) -> bool:
 def narrow(nest: PyTree, *, keep_mapped: bool = False) -> PyTree:
     """Returns a nesting of NumPy arrays in the dtypes jax computes in.
 
-    Without 64-bit mode that is float32 for float64 and int32 for int64.
-
-    Args:
-      nest: NumPy arrays in any nesting.
-      keep_mapped: leave arrays mapped from a file as they are, to be narrowed batch
-        by batch instead of read as a whole.
+    Without 64-bit mode that is float32 for float64 and int32 for int64. With
+    `keep_mapped`, arrays mapped from a file stay as they are, to be narrowed batch by
+    batch instead of read as a whole.
 
     Raises:
       DataError: an integer that the narrower dtype cannot hold.
@@ -134,13 +128,14 @@ def narrow(nest: PyTree, *, keep_mapped: bool = False) -> PyTree:
 
 def named_leaves(nest: PyTree) -> list[tuple[str, Any]]:
     """Returns every leaf with its path, in words a user knows: `x/image`, `y`."""
-    if not isinstance(nest, Batch):
-        return _paths(nest, "")
-    inputs: Any = nest.inputs
-    if isinstance(inputs, tuple) and len(inputs) == 1:
-        inputs = inputs[0]
-    parts = {"x": inputs, "y": nest.targets, "weights": nest.weights}
-    return [leaf for name, part in parts.items() for leaf in _paths(part, name)]
+    if isinstance(nest, Batch):
+        inputs: Any = nest.inputs
+        if isinstance(inputs, tuple) and len(inputs) == 1:
+            inputs = inputs[0]
+        # In this order: jax sorts the keys of a plain dict.
+        nest = OrderedDict(x=inputs, y=nest.targets, weights=nest.weights)
+    flat, _ = jax.tree_util.tree_flatten_with_path(nest)
+    return [(path_text(path) or "x", leaf) for path, leaf in flat]
 
 
 def call_text(arguments: str) -> str:
@@ -156,15 +151,6 @@ def _is_leaf(value: object) -> bool:
     return is_array(value) or (
         jax.tree_util.default_registry.flatten_one_level(value) is None
     )
-
-
-def _paths(nest: PyTree, prefix: str) -> list[tuple[str, Any]]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(nest)
-    named = []
-    for path, leaf in flat:
-        key = jax.tree_util.keystr(path, simple=True, separator="/")
-        named.append(("/".join(filter(None, (prefix, key))) or "x", leaf))
-    return named
 
 
 def as_array(leaf: Any, but_device: bool = False) -> Any:
@@ -203,12 +189,7 @@ def native(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def as_dtype(name: str, leaf: HostArray, dtype: np.dtype[Any]) -> HostArray:
-    """Returns an array in a dtype of the same kind.
-
-    Args:
-      name: what it is called in messages.
-      leaf: the array.
-      dtype: see `native`.
+    """Returns an array, called `name` in messages, in a dtype of the same kind.
 
     Raises:
       DataError: an integer that the dtype cannot hold.

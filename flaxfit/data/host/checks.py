@@ -11,6 +11,7 @@ import numpy as np
 
 from flaxfit._core.arrays import append_axes
 from flaxfit._core.errors import DataError
+from flaxfit._core.tree_specs import path_text
 from flaxfit._core.types import Batch, HostArray, PyTree
 from flaxfit.data.host.arrays import named_leaves
 
@@ -19,10 +20,7 @@ _MOST_NAMED = 8
 
 
 def check_lengths(nest: PyTree) -> int:
-    """Returns the number of rows all arrays of a nesting share.
-
-    Args:
-      nest: NumPy or jax arrays `[rows, ...]` in a `Batch` or any other nesting.
+    """Returns the number of rows that all arrays `[rows, ...]` of a nesting share.
 
     Raises:
       DataError: arrays of different length, no rows or no array at all, a single
@@ -69,9 +67,7 @@ def check_lengths(nest: PyTree) -> int:
 def check_sized(batch: Batch, given: Any) -> int:
     """Returns the rows of a batch whose inputs are arrays of any shapes.
 
-    Args:
-      batch: NumPy or jax arrays; targets and weights `[rows, ...]`.
-      given: the rows, as a user's function returned them.
+    `given` are the rows, as a user's function returned them.
 
     Raises:
       DataError: it returned no whole number of at least 1, or another one than there
@@ -100,23 +96,11 @@ def check_sized(batch: Batch, given: Any) -> int:
     return size
 
 
-def check_finite(example: Batch) -> None:
-    """Checks the values of one batch: what is NaN here is NaN in every result.
-
-    Targets of weight 0 may hold anything: they do not count.
-
-    Raises:
-      DataError: NaN or infinity in inputs, targets or weights, negative weights,
-        weights that are all zero.
-    """
-    check_weights(example.weights)
-    check_values(example)
-
-
 def check_values(batch: Batch) -> None:
-    """Checks inputs and targets as `check_finite` does, and no weights.
+    """Checks inputs and targets: what is NaN here is NaN in every result.
 
-    Arrays mapped from a file are passed over: all of the file would be read.
+    Targets of weight 0 may hold anything: they do not count. Arrays mapped from a file
+    are passed over: all of the file would be read.
 
     Raises:
       DataError: NaN or infinity in inputs, or in targets whose weight is not 0.
@@ -135,33 +119,25 @@ def check_values(batch: Batch) -> None:
             place = tuple(int(i) for i in np.argwhere(bad)[0])
             raise DataError(
                 f"{name} holds {leaf[place]} at row {place[0]}: one such value makes "
-                "the loss and then every parameter NaN. Drop such rows or replace "
-                "the values, e.g. np.nan_to_num(x); a target of weight 0 does not "
-                "count."
+                "the loss and then every parameter NaN. Drop such rows or replace the "
+                "values, e.g. np.nan_to_num(x); a target of weight 0 does not count."
             )
 
 
 def check_weights(weights: HostArray, *, all_zero: bool = False) -> None:
     """Checks sample weights `float32[rows, ...]`.
 
-    Args:
-      weights: those of all examples, or of a batch.
-      all_zero: whether they may all be 0, as in one batch of many.
+    With `all_zero` they may all be 0, as in one batch of many.
 
     Raises:
       DataError: NaN, infinity, negative weights, or nothing but zeros.
     """
-    if not np.isfinite(weights).all():
-        row = int(np.argwhere(~np.isfinite(weights))[0][0])
+    right = np.isfinite(weights) & (weights >= 0)
+    if not right.all():
+        row = int(np.argwhere(~right)[0][0])
         raise DataError(
-            f"weights hold {weights[row]} at row {row}; weights are finite numbers, "
-            "0 leaves an example out."
-        )
-    if (weights < 0).any():
-        row = int(np.argwhere(weights < 0)[0][0])
-        raise DataError(
-            f"weights hold {weights[row]} at row {row}; weights are at least 0, "
-            "0 leaves an example out."
+            f"weights hold {weights[row]} at row {row}; weights are at least 0 and "
+            "finite, 0 leaves an example out."
         )
     if not all_zero and not weights.any():
         raise DataError(
@@ -173,9 +149,7 @@ def check_weights(weights: HostArray, *, all_zero: bool = False) -> None:
 def check_tokens(batch: Batch, vocabularies: Mapping[str, int]) -> None:
     """Checks inputs that are looked up in a table of embeddings.
 
-    Args:
-      batch: host arrays.
-      vocabularies: the path of an input in `batch.inputs` -> the table's rows.
+    `vocabularies` maps the path of an input in `batch.inputs` to the table's rows.
 
     Raises:
       DataError: a number that the table has no row for.
@@ -183,10 +157,9 @@ def check_tokens(batch: Batch, vocabularies: Mapping[str, int]) -> None:
     if not vocabularies:
         return
     flat, _ = jax.tree_util.tree_flatten_with_path(batch.inputs)
-    for (path, tokens), (name, _) in zip(
-        flat, named_leaves(batch.replace(targets=None, weights=None)), strict=True
-    ):
-        rows = vocabularies.get(jax.tree_util.keystr(path, simple=True, separator="/"))
+    names = named_leaves(batch.replace(targets=None, weights=None))
+    for (path, tokens), (name, _) in zip(flat, names, strict=True):
+        rows = vocabularies.get(path_text(path))
         if rows is None or not tokens.size:
             continue
         if tokens.min() >= 0 and tokens.max() < rows:

@@ -18,8 +18,7 @@ def collate(
     """Returns a raw batch of examples that are nested alike.
 
     Args:
-      examples: at least one; dicts, tuples, named tuples or any other pytrees of
-        arrays, numbers and text.
+      examples: at least one pytree of arrays, numbers and text.
       join: the values of a leaf -> their array, in place of `stack`.
 
     Returns:
@@ -39,15 +38,20 @@ def collate(
             "needs the same nesting."
         )
     if isinstance(first, Mapping):
-        if any(example.keys() != first.keys() for example in examples):
-            raise DataError(_other_keys(examples))
+        for other in examples:
+            if other.keys() != first.keys():
+                raise DataError(
+                    f"examples differ in their keys: {', '.join(map(str, first))} and "
+                    f"{', '.join(map(str, other))}. Every example needs the same ones."
+                )
         return {key: collate([e[key] for e in examples], join) for key in first}
     if isinstance(first, tuple | list) and not is_list_of_numbers(first):
-        if any(len(example) != len(first) for example in examples):
-            raise DataError(
-                f"examples differ in length: a {kind.__name__} of {len(first)} and one "
-                f"of {next(len(e) for e in examples if len(e) != len(first))} parts."
-            )
+        for other in examples:
+            if len(other) != len(first):
+                raise DataError(
+                    f"examples differ in length: a {kind.__name__} of {len(first)} and "
+                    f"one of {len(other)} parts."
+                )
         parts = [collate(part, join) for part in zip(*examples, strict=True)]
         return kind(*parts) if hasattr(first, "_fields") else kind(parts)
     if first is None:
@@ -95,16 +99,12 @@ def looks_single(item: Any) -> bool:
     It is where a part of it is a single value, or its parts differ in length: a batch
     has one row for each example in all of its parts.
     """
-    if is_list_of_numbers(item):
-        parts: tuple[Any, ...] = (item,)
-    elif isinstance(item, Mapping):
-        parts = tuple(item.values())
-    elif isinstance(item, tuple | list):
-        parts = tuple(item)
-    else:
-        parts = tuple(jax.tree.leaves(item))
+    if isinstance(item, Mapping):
+        item = tuple(item.values())
+    elif isinstance(item, tuple | list) and not is_list_of_numbers(item):
+        item = tuple(item)
     lengths = set()
-    for leaf in jax.tree.leaves(parts, is_leaf=is_list_of_numbers):
+    for leaf in jax.tree.leaves(item, is_leaf=is_list_of_numbers):
         if is_scalar(leaf):
             return True
         if hasattr(leaf, "__len__"):
@@ -116,13 +116,4 @@ def is_list_of_numbers(value: Any) -> bool:
     """Whether a list stands for one array."""
     return isinstance(value, list) and all(
         is_scalar(each) or is_list_of_numbers(each) for each in value
-    )
-
-
-def _other_keys(examples: Sequence[Mapping[str, Any]]) -> str:
-    first = examples[0].keys()
-    other = next(e.keys() for e in examples if e.keys() != first)
-    return (
-        f"examples differ in their keys: {', '.join(map(str, first))} and "
-        f"{', '.join(map(str, other))}. Every example needs the same ones."
     )

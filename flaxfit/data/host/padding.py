@@ -67,24 +67,19 @@ class Padding:
         return len(next(iter(self.lengths.values())))
 
     def bucket_of(self, row: int, example: Any) -> int:
-        """Returns the smallest bucket that an example fits in.
-
-        Args:
-          row: its index, for messages.
-          example: the example.
+        """Returns the smallest bucket that the example number `row` fits in.
 
         Raises:
           DataError: it is too long, or it cannot be padded.
         """
         place = f"item {row}"
-        return self._smallest(self._counts(_hosted(example), 0, place), place)
+        counts = self._counts(parts_of(_hosted(example)), 0, place)
+        return self._smallest(counts, place)
 
     def buckets_of(self, lengths: Any, total: int | None) -> HostArray:
-        """Returns the bucket of every example whose lengths are known.
+        """Returns the bucket of each of `total` examples whose lengths are known.
 
-        Args:
-          lengths: `int[total]`, or part -> `int[total]`.
-          total: how many there should be.
+        `lengths` is `int[total]`, or part -> `int[total]`.
 
         Raises:
           ValueError: another number of lengths, or other parts.
@@ -101,9 +96,8 @@ class Padding:
             known = np.asarray(lengths if given is None else given[part])
             if known.shape != buckets.shape or known.dtype.kind not in "iu":
                 raise ValueError(
-                    f"lengths is {describe(known)} for {total} items: "
-                    "give one whole number for each, "
-                    "lengths=np.array([len(item) for item in items])."
+                    f"lengths is {describe(known)} for {total} items: give one whole "
+                    "number for each, lengths=np.array([len(item) for item in items])."
                 )
             found = np.searchsorted(ends, known)
             if found.max(initial=0) == len(ends):
@@ -115,19 +109,17 @@ class Padding:
         return buckets
 
     def collate(self, examples: Sequence[Any], rows: Sequence[int]) -> PaddedBatch:
-        """Returns a batch, padded to the smallest bucket that holds all of them.
+        """Returns a batch, padded to the smallest bucket that holds all examples.
 
-        Args:
-          examples: nested alike.
-          rows: their indices, for messages.
+        `rows` are their indices, for messages.
 
         Raises:
           DataError: one is too long, cannot be padded, or is nested in another way.
         """
         hosts = [_hosted(example) for example in examples]
         parts, counts, bucket = [parts_of(host) for host in hosts], [], 0
-        for row, host in zip(rows, hosts, strict=True):
-            counts.append(self._counts(host, 0, f"item {row}"))
+        for row, part in zip(rows, parts, strict=True):
+            counts.append(self._counts(part, 0, f"item {row}"))
             bucket = max(bucket, self._smallest(counts[-1], f"item {row}"))
         kinds = {(type(host), *part) for host, part in zip(hosts, parts, strict=True)}
         if len(kinds) > 1:
@@ -143,12 +135,12 @@ class Padding:
         def join(part: Any, values: Sequence[Any]) -> PyTree:
             if part not in counts[0]:
                 return collate(values)
-            length, value = self._length(part, bucket), self._value(part)
-            return collate(values, partial(_pad_and_stack, length=length, value=value))
+            length, fill = self._length_and_fill(part, bucket)
+            return collate(values, partial(_pad_and_stack, length=length, fill=fill))
 
         raw = rebuilt(parts, join, hosts[0])
         real = {part: np.array([count[part] for count in counts]) for part in counts[0]}
-        return self._padded(raw, real, bucket, len(hosts))
+        return self._with_masks(raw, real, bucket)
 
     def pad_batch(self, raw: Any) -> PaddedBatch:
         """Returns a batch whose rows have one length, padded to the next bucket.
@@ -157,68 +149,48 @@ class Padding:
           DataError: it is too long, or it cannot be padded.
         """
         host = as_host(raw)
-        counts = self._counts(host, 1, "a batch")
+        parts = parts_of(host)
+        counts = self._counts(parts, 1, "a batch")
         bucket = self._smallest(counts, "a batch")
 
         def pad(part: Any, values: Sequence[Any]) -> PyTree:
-            (value,) = values
             if part not in counts:
-                return value
-            length, fill = self._length(part, bucket), self._value(part)
+                return values[0]
+            length, fill = self._length_and_fill(part, bucket)
+            return jax.tree.map(partial(_pad_rows, length=length, fill=fill), values[0])
 
-            def pad_leaf(leaf: HostArray) -> HostArray:
-                if not _has_axis(leaf, 1):
-                    return leaf
-                shape = (len(leaf), length, *leaf.shape[2:])
-                padded = _filled(shape, leaf.dtype, fill)
-                padded[:, : leaf.shape[1]] = leaf[:, :length]
-                return padded
-
-            return jax.tree.map(pad_leaf, value)
-
-        parts = parts_of(host)
         padded = rebuilt([parts], pad, host)
-        rows = next(
-            len(leaf)
-            for part in counts
-            for leaf in _leaves(parts[part])
-            if _has_axis(leaf, 1)
-        )
+        leaves = [leaf for part in counts for leaf in _leaves(parts[part])]
+        rows = next(len(leaf) for leaf in leaves if _has_axis(leaf, 1))
         real = {part: np.full(rows, count) for part, count in counts.items()}
-        return self._padded(padded, real, bucket, rows)
+        return self._with_masks(padded, real, bucket)
 
     def in_buckets(
         self, examples: Iterable[tuple[int, Any]], batch_size: int
     ) -> Iterator[PaddedBatch]:
         """Yields batches of examples of one bucket each, as soon as they are full.
 
-        Args:
-          examples: index and example, in the order of the pass.
-          batch_size: rows of a batch; the last ones of the buckets may be shorter.
+        `examples` are index and example; the last batch of a bucket may be short.
         """
-        waiting: list[list[tuple[int, Any]]] = [[] for _ in range(self.buckets)]
+        waiting: list[list[tuple[Any, int]]] = [[] for _ in range(self.buckets)]
         for row, example in examples:
             same = waiting[self.bucket_of(row, example)]
-            same.append((row, example))
+            same.append((example, row))
             if len(same) == batch_size:
-                yield self._batch(same)
+                yield self.collate(*zip(*same, strict=True))
                 same.clear()
-        for rest in waiting:
-            if rest:
-                yield self._batch(rest)
+        for rest in filter(None, waiting):
+            yield self.collate(*zip(*rest, strict=True))
 
-    def _batch(self, numbered: Sequence[tuple[int, Any]]) -> PaddedBatch:
-        rows, examples = zip(*numbered, strict=True)
-        return self.collate(examples, rows)
-
-    def _padded(
-        self, raw: Any, counts: Mapping[Any, HostArray], bucket: int, rows: int
+    def _with_masks(
+        self, raw: Any, counts: Mapping[Any, HostArray], bucket: int
     ) -> PaddedBatch:
+        """Returns a batch that was padded; `counts` are the lengths before it."""
         masks = {
-            part: np.arange(self._length(part, bucket)) < count[:, None]
+            part: np.arange(self._ends(part)[bucket]) < count[:, None]
             for part, count in counts.items()
         }
-        whole = np.ones(rows, np.bool_)
+        whole = np.ones(len(next(iter(masks.values()))), np.bool_)
 
         def real(part: Any, values: Sequence[Any]) -> PyTree:
             mask = masks.get(part)
@@ -233,9 +205,10 @@ class Padding:
             real_rows = with_entry(real_rows, key, whole)
         return PaddedBatch(raw, real_rows)
 
-    def _counts(self, host: Any, axis: int, place: str) -> dict[Any, int]:
+    def _counts(
+        self, parts: Mapping[Any, Any], axis: int, place: str
+    ) -> dict[Any, int]:
         """Returns the length of every part that is to be padded."""
-        parts = parts_of(host)
         lengths = {
             part: {leaf.shape[axis] for leaf in _leaves(nest) if _has_axis(leaf, axis)}
             for part, nest in parts.items()
@@ -266,17 +239,15 @@ class Padding:
     def _ends(self, part: Any) -> tuple[int, ...]:
         return self.lengths.get(part) or self.lengths[EVERY_PART]
 
-    def _length(self, part: Any, bucket: int) -> int:
-        return self._ends(part)[bucket]
-
-    def _value(self, part: Any) -> Any:
-        return self.values.get(part, self.value)
+    def _length_and_fill(self, part: Any, bucket: int) -> tuple[int, Any]:
+        return self._ends(part)[bucket], self.values.get(part, self.value)
 
     def _too_long(self, part: Any, length: int, place: str) -> DataError:
-        what = "" if EVERY_PART in self.lengths else f" in {part!r}"
         ends = self._ends(part)
-        longer = [*ends, length] if len(set(ends)) > 1 else length
-        line = longer if what == "" else f"{{{part!r}: {longer}}}"
+        line = str([*ends, length] if len(set(ends)) > 1 else length)
+        what = ""
+        if EVERY_PART not in self.lengths:
+            what, line = f" in {part!r}", f"{{{part!r}: {line}}}"
         return DataError(
             f"{place} has the length {length}{what}, and the longest bucket of "
             f"pad_to={written(self.lengths)} is {ends[-1]}. Write pad_to={line}, or "
@@ -332,7 +303,7 @@ def _one_mask(key: str, masks: Mapping[Any, HostArray]) -> HostArray:
     return first
 
 
-def _pad_and_stack(values: Sequence[Any], *, length: int, value: Any) -> HostArray:
+def _pad_and_stack(values: Sequence[Any], *, length: int, fill: Any) -> HostArray:
     """Returns `[len(values), length, ...]` of arrays `[any length, ...]`."""
     arrays = [as_array(each) for each in values]
     if not _has_axis(arrays[0], 0):
@@ -346,9 +317,18 @@ def _pad_and_stack(values: Sequence[Any], *, length: int, value: Any) -> HostArr
     # An empty list has no dtype of its own.
     dtypes = {array.dtype for array in arrays if array.size} or {arrays[0].dtype}
     shape = (len(arrays), length, *arrays[0].shape[1:])
-    padded = _filled(shape, np.result_type(*dtypes), value)
+    padded = _filled(shape, np.result_type(*dtypes), fill)
     for row, array in zip(padded, arrays, strict=True):
         row[: len(array)] = array[:length]
+    return padded
+
+
+def _pad_rows(leaf: HostArray, *, length: int, fill: Any) -> HostArray:
+    """Returns `[rows, length, ...]` of an array `[rows, any length, ...]`."""
+    if not _has_axis(leaf, 1):
+        return leaf
+    padded = _filled((len(leaf), length, *leaf.shape[2:]), leaf.dtype, fill)
+    padded[:, : leaf.shape[1]] = leaf[:, :length]
     return padded
 
 

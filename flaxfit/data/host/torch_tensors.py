@@ -19,21 +19,15 @@ def is_tensor(value: object) -> bool:
 
 def stack_tensors(tensors: Sequence[Any]) -> HostArray | None:
     """Returns tensors as `[len(tensors), ...]`; None where they differ in form."""
-    if any(is_tensor(each) and each.is_nested for each in tensors):
+    if any(not is_tensor(each) or each.is_nested for each in tensors):
         return None
-    first = tensors[0]
-    form = first.shape, first.dtype, first.device
-    for each in tensors:
-        if not is_tensor(each) or (each.shape, each.dtype, each.device) != form:
-            return None
+    if len({(each.shape, each.dtype, each.device) for each in tensors}) > 1:
+        return None
     return as_numpy(import_module("torch").stack(list(tensors)))
 
 
 def as_numpy(tensor: Any) -> HostArray:
-    """Returns a tensor as an array of its dtype, bfloat16 and float8 among them.
-
-    Args:
-      tensor: of any device, with or without gradient.
+    """Returns a tensor of any device as an array of its dtype, bfloat16 among them.
 
     Raises:
       DataError: a sparse or nested tensor.

@@ -19,9 +19,7 @@ from flaxfit.data.host.arrays import named_leaves
 def with_weights(batch: Batch, rows: int | None = None) -> Batch:
     """Returns the batch with `float32[rows, ...]` weights, 1 where it has none.
 
-    Args:
-      batch: arrays of equal length; `weights` may be None. On a device they stay.
-      rows: that length, where it is known, or where the inputs do not have it.
+    `rows` is needed where the arrays are not of equal length. On a device they stay.
 
     Raises:
       DataError: weights whose shape is not the leading part of every target's.
@@ -35,15 +33,12 @@ def with_weights(batch: Batch, rows: int | None = None) -> Batch:
             "[rows] or [rows, ...], it counts for every output."
         )
     weights = batch.weights.astype(np.float32, copy=False)
-    for name, target in named_leaves(batch.replace(weights=None)):
-        if name.split("/")[0] != "y":
-            continue
+    for name, target in named_leaves(Batch((), batch.targets, None)):
         if weights.shape != target.shape[: weights.ndim]:
             raise DataError(
                 f"weights have shape {weights.shape}, {name} has {target.shape}: "
-                "weights hold one number per row, or one per element of the "
-                "targets' leading axes. Write weights.reshape(len(weights)) for "
-                "one per row."
+                "weights hold one number per row, or one per element of the targets' "
+                "leading axes. Write weights.reshape(len(weights)) for one per row."
             )
     return batch.replace(weights=weights)
 
@@ -56,7 +51,7 @@ def apply_mask(
     Args:
       batch: host arrays; `weights` may be None.
       real: `PaddedBatch.real` of the targets.
-      weigh: gives a batch weights by its targets. It is shown real targets only.
+      weigh: gives a batch weights by its targets; it is shown real targets only.
 
     Raises:
       DataError: some targets are padded, and others are not, or in other places.
@@ -147,15 +142,21 @@ class ClassWeighting:
         if target.ndim > 1 and target.shape[-1] == 1:
             target = target[..., 0]
         elif target.ndim > 1:
-            first = self._one_hot is None
-            if first:
-                self._one_hot = _is_one_hot(target)
+            if self._one_hot is None:
+                self._one_hot = bool(_one_hot_rows(target).all())
+                if not self._one_hot:
+                    _refuse_several_labels(target)
             if self._one_hot:
-                if not first and not _is_one_hot(target):
-                    raise ValueError(_mixed(target))
+                one_hot = _one_hot_rows(target)
+                if not one_hot.all():
+                    row = int(np.argwhere(~one_hot)[0][0])
+                    raise ValueError(
+                        "class_weight took the targets for one-hot, as all rows of the "
+                        f"first batch were, but row {row} of {describe(target)} is "
+                        "not. Leave class_weight out, and let the data yield (x, y, "
+                        "weights)."
+                    )
                 return np.asarray(target.argmax(axis=-1))
-            if first:
-                _refuse_several_labels(target)
         labels = target.astype(np.int64)
         if np.any(labels != target):
             raise ValueError(
@@ -201,19 +202,6 @@ def _refuse_several_labels(target: HostArray) -> None:
         f"{describe(target)} and not all rows are one-hot. {advice}"
         "sample_weight=np.where(y == 1, 5.0, 1.0)."
     )
-
-
-def _mixed(target: HostArray) -> str:
-    row = int(np.argwhere(~_one_hot_rows(target))[0][0])
-    return (
-        f"class_weight took the targets for one-hot, as all rows of the first batch "
-        f"were, but row {row} of {describe(target)} is not. Leave "
-        "class_weight out, and let the data yield (x, y, weights)."
-    )
-
-
-def _is_one_hot(target: HostArray) -> bool:
-    return bool(_one_hot_rows(target).all())
 
 
 def _one_hot_rows(target: HostArray) -> HostArray:

@@ -30,7 +30,8 @@ class ArraySource:
       info: what the data says of itself.
 
     Attributes:
-      shuffle: whether each pass has an order of its own.
+      in_memory: whether no array is mapped from a file.
+      nbytes: the bytes of all examples; those mapped from a file may be narrowed.
 
     Batches are copies: steps in flight read them while a callback may
     already write into the arrays they were cut from. Later batches then hold what it
@@ -53,13 +54,14 @@ class ArraySource:
         seed: Sequence[int] = (0,),
         info: DatasetInfo = NO_INFO,
     ) -> None:
-        data = with_weights(data)
-        self.num_examples: int = len(data.weights)
+        self._data = with_weights(data)
+        self.num_examples: int = len(self._data.weights)
         self.num_batches: int = math.ceil(self.num_examples / batch_size)
         self.batch_size = batch_size
-        self._weights: HostArray = data.weights
-        self._leaves, self._structure = jax.tree.flatten(data)
-        self._mapped = any(isinstance(leaf, np.memmap) for leaf in self._leaves)
+        leaves, self._structure = jax.tree.flatten(self._data)
+        self._leaves: list[HostArray] = leaves
+        self.nbytes: int = sum(leaf.nbytes for leaf in leaves)
+        self.in_memory = not any(isinstance(leaf, np.memmap) for leaf in leaves)
         self.shuffle = shuffle
         self._seed = tuple(seed)
         self.pad = True
@@ -68,13 +70,12 @@ class ArraySource:
     @property
     def example(self) -> Batch:
         """The first rows in their given order."""
-        first = np.arange(self.batch_size)
-        rows = first % self.num_examples
-        return self._cut(np.where(first < self.num_examples, rows, ~rows))
+        rows = np.arange(min(self.num_examples, self.batch_size))
+        return self._cut(batches_of_pass(rows, self.batch_size)[0])
 
     def check(self, check_values: Callable[[Batch], None]) -> None:
         """Checks the values of all examples."""
-        check_values(jax.tree.unflatten(self._structure, self._leaves))
+        check_values(self._data)
 
     def batches(
         self, pass_index: int, start: int = 0, bookmark: Any = None
@@ -85,31 +86,16 @@ class ArraySource:
             yield self._cut(coded)
 
     def order(self, pass_index: int) -> HostArray:
-        """Returns the rows of the batches of one pass.
-
-        Returns:
-          `int64[batches, batch]`; where a batch is only filled up, at weight 0, the
-          row `r` is written as `~r`.
-        """
+        """Returns the rows of the batches of one pass, see `batches_of_pass`."""
         order = order_of_pass(
             self.num_examples, pass_index, shuffle=self.shuffle, seed=self._seed
         )
         return batches_of_pass(order, self.batch_size)
 
     @property
-    def nbytes(self) -> int:
-        """The bytes of all examples; those mapped from a file may be narrowed."""
-        return sum(leaf.nbytes for leaf in self._leaves)
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether no array is mapped from a file."""
-        return not self._mapped
-
-    @property
     def counted(self) -> HostArray | None:
         """Which examples have any weight, `bool[examples]`; None if all have."""
-        weights = self._weights
+        weights = self._data.weights
         counted = (weights != 0).reshape(len(weights), -1).any(axis=1)
         return None if counted.all() else counted
 
@@ -121,7 +107,7 @@ class ArraySource:
             wide[: len(leaf)] = leaf
             return wide
 
-        data: Batch = jax.tree.unflatten(self._structure, map(copy, self._leaves))
+        data: Batch = jax.tree.map(copy, self._data)
         return data
 
     def stack(
@@ -153,7 +139,7 @@ class ArraySource:
             rows[real : real + len(fill)] = leaf[fill]
             return stacked
 
-        batches: Batch = jax.tree.unflatten(self._structure, map(copy, self._leaves))
+        batches: Batch = jax.tree.map(copy, self._data)
         weights = batches.weights
         if len(fill):
             weights.reshape(-1, *weights.shape[2:])[real : real + len(fill)] = 0.0
@@ -168,7 +154,7 @@ class ArraySource:
             rows = rows[:real]
         leaves = [_rows(leaf, rows, self.shuffle) for leaf in self._leaves]
         cut: Batch = jax.tree.unflatten(self._structure, leaves)
-        if self._mapped:
+        if not self.in_memory:
             cut = narrow(cut)
         cut.weights[real:] = 0.0
         return cut
@@ -177,17 +163,7 @@ class ArraySource:
 def split_validation(data: Batch, fraction: float) -> tuple[Batch, Batch]:
     """Splits the last `fraction` of the examples off, before any shuffling.
 
-    Like Keras: the first `floor(n * (1 - fraction))` examples are for training.
-
-    Args:
-      data: all examples, host arrays `[examples, ...]`; `weights` may be None.
-      fraction: between 0 and 1, both excluded.
-
-    Returns:
-      `(train, validation)`, views of `data`.
-
-    Raises:
-      ValueError: `fraction` is out of range or leaves one side empty.
+    Returns `(train, validation)`, views of `data`; see `train_rows`.
     """
     train = train_rows(len(jax.tree.leaves(data)[0]), fraction)
     warn_if_sorted(
@@ -202,7 +178,7 @@ def split_validation(data: Batch, fraction: float) -> tuple[Batch, Batch]:
 
 
 def train_rows(total: int, fraction: float) -> int:
-    """Returns how many of `total` examples are for training: `floor(n * (1 - f))`.
+    """Returns how many of `total` examples are for training, as many as in Keras.
 
     Raises:
       ValueError: `fraction` is out of range or leaves one side empty.
@@ -224,17 +200,11 @@ def train_rows(total: int, fraction: float) -> int:
 def warn_if_sorted(data: Batch, advice: str) -> None:
     """Warns where the targets are classes in their order.
 
-    Args:
-      data: NumPy arrays.
-      advice: what to write to shuffle such data.
+    `advice` is what to write to shuffle such data.
     """
-    for name, leaf in named_leaves(data.replace(weights=None)):
+    for name, leaf in named_leaves(Batch((), data.targets, None)):
         labels = leaf.reshape(-1) if leaf.size == len(leaf) else leaf
-        if (
-            name.split("/")[0] != "y"
-            or labels.ndim > 1
-            or labels.dtype.kind not in "iub"
-        ):
+        if labels.ndim > 1 or labels.dtype.kind not in "iub":
             continue
         # Compared, not subtracted: unsigned labels would wrap around.
         ascending = bool(np.all(labels[1:] >= labels[:-1]))

@@ -11,39 +11,25 @@ class BatchSource(Protocol):
     """Batches of fixed shape on the host, pass after pass.
 
     Attributes:
+      kind: what it is, in words: `"arrays"`, `"torch DataLoader"`.
+      info: what is known about the dataset.
+      batch_size: rows of a batch, fill included.
       pad: whether a short batch is filled up with real rows at weight 0; without,
         it is as short as it comes.
+      shapes: how many shapes batches may have besides their rows.
+      one_shot: whether it can be read only once.
+      seeks: whether `batches` begins anywhere without reading what is before.
+      reuses_buffers: whether batches hold only until the next one is asked for.
     """
 
+    kind: str
+    info: DatasetInfo
+    batch_size: int
     pad: bool
-
-    @property
-    def kind(self) -> str:
-        """What it is, in words: `"arrays"`, `"torch DataLoader"`."""
-
-    @property
-    def seeks(self) -> bool:
-        """Whether `batches` begins anywhere without reading what is before."""
-
-    @property
-    def shapes(self) -> int:
-        """How many shapes batches may have besides their rows."""
-
-    @property
-    def info(self) -> DatasetInfo:
-        """What is known about the dataset."""
-
-    @property
-    def bookmark(self) -> Mapping[str, Any] | None:
-        """Where an iterator that has a state stood lately; see `StreamSource`."""
-
-    @property
-    def one_shot(self) -> bool:
-        """Whether it can be read only once."""
-
-    @property
-    def reuses_buffers(self) -> bool:
-        """Whether batches hold only until the next one is asked for."""
+    shapes: int
+    one_shot: bool
+    seeks: bool
+    reuses_buffers: bool
 
     @property
     def num_batches(self) -> int | None:
@@ -54,8 +40,8 @@ class BatchSource(Protocol):
         """Examples in one pass without fill, None where only reading tells."""
 
     @property
-    def batch_size(self) -> int:
-        """Rows of a batch, fill included."""
+    def bookmark(self) -> Mapping[str, Any] | None:
+        """Where an iterator that has a state stood lately; see `StreamSource`."""
 
     @property
     def example(self) -> Batch:
@@ -69,10 +55,7 @@ class BatchSource(Protocol):
         """
 
     def batches(
-        self,
-        pass_index: int,
-        start: int = 0,
-        bookmark: Mapping[str, Any] | None = None,
+        self, pass_index: int, start: int = 0, bookmark: Mapping[str, Any] | None = None
     ) -> Iterator[Batch]:
         """Yields the batches of one pass from number `start` on.
 

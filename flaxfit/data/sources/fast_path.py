@@ -15,26 +15,20 @@ from flaxfit._core.types import Batch
 from flaxfit.data.host.arrays import as_dtype, native
 
 
-class _Part(NamedTuple):
-    """An array of a batch: the place of the raw one that it is, and its dtype."""
-
-    place: int
-    dtype: np.dtype[Any]
-
-
 class BatchTemplate(NamedTuple):
     """How a raw batch is made a batch, if it is like the one this was learned from.
 
     Attributes:
       nesting: that of the raw batch.
       kinds: axes, shape of a row and dtype of every raw array.
-      parts: the arrays of the batch.
+      parts: of every array of the batch, the place of the raw one that it is, and its
+        dtype.
       batch: the nesting of the batch without weights.
     """
 
     nesting: Any
     kinds: tuple[tuple[int, tuple[int, ...], np.dtype[Any]], ...]
-    parts: tuple[_Part, ...]
+    parts: tuple[tuple[int, np.dtype[Any]], ...]
     batch: Any
 
     def make(self, raw: Any) -> Batch | None:
@@ -51,11 +45,9 @@ class BatchTemplate(NamedTuple):
                 return None
             if leaf.ndim != axes or leaf.shape[1:] != row:
                 return None
-            rows = leaf.shape[0] if rows is None else rows
-            if leaf.shape[0] != rows:
+            rows = rows or len(leaf)
+            if not rows or len(leaf) != rows:
                 return None
-        if not rows:
-            return None
         try:
             converted = [as_dtype("", leaves[place], to) for place, to in self.parts]
         except DataError:
@@ -88,6 +80,6 @@ def learn(raw: Any, read: Callable[[Any], Batch]) -> BatchTemplate | None:
     return BatchTemplate(
         nesting,
         tuple((leaf.ndim, leaf.shape[1:], leaf.dtype) for leaf in leaves),
-        tuple(_Part(places[id(leaf)], native(leaf.dtype)) for leaf in arranged),
+        tuple((places[id(leaf)], native(leaf.dtype)) for leaf in arranged),
         batch,
     )

@@ -4,7 +4,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from itertools import count, islice
+from functools import partial
+from itertools import chain, count, islice, repeat
 from typing import Any, NamedTuple
 
 from flaxfit._core.types import Batch
@@ -147,47 +148,35 @@ def epochs_of(
     """
     bookmarks = bookmarks or IteratorCheckpoints(source)
     mark = bookmarks.begin(position)
+    first, start = position.in_passes(steps, source.num_batches)
+    skipped = 0
     if steps is None:
         if mark is not None and mark["epoch"] != position.epoch:
             mark = None  # a pass begins, as any other
-        batches = source.batches(position.epoch, position.batch, mark)
-        yield _noting(batches, bookmarks, position)
-        for index in count(position.epoch + 1):
-            yield _noting(source.batches(index), bookmarks, Position(index))
-        return
-    first, start, skipped = _way(source, steps, position, mark)
-    endless = (
-        batch
-        for index in count(first)
-        for batch in (
-            source.batches(index, start, mark)
-            if index == first
-            else source.batches(index)
-        )
-    )
-    for _ in islice(endless, skipped):
-        bookmarks.leave_out()
-    yield _noting(islice(endless, steps - position.batch), bookmarks, position)
-    for index in count(position.epoch + 1):
-        yield _noting(islice(endless, steps), bookmarks, Position(index))
-
-
-def _way(
-    source: BatchSource, steps: int, position: Position, mark: Mapping[str, Any] | None
-) -> tuple[int, int, int]:
-    """Returns the pass to begin with, its first batch, and how many to leave out."""
-    if mark is not None:
+    elif mark is not None:
+        first, start = mark["pass"], mark["number"]
         since = (position.epoch - mark["epoch"]) * steps
-        return mark["pass"], mark["number"], since + position.batch - mark["batch"]
-    first, start = position.in_passes(steps, source.num_batches)
-    # Only reading tells where a pass of unknown length ends; an iterator has but one.
-    if source.num_batches is None and not source.one_shot:
-        return first, 0, start
-    return first, start, 0
+        skipped = since + position.batch - mark["batch"]
+    elif source.num_batches is None and not source.one_shot:
+        # Only reading tells where a pass of unknown length ends; an iterator has but
+        # one.
+        start, skipped = 0, start
+    passes = chain(
+        [source.batches(first, start, mark)], map(source.batches, count(first + 1))
+    )
+    epochs: Iterator[Iterator[Batch]] = passes
+    if steps is not None:
+        endless = chain.from_iterable(passes)
+        for _ in islice(endless, skipped):
+            bookmarks.leave_out()
+        lengths = chain([steps - position.batch], repeat(steps))
+        epochs = map(partial(islice, endless), lengths)
+    starts = chain([position], map(Position, count(position.epoch + 1)))
+    yield from map(partial(_noting, bookmarks), starts, epochs)
 
 
 def _noting(
-    batches: Iterator[Batch], bookmarks: IteratorCheckpoints, position: Position
+    bookmarks: IteratorCheckpoints, position: Position, batches: Iterator[Batch]
 ) -> Iterator[Batch]:
     """Yields the batches of an epoch, the first of them after `position`."""
     for number, batch in enumerate(batches, position.batch + 1):

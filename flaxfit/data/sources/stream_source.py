@@ -10,7 +10,6 @@ first batch is copied here.
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from flaxfit._core.tree_specs import LeafSpec, diff, difference_lines
 from flaxfit._core.types import Batch
 from flaxfit.data.datasets.stream import (
     NO_INFO,
+    BatchForm,
     DatasetInfo,
     PaddedTail,
     Stream,
@@ -40,22 +40,7 @@ from flaxfit.data.host.weights import with_weights
 from flaxfit.data.sources.fast_path import BatchTemplate, learn
 from flaxfit.data.sources.position import IteratorMark
 
-
-@dataclass
-class _Progress:
-    """Counts over all passes, for error messages.
-
-    Attributes:
-      caller: the method that the data was given to.
-      steps: the number of steps that it asked for.
-      yielded: batches so far.
-      passes: passes so far. A caller that evaluates again restarts at pass 0.
-    """
-
-    caller: str
-    steps: int | None
-    yielded: int = 0
-    passes: int = 0
+_END = object()
 
 
 class StreamSource:
@@ -63,16 +48,14 @@ class StreamSource:
 
     Args:
       stream: the raw batches.
-      read: raw batch -> `Batch` of NumPy and jax arrays; `weights` may be None.
+      read: raw batch -> `Batch` of NumPy and jax arrays, see `as_host`; `weights` may
+        be None.
       describe: first raw batch -> what is known about the data.
       steps: the number of steps asked for; an iterator that ends before is an error.
       multiple_of: rounds the rows of a batch up, where the stream knows how many
         examples there are.
       structural: whether `read` depends on structure and names alone, so that it does
         the same with every batch.
-
-    Attributes:
-      pad, info, batch_size, example: see `BatchSource`.
 
     Raises:
       DataError: there is no batch, or the first one cannot be read.
@@ -92,62 +75,47 @@ class StreamSource:
         structural: bool = False,
     ) -> None:
         self.pad = True
+        self.kind = stream.kind
+        self.shapes = stream.form.shapes
+        self.one_shot = stream.one_shot
+        self.seeks = stream.seeks
+        self.num_batches = stream.num_batches
+        self.num_examples = stream.num_examples
         self._stream = stream
         self._read = read
         self._check: Callable[[Batch], None] | None = None
         # The caller's name now: later passes are read in a thread, or for another call.
-        self._progress = _Progress(caller(), steps)
+        self._caller = caller()
+        self._steps = steps
+        # Over all passes, for messages. A caller that evaluates again restarts at 0.
+        self._yielded = self._passes = 0
         self._mark = IteratorMark(stream)
-        self._template: BatchTemplate | None = None
         iterator = self._open(0, 0)
-        try:
-            raw = self._next(iterator, 0, 0)
-        except StopIteration:
+        place = _place(0, 0)
+        given = self._next(iterator, place)
+        if given is _END:
             raise DataError(
                 f"no batches: the {self.kind} given to {caller()} yielded nothing",
                 self._reusable(),
-            ) from None
+            )
         self._mark.note(iterator, 0, 1)
-        first = copy_host_arrays(self._converted(raw, 0, 0, to_host=True))
-        plain = raw.raw if isinstance(raw, PaddedTail) else raw
-        self.info = describe(plain)
+        raw, rows = _parted(given)
+        # Arrays on a device stay there, as those of all later batches do.
+        ahead = self._without_fill(self._converted(raw, place, first=True), rows)
+        first = copy_host_arrays(as_host(ahead))
+        self.info = describe(raw)
+        self._template: BatchTemplate | None = None
         if structural and stream.form.size is None:
-            self._template = learn(plain, read)
-        rows = max(len(first.weights), stream.form.batch_size or 0)
+            self._template = learn(raw, read)
+        size = max(len(first.weights), stream.form.batch_size or 0)
         if stream.num_examples is not None:
-            rows = -(-rows // multiple_of) * multiple_of
-        self.batch_size = rows
-        self.example = fill(first, rows)
-        self._likeness = _Likeness(stream, first, self.example)
-        # The first batch, until the first pass yields it. Arrays on a device stay
-        # there, as those of all later batches do.
-        ahead = self._converted(raw, 0, 0) if on_device(raw) else first
+            size = -(-size // multiple_of) * multiple_of
+        self.batch_size = size
+        self.example = fill(first, size)
+        self._likeness = _Likeness(stream.form, first, self.example)
+        # The first batch, until the first pass yields it.
+        ahead = ahead if on_device(ahead) else first
         self._ahead: tuple[Iterator[Any], Batch] | None = (iterator, ahead)
-
-    @property
-    def kind(self) -> str:
-        """See `Stream`, as for the properties below."""
-        return self._stream.kind
-
-    @property
-    def shapes(self) -> int:
-        return self._stream.form.shapes
-
-    @property
-    def one_shot(self) -> bool:
-        return self._stream.one_shot
-
-    @property
-    def seeks(self) -> bool:
-        return self._stream.seeks
-
-    @property
-    def num_batches(self) -> int | None:
-        return self._stream.num_batches
-
-    @property
-    def num_examples(self) -> int | None:
-        return self._stream.num_examples
 
     @property
     def bookmark(self) -> Mapping[str, Any] | None:
@@ -167,20 +135,12 @@ class StreamSource:
         self._check = check_values
 
     def batches(
-        self,
-        pass_index: int,
-        start: int = 0,
-        bookmark: Mapping[str, Any] | None = None,
+        self, pass_index: int, start: int = 0, bookmark: Mapping[str, Any] | None = None
     ) -> Iterator[Batch]:
         """Yields the batches of one pass; the data determines the order.
 
-        Batches before number `start` are read and skipped, except by streams that
-        seek.
-
-        Args:
-          pass_index: which pass.
-          start: the number of the first batch.
-          bookmark: a saved state of the same pass, at `start` or before.
+        Batches before number `start`, or between a bookmark and it, are read and
+        skipped, except by streams that seek.
 
         Raises:
           DataError: there is no more data, an iterator ends before the steps asked for,
@@ -190,17 +150,17 @@ class StreamSource:
         number, ahead, self._ahead = 0, self._ahead, None
         if bookmark is not None or ahead is None or pass_index or start:
             self._mark.reset()  # the saved state belongs to a different pass
-        named = max(pass_index, self._progress.passes)  # in messages
-        self._progress.passes += 1
+        named = max(pass_index, self._passes)  # in messages
+        self._passes += 1
         if bookmark is not None:
             iterator = self._open(pass_index, 0)
             set_state(iterator, bookmark["state"])
             number = bookmark["number"]
         elif ahead is not None and (self.one_shot or (pass_index, start) == (0, 0)):
-            iterator, first = ahead
+            iterator, batch = ahead
             number = 1
             if start == 0:
-                yield self._finished(first, 0, named)
+                yield self._finished(batch, _place(0, named))
         else:
             number = start if self.seeks else 0
             iterator = self._open(pass_index, number)
@@ -208,39 +168,39 @@ class StreamSource:
         self._skip(iterator, number, start, named)
         number = max(number, start)
         while True:
-            try:
-                raw = self._next(iterator, number, named)
-            except StopIteration:
+            place = _place(number, named)
+            given = self._next(iterator, place)
+            if given is _END:
                 break
             self._mark.note(iterator, pass_index, number + 1)
-            batch = self._fast(raw)
-            if batch is None:
-                batch = self._converted(raw, number, named)
-                self._likeness.compare(batch, f"batch {number} of pass {named}")
-            yield self._finished(batch, number, named)
+            raw, rows = _parted(given)
+            made = None if self._template is None else self._template.make(raw)
+            if made is None:
+                made = self._converted(raw, place)
+                self._likeness.compare(made, place)
+            batch = self._without_fill(made, rows)
+            yield self._finished(batch, place)
             number += 1
         # A caller with a step limit stops earlier, so reaching this point means that
         # the iterator ran out.
-        if number == 0 or (self.one_shot and self._progress.steps is not None):
+        if number == 0 or (self.one_shot and self._steps is not None):
             raise self._used_up(named)
 
     def _skip(
         self, iterator: Iterator[Any], number: int, start: int, pass_index: int
     ) -> None:
         for skipped in range(number, start):
-            try:
-                self._next(iterator, skipped, pass_index)
-            except StopIteration:
+            if self._next(iterator, _place(skipped, pass_index)) is _END:
                 raise DataError(
-                    f"the {self.kind} given to {self._progress.caller} ends after "
-                    f"{skipped} batches, but {start} of them were trained on before "
-                    "this run was interrupted",
+                    f"the {self.kind} given to {self._caller} ends after {skipped} "
+                    f"batches, but {start} of them were trained on before this run was "
+                    "interrupted",
                     self._reusable(),
-                ) from None
+                )
 
     def _open(self, pass_index: int, start: int) -> Iterator[Any]:
         try:
-            with calling(self._progress.caller):
+            with calling(self._caller):
                 return self._stream.open(pass_index, start)
         except (DataError, TypeError):
             raise
@@ -248,15 +208,13 @@ class StreamSource:
             error.add_note(f"while starting pass {pass_index} over the data")
             raise
 
-    def _next(self, iterator: Iterator[Any], number: int, pass_index: int) -> Any:
+    def _next(self, iterator: Iterator[Any], place: str) -> Any:
         try:
             # A later pass is read outside of the call that the data was given to.
-            with calling(self._progress.caller):
-                return next(iterator)
-        except StopIteration:
-            raise
+            with calling(self._caller):
+                return next(iterator, _END)
         except Exception as error:
-            error.add_note(f"while reading batch {number} of pass {pass_index}")
+            error.add_note(f"while reading {place}")
             if "already executing" in str(error):
                 error.add_note(
                     "An earlier fit still reads from it in the background. Wait for "
@@ -264,41 +222,29 @@ class StreamSource:
                 )
             raise
 
-    def _converted(
-        self, raw: Any, number: int, pass_index: int, *, to_host: bool = False
-    ) -> Batch:
+    def _converted(self, raw: Any, place: str, *, first: bool = False) -> Batch:
         """Returns a raw batch with weights, checked but not padded."""
-        rows = None
-        if isinstance(raw, PaddedTail):
-            raw, rows = raw
         try:
-            given = as_host(self._read(raw), but_device=not to_host)
+            given = self._read(raw)
             size = self._stream.form.size
-            count = (
+            rows = (
                 check_lengths(given) if size is None else check_sized(given, size(raw))
             )
-            batch = with_weights(narrow(given), count)
-            if isinstance(batch.weights, np.ndarray):
-                check_weights(batch.weights, all_zero=True)
-            return batch if rows is None else self._without_fill(batch, rows)
+            batch = with_weights(narrow(given), rows)
+            # Of weights on a device only the first are read back.
+            if first or isinstance(batch.weights, np.ndarray):
+                check_weights(np.asarray(batch.weights), all_zero=True)
+            return batch
         except DataError as error:
-            raise DataError(f"batch {number} of pass {pass_index}: {error}") from error
+            raise DataError(f"{place}: {error}") from error
         except Exception as error:
-            error.add_note(f"while reading batch {number} of pass {pass_index}")
+            error.add_note(f"while reading {place}")
             raise
 
-    def _fast(self, raw: Any) -> Batch | None:
-        """Returns a raw batch that is like the first one, else None."""
-        if self._template is None:
-            return None
-        raw, rows = raw if isinstance(raw, PaddedTail) else (raw, None)
-        batch = self._template.make(raw)
-        if batch is None or rows is None:
+    def _without_fill(self, batch: Batch, rows: int | None) -> Batch:
+        """Returns the batch with weight 0 for what is beyond `rows`, or without it."""
+        if rows is None:
             return batch
-        return self._without_fill(batch, rows)
-
-    def _without_fill(self, batch: Batch, rows: int) -> Batch:
-        """Returns the batch with weight 0 for its padding, or without it."""
         if not self.pad:
             real: Batch = jax.tree.map(lambda leaf: leaf[:rows], batch)
             return real
@@ -306,23 +252,21 @@ class StreamSource:
         weights[rows:] = 0.0
         return batch.replace(weights=weights)
 
-    def _finished(self, batch: Batch, number: int, pass_index: int) -> Batch:
+    def _finished(self, batch: Batch, place: str) -> Batch:
         """Returns a batch checked and padded."""
-        place = f"batch {number} of pass {pass_index}"
         if self._check is not None:
             try:
                 self._check(self._on_host(batch))
             except DataError as error:
                 raise DataError(f"{place}: {error}") from error
-        self._progress.yielded += 1
+        self._yielded += 1
         if self._stream.form.size is not None:
             return batch
-        if len(batch.weights) > self.batch_size:
+        rows = len(batch.weights)
+        if rows > self.batch_size:
             if self.pad:
-                self._likeness.warn_of_growth(
-                    place, len(batch.weights), self.batch_size
-                )
-            self.batch_size = len(batch.weights)
+                self._likeness.warn_of_growth(place, rows, self.batch_size)
+            self.batch_size = rows
         return fill(batch, self.batch_size) if self.pad else batch
 
     def _on_host(self, batch: Batch) -> Batch:
@@ -335,22 +279,21 @@ class StreamSource:
         return batch
 
     def _used_up(self, pass_index: int) -> DataError:
-        progress = self._progress
-        steps = f" ({progress.steps} steps were asked for)" if progress.steps else ""
+        steps = f" ({self._steps} steps were asked for)" if self._steps else ""
         if self.one_shot:
             given = (
-                f"the iterator given to {progress.caller} is used up, after "
-                f"{progress.yielded} batches in all, but there is more to do{steps}"
+                f"the iterator given to {self._caller} is used up, after "
+                f"{self._yielded} batches in all, but there is more to do{steps}"
             )
         else:
             given = (
                 f"no batches in pass {pass_index}: the {self.kind} given to "
-                f"{progress.caller} yielded nothing this time{steps}"
+                f"{self._caller} yielded nothing this time{steps}"
             )
         return DataError(given, self._reusable())
 
     def _reusable(self) -> str:
-        with calling(self._progress.caller):
+        with calling(self._caller):
             function, iterator = call_text("make_batches"), call_text("make_batches()")
         return self._stream.again or (
             "Pass something that can be read again and again: a list, a loader, or the "
@@ -358,17 +301,20 @@ class StreamSource:
         )
 
 
+def _place(number: int, pass_index: int) -> str:
+    return f"batch {number} of pass {pass_index}"
+
+
+def _parted(given: Any) -> tuple[Any, int | None]:
+    """Returns a raw batch, and how many of its rows are no fill, None for all."""
+    return given if isinstance(given, PaddedTail) else (given, None)
+
+
 class _Likeness:
-    """Compares batches with the first one.
+    """Compares batches with the first one; `example` is it, padded."""
 
-    Args:
-      stream: knows how many shapes there may be.
-      first: the first batch.
-      example: it, padded.
-    """
-
-    def __init__(self, stream: Stream, first: Batch, example: Batch) -> None:
-        self._form = stream.form
+    def __init__(self, form: BatchForm, first: Batch, example: Batch) -> None:
+        self._form = form
         self._example = example
         self._signature = _signature(first)
         self._shapes = {self._shapes_of(first)}
@@ -427,13 +373,10 @@ def _difference(batch: Batch, first: Batch) -> str:
         for each in (batch, first)
     )
     lines = difference_lines(diff(then, now), "{path} is {given}, was {wanted}")
-    different = lines or [f"the nesting is {_nesting(batch)}, was {_nesting(first)}"]
+    nestings = [str(jax.tree.structure((b.inputs, b.targets))) for b in (batch, first)]
+    different = lines or [f"the nesting is {nestings[0]}, was {nestings[1]}"]
     return (
         f"differs from the first batch: {'; '.join(different)}. All batches need the "
         "same structure, dtypes and shapes beyond the batch axis: pad rows to one "
         "length and convert with .astype(...) where the batches are made."
     )
-
-
-def _nesting(batch: Batch) -> str:
-    return str(jax.tree.structure((batch.inputs, batch.targets)))

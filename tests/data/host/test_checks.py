@@ -9,7 +9,7 @@ import pytest
 from flaxfit._core.errors import DataError
 from flaxfit._core.types import Batch
 from flaxfit.data.host.arrays import as_host, fill, narrow
-from flaxfit.data.host.checks import check_finite, check_lengths
+from flaxfit.data.host.checks import check_lengths, check_values, check_weights
 
 X = np.ones((4, 3), np.float32)
 Y = np.arange(4)
@@ -61,13 +61,14 @@ def _with(array, value, *place):
         (Batch((X,), Y, 0 * W), "all zero"),
     ],
 )
-def test_check_finite_refuses(batch, message):
+def test_wrong_values_are_refused(batch, message):
     with pytest.raises(DataError, match=message):
-        check_finite(batch)
+        check_weights(batch.weights)
+        check_values(batch)
 
 
 def test_targets_of_weight_zero_may_be_nan():
-    check_finite(Batch((X,), _with(X, np.nan, 3, 0), _with(W, 0, 3)))
+    check_values(Batch((X,), _with(X, np.nan, 3, 0), _with(W, 0, 3)))
 
 
 def test_narrow_gives_the_dtypes_of_jax():
