@@ -12,15 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxfit._core.types import (
-    Array,
-    Average,
-    Batch,
-    Logs,
-    PyTree,
-    Sum,
-    TrainState,
-)
+from flaxfit._core.types import Array, Average, Batch, Logs, PyTree, Sum, TrainState
 from flaxfit._programs.chunks import Chunk, batch_at
 from flaxfit._programs.placement import Placement
 from flaxfit._programs.steps import EvalStep, InitStep, PredictStep, TrainStep
@@ -470,8 +462,7 @@ def empty_accumulators(logs: PyTree, placement: Placement) -> EpochAccumulators:
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), logs)
     numbers: Any = np.array([0, -1, 0], np.int32)
     empty = EpochAccumulators(numbers[0], zeros, numbers[1], numbers[2])
-    running: EpochAccumulators = jax.device_put(empty, placement.replicated)
-    return running
+    return jax.device_put(empty, placement.replicated)
 
 
 def _is_traced(leaf: Any) -> bool:
@@ -487,8 +478,7 @@ def shapes_of_call(*args: Any) -> tuple[Any, ...]:
         weak = getattr(leaf, "weak_type", False)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=weak)
 
-    shapes: tuple[Any, ...] = jax.tree.map(shape, args)
-    return shapes
+    return jax.tree.map(shape, args)
 
 
 def traced_once(step: Step) -> Step:

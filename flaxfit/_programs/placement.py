@@ -85,8 +85,7 @@ class Placement(NamedTuple):
     def put_host(self, host: HostArray, like: Any = None) -> jax.Array:
         """Returns an array of the host, copied to every device."""
         del like
-        array: jax.Array = jax.device_put(host, self.replicated)
-        return array
+        return jax.device_put(host, self.replicated)
 
     def put_keys(self, tree: PyTree) -> PyTree:
         """Returns the tree with its random keys copied to every device."""
@@ -129,7 +128,7 @@ class Placement(NamedTuple):
 
         The arrays may be shared with the device: they must not be written to again.
         """
-        spec = (self._axes,) if how == "divided" else ()
+        spec = (self.mesh.axis_names,) if how == "divided" else ()
         return jax.device_put(data, self._sharding(*spec))
 
     def rounded(self, rows: int) -> int:
@@ -138,13 +137,8 @@ class Placement(NamedTuple):
 
     def _put_rows(self, tree: PyTree, rows: int, leading: tuple[None, ...]) -> PyTree:
         divided = rows % len(self.devices) == 0 and _have_rows(tree, rows, len(leading))
-        spec = (*leading, self._axes) if divided else ()
+        spec = (*leading, self.mesh.axis_names) if divided else ()
         return jax.device_put(tree, self._sharding(*spec))
-
-    @property
-    def _axes(self) -> tuple[str, ...]:
-        axes: tuple[str, ...] = self.mesh.axis_names
-        return axes
 
     def _sharding(self, *spec: Any) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec(*spec))

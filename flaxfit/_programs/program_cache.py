@@ -16,12 +16,7 @@ from flaxfit._core.types import Batch, Inputs, PyTree, TrainState
 from flaxfit._models.base import Adapted, ModelFamily
 from flaxfit._programs.batch_checks import check_batch
 from flaxfit._programs.placement import Placement, has_rows
-from flaxfit._programs.resolve import (
-    ResolvedTask,
-    Settings,
-    resolve,
-    trace_outputs,
-)
+from flaxfit._programs.resolve import ResolvedTask, Settings, resolve, trace_outputs
 from flaxfit._programs.steps import make_predict_step
 from flaxfit.data.host.checks import check_tokens
 from flaxfit.losses.objective import check_targets
@@ -309,8 +304,7 @@ class ProgramCache:
         """Returns a new state at step 0."""
         rng = jax.random.key(self._settings.seed)
         variables = self._placement.put(self.resolved.variables)
-        state: TrainState = self.resolved.programs.init(rng, example.inputs, variables)
-        return state
+        return self.resolved.programs.init(rng, example.inputs, variables)
 
     def check_values(self, batch: Batch) -> None:
         """Checks the values of inputs and targets on the host.

@@ -98,8 +98,7 @@ LOSSES = MappingProxyType(
             losses.poly_loss_cross_entropy, "distribution", takes_logits=True
         ),
         "ranking_softmax_loss": LossSpec(
-            functools.partial(losses.ranking_softmax_loss, reduce_fn=None),
-            "regression",
+            functools.partial(losses.ranking_softmax_loss, reduce_fn=None), "regression"
         ),
         "safe_softmax_cross_entropy": LossSpec(
             losses.safe_softmax_cross_entropy,

@@ -25,11 +25,7 @@ from flaxfit.losses.matching import (
     pick_targets,
     where,
 )
-from flaxfit.losses.target_checks import (
-    check_shapes,
-    check_values,
-    pairs_rows,
-)
+from flaxfit.losses.target_checks import check_shapes, check_values, pairs_rows
 
 
 class Term(NamedTuple):

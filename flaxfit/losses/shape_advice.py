@@ -92,12 +92,7 @@ _TABLE: tuple[tuple[Rule, Callable[[_Pair], bool], str, str], ...] = (
         "",
         "{expanded}, or let the model return outputs.squeeze(-1)",
     ),
-    (
-        "equal",
-        lambda p: p.targets == (*p.outputs, 1),
-        "",
-        "{squeezed}",
-    ),
+    ("equal", lambda p: p.targets == (*p.outputs, 1), "", "{squeezed}"),
     (
         "equal",
         lambda p: p.targets != p.outputs,

@@ -59,10 +59,7 @@ class DataAdapter:
     """
 
     def __init__(
-        self,
-        programs: ProgramCache,
-        has_learned: Callable[[], bool],
-        given: Binding,
+        self, programs: ProgramCache, has_learned: Callable[[], bool], given: Binding
     ) -> None:
         self.schema = DataSchema()
         self._programs = programs

@@ -45,12 +45,7 @@ from flaxfit._reporting.display import Display, make_display, make_progress
 from flaxfit._reporting.history import History
 from flaxfit._reporting.timing import Clock
 from flaxfit._runs.resume import ResumePoint
-from flaxfit._runs.session import (
-    RunRecord,
-    RunSession,
-    describe_data,
-    locked_run,
-)
+from flaxfit._runs.session import RunRecord, RunSession, describe_data, locked_run
 from flaxfit._runs.trainer_metadata import example_of, from_meta, to_meta
 from flaxfit.callbacks.base import Callback, LoopState, own_state
 from flaxfit.checkpoint import RestoreReport
@@ -594,11 +589,7 @@ class Trainer:
                 return join_batches(parts, prediction.outputs.batched)
 
     def predict_batches(
-        self,
-        x: Any,
-        *,
-        batch_size: int | None = None,
-        steps: int | None = None,
+        self, x: Any, *, batch_size: int | None = None, steps: int | None = None
     ) -> Generator[PyTree]:
         """Returns an iterator over the outputs of one batch after the other.
 
@@ -786,11 +777,7 @@ class Trainer:
         return Text(resolved.adapted.summary(resolved.example.inputs))
 
     def check(
-        self,
-        x: Any,
-        y: Any = None,
-        *,
-        batch_size: int | None = None,
+        self, x: Any, y: Any = None, *, batch_size: int | None = None
     ) -> CheckReport:
         """Tells what was understood, without training: `print(trainer.check(x, y))`.
 
