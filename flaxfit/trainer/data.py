@@ -24,8 +24,6 @@ from flaxfit.data.open import (
     BatchOptions,
     Dataset,
     batch_source,
-    open_dataset,
-    open_inputs,
 )
 from flaxfit.data.sources.base import BatchSource
 from flaxfit.trainer.check import listed_classes
@@ -46,34 +44,30 @@ class DataSchema:
     columns: Columns | None = None
 
 
+@dataclass(eq=False)
 class DataAdapter:
     """Makes sources of data for one trainer, later data like the first.
 
-    Args:
+    Attributes:
       programs: the trainer's programs.
       has_learned: whether a state was trained or loaded.
       given: how a raw batch is read, as far as the user has said.
-
-    Attributes:
       schema: what is remembered of the data.
     """
 
-    def __init__(
-        self, programs: ProgramCache, has_learned: Callable[[], bool], given: Binding
-    ) -> None:
-        self.schema = DataSchema()
-        self._programs = programs
-        self._has_learned = has_learned
-        self._given = given
+    programs: ProgramCache
+    has_learned: Callable[[], bool]
+    given: Binding
+    schema: DataSchema = DataSchema()
 
     @property
     def binding(self) -> Binding:
         """How data is read: tables like the first, once something was trained."""
-        return self._binding if self._has_learned() else self._given
+        return self._binding if self.has_learned() else self.given
 
     @property
     def _binding(self) -> Binding:
-        return replace(self._given, columns=self.schema.columns)
+        return replace(self.given, columns=self.schema.columns)
 
     def remember(self, **changes: Any) -> None:
         """Changes fields of the schema."""
@@ -101,7 +95,7 @@ class DataAdapter:
             self.refuse_other_classes(source)
             return
         info = source.info
-        self._programs.learn(info.pictures)
+        self.programs.learn(info.pictures)
         names = info.class_names or self.schema.class_names
         self.remember(class_names=names, columns=info.columns)
 
@@ -120,91 +114,30 @@ class DataAdapter:
                 "new Trainer."
             )
 
-    def open(
-        self,
-        x: Any,
-        y: Any = None,
-        sample_weight: Any = None,
-        *,
-        batch_size: int | None = None,
-        is_training: bool = False,
-    ) -> Dataset:
-        """Returns data as a `Dataset`; nothing is read yet.
-
-        Args:
-          x: the data.
-          y: targets, for arrays.
-          sample_weight: weights, for arrays.
-          batch_size: the size that the user asks for.
-          is_training: whether a split may be assumed where none is named.
-
-        Raises:
-          ValueError: which part of a dataset to evaluate on is not said.
-        """
-        dataset = open_dataset(x, y, sample_weight, batch_size=batch_size)
-        if not is_training:
-            refuse_assumed_split(dataset)
-        return dataset
-
     def source(
         self,
         dataset: Dataset,
+        options: BatchOptions,
         *,
-        batch_size: int | None = None,
-        default_batch_size: int | None = None,
-        steps: int | None = None,
-        divided: bool = False,
+        divided: bool = True,
         of_fit: bool = False,
     ) -> BatchSource:
-        """Returns a source of data that is evaluated or looked at.
+        """Returns a source of data that is not trained on.
 
         Args:
           dataset: the data.
-          batch_size: rows of a batch.
-          default_batch_size: rows where none are given, None for the last fit's.
-          steps: how many batches are asked for.
+          options: how batches are made; where it leaves the size open, that of the last
+            fit.
           divided: whether batches are divided among the devices.
           of_fit: whether a fit validates on it: then its columns are read like those of
             the training data, even if nothing was trained yet.
         """
-        options = BatchOptions(
-            batch_size=batch_size,
-            default_batch_size=default_batch_size or self.schema.batch_size,
-            multiple_of=self._devices if divided else 1,
-            steps=steps,
+        options = replace(
+            options,
+            default_batch_size=options.default_batch_size or self.schema.batch_size,
+            multiple_of=len(self.programs.placement.devices) if divided else 1,
         )
         return batch_source(dataset, self._binding if of_fit else self.binding, options)
-
-    def inputs(
-        self,
-        x: Any,
-        *,
-        batch_size: int | None = None,
-        steps: int | None = None,
-        any_split: bool = False,
-    ) -> tuple[Dataset, BatchOptions]:
-        """Returns data to call the model with, and how its batches are made.
-
-        Args:
-          x: the data.
-          batch_size: rows of a batch.
-          steps: how many batches are asked for.
-          any_split: whether a split may be assumed where none is named.
-
-        Raises:
-          ValueError: which part of a dataset to predict on is not said.
-        """
-        dataset = open_inputs(x, self.binding, batch_size=batch_size)
-        if not any_split:
-            refuse_assumed_split(dataset)
-        options = BatchOptions(
-            batch_size=batch_size,
-            default_batch_size=self.schema.batch_size,
-            multiple_of=self._devices,
-            steps=steps,
-            inputs_only=True,
-        )
-        return dataset, options
 
     def raw_batch(self, raw: Any) -> Batch:
         """Returns the batch of a custom loop, of arrays on the device or traced.
@@ -229,19 +162,11 @@ class DataAdapter:
             batch = batch.replace(weights=np.ones(rows, np.float32))
         return batch
 
-    @property
-    def _devices(self) -> int:
-        return len(self._programs.placement.devices)
-
 
 def refuse_one_shot(
     dataset: Dataset, *, epochs: int, steps: int | None, argument: str
 ) -> None:
-    """Refuses an iterator where more than one pass is needed.
-
-    Raises:
-      DataError: it ends after the first.
-    """
+    """Refuses an iterator where more than one pass is needed."""
     if dataset.one_shot and steps is None and epochs > 1:
         raise DataError(
             f"{caller()} got an iterator, which ends after one pass, for {epochs} "
@@ -252,11 +177,7 @@ def refuse_one_shot(
 
 
 def refuse_endless(dataset: Dataset, steps: int | None, argument: str) -> None:
-    """Refuses data without an end where the number of batches is not given.
-
-    Raises:
-      DataError: it has no end.
-    """
+    """Refuses data without an end where the number of batches is not given."""
     if dataset.endless and steps is None:
         raise DataError(
             f"the {dataset.kind} given to {caller()} has no end: write {argument}=100 "
@@ -265,11 +186,7 @@ def refuse_endless(dataset: Dataset, steps: int | None, argument: str) -> None:
 
 
 def refuse_to_use_up(dataset: Dataset) -> None:
-    """Refuses an iterator where its first batch is only looked at.
-
-    Raises:
-      DataError: it would lose that batch.
-    """
+    """Refuses an iterator where its first batch is only looked at."""
     if dataset.one_shot:
         raise DataError(
             f"{caller()} got an iterator, and would use up its first batch. Write "
@@ -279,11 +196,7 @@ def refuse_to_use_up(dataset: Dataset) -> None:
 
 
 def refuse_to_go_back(dataset: Dataset) -> None:
-    """Refuses an iterator where batches are to be read again.
-
-    Raises:
-      DataError: it cannot go back.
-    """
+    """Refuses an iterator where batches are to be read again."""
     if dataset.one_shot:
         raise DataError(
             'nonfinite="rollback" reads the data again from a bad batch on, and fit '
@@ -293,11 +206,7 @@ def refuse_to_go_back(dataset: Dataset) -> None:
 
 
 def refuse_assumed_split(dataset: Dataset) -> None:
-    """Refuses a dataset by name alone: the split to evaluate on has to be named.
-
-    Raises:
-      ValueError: the split is not named.
-    """
+    """Refuses a dataset by name alone: the split to evaluate on has to be named."""
     info = dataset.info if isinstance(dataset, ExampleSet) else None
     if info is not None and info.assumed_split:
         raise UsageError(info.assumed_split)

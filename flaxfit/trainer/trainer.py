@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -17,13 +16,10 @@ from flaxfit._core.keras_hints import compile_without_data, refuse_list
 from flaxfit._core.state_store import TrainStateStore
 from flaxfit._core.types import Batch, Logs, PyTree, TrainState
 from flaxfit._core.validation import (
-    choice,
     fraction,
     integer,
     integer_or_auto,
-    names,
     optional_integer,
-    switch,
 )
 from flaxfit._loops.context import FitContext, FitData
 from flaxfit._loops.eval_loop import Evaluation
@@ -34,12 +30,10 @@ from flaxfit._loops.interrupt import Interrupt
 from flaxfit._loops.output_writer import OutputWriter
 from flaxfit._loops.predict_loop import Prediction, join_batches, split_batches
 from flaxfit._models import model_family
-from flaxfit._models.base import Overrides
-from flaxfit._programs import steps as _steps
 from flaxfit._programs.compile import listening
 from flaxfit._programs.placement import Placement, find_placement, has_rows
 from flaxfit._programs.program_cache import NO_DATA_YET, ProgramCache
-from flaxfit._programs.resolve import ResolvedTask, Settings
+from flaxfit._programs.resolve import ResolvedTask
 from flaxfit._programs.steps import Task, TrainStep
 from flaxfit._reporting.display import Display, make_display, make_progress
 from flaxfit._reporting.history import History
@@ -56,16 +50,19 @@ from flaxfit.data.open import (
     Dataset,
     batch_source,
     one_batch,
+    open_dataset,
+    open_inputs,
     split_dataset,
 )
 from flaxfit.data.sources.base import BatchSource
-from flaxfit.trainer.arguments import as_variables
+from flaxfit.trainer.arguments import checked_settings
 from flaxfit.trainer.check import CheckReport, Text, first_lines, make_report
 from flaxfit.trainer.compilation_cache import use_compilation_cache
 from flaxfit.trainer.compile_ahead import compile_ahead
 from flaxfit.trainer.compile_report import CompileReport
 from flaxfit.trainer.data import (
     DataAdapter,
+    refuse_assumed_split,
     refuse_endless,
     refuse_one_shot,
     refuse_to_go_back,
@@ -92,7 +89,6 @@ _EXECUTION = (
     "prefetch",
     "compilation_cache",
 )
-_OPTIMIZER_OPTIONS = ("weight_decay", "clip_norm", "accumulate_steps", "freeze")
 
 _LAST_EXAMPLES = (
     "in the last examples, which validation_split took; row 0 is the first of them"
@@ -207,7 +203,7 @@ class Trainer:
         given = dict(locals())
         unsaved = ("self", "model", "variables", *_EXECUTION)
         self._config = {n: given[n] for n in given if n not in unsaved}
-        settings = _checked_settings(given)
+        settings = checked_settings(given)
         family = model_family(model)
         self._name = type(model).__name__
         self._programs = ProgramCache(model, family, settings, find_placement(devices))
@@ -344,10 +340,7 @@ class Trainer:
             self._prepare(source, total_steps, divide=True, state=False)
             validation = self._open_validation(held_out, options, source, origin)
             # ---- Resume: all that can fail comes before files are moved.
-            record = self._record(source, validation, options, total_steps)
-            state = resumed_state(self._programs, origin, record.trainer["config"])
-            session = self._session(options, origin, record, source, display)
-            self._begin_state(state, source, origin, total_steps)
+            session = self._begin_run(source, validation, options, origin, display)
             with session:
                 # ---- Loop.
                 if verbose != 0:
@@ -399,7 +392,7 @@ class Trainer:
         steps = optional_integer("steps_per_epoch", steps_per_epoch)
         display = make_display(verbose)
         with calling("compile"), listening(CompileReport(display)):
-            dataset = self._data.open(x, y, batch_size=batch_size, is_training=True)
+            dataset = open_dataset(x, y, batch_size=batch_size)
             refuse_to_use_up(dataset)
             refuse_endless(dataset, steps, "steps_per_epoch")
             source = batch_source(
@@ -500,11 +493,11 @@ class Trainer:
         steps = optional_integer("steps", steps)
         display = make_progress(verbose)
         with calling("evaluate"), listening(CompileReport(display)):
-            dataset = self._data.open(x, y, sample_weight, batch_size=batch_size)
+            dataset = open_dataset(x, y, sample_weight, batch_size=batch_size)
+            refuse_assumed_split(dataset)
             refuse_endless(dataset, steps, "steps")
-            source = self._data.source(
-                dataset, batch_size=batch_size, steps=steps, divided=True
-            )
+            options = BatchOptions(batch_size=batch_size, steps=steps)
+            source = self._data.source(dataset, options)
             resolved = self._prepare(source)
             with Interrupt() as interrupt, self._store.borrow() as state:
                 evaluate = Evaluation(
@@ -646,14 +639,15 @@ class Trainer:
     def predict_on_batch(self, x: Any) -> PyTree:
         """Returns the outputs for one batch of inputs of any size."""
         with calling("predict_on_batch"):
-            dataset, options = self._data.inputs(x)
+            dataset = open_inputs(x, self._data.binding)
+            refuse_assumed_split(dataset)
             warn_of_order(dataset)
             if dataset.one_shot:
                 raise UsageError(_several_text(dataset))
             # All rows at once; a dataset brings its own batch.
-            if isinstance(dataset, Arrays):
-                options = replace(options, batch_size=sys.maxsize)
-            source = batch_source(dataset, self._data.binding, options)
+            size = sys.maxsize if isinstance(dataset, Arrays) else None
+            options = BatchOptions(batch_size=size, inputs_only=True)
+            source = self._data.source(dataset, options)
             if source.num_batches != 1:
                 raise UsageError(_several_text(source))
             prediction = self._prediction(source, None)
@@ -767,10 +761,9 @@ class Trainer:
         """
         if x is not None:
             with calling("summary"):
-                dataset, options = self._data.inputs(x, any_split=True)
-                source = batch_source(
-                    dataset, self._data.binding, replace(options, multiple_of=1)
-                )
+                dataset = open_inputs(x, self._data.binding)
+                options = BatchOptions(inputs_only=True)
+                source = self._data.source(dataset, options, divided=False)
                 resolved = self._prepare(source, inputs_only=True, state=False)
         else:
             resolved = self._programs.resolved
@@ -789,9 +782,10 @@ class Trainer:
           batch_size: rows of a batch, for arrays; that of the last `fit`, or 32.
         """
         with calling("check"):
-            dataset = self._data.open(x, y, batch_size=batch_size, is_training=True)
+            dataset = open_dataset(x, y, batch_size=batch_size)
             refuse_to_use_up(dataset)
-            source = self._data.source(dataset, batch_size=batch_size)
+            options = BatchOptions(batch_size=batch_size)
+            source = self._data.source(dataset, options, divided=False)
             resolved = self._prepare(source, state=False)
             self._restore_pending()
             names = self._data.schema.class_names
@@ -942,9 +936,7 @@ class Trainer:
         binding = reader.binding
         if origin.saved is not None:
             binding = reader.read_like(origin.saved)
-        dataset = reader.open(
-            x, y, sample_weight, batch_size=options.batch_size, is_training=True
-        )
+        dataset = open_dataset(x, y, sample_weight, batch_size=options.batch_size)
         if options.validation.split:
             dataset, held_out = split_dataset(
                 dataset, options.validation.split, binding
@@ -986,48 +978,42 @@ class Trainer:
             with calling("validation_data"):
                 dataset = held_out
                 if dataset is None:
-                    dataset = self._data.open(asked.data, batch_size=asked.batch_size)
+                    dataset = open_dataset(asked.data, batch_size=asked.batch_size)
+                    refuse_assumed_split(dataset)
                 refuse_one_shot(
                     dataset, epochs=epochs, steps=steps, argument="validation_steps"
                 )
                 refuse_endless(dataset, steps, "validation_steps")
-                source = self._data.source(
-                    dataset,
-                    batch_size=asked.batch_size,
+                sizes = BatchOptions(
+                    asked.batch_size,
                     default_batch_size=training.batch_size,
                     steps=steps,
-                    divided=True,
-                    of_fit=True,
                 )
+                source = self._data.source(dataset, sizes, of_fit=True)
                 self._prepare(source, allow_rebuild=False, state=False)
         except Exception as error:
             error.add_note(_LAST_EXAMPLES if asked.split else "in validation_data")
             raise
         return source
 
-    def _record(
+    def _begin_run(
         self,
         source: BatchSource,
         validation: BatchSource | None,
         options: FitOptions,
-        total_steps: int | None,
-    ) -> RunRecord:
+        origin: ResumePoint,
+        display: Display,
+    ) -> RunSession:
+        """Puts the state that a fit starts with into the store; returns its session."""
+        programs, resolved = self._programs, self._programs.resolved
+        total_steps = options.total_steps(source, origin)
         self._data.remember(batch_size=source.batch_size)
         data = describe_data(
             source, validation, shuffle=options.shuffle, steps=options.steps
         )
-        return RunRecord(self._meta(), data, options.epochs, total_steps)
-
-    def _session(
-        self,
-        options: FitOptions,
-        origin: ResumePoint,
-        record: RunRecord,
-        source: BatchSource,
-        display: Display,
-    ) -> RunSession:
-        resolved = self._programs.resolved
-        return RunSession(
+        record = RunRecord(self._meta(), data, options.epochs, total_steps)
+        resumed = resumed_state(programs, origin, record.trainer["config"])
+        session = RunSession(
             options.run,
             origin,
             record,
@@ -1037,26 +1023,17 @@ class Trainer:
             empty=resolved.empty(),
             display=display,
         )
-
-    def _begin_state(
-        self,
-        resumed: TrainState | None,
-        source: BatchSource,
-        origin: ResumePoint,
-        total_steps: int | None,
-    ) -> None:
-        """Puts the state that a fit starts with into the store."""
         if resumed is None:
             self._ensure_state(source.example)
         else:
             self._pending = None
             self._store.put(resumed)
-        before = origin.loop.get("total_steps")
-        if self._programs.plans_ahead and before != total_steps:
+        if programs.plans_ahead and origin.loop.get("total_steps") != total_steps:
             # A constant rate is part of the state, computed for another length.
             fresh = not self._store.has_trained
-            state = with_new_rate(self._programs.resolved, self._store.take())
+            state = with_new_rate(resolved, self._store.take())
             self._store.put(state, fresh=fresh)
+        return session
 
     def _say_first_lines(self, source: BatchSource, display: Display) -> None:
         for line in first_lines(
@@ -1205,7 +1182,7 @@ class Trainer:
     def _one_batch(
         self, x: Any, y: Any, sample_weight: Any, class_weight: Any
     ) -> Batch:
-        dataset = self._data.open(x, y, sample_weight, is_training=True)
+        dataset = open_dataset(x, y, sample_weight)
         whole = one_batch(dataset, self._data.binding, class_weight)
         self._prepare(whole)
         return whole.batch
@@ -1221,11 +1198,13 @@ class Trainer:
     ) -> Prediction:
         """Returns the prediction for data, with programs and state ready."""
         steps = optional_integer("steps", steps)
-        dataset, options = self._data.inputs(x, batch_size=batch_size, steps=steps)
+        dataset = open_inputs(x, self._data.binding, batch_size=batch_size)
+        refuse_assumed_split(dataset)
         if not may_be_endless:
             refuse_endless(dataset, steps, "steps")
         warn_of_order(dataset)
-        source = batch_source(dataset, self._data.binding, options)
+        options = BatchOptions(batch_size=batch_size, steps=steps, inputs_only=True)
+        source = self._data.source(dataset, options)
         return self._prediction(source, steps, sown=sown)
 
     def _prediction(
@@ -1289,33 +1268,6 @@ class Trainer:
             raise CheckpointError(
                 f"{where!r} was saved for inputs that {self._name} cannot take: {error}"
             ) from error
-
-
-def _checked_settings(given: Mapping[str, Any]) -> Settings:
-    """Returns the settings from the arguments of `Trainer` by name.
-
-    Raises:
-      ValueError: a wrong value.
-    """
-    policies = ("stop", "skip", "rollback", "ignore")
-    return Settings(
-        loss=given["loss"],
-        loss_weights=given["loss_weights"],
-        optimizer=given["optimizer"],
-        learning_rate=given["learning_rate"],
-        metrics=given["metrics"],
-        overrides=Overrides(
-            given["train_flag"],
-            names("collections", given["collections"]),
-            names("rngs", given["rngs"]),
-        ),
-        optimizer_options={name: given[name] for name in _OPTIMIZER_OPTIONS},
-        variables=as_variables(given["variables"]),
-        seed=integer("seed", given["seed"], least=0),
-        make_train_step=given["make_train_step"] or _steps.make_train_step,
-        nonfinite=choice("nonfinite", given["nonfinite"], policies),
-        scale_images=switch("scale_images", given["scale_images"]),
-    )
 
 
 def _finish(fit: FitContext) -> History:
