@@ -34,7 +34,7 @@ class Detected:
     train_flag: str = "none"
     axis_names: tuple[str, ...] = ()
     vocabularies: Mapping[str, int] = field(default_factory=dict)
-    reasons: Mapping[str, str] | None = None
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
 
 class Adapted(NamedTuple):

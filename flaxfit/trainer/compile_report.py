@@ -16,27 +16,22 @@ from flaxfit.data.host.arrays import named_leaves
 
 
 class CompileReport:
-    """Shows every compile on a display, and counts its time.
-
-    Args:
-      display: where it is shown.
-      clock: what it is counted on.
-    """
+    """Shows each compile on `display`, and adds its time to `clock`."""
 
     def __init__(self, display: Display, clock: Clock | None = None) -> None:
         self._display = display
         self._clock = clock
-        # What another thread compiles, a loader that predicts, is not of this run.
+        # A data loader may predict in another thread: those compiles are not reported.
         self._thread = threading.get_ident()
 
     def compiling(self, program: Program) -> None:
-        """Says that it has begun."""
+        """Shows that a compile has begun."""
         if threading.get_ident() != self._thread:
             return
         self._display.note(f"compiling {program.name}…")
 
     def compiled(self, program: Program, seconds: float) -> None:
-        """Says how long it took, and for what, if it was not the first time."""
+        """Shows how long a compile took and, if it is not the first one, its reason."""
         if threading.get_ident() != self._thread:
             return
         if self._clock is not None:
@@ -48,7 +43,7 @@ class CompileReport:
 
 
 def why_again(program: Program) -> str | None:
-    """Returns what is different from the compile before, None for the first."""
+    """Returns what changed since the previous compile, None for the first one."""
     if len(program.signatures) < 2:
         return None
     (before, data_before), (now, data_now) = map(_parts, program.signatures)
@@ -59,11 +54,11 @@ def why_again(program: Program) -> str | None:
     texts = difference_lines(diff(*specs), "{path} is {given}, was {wanted}")
     if data_now != data_before:
         texts.append(f"the data is {data_now}, was {data_before}")
-    return "; ".join(texts) or "the devices or the state are others"
+    return "; ".join(texts) or "the devices or the state changed"
 
 
 def _other_length(changed: Sequence[tuple[Any, Any]]) -> str | None:
-    """Returns the length of rows where that is what has changed in several arrays."""
+    """Returns a text if only the length of rows changed, and in several arrays."""
     lengths = set()
     for before, now in changed:
         alike = before is not None and before.dtype == now.dtype
@@ -79,7 +74,7 @@ def _other_length(changed: Sequence[tuple[Any, Any]]) -> str | None:
 
 
 def _parts(signature: tuple[Any, ...]) -> tuple[dict[str, Any], str]:
-    """Returns the arrays a call was compiled for by name, and in what they lie."""
+    """Returns the arrays of one batch by name, and a text about how they are stored."""
     for argument in signature:
         if isinstance(argument, Batch | Stack | DeviceDataset):
             batch = jax.eval_shape(lambda chunk: batch_at(chunk, 0), argument)

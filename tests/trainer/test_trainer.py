@@ -540,7 +540,7 @@ def test_check_reports_without_training():
     assert report.step_bytes > 0
     assert report.compiles == {"train": 1, "eval": 1, "predict": 1}
     text = str(report)
-    for words in ("0..2 in the first batch", "float32[16,3]", "by chance 1.0986"):
+    for words in ("0..2 in the first batch", "float32[16,3]", "guessing gives 1.0986"):
         assert words in text
     assert trainer.step == 0
     with pytest.raises(ValueError, match="has seen no data"):
