@@ -62,15 +62,15 @@ class Overrides:
 
 
 class ModelFamily(NamedTuple):
-    """The two functions that adapt the models of one library.
+    """The two functions that adapt a model, made for its library.
 
     Attributes:
-      call_spec: returns the inputs of a model's call.
+      call_spec: returns the inputs of the model's call.
       adapt: returns the model as pure functions.
     """
 
-    call_spec: Callable[[Any, Overrides], CallSpec]
-    adapt: Callable[[Any, Inputs, Overrides], Adapted]
+    call_spec: Callable[[Overrides], CallSpec]
+    adapt: Callable[[Inputs, Overrides], Adapted]
 
 
 def stream_rngs(

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxfit._core.errors import DetectionError
+from flaxfit._core.tree_specs import form_of, path_text
 from flaxfit._core.types import CallSpec, Inputs, Model, PyTree
 from flaxfit._models.base import Adapted, Detected, Overrides, stream_rngs
 from flaxfit._models.linen_flag import (
@@ -296,7 +297,7 @@ def _note_layers(found: Findings, inputs: Inputs) -> Callable[..., Any]:
             tokens = args[0] if args else kwargs.get("inputs")
             for path, leaf in leaves:
                 if leaf is tokens:
-                    name = jax.tree_util.keystr(path, simple=True, separator="/")
+                    name = path_text(path)
                     rows = found.vocabularies.get(name, module.num_embeddings)
                     found.vocabularies[name] = min(rows, module.num_embeddings)
         return next_fun(*args, **kwargs)
@@ -320,17 +321,9 @@ def _carried(
         sorted(
             name
             for name in made - NEVER_CARRIED
-            if name in after and _same_form(initial[name], after[name])
+            if name in after and form_of(initial[name]) == form_of(after[name])
         )
     )
-
-
-def _same_form(a: PyTree, b: PyTree) -> bool:
-    def form(tree: PyTree) -> Any:
-        leaves, structure = jax.tree.flatten(tree)
-        return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
-
-    return bool(form(a) == form(b))
 
 
 def _reasons(

@@ -166,8 +166,10 @@ def find_placement(devices: Any = None) -> Placement:
     """
     if devices is None:
         default = jax.config.jax_default_device  # type: ignore[attr-defined]
+        if isinstance(default, str):  # a platform's name
+            default = jax.local_devices(backend=default)[0]
         if default is not None:
-            return _on((_as_device(default),))
+            return _on((default,))
         return _on(tuple(jax.local_devices()))
     if isinstance(devices, Mesh):
         # With explicit axes, Flax's layers would have to give shardings themselves.
@@ -240,10 +242,3 @@ def even_size(rows: int, devices: int, most: int | None) -> int:
     """
     size = -(-rows // devices) * devices
     return size if most is None or size <= most else size - devices
-
-
-def _as_device(default: Any) -> Any:
-    """Returns the device of `jax_default_device`: a device or a platform's name."""
-    return (
-        jax.local_devices(backend=default)[0] if isinstance(default, str) else default
-    )

@@ -4,14 +4,21 @@ import math
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from flaxfit._core.errors import DataError, UsageError
-from flaxfit._core.tree_specs import add_row, describe, listed, shapes_of, specs_of
+from flaxfit._core.tree_specs import (
+    add_row,
+    describe,
+    form_of,
+    listed,
+    shapes_of,
+    specs_of,
+)
 from flaxfit._core.types import Batch, Inputs, PyTree, TrainState
 from flaxfit._models.base import Adapted, ModelFamily
 from flaxfit._programs.batch_checks import check_batch
@@ -57,20 +64,23 @@ class ProgramCache:
     """Owns the resolved task of one trainer, and resolves it from the first data.
 
     Args:
-      model: the user's model.
-      family: its library's functions.
+      family: adapts the user's model.
       settings: the arguments of the trainer.
       placement: all devices that may be used.
+
+    Attributes:
+      settings: as given, but `scale_images` is decided by the first data.
+      all_devices: all devices that may be used.
+      placement: the devices that are used now.
     """
 
     def __init__(
-        self, model: Any, family: ModelFamily, settings: Settings, placement: Placement
+        self, family: ModelFamily, settings: Settings, placement: Placement
     ) -> None:
-        self._all_devices = placement
-        self._placement = placement
-        self._model = model
+        self.settings = settings
+        self.all_devices = placement
+        self.placement = placement
         self._family = family
-        self._settings = settings
         self._asked_to_scale = settings.scale_images
         self._resolved: ResolvedTask | None = None
         # Signatures already validated: checking again would trace the model again.
@@ -80,19 +90,9 @@ class ProgramCache:
         self._past: Counter[str] = Counter()
 
     @property
-    def seed(self) -> int:
-        """The trainer's seed."""
-        return self._settings.seed
-
-    @property
-    def nonfinite(self) -> str:
-        """How a loss that is not finite is handled; see `Trainer`."""
-        return self._settings.nonfinite
-
-    @property
     def scaled(self) -> bool:
         """Whether images among the inputs are scaled on the device."""
-        return self._settings.scale_images is True
+        return self.settings.scale_images is True
 
     def learn(self, pictures: bool) -> None:
         """Decides from the first dataset whether its inputs are scaled.
@@ -101,7 +101,7 @@ class ProgramCache:
           pictures: whether its `uint8` inputs are images.
         """
         if self._asked_to_scale == "auto":
-            self._settings = replace(self._settings, scale_images=pictures)
+            self.settings = replace(self.settings, scale_images=pictures)
 
     @property
     def is_resolved(self) -> bool:
@@ -109,31 +109,14 @@ class ProgramCache:
         return self._resolved is not None
 
     @property
-    def placement(self) -> Placement:
-        """The devices that are used now."""
-        return self._placement
-
-    @property
     def spare_devices(self) -> int:
         """How many devices are idle, as the batch size does not divide among all."""
-        return len(self._all_devices.devices) - len(self._placement.devices)
-
-    def placement_for(self, rows: int, most: int | None) -> Placement:
-        """Returns as many devices as divide batches of `rows`; see `build`.
-
-        Args:
-          rows: the batch size.
-          most: the examples there are, None if that is unknown.
-
-        Raises:
-          ValueError: the user chose the devices, and they do not divide the batches.
-        """
-        return self._all_devices.for_rows(rows, most)
+        return len(self.all_devices.devices) - len(self.placement.devices)
 
     @property
     def plans_ahead(self) -> bool:
         """Whether the learning rate depends on the length of the training."""
-        return needs_total_steps(self._settings.learning_rate)
+        return needs_total_steps(self.settings.learning_rate)
 
     @property
     def resolved(self) -> ResolvedTask:
@@ -176,7 +159,7 @@ class ProgramCache:
           ValueError: see `resolve` and `check_batch`.
         """
         resolved = self._resolved
-        placement = placement or self._placement
+        placement = placement or self.placement
         known: Adapted | None = None
         keep: tuple[str, ...] = ()
         if resolved is not None and self._fits(
@@ -191,9 +174,8 @@ class ProgramCache:
                 return resolved
         self._install(
             resolve(
-                self._model,
                 self._family,
-                self._settings,
+                self.settings,
                 placement,
                 example,
                 total_steps,
@@ -217,13 +199,12 @@ class ProgramCache:
     ) -> ResolvedTask:
         """Returns the resolved task; without a loss if there never were targets."""
         if self._resolved is None or not self._fits(example, allow_rebuild, True):
-            settings = replace(self._settings, loss=None, metrics=None)
+            settings = replace(self.settings, loss=None, metrics=None)
             self._install(
                 resolve(
-                    self._model,
                     self._family,
                     settings,
-                    self._placement,
+                    self.placement,
                     example,
                     None,
                     complete=False,
@@ -249,7 +230,7 @@ class ProgramCache:
             self._fitting.clear()
             self._outputs.clear()
         self._resolved = resolved
-        self._placement = resolved.placement
+        self.placement = resolved.placement
 
     def outputs_of(self, inputs: Inputs) -> PyTree:
         """Returns the shapes of the model's outputs for `inputs`; nothing is built.
@@ -257,12 +238,12 @@ class ProgramCache:
         Returns None if the model raises: building it for these inputs raises again, and
         there the error is explained.
         """
-        inputs, resolved, settings = shapes_of(inputs), self._resolved, self._settings
+        inputs, resolved, settings = shapes_of(inputs), self._resolved, self.settings
         try:
             adapted = (
                 resolved.adapted
                 if resolved is not None
-                else self._family.adapt(self._model, inputs, settings.overrides)
+                else self._family.adapt(inputs, settings.overrides)
             )
             key = jax.eval_shape(lambda: jax.random.key(settings.seed))
             return trace_outputs(adapted, key, inputs)
@@ -279,7 +260,7 @@ class ProgramCache:
         Raises:
           UsageError: the first axis of an output is not the batch.
         """
-        key = (sown, *_signature((batch.inputs, batch.weights)))
+        key = (sown, *form_of((batch.inputs, batch.weights)))
         if key not in self._outputs:
             self._outputs[key] = _predicted_outputs(self.resolved, batch, sown=sown)
         return self._outputs[key]
@@ -288,11 +269,11 @@ class ProgramCache:
         """Returns whether a batch fits the task; raises unless `allow_rebuild`."""
         if self.resolved.scaled != self.scaled:
             return False
-        key = (inputs_only, *_signature((batch.inputs, batch.targets)))
+        key = (inputs_only, *form_of((batch.inputs, batch.targets)))
         if key in self._fitting:
             return True
         try:
-            check_batch(self.resolved, self._settings, batch, inputs_only=inputs_only)
+            check_batch(self.resolved, self.settings, batch, inputs_only=inputs_only)
         except Exception:
             if not allow_rebuild:
                 raise
@@ -302,8 +283,8 @@ class ProgramCache:
 
     def fresh_state(self, example: Batch) -> TrainState:
         """Returns a new state at step 0."""
-        rng = jax.random.key(self._settings.seed)
-        variables = self._placement.put(self.resolved.variables)
+        rng = jax.random.key(self.settings.seed)
+        variables = self.placement.put(self.resolved.variables)
         return self.resolved.programs.init(rng, example.inputs, variables)
 
     def check_values(self, batch: Batch) -> None:
@@ -370,8 +351,3 @@ def _predicted_outputs(resolved: ResolvedTask, batch: Batch, *, sown: bool) -> O
         )
     sizes = (math.prod(one.shape) * one.dtype.itemsize for one in outputs)
     return Outputs(whole, batched, sum(sizes))
-
-
-def _signature(tree: PyTree) -> tuple[Hashable, ...]:
-    leaves, structure = jax.tree.flatten(tree)
-    return structure, tuple((x.shape, x.dtype) for x in leaves)

@@ -118,7 +118,6 @@ class ResolvedTask(NamedTuple):
 
 
 def resolve(
-    model: Any,
     family: ModelFamily,
     settings: Settings,
     placement: Placement,
@@ -132,8 +131,7 @@ def resolve(
     Nothing is compiled: the model is only traced.
 
     Args:
-      model: what the user gave the trainer.
-      family: its library's functions.
+      family: adapts the user's model.
       settings: the arguments of the trainer.
       placement: the devices to run on.
       example: one batch, arrays or shapes.
@@ -150,7 +148,7 @@ def resolve(
     scaled = settings.scale_images is True
     seen = jax.eval_shape(scale_images, example.inputs) if scaled else example.inputs
     with noted(seen):
-        adapted = known or family.adapt(model, seen, settings.overrides)
+        adapted = known or family.adapt(seen, settings.overrides)
         if scaled and not known:
             adapted = with_scaled_images(adapted)
         outputs = trace_outputs(adapted, key, example.inputs)

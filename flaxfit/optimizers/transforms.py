@@ -16,6 +16,7 @@ import optax.contrib
 
 from flaxfit._core.arrays import strongly_typed
 from flaxfit._core.errors import UsageError
+from flaxfit._core.tree_specs import path_text
 from flaxfit._core.types import Array, PyTree
 
 _RATE = "learning_rate"
@@ -125,7 +126,7 @@ def _freeze_labels(params: PyTree, patterns: tuple[str, ...]) -> PyTree:
         )
 
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
-    paths = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in leaves]
+    paths = [path_text(path) for path, _ in leaves]
     there_are = f"There are: {', '.join(paths)}"
     for pattern in patterns:
         if not any(matches(path, pattern) for path in paths):

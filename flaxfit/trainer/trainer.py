@@ -206,7 +206,7 @@ class Trainer:
         settings = checked_settings(given)
         family = model_family(model)
         self._name = type(model).__name__
-        self._programs = ProgramCache(model, family, settings, find_placement(devices))
+        self._programs = ProgramCache(family, settings, find_placement(devices))
         self._execution = Execution(
             steps_per_call=integer_or_auto("steps_per_call", steps_per_call),
             device_data=fraction(
@@ -224,7 +224,7 @@ class Trainer:
         # The last run this trainer took part in, and the version of the state after it.
         self._last_run: tuple[str, int] | None = None
         binding = Binding(
-            family.call_spec(model, settings.overrides),
+            family.call_spec(settings.overrides),
             inputs=inputs,
             targets=targets,
             outputs=self._programs.outputs_of,
@@ -320,7 +320,7 @@ class Trainer:
             process ends with status 143.
         """
         # ---- Check: nothing is read or changed before every argument is right.
-        options = FitOptions.checked(locals(), self._programs.nonfinite)
+        options = FitOptions.checked(locals(), self._programs.settings.nonfinite)
         display, clock = make_display(verbose), Clock()
         with (
             calling("fit"),
@@ -941,7 +941,7 @@ class Trainer:
             dataset, held_out = split_dataset(
                 dataset, options.validation.split, binding
             )
-        if self._programs.nonfinite == "rollback":
+        if self._programs.settings.nonfinite == "rollback":
             refuse_to_go_back(dataset)
         epochs = len(options.epochs_from(origin))
         refuse_one_shot(
@@ -954,7 +954,7 @@ class Trainer:
             BatchOptions(
                 batch_size=options.batch_size,
                 shuffle=options.shuffle,
-                seed=(self._programs.seed, origin.first_step),
+                seed=(self._programs.settings.seed, origin.first_step),
                 class_weight=options.class_weight,
                 steps=options.steps,
             ),
@@ -1095,7 +1095,7 @@ class Trainer:
             loop=loop,
             display=display,
             interrupt=interrupt,
-            nonfinite=self._programs.nonfinite,
+            nonfinite=self._programs.settings.nonfinite,
         )
 
     @contextmanager
@@ -1170,7 +1170,7 @@ class Trainer:
         if not has_rows(source.example):
             return None
         rows, now = source.batch_size, self._programs.placement
-        placement = self._programs.placement_for(rows, source.num_examples)
+        placement = self._programs.all_devices.for_rows(rows, source.num_examples)
         if self._clocks and placement.devices != now.devices:
             raise UsageError(
                 f"A fit of this trainer is running on {len(now.devices)} devices, "
