@@ -6,8 +6,8 @@ Recognized by their methods; none of these libraries is imported.
 import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,7 @@ from flaxfit._core.errors import UsageError
 from flaxfit._core.tree_specs import form_of, holds_integers
 from flaxfit._core.types import Accumulator, Array
 from flaxfit.losses.loss import Loss, decision_threshold, full_precision
-
-Update: TypeAlias = Callable[[Array, Array, Array], Accumulator]
-"""`(outputs, targets, weights) -> Accumulator`, of one output."""
+from flaxfit.metrics.builtin import Update
 
 _RAW = ("logits", "outputs", "values", "value")
 _LABELS = ("labels", "targets")

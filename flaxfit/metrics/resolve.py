@@ -23,7 +23,13 @@ from flaxfit.losses.matching import (
 )
 from flaxfit.losses.objective import Objective, path_name
 from flaxfit.losses.target_checks import pairs_rows
-from flaxfit.metrics.builtin import Update, find_metric, named_update, weighted_mean
+from flaxfit.metrics.builtin import (
+    Given,
+    Update,
+    find_metric,
+    named_update,
+    weighted_mean,
+)
 from flaxfit.metrics.clu_adapter import (
     adapt_metric,
     is_collection,
@@ -152,7 +158,7 @@ def _resolve(
         chosen = pick(outputs, path), pick_targets(targets, path)
         _check_arrays(prefixed, *chosen)
         if isinstance(metric, str):
-            update = named_update(metric, objective.loss_around(path), *chosen)
+            update = named_update(Given(metric, objective.loss_around(path), *chosen))
         else:
             update = adapt_metric(metric, prefixed, objective.loss_at(path))
         yield prefixed, _at(path, objective, update)
