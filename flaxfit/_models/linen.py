@@ -74,10 +74,7 @@ def call_spec(module: nn.Module, overrides: Overrides) -> CallSpec:
 def adapt(module: nn.Module, inputs: Inputs, overrides: Overrides) -> Adapted:
     """Returns the module as pure functions, with everything detected.
 
-    Args:
-      module: any linen module, unbound.
-      inputs: one batch of inputs as it is called with; shapes are enough.
-      overrides: the settings that are given, not detected.
+    Of the inputs, one batch as the module is called with, shapes are enough.
 
     Raises:
       DetectionError: BatchNorm or Dropout without a train flag.

@@ -23,13 +23,7 @@ def check_batch(
 
     Inputs of integers are accepted where floats were given before: the model is called
     with them, and compiled for them. Targets may be of either kind as long as loss and
-    metrics are the same for both.
-
-    Args:
-      resolved: the parts of the trainer.
-      settings: the arguments of the trainer.
-      batch: arrays or shapes; rows and the lengths of axes may differ.
-      inputs_only: whether targets are not checked.
+    metrics are the same for both. Rows and the lengths of axes may differ.
 
     Raises:
       DataError: other inputs or targets, by name, dtype or number of axes.
@@ -87,10 +81,8 @@ def _objective_of(
 ) -> Objective:
     """Returns the objective for a batch's targets.
 
-    Raises:
-      DataError: the targets are of another kind, for which there is no loss, another
-        one, or a metric is missing.
-      ValueError: targets that do not fit the outputs.
+    Targets of another kind are refused if there is no loss for them, another one, or a
+    metric is missing.
     """
     before, after = specs_of(resolved.example.targets), specs_of(batch.targets)
     rows = batch.weights.shape[0]

@@ -48,11 +48,8 @@ class Placement(NamedTuple):
         """Returns the placement for training on batches of `rows`.
 
         A batch is never padded for the devices: batch statistics would then depend on
-        their number. So only as many devices are used as divide it.
-
-        Args:
-          rows: the batch size.
-          most: the number of examples, None if that is unknown.
+        their number. So only as many devices are used as divide it. The number of
+        examples is `most`, if known.
 
         Raises:
           UsageError: the user chose the devices, and they do not divide the batch.
@@ -114,9 +111,7 @@ class Placement(NamedTuple):
     def room_for(self, size: int, share: float) -> Literal["whole", "divided"] | None:
         """Returns how data fits on the devices: whole on each, by rows, or not.
 
-        Args:
-          size: bytes.
-          share: the share of the free memory that the data may take.
+        Its `size` is in bytes; it may take a `share` of the free memory.
         """
         room = share * free_memory(self.devices)
         if size <= room:
@@ -235,10 +230,7 @@ def _on(devices: tuple[Any, ...], *, chosen: bool = False) -> Placement:
 def even_size(rows: int, devices: int, most: int | None) -> int:
     """Returns a batch size near `rows` that `devices` divide, 0 if there is none.
 
-    Args:
-      rows: the batch size.
-      devices: how many devices.
-      most: the number of examples, which no batch exceeds; None if that is unknown.
+    No batch exceeds the number of examples, `most`, where that is known.
     """
     size = -(-rows // devices) * devices
     return size if most is None or size <= most else size - devices

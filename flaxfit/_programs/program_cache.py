@@ -95,11 +95,7 @@ class ProgramCache:
         return self.settings.scale_images is True
 
     def learn(self, pictures: bool) -> None:
-        """Decides from the first dataset whether its inputs are scaled.
-
-        Args:
-          pictures: whether its `uint8` inputs are images.
-        """
+        """Decides whether inputs are scaled: if the `uint8` ones are `pictures`."""
         if self._asked_to_scale == "auto":
             self.settings = replace(self.settings, scale_images=pictures)
 
@@ -150,7 +146,7 @@ class ProgramCache:
 
         Args:
           example: a batch like those to come.
-          total_steps: the step at which training will end, None if unknown.
+          total_steps: the step at which training will end, if known.
           allow_rebuild: whether a different batch may replace the current task, as
             nothing was trained yet.
           placement: the devices to use from now on, None for the current ones.
@@ -251,15 +247,7 @@ class ProgramCache:
             return None
 
     def find_outputs(self, batch: Batch, *, sown: bool) -> Outputs:
-        """Returns the outputs for such a batch, cached by its signature.
-
-        Args:
-          batch: inputs, and weights of their rows.
-          sown: whether `intermediates` are predicted; some may have no batch axis.
-
-        Raises:
-          UsageError: the first axis of an output is not the batch.
-        """
+        """Returns the outputs for such a batch; see `_predicted_outputs`."""
         key = (sown, *form_of((batch.inputs, batch.weights)))
         if key not in self._outputs:
             self._outputs[key] = _predicted_outputs(self.resolved, batch, sown=sown)
@@ -313,15 +301,8 @@ def _predicted_outputs(resolved: ResolvedTask, batch: Batch, *, sown: bool) -> O
     """Returns the outputs for such a batch.
 
     An axis as long as the batch may also be time or layers. So a batch with one more
-    row is traced: only the batch axis grows with it.
-
-    Args:
-      resolved: the parts of the trainer.
-      batch: inputs, and weights of their rows.
-      sown: whether `intermediates` are predicted; some may have no batch axis.
-
-    Raises:
-      UsageError: an output has another first axis.
+    row is traced: only the batch axis grows with it. With `sown`, `intermediates` are
+    predicted, and some may have no batch axis; otherwise that is an error.
     """
     inputs, rows = shapes_of(batch.inputs), batch.weights.shape[0]
     step = make_predict_step(resolved.task, "intermediates" if sown else None)

@@ -128,16 +128,9 @@ def resolve(
 ) -> ResolvedTask:
     """Detects, resolves and wires everything for batches like `example`.
 
-    Nothing is compiled: the model is only traced.
-
-    Args:
-      family: adapts the user's model.
-      settings: the arguments of the trainer.
-      placement: the devices to run on.
-      example: one batch, arrays or shapes.
-      total_steps: the length of the training if it is known.
-      known: what was detected before, to be used again.
-      complete: False to do without targets and so without training.
+    Nothing is compiled: the model is only traced. What is `known` was detected before
+    and is used again. Without `complete` it does without targets, and so without
+    training.
 
     Raises:
       DetectionError: the train flag or the loss cannot be detected.
@@ -251,11 +244,7 @@ def noted(inputs: Inputs) -> Iterator[None]:
 def _starting_variables(
     settings: Settings, adapted: Adapted, template: TrainState
 ) -> dict[str, PyTree]:
-    """Returns the user's variables.
-
-    Raises:
-      ValueError: they do not fit the model.
-    """
+    """Returns the user's variables, checked against those of the model."""
     made = {"params": template.params, **template.collections}
     variables = {
         name: tree

@@ -23,12 +23,8 @@ _RANGES = MappingProxyType({"binary": (0, 1), "margin": (-1, 1)})
 def pairs_rows(function: Callable[..., Any], given: PyTree, values: Any) -> bool:
     """Returns whether values grow with the batch along more than one axis.
 
-    (batch, 1) against (batch,) broadcasts to (batch, batch) silently.
-
-    Args:
-      function: a custom function `(outputs, targets) -> float[batch, ...]`.
-      given: outputs and targets; only their shapes and dtypes count.
-      values: what the function returned for them, or its shape.
+    (batch, 1) against (batch,) broadcasts to (batch, batch) silently. The values are
+    what a custom `function` returned for outputs and targets; only shapes count.
     """
     if len(values.shape) < 2:
         return False
@@ -40,13 +36,7 @@ def pairs_rows(function: Callable[..., Any], given: PyTree, values: Any) -> bool
 
 
 def check_shapes(loss: Loss, outputs: PyTree, targets: PyTree, where: str) -> None:
-    """Checks the shapes of outputs and targets by the kind of the loss.
-
-    Args:
-      loss: the loss; a custom function takes any shapes.
-      outputs: the shape and dtype of one output.
-      targets: the same of its targets.
-      where: `""`, or the name of the output.
+    """Checks shape and dtype of one output and its targets by the kind of the loss.
 
     Raises:
       UsageError: they do not fit, with the line to write.
@@ -72,14 +62,7 @@ def check_shapes(loss: Loss, outputs: PyTree, targets: PyTree, where: str) -> No
 def check_values(
     loss: Loss, outputs: Any, targets: Any, where: str, weights: Any = None
 ) -> None:
-    """Checks the values of targets on the host.
-
-    Args:
-      loss: the loss.
-      outputs: anything with the `shape` of the output.
-      targets: an array, on the host or a device.
-      where: `""`, or the name of the output.
-      weights: `float[batch, ...]`, or None where all count alike.
+    """Checks the values of targets on the host; of the outputs only the shape counts.
 
     Raises:
       DataError: labels out of range, NaN in targets, or no class in a one-hot row.

@@ -63,12 +63,8 @@ class ClassRatio(flax.struct.PyTreeNode):
     ) -> Self:
         """Makes the ratios from weights summed per class, `float32[classes]` each.
 
-        Args:
-          measure: which ratio.
-          hits: decided for the class, and right.
-          decided: decided for the class.
-          actual: of the class.
-          seen: `bool[classes]`, the classes that enter the average.
+        `hits` are those decided for the class and right, `decided` all decided for it,
+        `actual` all of the class.
         """
         total, count = {
             "precision": (hits, decided),
@@ -95,11 +91,7 @@ def binary_ratio(
 ) -> ClassRatio:
     """Counts decisions for the positive class.
 
-    Args:
-      measure: which ratio.
-      decisions: `bool[batch, ...]`.
-      targets: `bool[batch, ...]`.
-      weights: `float32[batch, ...]`, of the same shape.
+    Decisions and targets are `bool[batch, ...]`, weights `float32` of that shape.
     """
 
     def total(chosen: Array) -> Array:
@@ -123,12 +115,7 @@ def class_ratio(
 ) -> ClassRatio:
     """Counts decisions for every class.
 
-    Args:
-      measure: which ratio.
-      decisions: `int[batch, ...]`, the class decided for.
-      targets: `int[batch, ...]`, the class.
-      weights: `float32[batch, ...]`, of the same shape.
-      classes: how many there are.
+    Decisions and targets are `int[batch, ...]`, weights `float32` of that shape.
     """
     decisions, targets, weights = map(jnp.ravel, (decisions, targets, weights))
 
@@ -156,12 +143,9 @@ class RocCurve(flax.struct.PyTreeNode):
 
     @classmethod
     def of(cls, scores: Array, targets: Array, weights: Array) -> Self:
-        """Counts a batch.
+        """Counts a batch: `float[batch, ...]` scores, higher for positives.
 
-        Args:
-          scores: `float[batch, ...]`, higher for positives.
-          targets: `bool[batch, ...]`.
-          weights: `float32[batch, ...]`, of the same shape.
+        Targets are `bool`, weights `float32`, both of the same shape.
         """
         scores, targets, weights = map(jnp.ravel, (scores, targets, weights))
         size = jnp.log2(1 + jnp.minimum(jnp.abs(scores), _LARGEST) / _LINEAR)

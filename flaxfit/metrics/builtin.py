@@ -84,11 +84,7 @@ def find_metric(name: str) -> MetricSpec | None:
 
 
 def weighted_mean(values: Array, weights: Array, name: str) -> Average:
-    """Returns the mean of a metric's values, one per example or element.
-
-    Raises:
-      UsageError: weights have an axis that the values do not have.
-    """
+    """Returns the mean of a metric's values, one per example or element."""
     check_weights(values.shape, weights.shape, f"the metric {name!r}")
     return Average.of(values, weights)
 

@@ -66,9 +66,9 @@ def resolve_metrics(
         class with clu's interface; or a list of these; or a dict of these, whose keys
         are the outputs' names or else the names to log.
       objective: the losses: thresholds, labels to ignore.
-      outputs: the shapes and dtypes of what the model returns.
+      outputs: the shapes and dtypes of what the model returns, for `rows` examples.
       targets: the shapes and dtypes of the targets.
-      rows: the number of examples in that batch.
+      rows: the number of examples.
 
     Returns:
       By the name to log, in the order requested.

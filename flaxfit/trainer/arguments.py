@@ -42,11 +42,7 @@ def checked_settings(given: Mapping[str, Any]) -> Settings:
 
 
 def _as_variables(variables: Any) -> dict[str, PyTree]:
-    """Returns the variables to start from as a dict of collections.
-
-    Raises:
-      TypeError: not a mapping.
-    """
+    """Returns the variables to start from as a dict of collections."""
     if variables is None:
         return {}
     if not isinstance(variables, Mapping):

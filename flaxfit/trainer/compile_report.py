@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -15,31 +16,31 @@ from flaxfit._reporting.timing import Clock
 from flaxfit.data.host.arrays import named_leaves
 
 
+@dataclass
 class CompileReport:
     """Shows each compile on `display`, and adds its time to `clock`."""
 
-    def __init__(self, display: Display, clock: Clock | None = None) -> None:
-        self._display = display
-        self._clock = clock
-        # A data loader may predict in another thread: those compiles are not reported.
-        self._thread = threading.get_ident()
+    display: Display
+    clock: Clock | None = None
+    # A data loader may predict in another thread: those compiles are not reported.
+    thread: int = field(default_factory=threading.get_ident)
 
     def compiling(self, program: Program) -> None:
         """Shows that a compile has begun."""
-        if threading.get_ident() != self._thread:
+        if threading.get_ident() != self.thread:
             return
-        self._display.note(f"compiling {program.name}…")
+        self.display.note(f"compiling {program.name}…")
 
     def compiled(self, program: Program, seconds: float) -> None:
         """Shows how long a compile took and, if it is not the first one, its reason."""
-        if threading.get_ident() != self._thread:
+        if threading.get_ident() != self.thread:
             return
-        if self._clock is not None:
-            self._clock.move(seconds, "compiling")
+        if self.clock is not None:
+            self.clock.move(seconds, "compiling")
         again = why_again(program)
         if program.name != "init":
             text = f"compiling {program.name}{' again' * bool(again)}… {seconds:.1f} s"
-            self._display.say(f"{text}: {again}" if again else text)
+            self.display.say(f"{text}: {again}" if again else text)
 
 
 def why_again(program: Program) -> str | None:

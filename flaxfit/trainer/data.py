@@ -29,21 +29,6 @@ from flaxfit.data.sources.base import BatchSource
 from flaxfit.trainer.check import listed_classes
 
 
-@dataclass(frozen=True)
-class DataSchema:
-    """What a trainer remembers of the data it was trained on.
-
-    Attributes:
-      batch_size: rows of a batch where none are given.
-      class_names: the names of the classes 0, 1, …; empty where there are none.
-      columns: the columns of its tables, None if it was no table.
-    """
-
-    batch_size: int = DEFAULT_BATCH_SIZE
-    class_names: tuple[str, ...] = ()
-    columns: Columns | None = None
-
-
 @dataclass(eq=False)
 class DataAdapter:
     """Makes sources of data for one trainer, later data like the first.
@@ -52,13 +37,17 @@ class DataAdapter:
       programs: the trainer's programs.
       has_learned: whether a state was trained or loaded.
       given: how a raw batch is read, as far as the user has said.
-      schema: what is remembered of the data.
+      batch_size: rows of a batch where none are given: those of the last fit.
+      class_names: the names of the classes 0, 1, …; empty where there are none.
+      columns: the columns of the first tables, None if the data was no table.
     """
 
     programs: ProgramCache
     has_learned: Callable[[], bool]
     given: Binding
-    schema: DataSchema = DataSchema()
+    batch_size: int = DEFAULT_BATCH_SIZE
+    class_names: tuple[str, ...] = ()
+    columns: Columns | None = None
 
     @property
     def binding(self) -> Binding:
@@ -67,26 +56,18 @@ class DataAdapter:
 
     @property
     def _binding(self) -> Binding:
-        return replace(self.given, columns=self.schema.columns)
-
-    def remember(self, **changes: Any) -> None:
-        """Changes fields of the schema."""
-        self.schema = replace(self.schema, **changes)
+        return replace(self.given, columns=self.columns)
 
     def read_like(self, saved: Checkpoint) -> Binding:
         """Reads data as the trainer of a checkpoint did; returns how."""
-        self.remember(
-            columns=Columns.from_plain(saved.meta.get("columns")),
-            class_names=tuple(saved.meta.get("class_names", ())),
-        )
+        self.columns = Columns.from_plain(saved.meta.get("columns"))
+        self.class_names = tuple(saved.meta.get("class_names", ()))
         return self._binding
 
     def learn(self, source: BatchSource | InMemoryData, *, allow_rebuild: bool) -> None:
         """Remembers what the data says about itself, before programs are built.
 
-        Args:
-          source: the data.
-          allow_rebuild: whether it may replace what was known; else it has to agree.
+        Unless `allow_rebuild`, it has to agree with what is known already.
 
         Raises:
           DataError: its classes are not those the trainer was trained on.
@@ -96,8 +77,8 @@ class DataAdapter:
             return
         info = source.info
         self.programs.learn(info.pictures)
-        names = info.class_names or self.schema.class_names
-        self.remember(class_names=names, columns=info.columns)
+        self.class_names = info.class_names or self.class_names
+        self.columns = info.columns
 
     def refuse_other_classes(self, source: BatchSource | InMemoryData) -> None:
         """Refuses data whose labels mean something else than before.
@@ -105,7 +86,7 @@ class DataAdapter:
         Raises:
           DataError: its classes are not those the trainer was trained on.
         """
-        names, known = source.info.class_names, self.schema.class_names
+        names, known = source.info.class_names, self.class_names
         if names and known and names != known:
             raise DataError(
                 f"The data has the classes {listed_classes(names)}, and this trainer "
@@ -124,17 +105,13 @@ class DataAdapter:
     ) -> BatchSource:
         """Returns a source of data that is not trained on.
 
-        Args:
-          dataset: the data.
-          options: how batches are made; where it leaves the size open, that of the last
-            fit.
-          divided: whether batches are divided among the devices.
-          of_fit: whether a fit validates on it: then its columns are read like those of
-            the training data, even if nothing was trained yet.
+        Where `options` leave the batch size open, it is that of the last fit. Batches
+        are `divided` among the devices or not. If it is validation data `of_fit`, its
+        columns are read like those of the training data, even if nothing was trained.
         """
         options = replace(
             options,
-            default_batch_size=options.default_batch_size or self.schema.batch_size,
+            default_batch_size=options.default_batch_size or self.batch_size,
             multiple_of=len(self.programs.placement.devices) if divided else 1,
         )
         return batch_source(dataset, self._binding if of_fit else self.binding, options)
@@ -163,22 +140,23 @@ class DataAdapter:
         return batch
 
 
-def refuse_one_shot(
-    dataset: Dataset, *, epochs: int, steps: int | None, argument: str
+def check_passes(
+    dataset: Dataset, steps: int | None, argument: str, *, epochs: int = 1
 ) -> None:
-    """Refuses an iterator where more than one pass is needed."""
-    if dataset.one_shot and steps is None and epochs > 1:
+    """Refuses an iterator for several epochs, and data without an end.
+
+    With `steps`, which the user gives as `argument`, both are fine.
+    """
+    if steps is not None:
+        return
+    if dataset.one_shot and epochs > 1:
         raise DataError(
             f"{caller()} got an iterator, which ends after one pass, for {epochs} "
             "epochs. Give something that can be iterated again, e.g. a list of "
             "batches, or the function that makes it: make_batches and not "
             f"make_batches(); or say how many batches an epoch takes: {argument}=100."
         )
-
-
-def refuse_endless(dataset: Dataset, steps: int | None, argument: str) -> None:
-    """Refuses data without an end where the number of batches is not given."""
-    if dataset.endless and steps is None:
+    if dataset.endless:
         raise DataError(
             f"the {dataset.kind} given to {caller()} has no end: write {argument}=100 "
             "for 100 batches, or leave the repeat() out where the dataset is made."

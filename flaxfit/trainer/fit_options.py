@@ -65,11 +65,7 @@ class FitOptions:
 
     @classmethod
     def checked(cls, given: Mapping[str, Any], nonfinite: str) -> "FitOptions":
-        """Returns the options.
-
-        Args:
-          given: the arguments of `fit` by name.
-          nonfinite: see `Trainer`.
+        """Returns the options from the arguments of `fit` by name.
 
         Raises:
           ValueError: a wrong value, or two that exclude each other.
@@ -99,14 +95,7 @@ class FitOptions:
 
 
 def _epoch_filter(frequency: int | Iterable[int]) -> Callable[[int], bool]:
-    """Returns whether to validate after an epoch (from 0).
-
-    Args:
-      frequency: a number of epochs between validations, or the epochs from 1.
-
-    Raises:
-      ValueError: not a whole number of at least 1, or a list of them.
-    """
+    """Returns whether to validate after an epoch (from 0); see `validation_freq`."""
     if isinstance(frequency, Iterable) and not isinstance(frequency, str):
         after = frozenset(integer("validation_freq", epoch) for epoch in frequency)
         return lambda epoch: epoch + 1 in after

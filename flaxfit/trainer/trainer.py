@@ -62,9 +62,8 @@ from flaxfit.trainer.compile_ahead import compile_ahead
 from flaxfit.trainer.compile_report import CompileReport
 from flaxfit.trainer.data import (
     DataAdapter,
+    check_passes,
     refuse_assumed_split,
-    refuse_endless,
-    refuse_one_shot,
     refuse_to_go_back,
     refuse_to_use_up,
     warn_of_order,
@@ -394,7 +393,7 @@ class Trainer:
         with calling("compile"), listening(CompileReport(display)):
             dataset = open_dataset(x, y, batch_size=batch_size)
             refuse_to_use_up(dataset)
-            refuse_endless(dataset, steps, "steps_per_epoch")
+            check_passes(dataset, steps, "steps_per_epoch")
             source = batch_source(
                 dataset,
                 self._data.binding,
@@ -404,7 +403,7 @@ class Trainer:
             total_steps = epoch_steps and self.step + epochs * epoch_steps
             self._programs.require_total_steps(total_steps)
             resolved = self._prepare(source, total_steps, divide=True)
-            self._data.remember(batch_size=source.batch_size)
+            self._data.batch_size = source.batch_size
             outputs = self._programs.find_outputs(source.example, sown=False)
             with self._store.borrow() as state:
                 return compile_ahead(
@@ -495,7 +494,7 @@ class Trainer:
         with calling("evaluate"), listening(CompileReport(display)):
             dataset = open_dataset(x, y, sample_weight, batch_size=batch_size)
             refuse_assumed_split(dataset)
-            refuse_endless(dataset, steps, "steps")
+            check_passes(dataset, steps, "steps")
             options = BatchOptions(batch_size=batch_size, steps=steps)
             source = self._data.source(dataset, options)
             resolved = self._prepare(source)
@@ -744,7 +743,7 @@ class Trainer:
     @property
     def class_names(self) -> tuple[str, ...]:
         """The names of the classes 0, 1, …, where the data had names for them."""
-        return self._data.schema.class_names
+        return self._data.class_names
 
     @property
     def compiles(self) -> dict[str, int]:
@@ -788,7 +787,7 @@ class Trainer:
             source = self._data.source(dataset, options, divided=False)
             resolved = self._prepare(source, state=False)
             self._restore_pending()
-            names = self._data.schema.class_names
+            names = self._data.class_names
             if self._store.empty:
                 state = self._programs.fresh_state(source.example)
                 return make_report(resolved, state, source, names)
@@ -849,7 +848,7 @@ class Trainer:
         execution = {n: changes.pop(n) for n in _EXECUTION if n in changes}
         config, example, batch_size = from_meta(saved.meta, changes, saved.path)
         trainer = cls(model, **config, **execution)
-        trainer._data.remember(batch_size=batch_size)
+        trainer._data.batch_size = batch_size
         trainer._data.read_like(saved)
         trainer._pending = RestoreRequest(
             saved, "learning_rate" in changes, strict, params_only, rename
@@ -944,10 +943,7 @@ class Trainer:
         if self._programs.settings.nonfinite == "rollback":
             refuse_to_go_back(dataset)
         epochs = len(options.epochs_from(origin))
-        refuse_one_shot(
-            dataset, epochs=epochs, steps=options.steps, argument="steps_per_epoch"
-        )
-        refuse_endless(dataset, options.steps, "steps_per_epoch")
+        check_passes(dataset, options.steps, "steps_per_epoch", epochs=epochs)
         source = batch_source(
             dataset,
             binding,
@@ -980,10 +976,7 @@ class Trainer:
                 if dataset is None:
                     dataset = open_dataset(asked.data, batch_size=asked.batch_size)
                     refuse_assumed_split(dataset)
-                refuse_one_shot(
-                    dataset, epochs=epochs, steps=steps, argument="validation_steps"
-                )
-                refuse_endless(dataset, steps, "validation_steps")
+                check_passes(dataset, steps, "validation_steps", epochs=epochs)
                 sizes = BatchOptions(
                     asked.batch_size,
                     default_batch_size=training.batch_size,
@@ -1007,7 +1000,7 @@ class Trainer:
         """Puts the state that a fit starts with into the store; returns its session."""
         programs, resolved = self._programs, self._programs.resolved
         total_steps = options.total_steps(source, origin)
-        self._data.remember(batch_size=source.batch_size)
+        self._data.batch_size = source.batch_size
         data = describe_data(
             source, validation, shuffle=options.shuffle, steps=options.steps
         )
@@ -1041,7 +1034,7 @@ class Trainer:
             self._store.peek(),
             source,
             self._programs.spare_devices,
-            self._data.schema.class_names,
+            self._data.class_names,
         ):
             display.say(line)
 
@@ -1112,7 +1105,7 @@ class Trainer:
             self._clocks.pop()
             self._last_run = fit.session.origin.run, self._store.version
 
-    # --------------------------------------------------- schema, programs, state
+    # ----------------------------------------------------- data, programs, state
 
     def _prepare(
         self,
@@ -1124,13 +1117,13 @@ class Trainer:
         divide: bool = False,
         state: bool = True,
     ) -> ResolvedTask:
-        """Makes schema, programs and state for data, each checked against the others.
+        """Makes programs and state for data, each checked against the others.
 
         Args:
           source: the data.
           total_steps: the step at which training will end, None if unknown.
           inputs_only: whether to do without targets.
-          allow_rebuild: whether data of another form may replace schema and programs;
+          allow_rebuild: whether data of another form may replace the programs;
             None for "as long as nothing was trained and no fit is running".
           divide: whether to use as many devices as divide its batches.
           state: whether to initialize a state as well.
@@ -1145,7 +1138,7 @@ class Trainer:
             if divide and not isinstance(source, InMemoryData)
             else None
         )
-        # The schema first: it decides whether images are scaled in the programs.
+        # The data first: it decides whether images are scaled in the programs.
         self._data.learn(source, allow_rebuild=allow_rebuild)
         if inputs_only:
             resolved = self._programs.build_for_inputs(
@@ -1201,7 +1194,7 @@ class Trainer:
         dataset = open_inputs(x, self._data.binding, batch_size=batch_size)
         refuse_assumed_split(dataset)
         if not may_be_endless:
-            refuse_endless(dataset, steps, "steps")
+            check_passes(dataset, steps, "steps")
         warn_of_order(dataset)
         options = BatchOptions(batch_size=batch_size, steps=steps, inputs_only=True)
         source = self._data.source(dataset, options)
@@ -1252,10 +1245,10 @@ class Trainer:
         return to_meta(
             {**self._config, "scale_images": self._programs.scaled},
             resolved.example,
-            batch_size=self._data.schema.batch_size,
+            batch_size=self._data.batch_size,
             opt_state=resolved.template.opt_state,
-            class_names=self._data.schema.class_names,
-            columns=self._data.schema.columns,
+            class_names=self._data.class_names,
+            columns=self._data.columns,
         )
 
     def _build_for(self, example: Batch, where: str) -> None:
