@@ -55,19 +55,17 @@ def call_spec(module: nn.Module, overrides: Overrides) -> CallSpec:
     parameters = parameters_of(module)
     flags = {name for name, _ in find_train_flag(module, overrides).arguments}
     kinds = inspect.Parameter
-    inputs = {
-        name: p
-        for name, p in parameters.items()
-        if name not in flags and p.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)
-    }
+    found = {p.kind for p in parameters.values()}
+    variadic = (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)
+    inputs = [
+        p for p in parameters.values() if p.name not in flags and p.kind not in variadic
+    ]
     return CallSpec(
-        positional=tuple(n for n, p in inputs.items() if p.kind != kinds.KEYWORD_ONLY),
-        keyword_only=tuple(
-            n for n, p in inputs.items() if p.kind == kinds.KEYWORD_ONLY
-        ),
-        required=tuple(n for n, p in inputs.items() if p.default is kinds.empty),
-        var_positional=any(p.kind == kinds.VAR_POSITIONAL for p in parameters.values()),
-        var_keyword=any(p.kind == kinds.VAR_KEYWORD for p in parameters.values()),
+        positional=tuple(p.name for p in inputs if p.kind is not kinds.KEYWORD_ONLY),
+        keyword_only=tuple(p.name for p in inputs if p.kind is kinds.KEYWORD_ONLY),
+        required=tuple(p.name for p in inputs if p.default is kinds.empty),
+        var_positional=kinds.VAR_POSITIONAL in found,
+        var_keyword=kinds.VAR_KEYWORD in found,
     )
 
 
@@ -331,12 +329,12 @@ def _reasons(
         "collections": "init makes them, and a call returns them in the same form"
         if carried
         else "init makes nothing but params that a call returns in the same form",
-        "sown": "a call writes them: losses join the loss, metrics are logged"
+        "sown": "a call writes them: losses are added to the loss, metrics logged"
         if sown
         else "a call writes no other collection",
-        "rngs": "a call in training asks for them"
+        "rngs": "a call in training uses them"
         if found.rngs
-        else "no call asks for a random stream",
+        else "no call uses a random stream",
         "train flag": f"layers that need one: {layers}"
         if layers
         else "no BatchNorm or Dropout found",

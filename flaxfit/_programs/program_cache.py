@@ -234,15 +234,13 @@ class ProgramCache:
         Returns None if the model raises: building it for these inputs raises again, and
         there the error is explained.
         """
-        inputs, resolved, settings = shapes_of(inputs), self._resolved, self.settings
+        inputs, resolved = shapes_of(inputs), self._resolved
         try:
-            adapted = (
-                resolved.adapted
-                if resolved is not None
-                else self._family.adapt(inputs, settings.overrides)
-            )
-            key = jax.eval_shape(lambda: jax.random.key(settings.seed))
-            return trace_outputs(adapted, key, inputs)
+            if resolved is not None:
+                adapted = resolved.adapted
+            else:
+                adapted = self._family.adapt(inputs, self.settings.overrides)
+            return trace_outputs(adapted, inputs)
         except Exception:
             return None
 

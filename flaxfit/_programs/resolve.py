@@ -144,7 +144,7 @@ def resolve(
         adapted = known or family.adapt(seen, settings.overrides)
         if scaled and not known:
             adapted = with_scaled_images(adapted)
-        outputs = trace_outputs(adapted, key, example.inputs)
+        outputs = trace_outputs(adapted, example.inputs)
     task = _make_task(adapted, settings, outputs, example, total_steps)
     steps = _make_steps(task, settings)
     template = jax.eval_shape(steps.init, key, example.inputs, {})
@@ -217,7 +217,7 @@ def _make_steps(task: Task, settings: Settings) -> Steps:
     )
 
 
-def trace_outputs(adapted: Adapted, key: Any, inputs: Inputs) -> PyTree:
+def trace_outputs(adapted: Adapted, inputs: Inputs) -> PyTree:
     """Returns the shapes of the model's outputs for `inputs`."""
 
     def outputs(key: Any, inputs: Inputs) -> PyTree:
@@ -226,7 +226,7 @@ def trace_outputs(adapted: Adapted, key: Any, inputs: Inputs) -> PyTree:
         apply = adapted.model.apply
         return apply(params, collections, inputs, train=True, rngs=rngs)[0]
 
-    return jax.eval_shape(outputs, key, inputs)
+    return jax.eval_shape(outputs, jax.eval_shape(jax.random.key, 0), inputs)
 
 
 @contextlib.contextmanager

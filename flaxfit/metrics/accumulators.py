@@ -4,12 +4,14 @@ They work on weights and counts, without models, losses or names.
 """
 
 from collections.abc import Callable
-from typing import Literal, Self
+from typing import Literal, Self, TypeAlias
 
 import flax.struct
 import jax.numpy as jnp
 
 from flaxfit._core.types import Array, Average
+
+Measure: TypeAlias = Literal["precision", "recall", "f1"]
 
 # 2 x 8192 bins: 0.17 % wide for large scores, 3e-5 around 0, up to 16384.
 _BINS = 8192
@@ -54,12 +56,7 @@ class ClassRatio(flax.struct.PyTreeNode):
 
     @classmethod
     def of(
-        cls,
-        measure: Literal["precision", "recall", "f1"],
-        hits: Array,
-        decided: Array,
-        actual: Array,
-        seen: Array,
+        cls, measure: Measure, hits: Array, decided: Array, actual: Array, seen: Array
     ) -> Self:
         """Makes the ratios from weights summed per class, `float32[classes]` each.
 
@@ -84,10 +81,7 @@ class ClassRatio(flax.struct.PyTreeNode):
 
 
 def binary_ratio(
-    measure: Literal["precision", "recall", "f1"],
-    decisions: Array,
-    targets: Array,
-    weights: Array,
+    measure: Measure, decisions: Array, targets: Array, weights: Array
 ) -> ClassRatio:
     """Counts decisions for the positive class.
 
@@ -107,11 +101,7 @@ def binary_ratio(
 
 
 def class_ratio(
-    measure: Literal["precision", "recall", "f1"],
-    decisions: Array,
-    targets: Array,
-    weights: Array,
-    classes: int,
+    measure: Measure, decisions: Array, targets: Array, weights: Array, classes: int
 ) -> ClassRatio:
     """Counts decisions for every class.
 

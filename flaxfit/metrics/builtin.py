@@ -19,6 +19,7 @@ from flaxfit.losses.loss import Loss, decision_threshold, full_precision
 from flaxfit.losses.objective import check_weights
 from flaxfit.metrics.accumulators import (
     FunctionOfMean,
+    Measure,
     RocCurve,
     binary_ratio,
     class_ratio,
@@ -157,7 +158,7 @@ def _perplexity(given: Given) -> Update:
     return lambda o, t, w: FunctionOfMean(mean(o, t, w), jnp.exp)
 
 
-def _ratio(measure: Literal["precision", "recall", "f1"], given: Given) -> Update:
+def _ratio(measure: Measure, given: Given) -> Update:
     kind = _target_kind(given)
     if kind == "binary":
         threshold = _threshold(given)

@@ -12,6 +12,7 @@ from flaxfit._core.errors import DataError, UsageError, caller
 from flaxfit._core.types import Batch
 from flaxfit._programs.placement import has_rows
 from flaxfit._programs.program_cache import ProgramCache
+from flaxfit._runs.resume import ResumePoint
 from flaxfit.checkpoint import Checkpoint
 from flaxfit.data.binding.binding import Binding, InMemoryData
 from flaxfit.data.datasets.columns import Columns
@@ -24,9 +25,12 @@ from flaxfit.data.open import (
     BatchOptions,
     Dataset,
     batch_source,
+    open_dataset,
+    split_dataset,
 )
 from flaxfit.data.sources.base import BatchSource
 from flaxfit.trainer.check import listed_classes
+from flaxfit.trainer.fit_options import FitOptions
 
 
 @dataclass(eq=False)
@@ -94,6 +98,42 @@ class DataAdapter:
                 "class. Give data with the same classes in the same order, or make a "
                 "new Trainer."
             )
+
+    def open_training(
+        self,
+        x: Any,
+        y: Any,
+        sample_weight: Any,
+        options: FitOptions,
+        origin: ResumePoint,
+    ) -> tuple[BatchSource, Dataset | None]:
+        """Returns the training data, and what `validation_split` holds out of it."""
+        binding, held_out = self.binding, None
+        if origin.saved is not None:
+            binding = self.read_like(origin.saved)
+        dataset = open_dataset(x, y, sample_weight, batch_size=options.batch_size)
+        if options.validation.split:
+            dataset, held_out = split_dataset(
+                dataset, options.validation.split, binding
+            )
+        if self.programs.settings.nonfinite == "rollback":
+            refuse_to_go_back(dataset)
+        epochs = len(options.epochs_from(origin))
+        check_passes(dataset, options.steps, "steps_per_epoch", epochs=epochs)
+        source = batch_source(
+            dataset,
+            binding,
+            BatchOptions(
+                batch_size=options.batch_size,
+                shuffle=options.shuffle,
+                seed=(self.programs.settings.seed, origin.first_step),
+                class_weight=options.class_weight,
+                steps=options.steps,
+            ),
+        )
+        if origin.saved is not None:
+            self.refuse_other_classes(source)
+        return source, held_out
 
     def source(
         self,

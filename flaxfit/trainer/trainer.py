@@ -52,7 +52,6 @@ from flaxfit.data.open import (
     one_batch,
     open_dataset,
     open_inputs,
-    split_dataset,
 )
 from flaxfit.data.sources.base import BatchSource
 from flaxfit.trainer.arguments import checked_settings
@@ -64,7 +63,6 @@ from flaxfit.trainer.data import (
     DataAdapter,
     check_passes,
     refuse_assumed_split,
-    refuse_to_go_back,
     refuse_to_use_up,
     warn_of_order,
 )
@@ -331,7 +329,9 @@ class Trainer:
         ):
             # ---- Open: a resumed run decides how the data is read and shuffled.
             clock.switch("waiting_for_data")
-            source, held_out = self._open_training(x, y, sample_weight, options, origin)
+            source, held_out = self._data.open_training(
+                x, y, sample_weight, options, origin
+            )
             # ---- Prepare: the training data first, because the rest has to fit it.
             clock.switch("compiling")  # traces the model, and compiles its `init`
             total_steps = options.total_steps(source, origin)
@@ -921,43 +921,6 @@ class Trainer:
             return None
         name, version = self._last_run
         return name if version == self._store.version else None
-
-    def _open_training(
-        self,
-        x: Any,
-        y: Any,
-        sample_weight: Any,
-        options: FitOptions,
-        origin: ResumePoint,
-    ) -> tuple[BatchSource, Dataset | None]:
-        """Returns the training data, and what `validation_split` holds out of it."""
-        reader, held_out = self._data, None
-        binding = reader.binding
-        if origin.saved is not None:
-            binding = reader.read_like(origin.saved)
-        dataset = open_dataset(x, y, sample_weight, batch_size=options.batch_size)
-        if options.validation.split:
-            dataset, held_out = split_dataset(
-                dataset, options.validation.split, binding
-            )
-        if self._programs.settings.nonfinite == "rollback":
-            refuse_to_go_back(dataset)
-        epochs = len(options.epochs_from(origin))
-        check_passes(dataset, options.steps, "steps_per_epoch", epochs=epochs)
-        source = batch_source(
-            dataset,
-            binding,
-            BatchOptions(
-                batch_size=options.batch_size,
-                shuffle=options.shuffle,
-                seed=(self._programs.settings.seed, origin.first_step),
-                class_weight=options.class_weight,
-                steps=options.steps,
-            ),
-        )
-        if origin.saved is not None:
-            reader.refuse_other_classes(source)
-        return source, held_out
 
     def _open_validation(
         self,
