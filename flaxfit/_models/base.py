@@ -47,14 +47,7 @@ class Adapted(NamedTuple):
 
 @dataclass(frozen=True)
 class Overrides:
-    """Settings that the user gave in place of detection (`"auto"`).
-
-    Attributes:
-      train_flag: an argument or attribute name, `"not <name>"` where True means
-        evaluation, `"layers"`, None, or `(module, train) -> module`.
-      collections: the names of the collections to carry.
-      rngs: the names of the RNG streams to supply.
-    """
+    """Settings that the user gave in place of detection, `"auto"`; see `Trainer`."""
 
     train_flag: str | Callable[[Any, bool], Any] | None = "auto"
     collections: str | Iterable[str] = "auto"

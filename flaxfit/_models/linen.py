@@ -33,14 +33,9 @@ _MAX_TRACES = 32
 
 @dataclass
 class Findings:
-    """What the abstract traces have found so far; local to one detection.
+    """What the abstract traces have found so far, by the names of `Detected`.
 
-    Attributes:
-      rngs: the streams to supply in training.
-      eval_rngs: the streams to supply in evaluation.
-      axis_names: the mapped axes the module asks for.
-      moded_layers: the types of layers that need a train flag.
-      vocabularies: see `Detected`.
+    `moded_layers` are the types of layers that need a train flag.
     """
 
     rngs: set[str] = field(default_factory=set)

@@ -74,10 +74,8 @@ class Program:
       name: shown to the user, e.g. `"train step"`.
       function: takes a `NoteTrace` before the arguments of a call, and calls it with
         them. A wrapper that does so would be one more frame in every traceback.
-      donate_argnums: the arguments of a call whose buffers it may reuse.
-      out_shardings: see `jax.jit`.
       wait: whether a call returns only when it has finished.
-      compiler_options: see `jax.jit`.
+      **options: of `jax.jit`.
 
     Attributes:
       name: as given.
@@ -90,10 +88,8 @@ class Program:
         name: str,
         function: Callable[..., Any],
         *,
-        donate_argnums: tuple[int, ...] = (),
-        out_shardings: Any = None,
         wait: bool = False,
-        compiler_options: dict[str, Any] | None = None,
+        **options: Any,
     ) -> None:
         self.name = name
         self.traces = 0
@@ -102,14 +98,9 @@ class Program:
         # Not counted. jit caches traces by function: what `analyze` traces must not be
         # found by a later call, whose trace would then not be counted.
         self._function = partial(function, lambda *args: None)
-        self._has_options = compiler_options is not None
-        self._options: dict[str, Any] = {
-            "donate_argnums": donate_argnums,
-            "compiler_options": compiler_options,
-        }
-        if out_shardings is not None:
-            self._options["out_shardings"] = out_shardings
-        self._jitted = jax.jit(partial(function, self._note_trace), **self._options)
+        self._has_options = options.get("compiler_options") is not None
+        self._options = options
+        self._jitted = jax.jit(partial(function, self._note_trace), **options)
 
     def _note_trace(self, *args: Any) -> None:
         if any(map(_is_traced, jax.tree.leaves(args))):  # not under disable_jit
@@ -229,10 +220,8 @@ class Programs(NamedTuple):
 class Preflight(NamedTuple):
     """The result of tracing a step, before anything is compiled.
 
-    Attributes:
-      logs: the logs' shapes.
-      calls_host: whether the step calls back into Python.
-      convolves: whether there are convolutions in it.
+    Besides the shapes of its logs: whether it calls back into Python, and whether there
+    are convolutions in it.
     """
 
     logs: PyTree

@@ -142,10 +142,10 @@ class ProgramCache:
         allow_rebuild: bool = False,
         placement: Placement | None = None,
     ) -> ResolvedTask:
-        """Returns the resolved task; it is rebuilt only where necessary.
+        """Returns the resolved task for such batches, rebuilt only where necessary.
 
         Args:
-          example: a batch like those to come.
+          example: one of the batches.
           total_steps: the step at which training will end, if known.
           allow_rebuild: whether a different batch may replace the current task, as
             nothing was trained yet.
@@ -211,12 +211,9 @@ class ProgramCache:
     def _install(self, resolved: ResolvedTask, *, keep: tuple[str, ...] = ()) -> None:
         """Makes `resolved` the current task, with the old programs named in `keep`."""
         old = self._resolved
-        if (
-            old is not None
-            and old.programs.one_step_per_call != resolved.programs.one_step_per_call
-        ):
-            keep = ()  # the old ones return outputs of other shapes
         if old is not None:
+            if old.programs.one_step_per_call != resolved.programs.one_step_per_call:
+                keep = ()  # the old ones return outputs of other shapes
             kept = {name: getattr(old.programs, name) for name in keep}
             resolved = resolved._replace(programs=resolved.programs._replace(**kept))
             for phase, name in _PHASES:

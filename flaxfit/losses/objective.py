@@ -25,17 +25,13 @@ from flaxfit.losses.matching import (
     pick_targets,
     where,
 )
-from flaxfit.losses.target_checks import check_shapes, check_values, pairs_rows
+from flaxfit.losses.target_checks import check_shapes, check_values, refuse_pairs
 
 
 class Term(NamedTuple):
-    """One loss in the sum.
+    """The loss of the output at `path`, and its factor in the sum.
 
-    Attributes:
-      path: the output it takes.
-      loss: the loss.
-      scale: its factor in the sum.
-      scalar_loss: whether it gives one number for a whole batch.
+    With `scalar_loss` it gives one number for a whole batch.
     """
 
     path: OutputPath
@@ -297,11 +293,6 @@ def _is_scalar(
             f"{returned} for targets {describe(targets)}",
             "With ignore_label it must return one value per target",
         )
-    if loss.kind == "custom" and pairs_rows(loss.values, structs, values):
-        raise UsageError(
-            f"{returned} for {shapes}: it compares every output with every target of "
-            "the batch",
-            "Give both the same shape, and return one value per example",
-            "y[:, None] or outputs[:, 0]",
-        )
+    if loss.kind == "custom":
+        refuse_pairs(loss.values, structs, values, f"{returned} for {shapes}")
     return not values.shape

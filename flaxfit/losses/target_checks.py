@@ -20,19 +20,26 @@ from flaxfit.losses.shape_advice import advise
 _RANGES = MappingProxyType({"binary": (0, 1), "margin": (-1, 1)})
 
 
-def pairs_rows(function: Callable[..., Any], given: PyTree, values: Any) -> bool:
-    """Returns whether values grow with the batch along more than one axis.
+def refuse_pairs(
+    function: Callable[..., Any], given: PyTree, values: Any, returned: str
+) -> None:
+    """Refuses values that grow with the batch along more than one axis.
 
     (batch, 1) against (batch,) broadcasts to (batch, batch) silently. The values are
     what a custom `function` returned for outputs and targets; only shapes count.
     """
     if len(values.shape) < 2:
-        return False
+        return
     try:
         grown = jax.eval_shape(function, *add_row(given, values.shape[0]))
     except Exception:  # It only works for one batch size, which tells nothing.
-        return False
-    return bool(grown.shape[1:] != values.shape[1:])
+        return
+    if grown.shape[1:] != values.shape[1:]:
+        raise UsageError(
+            f"{returned}: it compares every output with every target of the batch",
+            "Give both the same shape, and return one value per example",
+            "y[:, None] or outputs[:, 0]",
+        )
 
 
 def check_shapes(loss: Loss, outputs: PyTree, targets: PyTree, where: str) -> None:

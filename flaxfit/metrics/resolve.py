@@ -22,7 +22,7 @@ from flaxfit.losses.matching import (
     pick_targets,
 )
 from flaxfit.losses.objective import Objective, path_name
-from flaxfit.losses.target_checks import pairs_rows
+from flaxfit.losses.target_checks import refuse_pairs
 from flaxfit.metrics.builtin import (
     Given,
     Update,
@@ -232,12 +232,7 @@ def _check_values(
             f"{returned} for a batch of {rows}",
             "Return one real value per example, float[batch]",
         )
-    if pairs_rows(function, given, values):
-        raise UsageError(
-            f"{returned}: it compares every output with every target of the batch",
-            "Give both the same shape",
-            "targets[:, None] or outputs[:, 0]",
-        )
+    refuse_pairs(function, given, values, returned)
 
 
 def _check_kind(metric: Any) -> None:

@@ -95,8 +95,8 @@ _LAST_EXAMPLES = (
 class Trainer:
     """Trains, evaluates and runs a Flax module.
 
-    Everything but the model is found out from it and the data, and can be said
-    instead. `trainer.check(data)` tells what was found out and why.
+    Everything but the model is detected from the model and the data, and can be given
+    instead. `trainer.check(data)` shows what was detected and why.
 
     Args:
       model: a `flax.linen` module, or `flaxfit.Model(init, apply)`.
@@ -336,7 +336,8 @@ class Trainer:
             clock.switch("compiling")  # traces the model, and compiles its `init`
             total_steps = options.total_steps(source, origin)
             self._programs.require_total_steps(total_steps)
-            self._prepare(source, total_steps, divide=True, state=False)
+            placement = self._placement_for(source)
+            self._prepare(source, total_steps, placement=placement, state=False)
             validation = self._open_validation(held_out, options, source, origin)
             # ---- Resume: all that can fail comes before files are moved.
             session = self._begin_run(source, validation, options, origin, display)
@@ -402,7 +403,8 @@ class Trainer:
             epoch_steps = steps or source.num_batches
             total_steps = epoch_steps and self.step + epochs * epoch_steps
             self._programs.require_total_steps(total_steps)
-            resolved = self._prepare(source, total_steps, divide=True)
+            placement = self._placement_for(source)
+            resolved = self._prepare(source, total_steps, placement=placement)
             self._data.batch_size = source.batch_size
             outputs = self._programs.find_outputs(source.example, sown=False)
             with self._store.borrow() as state:
@@ -771,7 +773,7 @@ class Trainer:
     def check(
         self, x: Any, y: Any = None, *, batch_size: int | None = None
     ) -> CheckReport:
-        """Tells what was understood, without training: `print(trainer.check(x, y))`.
+        """Shows what was detected, without training: `print(trainer.check(x, y))`.
 
         Compiles one step to count its FLOPs and memory.
 
@@ -1077,7 +1079,7 @@ class Trainer:
         *,
         inputs_only: bool = False,
         allow_rebuild: bool | None = None,
-        divide: bool = False,
+        placement: Placement | None = None,
         state: bool = True,
     ) -> ResolvedTask:
         """Makes programs and state for data, each checked against the others.
@@ -1088,7 +1090,7 @@ class Trainer:
           inputs_only: whether to do without targets.
           allow_rebuild: whether data of another form may replace the programs;
             None for "as long as nothing was trained and no fit is running".
-          divide: whether to use as many devices as divide its batches.
+          placement: the devices to use from now on, None for those used now.
           state: whether to initialize a state as well.
 
         Raises:
@@ -1096,11 +1098,6 @@ class Trainer:
         """
         if allow_rebuild is None:
             allow_rebuild = self._may_rebuild
-        placement = (
-            self._placement_for(source)
-            if divide and not isinstance(source, InMemoryData)
-            else None
-        )
         # The data first: it decides whether images are scaled in the programs.
         self._data.learn(source, allow_rebuild=allow_rebuild)
         if inputs_only:
