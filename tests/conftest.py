@@ -1,5 +1,6 @@
 """Strict by default: 8 host devices, no rank promotion, warnings are errors."""
 
+import gc
 import inspect
 import os
 
@@ -58,6 +59,17 @@ def shared_compiles(tmp_path_factory):
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_workers():
+    """Drops jax's caches after each file: they keep what was traced for all trainers.
+
+    A worker would grow to 3 GB by the end; recompiling reads the disk.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from flaxfit._loops.host_reads import as_values, read, read_logs, show_progress
 from flaxfit._loops.nonfinite import NonFiniteGuard, counts_of
 from flaxfit._programs.compile import shapes_of_call
 from flaxfit._reporting.display import epoch_display
+from flaxfit.callbacks.base import Outcome
 
 _OUT_OF_MEMORY = (
     "The memory is too small for this step; the trainer holds the state before it. "
@@ -53,15 +54,14 @@ def fit_loop(fit: FitContext) -> None:
                 break
     except BaseException as error:
         # Report the first error; what follows from it becomes a note.
-        loop.broken_off = True
+        loop.outcome = loop.outcome._replace(failure="interrupted")
         try:
             _end(fit, queue, guard)
         except Exception as later:
             error.add_note(f"then on_train_end failed: {later!r}")
         raise
     if fit.interrupt.requested and not loop.stopped:
-        loop.broken_off = True
-        loop.stop(fit.interrupt.reason)
+        loop.outcome = Outcome(fit.interrupt.reason, "interrupted")
     _end(fit, queue, guard)
 
 
@@ -99,7 +99,7 @@ def train_epoch(
                 return False, feed
             queue.wait_all()
             values = _read_epoch(fit, guard)
-            if loop.broken_off:
+            if loop.outcome.failure:
                 return False, feed
             complete = not guard.rolled_back
             if not complete:
@@ -107,7 +107,7 @@ def train_epoch(
                 feed = fit.open_feed(loop.epoch, loop.batch)
         closed = _close_epoch(fit, *values, shown)
         if closed:
-            loop.history.timing.append(loop.clock.lap(), loop.batch - start, examples)
+            loop.history.timing.close_epoch(loop.batch - start, examples)
             loop.running = None
             _save(fit, queue, guard)
         return closed, feed
@@ -247,11 +247,9 @@ def _close_epoch(
     if rate is not None:
         logs["learning_rate"] = rate
     loop.set_logs(logs)
-    loop.epoch_is_closing = True
     loop.history.append(loop.epoch, logs)
     callbacks.call("on_epoch_end", loop)
     loop.history.amend(loop.logs)
-    loop.epoch_is_closing = False
     shown.update(logs=loop.logs, finished=True)
     return True
 
@@ -264,7 +262,7 @@ def _save(fit: FitContext, queue: DispatchQueue, guard: NonFiniteGuard) -> None:
     with loop.clock.phase("saving"):
         queue.wait_all()
         guard.check()
-        if guard.rolled_back or loop.nonfinite:
+        if guard.rolled_back or loop.outcome.failure == "nonfinite":
             # The state was rolled back or is non-finite: drop the requests.
             loop.take_saves()
         elif loop.has_saves:

@@ -11,6 +11,7 @@ from flaxfit._loops.context import FitContext
 from flaxfit._loops.dispatch_queue import DispatchQueue
 from flaxfit._loops.host_reads import read
 from flaxfit._programs.compile import EpochAccumulators
+from flaxfit.callbacks.base import Outcome
 
 _SECONDS_BETWEEN_POLLS = 0.25
 _MOST_ROLLBACKS = 3  # to one checkpoint
@@ -69,8 +70,8 @@ class NonFiniteGuard:
           skipped: how many batches were skipped.
         """
         fit, loop = self._fit, self._fit.loop
-        ignored = fit.nonfinite == "ignore" or self.rolled_back or loop.nonfinite
-        if bad < 0 or ignored:
+        handled = self.rolled_back or loop.outcome.failure == "nonfinite"
+        if bad < 0 or fit.nonfinite == "ignore" or handled:
             return
         step = loop.step - loop.batch + int(bad) + 1
         where = f"step {step} (epoch {loop.epoch + 1}, batch {bad + 1})"
@@ -90,8 +91,7 @@ class NonFiniteGuard:
             )
             self.rolled_back = True
             return
-        loop.nonfinite = loop.broken_off = True
-        loop.stop(text)
+        loop.outcome = Outcome(text, "nonfinite")
         _warn(
             f"{sentence} Training stopped; the trainer holds "
             + (

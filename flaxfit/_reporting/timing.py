@@ -75,13 +75,19 @@ class Timing:
       steps: training steps of each epoch.
       examples: training examples of each epoch, without fill and those of weight 0.
       flops_per_step: counts the FLOPs of a step of the program that was run.
+      clock: measures the running epoch.
     """
 
     def __init__(self) -> None:
+        self.clock = Clock()
         self.seconds: dict[str, list[float]] = {name: [] for name in (*PHASES, "total")}
         self.steps: list[int] = []
         self.examples: list[int] = []
         self.flops_per_step: Callable[[], float | None] | None = None
+
+    def close_epoch(self, steps: int, examples: int) -> None:
+        """Adds an epoch, with the time since the last one."""
+        self.append(self.clock.lap(), steps, examples)
 
     def append(self, seconds: Mapping[str, float], steps: int, examples: int) -> None:
         """Adds an epoch."""
@@ -128,8 +134,9 @@ class Timing:
         return [w + s for w, s in zip(waiting, stepping, strict=True)]
 
     def __getstate__(self) -> dict[str, Any]:
-        # Numbers can be pickled; a function of the trainer's program cannot.
-        return {**vars(self), "flops_per_step": None}
+        # Numbers can be pickled; a function of the trainer's program cannot, and the
+        # clock is that of a thread of this process.
+        return {**vars(self), "flops_per_step": None, "clock": None}
 
     def __repr__(self) -> str:
         total = sum(self.seconds["total"])

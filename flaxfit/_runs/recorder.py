@@ -87,7 +87,9 @@ class RunRecorder(Callback):
 
     def on_train_end(self, loop: LoopState) -> None:
         """Saves the position at which an error or a signal ended the training."""
-        if loop.broken_off and not (loop.epoch_is_closing or loop.nonfinite):
+        # An epoch whose end not all callbacks have seen is not saved as trained.
+        is_closing = loop.epoch_is_over and loop.running is not None
+        if loop.outcome.failure == "interrupted" and not is_closing:
             self._save(loop)
         reason = {"reason": loop.stop_reason} if loop.stop_reason else {}
         self._log({"event": "end", **_place(loop), **reason})

@@ -137,8 +137,7 @@ class Saver:
         extra: dict[str, PyTree] = {"callbacks": trees} if trees else {}
         if running is not None:
             extra["running"] = dict(enumerate(jax.tree.leaves(running)))
-        over = loop.history.epoch[-1:] == [loop.epoch]
-        epoch = loop.epoch + 1 if over else loop.epoch
+        epoch = loop.epoch + 1 if loop.epoch_is_over else loop.epoch
         batch = 0 if running is None else loop.batch
         meta = self._describe(epoch, batch)
         meta["loop"] |= {
@@ -146,7 +145,7 @@ class Saver:
             "epoch": epoch,
             "batch": batch,
             "steps_per_epoch": loop.steps_per_epoch,
-            "stop_reason": None if loop.broken_off else loop.stop_reason,
+            "stop_reason": None if loop.outcome.failure else loop.stop_reason,
             "callbacks": states,
             "history": loop.history.state_dict(),
         }

@@ -25,7 +25,7 @@ from flaxfit._runs.resume import (
     why_finished,
 )
 from flaxfit._runs.saver import BackgroundWriter, Saver, restore_running, unpack
-from flaxfit.callbacks.base import Callback, CallbackList, LoopState
+from flaxfit.callbacks.base import Callback, CallbackList, LoopState, Outcome
 from flaxfit.data.sources.base import BatchSource
 from flaxfit.data.sources.position import IteratorCheckpoints, Position
 
@@ -230,7 +230,7 @@ class RunSession:
                     )
             if self._finished is not None:
                 loop.epoch = max(origin.epoch - 1, 0)
-                loop.stop_reason = origin.loop.get("stop_reason")
+                loop.outcome = Outcome(origin.loop.get("stop_reason"))
                 text = f"{text}; nothing left to train: {self._finished}"
             self._display.say(text)
             # Everything was copied: keeping the file's arrays would double the memory.

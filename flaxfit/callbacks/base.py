@@ -5,9 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -31,31 +29,17 @@ class SaveRequest(NamedTuple):
     failed: Callable[[Exception], object]
 
 
-class _Length(NamedTuple):
-    epochs: int
-    log_names: tuple[str, ...]
+class Outcome(NamedTuple):
+    """How a fit ends.
 
+    Attributes:
+      stop_reason: the argument of `stop`, None if it was not called.
+      failure: `"interrupted"` by an error or Ctrl-C, `"nonfinite"` for a loss that is
+        not finite, else None.
+    """
 
-@dataclass
-class _OpenEpoch:
-    running: Any = None
-    is_closing: bool = False
-
-
-@dataclass
-class _Ending:
-    reason: str | None = None
-    broken_off: bool = False
-    nonfinite: bool = False
-
-
-def _part(group: str, name: str) -> Any:
-    """Returns a property for the attribute `name` of the attribute `group`."""
-    path = f"{group}.{name}"
-    return property(
-        attrgetter(path),
-        lambda loop, value: setattr(getattr(loop, group), name, value),
-    )
+    stop_reason: str | None = None
+    failure: Literal["interrupted", "nonfinite"] | None = None
 
 
 class LoopState:
@@ -72,27 +56,14 @@ class LoopState:
       steps_per_epoch: batches of an epoch, None while that is unknown.
       history: the `History` so far; in `on_epoch_end` it holds this epoch.
       log_names: the names `logs` will have at an epoch's end, known before step 1.
-      stop_reason: the argument of `stop`, None if it was not called.
-      broken_off: whether an error or Ctrl-C ended the fit; known in `on_train_end`.
-      nonfinite: whether a loss that is not finite ended the fit.
+      outcome: whether and why the fit ends early; all of it is known in
+        `on_train_end`.
       running: the accumulators of the running epoch, None between epochs.
-      epoch_is_closing: whether the history holds the epoch, but not all callbacks
-        have seen its end.
-      clock: measures for `history.timing` what the time is spent on. Code that writes
-        a file does so `with loop.clock.phase("saving")`, as `trainer.save` does.
     """
-
-    epochs: int = _part("_length", "epochs")
-    log_names: tuple[str, ...] = _part("_length", "log_names")
-    running: Any = _part("_open_epoch", "running")
-    epoch_is_closing: bool = _part("_open_epoch", "is_closing")
-    stop_reason: str | None = _part("_ending", "reason")
-    broken_off: bool = _part("_ending", "broken_off")
-    nonfinite: bool = _part("_ending", "nonfinite")
 
     def __init__(
         self,
-        holder: TrainStateStore,
+        store: TrainStateStore,
         *,
         history: History,
         step: int,
@@ -100,29 +71,28 @@ class LoopState:
         epochs: int,
         steps_per_epoch: int | None,
         log_names: Sequence[str],
-        clock: Clock | None = None,
     ) -> None:
         self.history = history
         self.step = step
         self.epoch = epoch
         self.batch = 0
+        self.epochs = epochs
         self.steps_per_epoch = steps_per_epoch
-        self.clock = clock or Clock()
-        self._holder = holder
+        self.log_names = tuple(log_names)
+        self.outcome = Outcome()
+        self.running: Any = None
+        self._store = store
         self._logs: dict[str, Any] | Callable[[], dict[str, Any]] = {}
-        self._length = _Length(epochs, tuple(log_names))
-        self._open_epoch = _OpenEpoch()
-        self._ending = _Ending()
         self._saves: list[SaveRequest] = []
 
     @property
     def state(self) -> TrainState:
         """The state after the last finished step; it stays valid."""
-        return self._holder.read()
+        return self._store.read()
 
     @state.setter
     def state(self, state: TrainState) -> None:
-        self._holder.put(own_state(state, self._holder.peek()))
+        self._store.put(own_state(state, self._store.peek()))
 
     @property
     def logs(self) -> dict[str, Any]:
@@ -181,12 +151,31 @@ class LoopState:
 
     def stop(self, reason: str = "a callback asked for it") -> None:
         """Ends the fit after the current step; `reason` is shown and recorded."""
-        self.stop_reason = reason
+        self.outcome = self.outcome._replace(stop_reason=reason)
 
     @property
     def stopped(self) -> bool:
         """Whether `stop` was called."""
         return self.stop_reason is not None
+
+    @property
+    def stop_reason(self) -> str | None:
+        """The argument of `stop`, None if it was not called."""
+        return self.outcome.stop_reason
+
+    @property
+    def epoch_is_over(self) -> bool:
+        """Whether the history holds the current epoch."""
+        return self.history.epoch[-1:] == [self.epoch]
+
+    @property
+    def clock(self) -> Clock:
+        """Measures for `history.timing` what the time is spent on.
+
+        Code that writes a file does so `with loop.clock.phase("saving")`, as
+        `trainer.save` does.
+        """
+        return self.history.timing.clock
 
 
 class Callback:

@@ -131,8 +131,10 @@ class EarlyStopping(Callback):
     def on_train_end(self, loop: LoopState) -> None:
         """Restores the best epoch's state."""
         best = self._best
-        keep_last = loop.broken_off and not loop.nonfinite
+        keep_last = loop.outcome.failure == "interrupted"
         if best.state is not None and best.epoch != loop.epoch and not keep_last:
             loop.state = best.state
-        if not loop.broken_off:  # otherwise a resumed fit needs it from the checkpoint
+        if (
+            loop.outcome.failure is None
+        ):  # otherwise a resumed fit needs it from the checkpoint
             self._best = best._replace(state=None)

@@ -37,7 +37,7 @@ from flaxfit._programs.resolve import ResolvedTask
 from flaxfit._programs.steps import Task, TrainStep
 from flaxfit._reporting.display import Display, make_display, make_progress
 from flaxfit._reporting.history import History
-from flaxfit._reporting.timing import Clock
+from flaxfit._reporting.timing import Clock, Timing
 from flaxfit._runs.resume import ResumePoint
 from flaxfit._runs.session import RunRecord, RunSession, describe_data, locked_run
 from flaxfit._runs.trainer_metadata import example_of, from_meta, to_meta
@@ -318,7 +318,8 @@ class Trainer:
         """
         # ---- Check: nothing is read or changed before every argument is right.
         options = FitOptions.checked(locals(), self._programs.settings.nonfinite)
-        display, clock = make_display(verbose), Clock()
+        display, timing = make_display(verbose), Timing()
+        clock = timing.clock
         with (
             calling("fit"),
             Interrupt() as interrupt,
@@ -346,7 +347,7 @@ class Trainer:
                 if verbose != 0:
                     self._say_first_lines(source, display)
                 fit = self._fit_context(
-                    session, source, validation, options, clock, display, interrupt
+                    session, source, validation, options, timing, display, interrupt
                 )
                 clock.switch("stepping")
                 with self._in_progress(fit):
@@ -1009,7 +1010,7 @@ class Trainer:
         source: BatchSource,
         validation: BatchSource | None,
         options: FitOptions,
-        clock: Clock,
+        timing: Timing,
         display: Display,
         interrupt: Interrupt,
     ) -> FitContext:
@@ -1022,13 +1023,13 @@ class Trainer:
             history=History(
                 self,
                 {"epochs": options.epochs, "steps": steps, "verbose": options.verbose},
+                timing,
             ),
             step=origin.step,
             epoch=origin.epoch,
             epochs=options.epochs,
             steps_per_epoch=steps,
             log_names=[*names, *session.callbacks.log_names],
-            clock=clock,
         )
         validate = None
         if validation is not None:

@@ -26,11 +26,11 @@ from flaxfit.trainer.compilation_cache import use_compilation_cache
 
 FAULTS = (
     Fault("F1b", "kill -9 at any time of a training that saves each step",
-          "training_signals:f1_kill_a_training", 6, 100),
+          "training_signals:f1_kill_a_training", 3, 100),
     Fault("F6", "Ctrl-C at any time",
-          "training_signals:f6_ctrl_c", 20, 400),
+          "training_signals:f6_ctrl_c", 10, 400),
     Fault("F7", "SIGTERM at any time, in compile, eval and save",
-          "training_signals:f7_sigterm", 3, 100),
+          "training_signals:f7_sigterm", 2, 100),
     Fault("F8", "interrupted after each step of three epochs",
           "training_resume:f8_interrupted_everywhere", 1, 24),
     Fault("F9", "the loss becomes infinite at some step",
@@ -44,7 +44,7 @@ FAULTS = (
     Fault("F18", "two processes, one of which dies",
           "training_processes:f18_two_processes", 2, 50),
     Fault("F19b", "each step saved while the next one runs in its memory",
-          "training_resume:f19_each_step_saved", 18, 200),
+          "training_resume:f19_each_step_saved", 9, 200),
     Fault("F20", "resumed ten times, when finished, with other arguments",
           "training_resume:f20_resumed", 0, 0),
 )  # fmt: skip

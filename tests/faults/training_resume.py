@@ -123,7 +123,7 @@ def _f19(trials: int, seed: int, folder: Path) -> Outcome:
     def save(loop):
         with tally.trial(f"the memory of step {loop.step - 1}"):
             assert all(leaf.is_deleted() for leaf in before), "it is not used again"
-        before[:] = jax.tree.leaves(loop._holder.peek().params)
+        before[:] = jax.tree.leaves(loop._store.peek().params)
         loop.save(folder / f"{loop.step}.msgpack")
 
     fit(case, folder / "b", LambdaCallback(on_train_batch_end=save))

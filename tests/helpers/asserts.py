@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 
 def count_reads(monkeypatch):
@@ -48,3 +49,12 @@ def moved(state):
     return jax.device_get(
         (state.params, state.collections, state.opt_state, state.step)
     )
+
+
+def assert_survived(outcome):
+    """Fails if a campaign of faults lost anything; skips where it could not run."""
+    if outcome.skipped:
+        pytest.skip(outcome.skipped)
+    assert outcome.trials > 0
+    lost = outcome.trials - outcome.survived
+    assert not lost, "\n".join([f"{lost} of {outcome.trials}:", *outcome.details[:20]])

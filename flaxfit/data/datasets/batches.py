@@ -115,7 +115,10 @@ def open_batches(batches: Batches, adapted: Any) -> Stream:
     """
     if isinstance(adapted, Stream):
         return batches.of_stream(adapted)
-    if isinstance(adapted, tuple | Mapping | Batch) or is_array(adapted):
+    is_list = isinstance(adapted, list)  # of batches, or empty
+    if isinstance(adapted, tuple | Mapping | Batch) or (
+        is_array(adapted) and not is_list
+    ):
         raise TypeError(
             f"Batches of a {type(batches.batches).__name__}, which is arrays: it takes "
             f"something that yields batches. Write {call_text('x, y')} with the "

@@ -42,8 +42,9 @@ def check_lengths(nest: PyTree) -> int:
         if np.ndim(leaf) == 0:
             raise DataError(
                 f"{name} is a single value (shape ()): every array needs a leading "
-                "batch axis. For single examples write batch_size=32 beside the "
-                "dataset, or make a batch: np.stack([x for x, _ in examples])."
+                "batch axis. Give single examples with a batch size, as in "
+                "fit(dataset, batch_size=32), or make a batch: "
+                "np.stack([x for x, _ in examples])."
             )
     lengths = {len(leaf) for _, leaf in named}
     if len(lengths) > 1:

@@ -1,14 +1,19 @@
-"""The files survive: each fault a few times, and with `-m slow` as often as it takes.
+"""Files and trainings survive: each fault a few times.
 
-`run.py` prints the same as a table.
+`pytest tests/faults -m slow` tries them as often as it takes.
 """
 
 import pytest
+import registry
+import training
 from harness import Server
-from registry import FAULTS
+from helpers.asserts import assert_survived
 
 pytestmark = pytest.mark.process
-_NAMES = [fault.name for fault in FAULTS]
+
+
+def by_name(faults):
+    return pytest.mark.parametrize("fault", faults, ids=[each.name for each in faults])
 
 
 @pytest.fixture(scope="module")
@@ -18,24 +23,21 @@ def server():
         yield server
 
 
-def assert_survived(outcome):
-    if outcome.skipped:
-        pytest.skip(outcome.skipped)
-    assert outcome.trials > 0
-    lost = outcome.trials - outcome.survived
-    assert not lost, "\n".join([f"{lost} of {outcome.trials}:", *outcome.details[:20]])
+@pytest.fixture(scope="module")
+def training_server(tmp_path_factory):
+    cache = str(tmp_path_factory.mktemp("cache"))
+    with Server(("training",), {training.CACHE: cache}) as server:
+        yield server
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=_NAMES)
+@by_name(registry.FAULTS)
 def test_nothing_is_lost(fault, server, tmp_path):
     assert_survived(server.run(fault.campaign, fault.short, 0, tmp_path))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", FAULTS, ids=_NAMES)
-def test_nothing_is_lost_in_the_long_run(fault, server, tmp_path):
-    outcome = server.run(fault.campaign, fault.long, 1, tmp_path, timeout=7200)
-    assert_survived(outcome)
+@by_name(training.FAULTS)
+def test_a_training_survives(fault, training_server, tmp_path):
+    assert_survived(training_server.run(fault.campaign, fault.short, 0, tmp_path))
 
 
 def test_files_are_written_and_read_without_a_backend(server, tmp_path):
