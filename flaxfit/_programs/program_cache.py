@@ -281,9 +281,8 @@ class ProgramCache:
         check_tokens(batch, resolved.adapted.detected.vocabularies)
         if batch.targets is not None:
             check_targets(objective, resolved.outputs, batch.targets, batch.weights)
-        if not objective.scalar_loss or batch.weights is None:
-            return
-        if np.any(batch.weights != 1):
+        weighted = batch.weights is not None and np.any(batch.weights != 1)
+        if objective.scalar_loss and weighted:
             raise DataError(
                 f"The loss {objective.name} returns one number for a whole batch, so "
                 "its examples cannot be weighted",

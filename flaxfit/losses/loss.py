@@ -73,16 +73,14 @@ class Loss:
         if ignore_label is not None:
             line = "Loss(..., ignore_label=-100)"
             ignore_label = integer("ignore_label", ignore_label, least=None, write=line)
-        values = {
-            "fn": spec.fn,
-            "label_smoothing": float(label_smoothing),
-            "ignore_label": ignore_label,
-            "threshold": _threshold(spec.kind) if threshold == "auto" else threshold,
-            "name": name or known or function_name(spec.fn),
-            "spec": spec,
-        }
-        for attribute, value in values.items():
-            object.__setattr__(self, attribute, value)
+        vars(self).update(  # a frozen dataclass refuses `self.fn = …`
+            fn=spec.fn,
+            label_smoothing=float(label_smoothing),
+            ignore_label=ignore_label,
+            threshold=_threshold(spec.kind) if threshold == "auto" else threshold,
+            name=name or known or function_name(spec.fn),
+            spec=spec,
+        )
 
     @property
     def kind(self) -> Kind:

@@ -136,7 +136,7 @@ def _resolve(
     request: _Request, objective: Objective, outputs: PyTree, targets: PyTree
 ) -> Iterator[tuple[str, MetricFn]]:
     metric = request.metric
-    if is_foreign(metric) and is_collection(metric):
+    if is_collection(metric):
         for key, member in members(metric).items():
             name = key if request.name is None else f"{request.name}_{key}"
             one = request._replace(metric=member, name=name)

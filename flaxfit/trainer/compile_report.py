@@ -62,10 +62,9 @@ def _other_length(changed: Sequence[tuple[Any, Any]]) -> str | None:
     """Returns a text if only the length of rows changed, and in several arrays."""
     lengths = set()
     for before, now in changed:
-        alike = before is not None and before.dtype == now.dtype
-        if not alike or before.shape[2:] != now.shape[2:]:
+        if before is None or before.dtype != now.dtype:
             return None
-        if before.shape[:1] != now.shape[:1]:
+        if (before.shape[:1], before.shape[2:]) != (now.shape[:1], now.shape[2:]):
             return None
         lengths.add((before.shape[1], now.shape[1]))
     if len(changed) < 2 or len(lengths) > 1:
