@@ -1,6 +1,6 @@
 """Shapes and dtypes of the leaves of a tree, and how two trees differ in them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -143,3 +143,9 @@ def shape_of(x: Any) -> jax.ShapeDtypeStruct:
     if jnp.issubdtype(x.dtype, jax.dtypes.extended):
         return jax.ShapeDtypeStruct(x.shape, x.dtype)
     return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
+
+
+def form_of(tree: PyTree) -> tuple[Hashable, ...]:
+    """Returns the structure of a tree, and the shape and dtype of every leaf."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple((x.shape, x.dtype) for x in leaves)

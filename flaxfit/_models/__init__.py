@@ -1,8 +1,10 @@
 """Maps a model to its family; the only place that checks its type."""
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
+import jax
 
 from flaxfit._core.errors import UsageTypeError
 from flaxfit._core.types import CallSpec, Inputs, Model
@@ -11,15 +13,15 @@ from flaxfit._models.base import Adapted, Detected, ModelFamily, Overrides
 
 
 def model_family(model: Any) -> ModelFamily:
-    """Returns the family of a linen module or a `Model`.
+    """Returns how to adapt a linen module or a `Model`.
 
     Raises:
       TypeError: anything else, a class instead of an instance included.
     """
     if isinstance(model, nn.Module):
-        return ModelFamily(linen.call_spec, linen.adapt)
+        return ModelFamily(partial(linen.call_spec, model), partial(linen.adapt, model))
     if isinstance(model, Model):
-        return ModelFamily(_function_call_spec, _adapt_functions)
+        return ModelFamily(lambda unused: CallSpec(), partial(_adapt_functions, model))
     if isinstance(model, type):
         raise UsageTypeError(
             f"Trainer got the class {model.__name__}, not a module",
@@ -38,14 +40,7 @@ def model_family(model: Any) -> ModelFamily:
     )
 
 
-def _function_call_spec(model: Model, overrides: Overrides) -> CallSpec:
-    del model, overrides
-    return CallSpec()
-
-
 def _adapt_functions(model: Model, inputs: Inputs, overrides: Overrides) -> Adapted:
-    import jax
-
     key = jax.random.key(0)
     _, collections = jax.eval_shape(model.init, key, inputs)
     asked = ("dropout",) if isinstance(overrides.rngs, str) else tuple(overrides.rngs)

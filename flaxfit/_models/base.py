@@ -34,7 +34,7 @@ class Detected:
     train_flag: str = "none"
     axis_names: tuple[str, ...] = ()
     vocabularies: Mapping[str, int] = field(default_factory=dict)
-    reasons: Mapping[str, str] | None = None
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
 
 class Adapted(NamedTuple):
@@ -47,14 +47,7 @@ class Adapted(NamedTuple):
 
 @dataclass(frozen=True)
 class Overrides:
-    """Settings that the user gave in place of detection (`"auto"`).
-
-    Attributes:
-      train_flag: an argument or attribute name, `"not <name>"` where True means
-        evaluation, `"layers"`, None, or `(module, train) -> module`.
-      collections: the names of the collections to carry.
-      rngs: the names of the RNG streams to supply.
-    """
+    """Settings that the user gave in place of detection, `"auto"`; see `Trainer`."""
 
     train_flag: str | Callable[[Any, bool], Any] | None = "auto"
     collections: str | Iterable[str] = "auto"
@@ -62,15 +55,15 @@ class Overrides:
 
 
 class ModelFamily(NamedTuple):
-    """The two functions that adapt the models of one library.
+    """The two functions that adapt a model, made for its library.
 
     Attributes:
-      call_spec: returns the inputs of a model's call.
+      call_spec: returns the inputs of the model's call.
       adapt: returns the model as pure functions.
     """
 
-    call_spec: Callable[[Any, Overrides], CallSpec]
-    adapt: Callable[[Any, Inputs, Overrides], Adapted]
+    call_spec: Callable[[Overrides], CallSpec]
+    adapt: Callable[[Inputs, Overrides], Adapted]
 
 
 def stream_rngs(

@@ -12,8 +12,7 @@ def scale_images(inputs: Inputs) -> Inputs:
 
     An image is `uint8[batch, height, width, ...]`; other inputs stay as they are.
     """
-    scaled: Inputs = jax.tree.map(_scale, inputs)
-    return scaled
+    return jax.tree.map(_scale, inputs)
 
 
 def has_images(inputs: Inputs) -> bool:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxfit._core.errors import DetectionError
+from flaxfit._core.tree_specs import form_of, path_text
 from flaxfit._core.types import CallSpec, Inputs, Model, PyTree
 from flaxfit._models.base import Adapted, Detected, Overrides, stream_rngs
 from flaxfit._models.linen_flag import (
@@ -32,14 +33,9 @@ _MAX_TRACES = 32
 
 @dataclass
 class Findings:
-    """What the abstract traces have found so far; local to one detection.
+    """What the abstract traces have found so far, by the names of `Detected`.
 
-    Attributes:
-      rngs: the streams to supply in training.
-      eval_rngs: the streams to supply in evaluation.
-      axis_names: the mapped axes the module asks for.
-      moded_layers: the types of layers that need a train flag.
-      vocabularies: see `Detected`.
+    `moded_layers` are the types of layers that need a train flag.
     """
 
     rngs: set[str] = field(default_factory=set)
@@ -54,29 +50,24 @@ def call_spec(module: nn.Module, overrides: Overrides) -> CallSpec:
     parameters = parameters_of(module)
     flags = {name for name, _ in find_train_flag(module, overrides).arguments}
     kinds = inspect.Parameter
-    inputs = {
-        name: p
-        for name, p in parameters.items()
-        if name not in flags and p.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)
-    }
+    found = {p.kind for p in parameters.values()}
+    variadic = (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)
+    inputs = [
+        p for p in parameters.values() if p.name not in flags and p.kind not in variadic
+    ]
     return CallSpec(
-        positional=tuple(n for n, p in inputs.items() if p.kind != kinds.KEYWORD_ONLY),
-        keyword_only=tuple(
-            n for n, p in inputs.items() if p.kind == kinds.KEYWORD_ONLY
-        ),
-        required=tuple(n for n, p in inputs.items() if p.default is kinds.empty),
-        var_positional=any(p.kind == kinds.VAR_POSITIONAL for p in parameters.values()),
-        var_keyword=any(p.kind == kinds.VAR_KEYWORD for p in parameters.values()),
+        positional=tuple(p.name for p in inputs if p.kind is not kinds.KEYWORD_ONLY),
+        keyword_only=tuple(p.name for p in inputs if p.kind is kinds.KEYWORD_ONLY),
+        required=tuple(p.name for p in inputs if p.default is kinds.empty),
+        var_positional=kinds.VAR_POSITIONAL in found,
+        var_keyword=kinds.VAR_KEYWORD in found,
     )
 
 
 def adapt(module: nn.Module, inputs: Inputs, overrides: Overrides) -> Adapted:
     """Returns the module as pure functions, with everything detected.
 
-    Args:
-      module: any linen module, unbound.
-      inputs: one batch of inputs as it is called with; shapes are enough.
-      overrides: the settings that are given, not detected.
+    Of the inputs, one batch as the module is called with, shapes are enough.
 
     Raises:
       DetectionError: BatchNorm or Dropout without a train flag.
@@ -296,7 +287,7 @@ def _note_layers(found: Findings, inputs: Inputs) -> Callable[..., Any]:
             tokens = args[0] if args else kwargs.get("inputs")
             for path, leaf in leaves:
                 if leaf is tokens:
-                    name = jax.tree_util.keystr(path, simple=True, separator="/")
+                    name = path_text(path)
                     rows = found.vocabularies.get(name, module.num_embeddings)
                     found.vocabularies[name] = min(rows, module.num_embeddings)
         return next_fun(*args, **kwargs)
@@ -320,17 +311,9 @@ def _carried(
         sorted(
             name
             for name in made - NEVER_CARRIED
-            if name in after and _same_form(initial[name], after[name])
+            if name in after and form_of(initial[name]) == form_of(after[name])
         )
     )
-
-
-def _same_form(a: PyTree, b: PyTree) -> bool:
-    def form(tree: PyTree) -> Any:
-        leaves, structure = jax.tree.flatten(tree)
-        return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
-
-    return bool(form(a) == form(b))
 
 
 def _reasons(
@@ -341,12 +324,12 @@ def _reasons(
         "collections": "init makes them, and a call returns them in the same form"
         if carried
         else "init makes nothing but params that a call returns in the same form",
-        "sown": "a call writes them: losses join the loss, metrics are logged"
+        "sown": "a call writes them: losses are added to the loss, metrics logged"
         if sown
         else "a call writes no other collection",
-        "rngs": "a call in training asks for them"
+        "rngs": "a call in training uses them"
         if found.rngs
-        else "no call asks for a random stream",
+        else "no call uses a random stream",
         "train flag": f"layers that need one: {layers}"
         if layers
         else "no BatchNorm or Dropout found",

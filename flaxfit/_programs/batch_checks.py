@@ -1,6 +1,7 @@
 """Checks that a batch fits the programs that were built for an earlier one."""
 
 from collections.abc import Mapping
+from typing import TypeAlias
 
 import jax
 
@@ -10,6 +11,8 @@ from flaxfit._core.types import Batch, PyTree
 from flaxfit._programs.resolve import ResolvedTask, Settings, noted, trace_outputs
 from flaxfit.losses.objective import Objective, resolve_objective
 from flaxfit.metrics.resolve import resolve_metrics
+
+_Specs: TypeAlias = Mapping[str, LeafSpec]
 
 
 def check_batch(
@@ -23,13 +26,7 @@ def check_batch(
 
     Inputs of integers are accepted where floats were given before: the model is called
     with them, and compiled for them. Targets may be of either kind as long as loss and
-    metrics are the same for both.
-
-    Args:
-      resolved: the parts of the trainer.
-      settings: the arguments of the trainer.
-      batch: arrays or shapes; rows and the lengths of axes may differ.
-      inputs_only: whether targets are not checked.
+    metrics are the same for both. Rows and the lengths of axes may differ.
 
     Raises:
       DataError: other inputs or targets, by name, dtype or number of axes.
@@ -41,10 +38,10 @@ def check_batch(
         before, after = specs_of(getattr(example, name)), specs_of(getattr(batch, name))
         if not _alike(name, before, after):
             raise _unlike(name, before, after)
-    key, inputs = resolved.template.rng, batch.inputs
+    inputs, init = batch.inputs, resolved.task.model.init
     with noted(inputs):
-        outputs = trace_outputs(resolved.adapted, key, inputs)
-        params = jax.eval_shape(resolved.task.model.init, key, inputs)[0]
+        outputs = trace_outputs(resolved.adapted, inputs)
+        params = jax.eval_shape(init, resolved.template.rng, inputs)[0]
     if specs_of(params) != specs_of(resolved.template.params):
         raise DataError(
             f"Got inputs {listed(specs_of(inputs))}, which need other parameters than "
@@ -62,9 +59,7 @@ def check_batch(
             )
 
 
-def _alike(
-    name: str, before: Mapping[str, LeafSpec], after: Mapping[str, LeafSpec]
-) -> bool:
+def _alike(name: str, before: _Specs, after: _Specs) -> bool:
     either_kind = name == "targets"
     return before.keys() == after.keys() and all(
         len(spec.shape) == len(before[path].shape)
@@ -73,9 +68,7 @@ def _alike(
     )
 
 
-def _unlike(
-    name: str, before: Mapping[str, LeafSpec], after: Mapping[str, LeafSpec]
-) -> DataError:
+def _unlike(name: str, before: _Specs, after: _Specs) -> DataError:
     return DataError(
         f"Got {name} {listed(after)}; this trainer was built for {listed(before)}",
         f"{_reshaping(name, before, after)}Give it such {name}, or make a new Trainer",
@@ -87,10 +80,8 @@ def _objective_of(
 ) -> Objective:
     """Returns the objective for a batch's targets.
 
-    Raises:
-      DataError: the targets are of another kind, for which there is no loss, another
-        one, or a metric is missing.
-      ValueError: targets that do not fit the outputs.
+    Targets of another kind are refused if there is no loss for them, another one, or a
+    metric is missing.
     """
     before, after = specs_of(resolved.example.targets), specs_of(batch.targets)
     rows = batch.weights.shape[0]
@@ -113,9 +104,7 @@ def _objective_of(
     return objective
 
 
-def _reshaping(
-    name: str, before: Mapping[str, LeafSpec], after: Mapping[str, LeafSpec]
-) -> str:
+def _reshaping(name: str, before: _Specs, after: _Specs) -> str:
     """Returns the line to write if one axis too many or too few is the only problem."""
     if not after:
         return "Pass (x, y). "

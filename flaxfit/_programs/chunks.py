@@ -68,9 +68,8 @@ def take(tree: PyTree, index: Array | int) -> PyTree:
 def stack_capacity(bytes_per_batch: int, asked: int | None = None) -> int:
     """Returns how many batches of this size go into one `Stack`.
 
-    Args:
-      bytes_per_batch: of the larger of what goes in and what comes out.
-      asked: the number that the user wants; fewer if they do not fit.
+    That is the number the user `asked` for, or fewer if they do not fit. The size is
+    that of the batch or of its outputs, the larger of both.
     """
     most = _STACK_BATCHES if asked is None else asked
     return max(1, min(most, _STACK_BYTES // max(bytes_per_batch, 1)))

@@ -12,15 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxfit._core.types import (
-    Array,
-    Average,
-    Batch,
-    Logs,
-    PyTree,
-    Sum,
-    TrainState,
-)
+from flaxfit._core.types import Array, Average, Batch, Logs, PyTree, Sum, TrainState
 from flaxfit._programs.chunks import Chunk, batch_at
 from flaxfit._programs.placement import Placement
 from flaxfit._programs.steps import EvalStep, InitStep, PredictStep, TrainStep
@@ -82,10 +74,8 @@ class Program:
       name: shown to the user, e.g. `"train step"`.
       function: takes a `NoteTrace` before the arguments of a call, and calls it with
         them. A wrapper that does so would be one more frame in every traceback.
-      donate_argnums: the arguments of a call whose buffers it may reuse.
-      out_shardings: see `jax.jit`.
       wait: whether a call returns only when it has finished.
-      compiler_options: see `jax.jit`.
+      **options: of `jax.jit`.
 
     Attributes:
       name: as given.
@@ -98,10 +88,8 @@ class Program:
         name: str,
         function: Callable[..., Any],
         *,
-        donate_argnums: tuple[int, ...] = (),
-        out_shardings: Any = None,
         wait: bool = False,
-        compiler_options: dict[str, Any] | None = None,
+        **options: Any,
     ) -> None:
         self.name = name
         self.traces = 0
@@ -110,14 +98,9 @@ class Program:
         # Not counted. jit caches traces by function: what `analyze` traces must not be
         # found by a later call, whose trace would then not be counted.
         self._function = partial(function, lambda *args: None)
-        self._has_options = compiler_options is not None
-        self._options: dict[str, Any] = {
-            "donate_argnums": donate_argnums,
-            "compiler_options": compiler_options,
-        }
-        if out_shardings is not None:
-            self._options["out_shardings"] = out_shardings
-        self._jitted = jax.jit(partial(function, self._note_trace), **self._options)
+        self._has_options = options.get("compiler_options") is not None
+        self._options = options
+        self._jitted = jax.jit(partial(function, self._note_trace), **options)
 
     def _note_trace(self, *args: Any) -> None:
         if any(map(_is_traced, jax.tree.leaves(args))):  # not under disable_jit
@@ -237,10 +220,8 @@ class Programs(NamedTuple):
 class Preflight(NamedTuple):
     """The result of tracing a step, before anything is compiled.
 
-    Attributes:
-      logs: the logs' shapes.
-      calls_host: whether the step calls back into Python.
-      convolves: whether there are convolutions in it.
+    Besides the shapes of its logs: whether it calls back into Python, and whether there
+    are convolutions in it.
     """
 
     logs: PyTree
@@ -470,8 +451,7 @@ def empty_accumulators(logs: PyTree, placement: Placement) -> EpochAccumulators:
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), logs)
     numbers: Any = np.array([0, -1, 0], np.int32)
     empty = EpochAccumulators(numbers[0], zeros, numbers[1], numbers[2])
-    running: EpochAccumulators = jax.device_put(empty, placement.replicated)
-    return running
+    return jax.device_put(empty, placement.replicated)
 
 
 def _is_traced(leaf: Any) -> bool:
@@ -487,8 +467,7 @@ def shapes_of_call(*args: Any) -> tuple[Any, ...]:
         weak = getattr(leaf, "weak_type", False)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=weak)
 
-    shapes: tuple[Any, ...] = jax.tree.map(shape, args)
-    return shapes
+    return jax.tree.map(shape, args)
 
 
 def traced_once(step: Step) -> Step:

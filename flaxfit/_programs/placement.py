@@ -48,11 +48,8 @@ class Placement(NamedTuple):
         """Returns the placement for training on batches of `rows`.
 
         A batch is never padded for the devices: batch statistics would then depend on
-        their number. So only as many devices are used as divide it.
-
-        Args:
-          rows: the batch size.
-          most: the number of examples, None if that is unknown.
+        their number. So only as many devices are used as divide it. The number of
+        examples is `most`, if known.
 
         Raises:
           UsageError: the user chose the devices, and they do not divide the batch.
@@ -85,8 +82,7 @@ class Placement(NamedTuple):
     def put_host(self, host: HostArray, like: Any = None) -> jax.Array:
         """Returns an array of the host, copied to every device."""
         del like
-        array: jax.Array = jax.device_put(host, self.replicated)
-        return array
+        return jax.device_put(host, self.replicated)
 
     def put_keys(self, tree: PyTree) -> PyTree:
         """Returns the tree with its random keys copied to every device."""
@@ -115,9 +111,7 @@ class Placement(NamedTuple):
     def room_for(self, size: int, share: float) -> Literal["whole", "divided"] | None:
         """Returns how data fits on the devices: whole on each, by rows, or not.
 
-        Args:
-          size: bytes.
-          share: the share of the free memory that the data may take.
+        Its `size` is in bytes; it may take a `share` of the free memory.
         """
         room = share * free_memory(self.devices)
         if size <= room:
@@ -129,7 +123,7 @@ class Placement(NamedTuple):
 
         The arrays may be shared with the device: they must not be written to again.
         """
-        spec = (self._axes,) if how == "divided" else ()
+        spec = (self.mesh.axis_names,) if how == "divided" else ()
         return jax.device_put(data, self._sharding(*spec))
 
     def rounded(self, rows: int) -> int:
@@ -138,13 +132,8 @@ class Placement(NamedTuple):
 
     def _put_rows(self, tree: PyTree, rows: int, leading: tuple[None, ...]) -> PyTree:
         divided = rows % len(self.devices) == 0 and _have_rows(tree, rows, len(leading))
-        spec = (*leading, self._axes) if divided else ()
+        spec = (*leading, self.mesh.axis_names) if divided else ()
         return jax.device_put(tree, self._sharding(*spec))
-
-    @property
-    def _axes(self) -> tuple[str, ...]:
-        axes: tuple[str, ...] = self.mesh.axis_names
-        return axes
 
     def _sharding(self, *spec: Any) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec(*spec))
@@ -172,8 +161,10 @@ def find_placement(devices: Any = None) -> Placement:
     """
     if devices is None:
         default = jax.config.jax_default_device  # type: ignore[attr-defined]
+        if isinstance(default, str):  # a platform's name
+            default = jax.local_devices(backend=default)[0]
         if default is not None:
-            return _on((_as_device(default),))
+            return _on((default,))
         return _on(tuple(jax.local_devices()))
     if isinstance(devices, Mesh):
         # With explicit axes, Flax's layers would have to give shardings themselves.
@@ -239,17 +230,7 @@ def _on(devices: tuple[Any, ...], *, chosen: bool = False) -> Placement:
 def even_size(rows: int, devices: int, most: int | None) -> int:
     """Returns a batch size near `rows` that `devices` divide, 0 if there is none.
 
-    Args:
-      rows: the batch size.
-      devices: how many devices.
-      most: the number of examples, which no batch exceeds; None if that is unknown.
+    No batch exceeds the number of examples, `most`, where that is known.
     """
     size = -(-rows // devices) * devices
     return size if most is None or size <= most else size - devices
-
-
-def _as_device(default: Any) -> Any:
-    """Returns the device of `jax_default_device`: a device or a platform's name."""
-    return (
-        jax.local_devices(backend=default)[0] if isinstance(default, str) else default
-    )

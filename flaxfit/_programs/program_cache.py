@@ -4,24 +4,26 @@ import math
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from flaxfit._core.errors import DataError, UsageError
-from flaxfit._core.tree_specs import add_row, describe, listed, shapes_of, specs_of
+from flaxfit._core.tree_specs import (
+    add_row,
+    describe,
+    form_of,
+    listed,
+    shapes_of,
+    specs_of,
+)
 from flaxfit._core.types import Batch, Inputs, PyTree, TrainState
 from flaxfit._models.base import Adapted, ModelFamily
 from flaxfit._programs.batch_checks import check_batch
 from flaxfit._programs.placement import Placement, has_rows
-from flaxfit._programs.resolve import (
-    ResolvedTask,
-    Settings,
-    resolve,
-    trace_outputs,
-)
+from flaxfit._programs.resolve import ResolvedTask, Settings, resolve, trace_outputs
 from flaxfit._programs.steps import make_predict_step
 from flaxfit.data.host.checks import check_tokens
 from flaxfit.losses.objective import check_targets
@@ -62,20 +64,23 @@ class ProgramCache:
     """Owns the resolved task of one trainer, and resolves it from the first data.
 
     Args:
-      model: the user's model.
-      family: its library's functions.
+      family: adapts the user's model.
       settings: the arguments of the trainer.
       placement: all devices that may be used.
+
+    Attributes:
+      settings: as given, but `scale_images` is decided by the first data.
+      all_devices: all devices that may be used.
+      placement: the devices that are used now.
     """
 
     def __init__(
-        self, model: Any, family: ModelFamily, settings: Settings, placement: Placement
+        self, family: ModelFamily, settings: Settings, placement: Placement
     ) -> None:
-        self._all_devices = placement
-        self._placement = placement
-        self._model = model
+        self.settings = settings
+        self.all_devices = placement
+        self.placement = placement
         self._family = family
-        self._settings = settings
         self._asked_to_scale = settings.scale_images
         self._resolved: ResolvedTask | None = None
         # Signatures already validated: checking again would trace the model again.
@@ -85,28 +90,14 @@ class ProgramCache:
         self._past: Counter[str] = Counter()
 
     @property
-    def seed(self) -> int:
-        """The trainer's seed."""
-        return self._settings.seed
-
-    @property
-    def nonfinite(self) -> str:
-        """How a loss that is not finite is handled; see `Trainer`."""
-        return self._settings.nonfinite
-
-    @property
     def scaled(self) -> bool:
         """Whether images among the inputs are scaled on the device."""
-        return self._settings.scale_images is True
+        return self.settings.scale_images is True
 
     def learn(self, pictures: bool) -> None:
-        """Decides from the first dataset whether its inputs are scaled.
-
-        Args:
-          pictures: whether its `uint8` inputs are images.
-        """
+        """Decides whether inputs are scaled: if the `uint8` ones are `pictures`."""
         if self._asked_to_scale == "auto":
-            self._settings = replace(self._settings, scale_images=pictures)
+            self.settings = replace(self.settings, scale_images=pictures)
 
     @property
     def is_resolved(self) -> bool:
@@ -114,31 +105,14 @@ class ProgramCache:
         return self._resolved is not None
 
     @property
-    def placement(self) -> Placement:
-        """The devices that are used now."""
-        return self._placement
-
-    @property
     def spare_devices(self) -> int:
         """How many devices are idle, as the batch size does not divide among all."""
-        return len(self._all_devices.devices) - len(self._placement.devices)
-
-    def placement_for(self, rows: int, most: int | None) -> Placement:
-        """Returns as many devices as divide batches of `rows`; see `build`.
-
-        Args:
-          rows: the batch size.
-          most: the examples there are, None if that is unknown.
-
-        Raises:
-          ValueError: the user chose the devices, and they do not divide the batches.
-        """
-        return self._all_devices.for_rows(rows, most)
+        return len(self.all_devices.devices) - len(self.placement.devices)
 
     @property
     def plans_ahead(self) -> bool:
         """Whether the learning rate depends on the length of the training."""
-        return needs_total_steps(self._settings.learning_rate)
+        return needs_total_steps(self.settings.learning_rate)
 
     @property
     def resolved(self) -> ResolvedTask:
@@ -168,11 +142,11 @@ class ProgramCache:
         allow_rebuild: bool = False,
         placement: Placement | None = None,
     ) -> ResolvedTask:
-        """Returns the resolved task; it is rebuilt only where necessary.
+        """Returns the resolved task for such batches, rebuilt only where necessary.
 
         Args:
-          example: a batch like those to come.
-          total_steps: the step at which training will end, None if unknown.
+          example: one of the batches.
+          total_steps: the step at which training will end, if known.
           allow_rebuild: whether a different batch may replace the current task, as
             nothing was trained yet.
           placement: the devices to use from now on, None for the current ones.
@@ -181,7 +155,7 @@ class ProgramCache:
           ValueError: see `resolve` and `check_batch`.
         """
         resolved = self._resolved
-        placement = placement or self._placement
+        placement = placement or self.placement
         known: Adapted | None = None
         keep: tuple[str, ...] = ()
         if resolved is not None and self._fits(
@@ -196,9 +170,8 @@ class ProgramCache:
                 return resolved
         self._install(
             resolve(
-                self._model,
                 self._family,
-                self._settings,
+                self.settings,
                 placement,
                 example,
                 total_steps,
@@ -222,13 +195,12 @@ class ProgramCache:
     ) -> ResolvedTask:
         """Returns the resolved task; without a loss if there never were targets."""
         if self._resolved is None or not self._fits(example, allow_rebuild, True):
-            settings = replace(self._settings, loss=None, metrics=None)
+            settings = replace(self.settings, loss=None, metrics=None)
             self._install(
                 resolve(
-                    self._model,
                     self._family,
                     settings,
-                    self._placement,
+                    self.placement,
                     example,
                     None,
                     complete=False,
@@ -239,12 +211,9 @@ class ProgramCache:
     def _install(self, resolved: ResolvedTask, *, keep: tuple[str, ...] = ()) -> None:
         """Makes `resolved` the current task, with the old programs named in `keep`."""
         old = self._resolved
-        if (
-            old is not None
-            and old.programs.one_step_per_call != resolved.programs.one_step_per_call
-        ):
-            keep = ()  # the old ones return outputs of other shapes
         if old is not None:
+            if old.programs.one_step_per_call != resolved.programs.one_step_per_call:
+                keep = ()  # the old ones return outputs of other shapes
             kept = {name: getattr(old.programs, name) for name in keep}
             resolved = resolved._replace(programs=resolved.programs._replace(**kept))
             for phase, name in _PHASES:
@@ -254,7 +223,7 @@ class ProgramCache:
             self._fitting.clear()
             self._outputs.clear()
         self._resolved = resolved
-        self._placement = resolved.placement
+        self.placement = resolved.placement
 
     def outputs_of(self, inputs: Inputs) -> PyTree:
         """Returns the shapes of the model's outputs for `inputs`; nothing is built.
@@ -262,29 +231,19 @@ class ProgramCache:
         Returns None if the model raises: building it for these inputs raises again, and
         there the error is explained.
         """
-        inputs, resolved, settings = shapes_of(inputs), self._resolved, self._settings
+        inputs, resolved = shapes_of(inputs), self._resolved
         try:
-            adapted = (
-                resolved.adapted
-                if resolved is not None
-                else self._family.adapt(self._model, inputs, settings.overrides)
-            )
-            key = jax.eval_shape(lambda: jax.random.key(settings.seed))
-            return trace_outputs(adapted, key, inputs)
+            if resolved is not None:
+                adapted = resolved.adapted
+            else:
+                adapted = self._family.adapt(inputs, self.settings.overrides)
+            return trace_outputs(adapted, inputs)
         except Exception:
             return None
 
     def find_outputs(self, batch: Batch, *, sown: bool) -> Outputs:
-        """Returns the outputs for such a batch, cached by its signature.
-
-        Args:
-          batch: inputs, and weights of their rows.
-          sown: whether `intermediates` are predicted; some may have no batch axis.
-
-        Raises:
-          UsageError: the first axis of an output is not the batch.
-        """
-        key = (sown, *_signature((batch.inputs, batch.weights)))
+        """Returns the outputs for such a batch; see `_predicted_outputs`."""
+        key = (sown, *form_of((batch.inputs, batch.weights)))
         if key not in self._outputs:
             self._outputs[key] = _predicted_outputs(self.resolved, batch, sown=sown)
         return self._outputs[key]
@@ -293,11 +252,11 @@ class ProgramCache:
         """Returns whether a batch fits the task; raises unless `allow_rebuild`."""
         if self.resolved.scaled != self.scaled:
             return False
-        key = (inputs_only, *_signature((batch.inputs, batch.targets)))
+        key = (inputs_only, *form_of((batch.inputs, batch.targets)))
         if key in self._fitting:
             return True
         try:
-            check_batch(self.resolved, self._settings, batch, inputs_only=inputs_only)
+            check_batch(self.resolved, self.settings, batch, inputs_only=inputs_only)
         except Exception:
             if not allow_rebuild:
                 raise
@@ -307,10 +266,9 @@ class ProgramCache:
 
     def fresh_state(self, example: Batch) -> TrainState:
         """Returns a new state at step 0."""
-        rng = jax.random.key(self._settings.seed)
-        variables = self._placement.put(self.resolved.variables)
-        state: TrainState = self.resolved.programs.init(rng, example.inputs, variables)
-        return state
+        rng = jax.random.key(self.settings.seed)
+        variables = self.placement.put(self.resolved.variables)
+        return self.resolved.programs.init(rng, example.inputs, variables)
 
     def check_values(self, batch: Batch) -> None:
         """Checks the values of inputs and targets on the host.
@@ -323,9 +281,8 @@ class ProgramCache:
         check_tokens(batch, resolved.adapted.detected.vocabularies)
         if batch.targets is not None:
             check_targets(objective, resolved.outputs, batch.targets, batch.weights)
-        if not objective.scalar_loss or batch.weights is None:
-            return
-        if np.any(batch.weights != 1):
+        weighted = batch.weights is not None and np.any(batch.weights != 1)
+        if objective.scalar_loss and weighted:
             raise DataError(
                 f"The loss {objective.name} returns one number for a whole batch, so "
                 "its examples cannot be weighted",
@@ -338,15 +295,8 @@ def _predicted_outputs(resolved: ResolvedTask, batch: Batch, *, sown: bool) -> O
     """Returns the outputs for such a batch.
 
     An axis as long as the batch may also be time or layers. So a batch with one more
-    row is traced: only the batch axis grows with it.
-
-    Args:
-      resolved: the parts of the trainer.
-      batch: inputs, and weights of their rows.
-      sown: whether `intermediates` are predicted; some may have no batch axis.
-
-    Raises:
-      UsageError: an output has another first axis.
+    row is traced: only the batch axis grows with it. With `sown`, `intermediates` are
+    predicted, and some may have no batch axis; otherwise that is an error.
     """
     inputs, rows = shapes_of(batch.inputs), batch.weights.shape[0]
     step = make_predict_step(resolved.task, "intermediates" if sown else None)
@@ -376,8 +326,3 @@ def _predicted_outputs(resolved: ResolvedTask, batch: Batch, *, sown: bool) -> O
         )
     sizes = (math.prod(one.shape) * one.dtype.itemsize for one in outputs)
     return Outputs(whole, batched, sum(sizes))
-
-
-def _signature(tree: PyTree) -> tuple[Hashable, ...]:
-    leaves, structure = jax.tree.flatten(tree)
-    return structure, tuple((x.shape, x.dtype) for x in leaves)

@@ -118,7 +118,6 @@ class ResolvedTask(NamedTuple):
 
 
 def resolve(
-    model: Any,
     family: ModelFamily,
     settings: Settings,
     placement: Placement,
@@ -129,17 +128,9 @@ def resolve(
 ) -> ResolvedTask:
     """Detects, resolves and wires everything for batches like `example`.
 
-    Nothing is compiled: the model is only traced.
-
-    Args:
-      model: what the user gave the trainer.
-      family: its library's functions.
-      settings: the arguments of the trainer.
-      placement: the devices to run on.
-      example: one batch, arrays or shapes.
-      total_steps: the length of the training if it is known.
-      known: what was detected before, to be used again.
-      complete: False to do without targets and so without training.
+    Nothing is compiled: the model is only traced. What is `known` was detected before
+    and is used again. Without `complete` it does without targets, and so without
+    training.
 
     Raises:
       DetectionError: the train flag or the loss cannot be detected.
@@ -150,10 +141,10 @@ def resolve(
     scaled = settings.scale_images is True
     seen = jax.eval_shape(scale_images, example.inputs) if scaled else example.inputs
     with noted(seen):
-        adapted = known or family.adapt(model, seen, settings.overrides)
+        adapted = known or family.adapt(seen, settings.overrides)
         if scaled and not known:
             adapted = with_scaled_images(adapted)
-        outputs = trace_outputs(adapted, key, example.inputs)
+        outputs = trace_outputs(adapted, example.inputs)
     task = _make_task(adapted, settings, outputs, example, total_steps)
     steps = _make_steps(task, settings)
     template = jax.eval_shape(steps.init, key, example.inputs, {})
@@ -226,7 +217,7 @@ def _make_steps(task: Task, settings: Settings) -> Steps:
     )
 
 
-def trace_outputs(adapted: Adapted, key: Any, inputs: Inputs) -> PyTree:
+def trace_outputs(adapted: Adapted, inputs: Inputs) -> PyTree:
     """Returns the shapes of the model's outputs for `inputs`."""
 
     def outputs(key: Any, inputs: Inputs) -> PyTree:
@@ -235,7 +226,7 @@ def trace_outputs(adapted: Adapted, key: Any, inputs: Inputs) -> PyTree:
         apply = adapted.model.apply
         return apply(params, collections, inputs, train=True, rngs=rngs)[0]
 
-    return jax.eval_shape(outputs, key, inputs)
+    return jax.eval_shape(outputs, jax.eval_shape(jax.random.key, 0), inputs)
 
 
 @contextlib.contextmanager
@@ -253,11 +244,7 @@ def noted(inputs: Inputs) -> Iterator[None]:
 def _starting_variables(
     settings: Settings, adapted: Adapted, template: TrainState
 ) -> dict[str, PyTree]:
-    """Returns the user's variables.
-
-    Raises:
-      ValueError: they do not fit the model.
-    """
+    """Returns the user's variables, checked against those of the model."""
     made = {"params": template.params, **template.collections}
     variables = {
         name: tree

@@ -29,14 +29,10 @@ def read_sown(
     rows: int,
     grown: Callable[[], Mapping[str, PyTree]],
 ) -> list[Sown]:
-    """Returns the values of a collection, in the order of their paths.
+    """Returns the values of one sown collection, in the order of their paths.
 
-    Args:
-      sown: what the model wrote, by collection.
-      collection: the one to read.
-      rows: rows of the batch.
-      grown: returns the shapes of `sown` for a batch with one more row. It tells the
-        batch axis from a stack of equally many layers.
+    `grown` returns the shapes of `sown` for a batch with one more row than `rows`: it
+    tells the batch axis from a stack of equally many layers.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(sown.get(collection, {}))
     shapes: list[Any] = [None] * len(leaves)

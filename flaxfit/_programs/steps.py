@@ -155,9 +155,7 @@ def make_predict_step(task: Task, sown: str | None = None) -> PredictStep:
     return predict_step
 
 
-def make_gradient(
-    task: Task,
-) -> Callable[[TrainState, Batch], tuple[Array, PyTree]]:
+def make_gradient(task: Task) -> Callable[[TrainState, Batch], tuple[Array, PyTree]]:
     """Returns `(state, batch) -> (loss, gradients)`, as a train step would see them."""
 
     def gradient(state: TrainState, batch: Batch) -> tuple[Array, PyTree]:
@@ -270,8 +268,7 @@ def _sown_of_one_row_more(
         )[2]
 
     rows = jnp.shape(batch.weights)[0]
-    shapes: dict[str, PyTree] = jax.eval_shape(sown, add_row(batch.inputs, rows))
-    return shapes
+    return jax.eval_shape(sown, add_row(batch.inputs, rows))
 
 
 def _like(new: PyTree, old: PyTree) -> PyTree:

@@ -98,8 +98,7 @@ LOSSES = MappingProxyType(
             losses.poly_loss_cross_entropy, "distribution", takes_logits=True
         ),
         "ranking_softmax_loss": LossSpec(
-            functools.partial(losses.ranking_softmax_loss, reduce_fn=None),
-            "regression",
+            functools.partial(losses.ranking_softmax_loss, reduce_fn=None), "regression"
         ),
         "safe_softmax_cross_entropy": LossSpec(
             losses.safe_softmax_cross_entropy,
@@ -172,7 +171,10 @@ def look_up(fn: LossFn | str) -> tuple[str | None, LossSpec]:
             raise _unknown_name(fn)
         return name, LOSSES[name]
     if isinstance(fn, type):
-        raise UsageTypeError(f"loss is the class {fn.__name__}", write=_call(fn))
+        raise UsageTypeError(
+            f"loss is the class {fn.__name__}",
+            write=f"{fn.__name__}(...), a name, or a function (outputs, targets)",
+        )
     if not callable(fn):
         raise UsageTypeError(
             f"A loss is a name or a function (outputs, targets) -> float[batch], not "
@@ -184,10 +186,6 @@ def look_up(fn: LossFn | str) -> tuple[str | None, LossSpec]:
         return known, LOSSES[known]._replace(fn=fn)
     check_argument_order(fn, "loss", "loss=lambda outputs, targets: {call}")
     return None, LossSpec(fn, "custom")
-
-
-def _call(cls: type) -> str:
-    return f"{cls.__name__}(...), a name, or a function (outputs, targets)"
 
 
 def _known_name(fn: LossFn) -> str | None:

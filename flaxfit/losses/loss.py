@@ -27,14 +27,25 @@ class Loss:
     it itself, so the model must not (there is no `from_logits`). The
     `kl_divergence` family takes log-probabilities.
 
-    Attributes:
-      fn: `(outputs, targets) -> float[batch, ...]`, one value per example or
-        element; the loss is their weighted mean.
-      label_smoothing: this much of every label is spread over all classes.
-      ignore_label: targets equal to it have weight 0.
-      threshold: a raw output above it is a positive decision; None for losses of
-        several classes, and for custom functions.
-      name: shown in the first line of `fit`.
+    Args:
+      fn: a function `(outputs, targets) -> float[batch, ...]`, one value per example
+        or element, or the name of one in `optax.losses`, or Keras's name for it. The
+        loss is the weighted mean of the values.
+      label_smoothing: in `[0, 1)`: this much of every label is spread over all classes;
+        for softmax cross-entropy and `sigmoid_binary_cross_entropy`.
+      ignore_label: the integer, often -100, that marks targets of weight 0.
+      threshold: a raw output above it is a positive decision. "auto" is 0 for losses of
+        logits and scores, 0.5 for regression, None for softmax. For a custom function
+        it is None too: metrics that need decisions, such as accuracy, then ask for it.
+      name: shown in the first line of `fit`; the function's name by default.
+
+    All of them are attributes, with a function for a name and a value for `"auto"`.
+
+    Raises:
+      ValueError: an unknown name; a label smoothing out of range, or for a loss
+        without labels to smooth.
+      TypeError: neither a function nor a name; or a function whose arguments are
+        named as in Keras, `(y_true, y_pred)`.
 
     Example:
       >>> Loss("sparse_categorical_crossentropy", ignore_label=-100).name
@@ -57,40 +68,19 @@ class Loss:
         threshold: float | Literal["auto"] | None = "auto",
         name: str | None = None,
     ) -> None:
-        """Makes a loss from a function or a name.
-
-        Args:
-          fn: a function `(outputs, targets) -> float[batch, ...]` (per example, as
-            optax's), or the name of one in `optax.losses`, or Keras's name for it.
-          label_smoothing: in `[0, 1)`; for softmax cross-entropy and
-            `sigmoid_binary_cross_entropy`.
-          ignore_label: the integer that marks targets to leave out, often -100.
-          threshold: "auto" is 0 for losses of logits and scores, 0.5 for
-            regression, None for softmax. For a custom function it is None too:
-            metrics that need decisions, such as accuracy, then ask for it.
-          name: the function's name by default.
-
-        Raises:
-          ValueError: an unknown name; a label smoothing out of range, or for a loss
-            without labels to smooth.
-          TypeError: neither a function nor a name; or a function whose arguments are
-            named as in Keras, `(y_true, y_pred)`.
-        """
         known, spec = look_up(fn)
         _check_smoothing(label_smoothing, known, spec)
         if ignore_label is not None:
             line = "Loss(..., ignore_label=-100)"
             ignore_label = integer("ignore_label", ignore_label, least=None, write=line)
-        values = {
-            "fn": spec.fn,
-            "label_smoothing": float(label_smoothing),
-            "ignore_label": ignore_label,
-            "threshold": _threshold(spec.kind) if threshold == "auto" else threshold,
-            "name": name or known or function_name(spec.fn),
-            "spec": spec,
-        }
-        for attribute, value in values.items():
-            object.__setattr__(self, attribute, value)
+        vars(self).update(  # a frozen dataclass refuses `self.fn = …`
+            fn=spec.fn,
+            label_smoothing=float(label_smoothing),
+            ignore_label=ignore_label,
+            threshold=_threshold(spec.kind) if threshold == "auto" else threshold,
+            name=name or known or function_name(spec.fn),
+            spec=spec,
+        )
 
     @property
     def kind(self) -> Kind:
@@ -115,12 +105,8 @@ class Loss:
     def weights(self, targets: PyTree, weights: Array) -> Array:
         """Returns `weights` with 0 for targets that are ignored.
 
-        Args:
-          targets: `int[batch, ...]`; anything if there is no `ignore_label`.
-          weights: `float32[batch]` up to `float32[batch, ...]`.
-
-        Returns:
-          `weights` itself, or in the targets' shape if there is an `ignore_label`.
+        Without an `ignore_label` it is `weights` itself, `float32[batch]` up to
+        `float32[batch, ...]`, else it has the shape of the targets, `int[batch, ...]`.
         """
         if self.ignore_label is None:
             return weights
@@ -130,9 +116,7 @@ class Loss:
     def values(self, outputs: PyTree, targets: PyTree) -> Array:
         """Returns the loss of every example or element, not yet weighted.
 
-        Args:
-          outputs: `float[batch, ...]`; less than 32 bits are raised to float32.
-          targets: what the loss takes.
+        Outputs, `float[batch, ...]`, of less than 32 bits are raised to float32.
         """
         outputs, targets = full_precision(outputs), full_precision(targets)
         if self.ignore_label is not None:
@@ -163,12 +147,8 @@ class Loss:
 def decision_threshold(loss: Loss | None, metric: str) -> float:
     """Returns the threshold above which a raw output is a positive decision.
 
-    Args:
-      loss: the loss of the output, None if it has none.
-      metric: the metric that needs it.
-
     Raises:
-      UsageError: the loss does not determine it.
+      UsageError: the output's loss does not determine it, or there is no loss.
     """
     if loss is not None and loss.threshold is not None:
         return loss.threshold

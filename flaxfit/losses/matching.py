@@ -102,13 +102,9 @@ def where(path: OutputPath) -> str:
 def pair_losses(
     spec: LossArgument, outputs: PyTree, targets: PyTree, path: OutputPath = ()
 ) -> Iterator[tuple[OutputPath, Loss]]:
-    """Yields an output's path and its loss, for every output with a loss.
+    """Yields an output's path and its loss, for every output below `path` with a loss.
 
-    Args:
-      spec: the argument `loss`.
-      outputs: shapes and dtypes of the outputs below `path`.
-      targets: shapes and dtypes of their targets.
-      path: the place in the outputs.
+    Outputs and targets are shapes and dtypes, those below `path` as well.
 
     Raises:
       DetectionError: "auto" and no rule fits.

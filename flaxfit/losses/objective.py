@@ -25,21 +25,13 @@ from flaxfit.losses.matching import (
     pick_targets,
     where,
 )
-from flaxfit.losses.target_checks import (
-    check_shapes,
-    check_values,
-    pairs_rows,
-)
+from flaxfit.losses.target_checks import check_shapes, check_values, refuse_pairs
 
 
 class Term(NamedTuple):
-    """One loss in the sum.
+    """The loss of the output at `path`, and its factor in the sum.
 
-    Attributes:
-      path: the output it takes.
-      loss: the loss.
-      scale: its factor in the sum.
-      scalar_loss: whether it gives one number for a whole batch.
+    With `scalar_loss` it gives one number for a whole batch.
     """
 
     path: OutputPath
@@ -106,10 +98,7 @@ class Objective:
     ) -> Array:
         """Returns `weights` for the output at `path`, 0 where its loss ignores.
 
-        Args:
-          path: the output's place.
-          targets: the whole nesting of targets.
-          weights: `float32[batch]` up to `float32[batch, ...]`.
+        `targets` is the whole nesting; see `Loss.weights`.
         """
         loss = self.loss_at(path)
         if loss is None:
@@ -119,16 +108,10 @@ class Objective:
     def term_averages(
         self, outputs: PyTree, targets: PyTree, weights: Array
     ) -> dict[str, Average]:
-        """Returns the mean loss of every term, without its scale.
+        """Returns the mean loss of every term by its output's name, without its scale.
 
-        Args:
-          outputs: what the model returned.
-          targets: their targets.
-          weights: `float32[batch]` up to `float32[batch, ...]`. A term with
-            `scalar_loss` counts rows, so weights must be 1 then.
-
-        Returns:
-          By the output's name, or `""` if there is a single term.
+        A single term has the name `""`. `weights` are `float32[batch]` up to
+        `float32[batch, ...]`; a term with `scalar_loss` counts rows: they must be 1.
 
         Raises:
           ValueError: weights have more axes than the values of a loss.
@@ -159,13 +142,8 @@ def path_name(path: OutputPath) -> str:
 def check_weights(values: Sequence[int], weights: Sequence[int], of: str) -> None:
     """Checks that weights of one shape can be spread over values of another.
 
-    Args:
-      values: the shape of the values.
-      weights: the shape of the weights.
-      of: the loss or metric, for the message.
-
     Raises:
-      UsageError: weights have an axis that the values do not have.
+      UsageError: weights have an axis that the values of the loss or metric `of` lack.
     """
     if len(weights) > len(values):
         raise UsageError(
@@ -188,15 +166,11 @@ def resolve_objective(
     array; if there are several outputs, it applies to each of them.
 
     Args:
-      loss: "auto", a name, a function, a `Loss`, a dict or list of these, one per
-        output (None for an output without a loss), or None: sown losses only.
-      loss_weights: a factor per loss, nested as the losses are.
-      outputs: the shapes and dtypes of what the model returns.
+      loss: see `Trainer`; None in a dict or list is for an output without a loss.
+      loss_weights: see `Trainer`.
+      outputs: the shapes and dtypes of what the model returns, for `rows` examples.
       targets: the shapes and dtypes of the targets, or None.
       rows: the number of examples in that batch.
-
-    Returns:
-      The terms, each checked against the shapes.
 
     Raises:
       DetectionError: "auto" and no rule fits.
@@ -232,11 +206,7 @@ def check_targets(
 ) -> None:
     """Checks the values of targets on the host: range of labels, NaN.
 
-    Args:
-      objective: the losses.
-      outputs: the model's outputs, or their shapes.
-      targets: arrays, on the host or a device.
-      weights: `float[batch, ...]`, or None where all count alike.
+    Outputs may be shapes; without `weights`, `float[batch, ...]`, all count alike.
 
     Raises:
       DataError: the value, its row, and the line to write.
@@ -323,11 +293,6 @@ def _is_scalar(
             f"{returned} for targets {describe(targets)}",
             "With ignore_label it must return one value per target",
         )
-    if loss.kind == "custom" and pairs_rows(loss.values, structs, values):
-        raise UsageError(
-            f"{returned} for {shapes}: it compares every output with every target of "
-            "the batch",
-            "Give both the same shape, and return one value per example",
-            "y[:, None] or outputs[:, 0]",
-        )
+    if loss.kind == "custom":
+        refuse_pairs(loss.values, structs, values, f"{returned} for {shapes}")
     return not values.shape

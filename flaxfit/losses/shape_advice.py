@@ -92,12 +92,7 @@ _TABLE: tuple[tuple[Rule, Callable[[_Pair], bool], str, str], ...] = (
         "",
         "{expanded}, or let the model return outputs.squeeze(-1)",
     ),
-    (
-        "equal",
-        lambda p: p.targets == (*p.outputs, 1),
-        "",
-        "{squeezed}",
-    ),
+    ("equal", lambda p: p.targets == (*p.outputs, 1), "", "{squeezed}"),
     (
         "equal",
         lambda p: p.targets != p.outputs,
@@ -108,12 +103,9 @@ _TABLE: tuple[tuple[Rule, Callable[[_Pair], bool], str, str], ...] = (
 
 
 def advise(kind: Kind | Literal["auto"], outputs: Any, targets: Any) -> Advice | None:
-    """Returns advice if outputs and targets do not fit a loss, None if they do.
+    """Returns advice if one output and its targets do not fit a loss, None if they do.
 
-    Args:
-      kind: what the loss takes; `"auto"` where no loss was found.
-      outputs: the shape and dtype of one output.
-      targets: the same of its targets.
+    Only shapes and dtypes count. The kind is `"auto"` where no loss was found.
     """
     rule = {"integer": "labels", "auto": "auto"}.get(kind, "equal")
     pair = _Pair(

@@ -20,33 +20,30 @@ from flaxfit.losses.shape_advice import advise
 _RANGES = MappingProxyType({"binary": (0, 1), "margin": (-1, 1)})
 
 
-def pairs_rows(function: Callable[..., Any], given: PyTree, values: Any) -> bool:
-    """Returns whether values grow with the batch along more than one axis.
+def refuse_pairs(
+    function: Callable[..., Any], given: PyTree, values: Any, returned: str
+) -> None:
+    """Refuses values that grow with the batch along more than one axis.
 
-    (batch, 1) against (batch,) broadcasts to (batch, batch) silently.
-
-    Args:
-      function: a custom function `(outputs, targets) -> float[batch, ...]`.
-      given: outputs and targets; only their shapes and dtypes count.
-      values: what the function returned for them, or its shape.
+    (batch, 1) against (batch,) broadcasts to (batch, batch) silently. The values are
+    what a custom `function` returned for outputs and targets; only shapes count.
     """
     if len(values.shape) < 2:
-        return False
+        return
     try:
         grown = jax.eval_shape(function, *add_row(given, values.shape[0]))
     except Exception:  # It only works for one batch size, which tells nothing.
-        return False
-    return bool(grown.shape[1:] != values.shape[1:])
+        return
+    if grown.shape[1:] != values.shape[1:]:
+        raise UsageError(
+            f"{returned}: it compares every output with every target of the batch",
+            "Give both the same shape, and return one value per example",
+            "y[:, None] or outputs[:, 0]",
+        )
 
 
 def check_shapes(loss: Loss, outputs: PyTree, targets: PyTree, where: str) -> None:
-    """Checks the shapes of outputs and targets by the kind of the loss.
-
-    Args:
-      loss: the loss; a custom function takes any shapes.
-      outputs: the shape and dtype of one output.
-      targets: the same of its targets.
-      where: `""`, or the name of the output.
+    """Checks shape and dtype of one output and its targets by the kind of the loss.
 
     Raises:
       UsageError: they do not fit, with the line to write.
@@ -72,14 +69,7 @@ def check_shapes(loss: Loss, outputs: PyTree, targets: PyTree, where: str) -> No
 def check_values(
     loss: Loss, outputs: Any, targets: Any, where: str, weights: Any = None
 ) -> None:
-    """Checks the values of targets on the host.
-
-    Args:
-      loss: the loss.
-      outputs: anything with the `shape` of the output.
-      targets: an array, on the host or a device.
-      where: `""`, or the name of the output.
-      weights: `float[batch, ...]`, or None where all count alike.
+    """Checks the values of targets on the host; of the outputs only the shape counts.
 
     Raises:
       DataError: labels out of range, NaN in targets, or no class in a one-hot row.

@@ -4,12 +4,14 @@ They work on weights and counts, without models, losses or names.
 """
 
 from collections.abc import Callable
-from typing import Literal, Self
+from typing import Literal, Self, TypeAlias
 
 import flax.struct
 import jax.numpy as jnp
 
 from flaxfit._core.types import Array, Average
+
+Measure: TypeAlias = Literal["precision", "recall", "f1"]
 
 # 2 x 8192 bins: 0.17 % wide for large scores, 3e-5 around 0, up to 16384.
 _BINS = 8192
@@ -54,21 +56,12 @@ class ClassRatio(flax.struct.PyTreeNode):
 
     @classmethod
     def of(
-        cls,
-        measure: Literal["precision", "recall", "f1"],
-        hits: Array,
-        decided: Array,
-        actual: Array,
-        seen: Array,
+        cls, measure: Measure, hits: Array, decided: Array, actual: Array, seen: Array
     ) -> Self:
         """Makes the ratios from weights summed per class, `float32[classes]` each.
 
-        Args:
-          measure: which ratio.
-          hits: decided for the class, and right.
-          decided: decided for the class.
-          actual: of the class.
-          seen: `bool[classes]`, the classes that enter the average.
+        `hits` are those decided for the class and right, `decided` all decided for it,
+        `actual` all of the class.
         """
         total, count = {
             "precision": (hits, decided),
@@ -88,18 +81,11 @@ class ClassRatio(flax.struct.PyTreeNode):
 
 
 def binary_ratio(
-    measure: Literal["precision", "recall", "f1"],
-    decisions: Array,
-    targets: Array,
-    weights: Array,
+    measure: Measure, decisions: Array, targets: Array, weights: Array
 ) -> ClassRatio:
     """Counts decisions for the positive class.
 
-    Args:
-      measure: which ratio.
-      decisions: `bool[batch, ...]`.
-      targets: `bool[batch, ...]`.
-      weights: `float32[batch, ...]`, of the same shape.
+    Decisions and targets are `bool[batch, ...]`, weights `float32` of that shape.
     """
 
     def total(chosen: Array) -> Array:
@@ -115,20 +101,11 @@ def binary_ratio(
 
 
 def class_ratio(
-    measure: Literal["precision", "recall", "f1"],
-    decisions: Array,
-    targets: Array,
-    weights: Array,
-    classes: int,
+    measure: Measure, decisions: Array, targets: Array, weights: Array, classes: int
 ) -> ClassRatio:
     """Counts decisions for every class.
 
-    Args:
-      measure: which ratio.
-      decisions: `int[batch, ...]`, the class decided for.
-      targets: `int[batch, ...]`, the class.
-      weights: `float32[batch, ...]`, of the same shape.
-      classes: how many there are.
+    Decisions and targets are `int[batch, ...]`, weights `float32` of that shape.
     """
     decisions, targets, weights = map(jnp.ravel, (decisions, targets, weights))
 
@@ -156,12 +133,9 @@ class RocCurve(flax.struct.PyTreeNode):
 
     @classmethod
     def of(cls, scores: Array, targets: Array, weights: Array) -> Self:
-        """Counts a batch.
+        """Counts a batch: `float[batch, ...]` scores, higher for positives.
 
-        Args:
-          scores: `float[batch, ...]`, higher for positives.
-          targets: `bool[batch, ...]`.
-          weights: `float32[batch, ...]`, of the same shape.
+        Targets are `bool`, weights `float32`, both of the same shape.
         """
         scores, targets, weights = map(jnp.ravel, (scores, targets, weights))
         size = jnp.log2(1 + jnp.minimum(jnp.abs(scores), _LARGEST) / _LINEAR)

@@ -19,6 +19,7 @@ from flaxfit.losses.loss import Loss, decision_threshold, full_precision
 from flaxfit.losses.objective import check_weights
 from flaxfit.metrics.accumulators import (
     FunctionOfMean,
+    Measure,
     RocCurve,
     binary_ratio,
     class_ratio,
@@ -27,46 +28,51 @@ from flaxfit.metrics.accumulators import (
 Update: TypeAlias = Callable[[Array, Array, Array], Accumulator]
 """`(outputs, targets, weights) -> Accumulator`, of one output."""
 
-Builder: TypeAlias = Callable[[str, Loss | None, Any, Any], Update]
-"""`(name, loss, outputs, targets) -> Update`, from shapes and dtypes."""
-
-Direction: TypeAlias = Literal["min", "max"]
-"""Whether less or more is better."""
-
 TargetKind: TypeAlias = Literal["label", "one_hot", "binary"]
 """A target is the number of a class, a one-hot vector, or yes or no."""
 
 
-class MetricSpec(NamedTuple):
-    """All facts about a named metric."""
+class Given(NamedTuple):
+    """What a named metric is built from.
 
-    build: Builder
-    direction: Direction
-
-
-def named_update(name: str, loss: Loss | None, outputs: Any, targets: Any) -> Update:
-    """Returns the metric of a name for one output.
-
-    Args:
-      name: its name, also in Keras's short form.
-      loss: the loss of the same output: its threshold, its labels.
+    Attributes:
+      name: its name as given, for messages.
+      loss: the loss of the same output, None if it has none.
       outputs: the shape and dtype of the output.
       targets: the shape and dtype of its targets.
+    """
+
+    name: str
+    loss: Loss | None
+    outputs: Any
+    targets: Any
+
+
+class MetricSpec(NamedTuple):
+    """All facts about a named metric: how it is built, and which values are better."""
+
+    build: Callable[[Given], Update]
+    direction: Literal["min", "max"]
+
+
+def named_update(given: Given) -> Update:
+    """Returns the metric of a name, also in Keras's short form, for one output.
 
     Raises:
       UsageError: an unknown name, or one that does not fit the loss or shapes.
     """
-    spec = find_metric(name)
+    spec = find_metric(given.name)
     if spec is None:
-        near = did_you_mean(name.lower(), (*METRICS, *ALIASES, "top_5_accuracy"))
+        names = (*METRICS, *ALIASES, "top_5_accuracy")
         raise UsageError(
-            f"There is no metric {name!r}.{near}",
+            f"There is no metric {given.name!r}."
+            f"{did_you_mean(given.name.lower(), names)}",
             f"Names: {', '.join(METRICS)}, top_5_accuracy (any number); short: "
             f"{', '.join(ALIASES)}",
             "one of them, a function (outputs, targets) -> float[batch], or a metric "
             "of clu or metrax",
         )
-    return spec.build(name, loss, outputs, targets)
+    return spec.build(given)
 
 
 def find_metric(name: str) -> MetricSpec | None:
@@ -79,11 +85,7 @@ def find_metric(name: str) -> MetricSpec | None:
 
 
 def weighted_mean(values: Array, weights: Array, name: str) -> Average:
-    """Returns the mean of a metric's values, one per example or element.
-
-    Raises:
-      UsageError: weights have an axis that the values do not have.
-    """
+    """Returns the mean of a metric's values, one per example or element."""
     check_weights(values.shape, weights.shape, f"the metric {name!r}")
     return Average.of(values, weights)
 
@@ -96,120 +98,103 @@ def _mean_of(name: str, fn: Callable[[Array, Array], Array]) -> Update:
     return update
 
 
-def _accuracy(name: str, loss: Loss | None, outputs: Any, targets: Any) -> Update:
-    if loss is not None and loss.kind in ("regression", "vector"):
+def _accuracy(given: Given) -> Update:
+    if given.loss is not None and given.loss.kind in ("regression", "vector"):
         raise UsageError(
-            f"{name!r} needs decisions, but the loss {loss.name} compares numbers",
+            f"{given.name!r} needs decisions, but the loss {given.loss.name} compares "
+            "numbers",
             write="metrics=['mae'], or 'binary_accuracy' for targets of 0 and 1",
         )
-    targets_are = _target_kind(name, loss, outputs, targets)
-    if targets_are == "binary":
-        return _binary_accuracy(name, loss, outputs, targets)
-
-    def correct(outputs: Array, targets: Array) -> Array:
-        labels = targets if targets_are == "label" else jnp.argmax(targets, axis=-1)
-        return jnp.argmax(outputs, axis=-1) == labels
-
-    return _mean_of(name, correct)
+    kind = _target_kind(given)
+    if kind == "binary":
+        return _binary_accuracy(given)
+    return _mean_of(given.name, lambda o, t: jnp.argmax(o, axis=-1) == _labels(t, kind))
 
 
-def _binary_accuracy(
-    name: str, loss: Loss | None, outputs: Any, targets: Any
-) -> Update:
-    threshold = _threshold(name, loss, outputs, targets)
-    return _mean_of(name, lambda o, t: (o > threshold) == (t > 0.5))
+def _binary_accuracy(given: Given) -> Update:
+    threshold = _threshold(given)
+    return _mean_of(given.name, lambda o, t: (o > threshold) == (t > 0.5))
 
 
-def _top_k(k: int, name: str, loss: Loss | None, outputs: Any, targets: Any) -> Update:
-    targets_are = _target_kind(name, loss, outputs, targets)
-    if targets_are == "binary" or k > outputs.shape[-1]:
+def _top_k(k: int, given: Given) -> Update:
+    kind = _target_kind(given)
+    if kind == "binary" or k > given.outputs.shape[-1]:
         raise UsageError(
-            f"{name!r} does not fit outputs {describe(outputs)}",
+            f"{given.name!r} does not fit outputs {describe(given.outputs)}",
             f"It needs at least {k} classes",
             "metrics=['accuracy']",
         )
 
     def correct(outputs: Array, targets: Array) -> Array:
-        labels = targets if targets_are == "label" else jnp.argmax(targets, axis=-1)
+        labels = _labels(targets, kind)
         best = jax.lax.top_k(outputs, k)[1]
         return jnp.any(best == labels[..., None].astype(best.dtype), axis=-1)
 
-    return _mean_of(name, correct)
+    return _mean_of(given.name, correct)
 
 
-def _elementwise(
-    fn: Callable[[Array, Array], Array],
-    name: str,
-    loss: Loss | None,
-    outputs: Any,
-    targets: Any,
-) -> Update:
-    del loss
-    _check_equal_shapes(name, outputs, targets)
-    return _mean_of(name, fn)
+def _elementwise(fn: Callable[[Array, Array], Array], given: Given) -> Update:
+    _check_equal_shapes(given)
+    return _mean_of(given.name, fn)
 
 
-def _root_squared(name: str, loss: Loss | None, outputs: Any, targets: Any) -> Update:
-    mean: Any = _elementwise(squared_error, name, loss, outputs, targets)
+def _root_squared(given: Given) -> Update:
+    mean: Any = _elementwise(squared_error, given)
     return lambda o, t, w: FunctionOfMean(mean(o, t, w), jnp.sqrt)
 
 
-def _perplexity(name: str, loss: Loss | None, outputs: Any, targets: Any) -> Update:
-    entropy = loss is not None and loss.num_classes(outputs.shape) is not None
-    if loss is None or not entropy or loss.chance_loss(outputs.shape) is None:
+def _perplexity(given: Given) -> Update:
+    loss, shape = given.loss, given.outputs.shape
+    entropy = loss is not None and loss.num_classes(shape) is not None
+    if loss is None or not entropy or loss.chance_loss(shape) is None:
         raise UsageError(
-            f"{name!r} is the exponential of a softmax cross-entropy, not of "
+            f"{given.name!r} is the exponential of a softmax cross-entropy, not of "
             f"{loss.name if loss else 'no loss'}",
             write="Trainer(model, loss='softmax_cross_entropy_with_integer_labels')",
         )
     # Smoothing is for training; perplexity measures the probability of the labels.
     plain = dataclasses.replace(loss, label_smoothing=0.0)
-    mean: Any = _mean_of(name, plain.values)
+    mean: Any = _mean_of(given.name, plain.values)
     return lambda o, t, w: FunctionOfMean(mean(o, t, w), jnp.exp)
 
 
-def _ratio(
-    measure: Literal["precision", "recall", "f1"],
-    name: str,
-    loss: Loss | None,
-    outputs: Any,
-    targets: Any,
-) -> Update:
-    targets_are = _target_kind(name, loss, outputs, targets)
-    if targets_are == "binary":
-        threshold = _threshold(name, loss, outputs, targets)
+def _ratio(measure: Measure, given: Given) -> Update:
+    kind = _target_kind(given)
+    if kind == "binary":
+        threshold = _threshold(given)
 
         def binary(outputs: Array, targets: Array, weights: Array) -> Accumulator:
-            spread = _spread(weights, targets, name)
+            spread = _spread(weights, targets, given.name)
             return binary_ratio(measure, outputs > threshold, targets > 0.5, spread)
 
         return binary
 
     def per_class(outputs: Array, targets: Array, weights: Array) -> Accumulator:
-        labels = targets if targets_are == "label" else jnp.argmax(targets, axis=-1)
-        labels = labels.astype(jnp.int32)
+        labels = _labels(targets, kind).astype(jnp.int32)
         best = jnp.argmax(outputs, axis=-1)
-        spread = _spread(weights, labels, name)
+        spread = _spread(weights, labels, given.name)
         return class_ratio(measure, best, labels, spread, outputs.shape[-1])
 
     return per_class
 
 
-def _auc(name: str, loss: Loss | None, outputs: Any, targets: Any) -> Update:
-    targets_are = _target_kind(name, loss, outputs, targets)
-    if targets_are != "binary" and outputs.shape[-1] != 2:
+def _auc(given: Given) -> Update:
+    kind = _target_kind(given)
+    if kind != "binary" and given.outputs.shape[-1] != 2:
         raise UsageError(
-            f"{name!r} is for two classes, not for outputs {describe(outputs)}",
+            f"{given.name!r} is for two classes, not for outputs "
+            f"{describe(given.outputs)}",
             write="metrics=['accuracy', 'f1'], or a custom function",
         )
 
     def update(outputs: Array, targets: Array, weights: Array) -> Accumulator:
         scores = full_precision(outputs)
-        if targets_are != "binary":
+        if kind != "binary":
             scores = scores[..., 1] - scores[..., 0]
-        if targets_are == "one_hot":
+        if kind == "one_hot":
             targets = targets[..., 1]
-        return RocCurve.of(scores, targets > 0.5, _spread(weights, targets, name))
+        spread = _spread(weights, targets, given.name)
+        return RocCurve.of(scores, targets > 0.5, spread)
 
     return update
 
@@ -247,39 +232,43 @@ ALIASES = MappingProxyType(
 _TOP_K = re.compile(r"top_([1-9]\d*)_accuracy")
 
 
-def _target_kind(
-    name: str, loss: Loss | None, outputs: Any, targets: Any
-) -> TargetKind:
+def _target_kind(given: Given) -> TargetKind:
     """Returns what a target is, by the shapes and the kind of the loss."""
-    shape, labels = tuple(outputs.shape), tuple(targets.shape)
-    kind = loss.kind if loss is not None else "custom"
-    if holds_integers(targets) and shape[1:] and labels == shape[:-1] and shape[-1] > 1:
+    shape, labels = tuple(given.outputs.shape), tuple(given.targets.shape)
+    kind = given.loss.kind if given.loss is not None else "custom"
+    integers = holds_integers(given.targets)
+    if integers and shape[1:] and labels == shape[:-1] and shape[-1] > 1:
         return "label"
-    _check_equal_shapes(name, outputs, targets)
+    _check_equal_shapes(given)
     if kind == "distribution":
         return "one_hot"
-    one_output = len(shape) == 1 or shape[-1] == 1
-    if kind != "custom" or holds_integers(targets) or one_output:
+    if kind != "custom" or integers or len(shape) == 1 or shape[-1] == 1:
         return "binary"
     raise UsageError(
-        f"Targets {describe(targets)} may be one-hot or several labels each, which "
-        f"{name!r} needs to know",
+        f"Targets {describe(given.targets)} may be one-hot or several labels each, "
+        f"which {given.name!r} needs to know",
         write="loss='softmax_cross_entropy' or 'sigmoid_binary_cross_entropy', the "
         "metric 'binary_accuracy', or a function (outputs, targets) -> float[batch]",
     )
 
 
-def _threshold(name: str, loss: Loss | None, outputs: Any, targets: Any) -> float:
-    _check_equal_shapes(name, outputs, targets)
-    return decision_threshold(loss, name)
+def _labels(targets: Array, kind: TargetKind) -> Array:
+    """Returns the number of the class of every target."""
+    return targets if kind == "label" else jnp.argmax(targets, axis=-1)
 
 
-def _check_equal_shapes(name: str, outputs: Any, targets: Any) -> None:
+def _threshold(given: Given) -> float:
+    _check_equal_shapes(given)
+    return decision_threshold(given.loss, given.name)
+
+
+def _check_equal_shapes(given: Given) -> None:
+    outputs, targets = given.outputs, given.targets
     if tuple(outputs.shape) != tuple(targets.shape):
         raise UsageError(
-            f"{name!r} does not fit outputs {describe(outputs)} and targets "
+            f"{given.name!r} does not fit outputs {describe(outputs)} and targets "
             f"{describe(targets)}: it needs equal shapes"
-            f"{', or labels' if 'accuracy' in name else ''}",
+            f"{', or labels' if 'accuracy' in given.name else ''}",
             write="a function (outputs, targets) -> float[batch]",
         )
 

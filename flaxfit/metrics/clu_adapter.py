@@ -6,20 +6,18 @@ Recognized by their methods; none of these libraries is imported.
 import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from flaxfit._core.arrays import append_axes, strongly_typed
 from flaxfit._core.errors import UsageError
-from flaxfit._core.tree_specs import holds_integers
+from flaxfit._core.tree_specs import form_of, holds_integers
 from flaxfit._core.types import Accumulator, Array
 from flaxfit.losses.loss import Loss, decision_threshold, full_precision
-
-Update: TypeAlias = Callable[[Array, Array, Array], Accumulator]
-"""`(outputs, targets, weights) -> Accumulator`, of one output."""
+from flaxfit.metrics.builtin import Update
 
 _RAW = ("logits", "outputs", "values", "value")
 _LABELS = ("labels", "targets")
@@ -102,10 +100,6 @@ def adapt_metric(metric: Any, name: str, loss: Loss | None) -> Update:
 
 def _check_merge(batch: Any, name: str) -> None:
     """Checks that an accumulator stays as it is when it is merged."""
-
-    def leaves(tree: Any) -> Any:
-        return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-
     problem = UsageError(
         f"The metric {name!r} grows when it is merged, so compiled steps "
         "cannot carry it",
@@ -116,8 +110,7 @@ def _check_merge(batch: Any, name: str) -> None:
         merged = jax.eval_shape(lambda a: a.merge(a), batch)
     except Exception as err:
         raise problem from err
-    before, after = ((jax.tree.structure(x), leaves(x)) for x in (batch, merged))
-    if before != after:
+    if form_of(batch) != form_of(merged):
         raise problem
 
 

@@ -22,8 +22,14 @@ from flaxfit.losses.matching import (
     pick_targets,
 )
 from flaxfit.losses.objective import Objective, path_name
-from flaxfit.losses.target_checks import pairs_rows
-from flaxfit.metrics.builtin import Update, find_metric, named_update, weighted_mean
+from flaxfit.losses.target_checks import refuse_pairs
+from flaxfit.metrics.builtin import (
+    Given,
+    Update,
+    find_metric,
+    named_update,
+    weighted_mean,
+)
 from flaxfit.metrics.clu_adapter import (
     adapt_metric,
     is_collection,
@@ -60,9 +66,9 @@ def resolve_metrics(
         class with clu's interface; or a list of these; or a dict of these, whose keys
         are the outputs' names or else the names to log.
       objective: the losses: thresholds, labels to ignore.
-      outputs: the shapes and dtypes of what the model returns.
+      outputs: the shapes and dtypes of what the model returns, for `rows` examples.
       targets: the shapes and dtypes of the targets.
-      rows: the number of examples in that batch.
+      rows: the number of examples.
 
     Returns:
       By the name to log, in the order requested.
@@ -130,7 +136,7 @@ def _resolve(
     request: _Request, objective: Objective, outputs: PyTree, targets: PyTree
 ) -> Iterator[tuple[str, MetricFn]]:
     metric = request.metric
-    if is_foreign(metric) and is_collection(metric):
+    if is_collection(metric):
         for key, member in members(metric).items():
             name = key if request.name is None else f"{request.name}_{key}"
             one = request._replace(metric=member, name=name)
@@ -152,7 +158,7 @@ def _resolve(
         chosen = pick(outputs, path), pick_targets(targets, path)
         _check_arrays(prefixed, *chosen)
         if isinstance(metric, str):
-            update = named_update(metric, objective.loss_around(path), *chosen)
+            update = named_update(Given(metric, objective.loss_around(path), *chosen))
         else:
             update = adapt_metric(metric, prefixed, objective.loss_at(path))
         yield prefixed, _at(path, objective, update)
@@ -226,12 +232,7 @@ def _check_values(
             f"{returned} for a batch of {rows}",
             "Return one real value per example, float[batch]",
         )
-    if pairs_rows(function, given, values):
-        raise UsageError(
-            f"{returned}: it compares every output with every target of the batch",
-            "Give both the same shape",
-            "targets[:, None] or outputs[:, 0]",
-        )
+    refuse_pairs(function, given, values, returned)
 
 
 def _check_kind(metric: Any) -> None:

@@ -61,23 +61,19 @@ def resolve_optimizer(
     accumulate_steps: int | None = None,
     freeze: str | Sequence[str] | None = None,
 ) -> Optimizer:
-    """Finds and builds an optimizer.
+    """Finds and builds an optimizer; see `Trainer` for the arguments.
 
     Args:
-      optimizer: a name in `optax` or `optax.contrib`, in any case; a function that
-        takes `learning_rate`, such as `optax.adamw` or a `functools.partial` of it;
-        or a finished `optax.GradientTransformation`.
-      learning_rate: a positive float; a schedule `count -> rate`; a function of
-        `total_steps`, known by the name of its parameter, that returns either; or
-        None for the optimizer's own default, else 0.001.
+      optimizer: a name, in any case; a function, or a `functools.partial` of one; or a
+        finished `optax.GradientTransformation`.
+      learning_rate: a function of `total_steps` is known by the name of its parameter.
       total_steps: the length of the training in steps (batches), if it is known.
       weight_decay: given to the optimizer under that name.
-      clip_norm: the largest global norm of the gradient, as in
-        `optax.clip_by_global_norm`.
-      accumulate_steps: the number of batches whose gradients make one update, as in
-        `optax.MultiSteps`. Schedules count updates, and `total_steps` is divided.
-      freeze: patterns of parameter paths that are not trained: `"encoder"` or
-        `"encoder/**"` is all of it, `"*/bias"` every bias; `*` matches slashes too.
+      clip_norm: as in `optax.clip_by_global_norm`.
+      accumulate_steps: as in `optax.MultiSteps`. Schedules count updates, and
+        `total_steps` is divided.
+      freeze: `"encoder"` or `"encoder/**"` is all of it, `"*/bias"` every bias; `*`
+        matches slashes too.
 
     Raises:
       ValueError: an unknown name, an option out of range or one that the optimizer

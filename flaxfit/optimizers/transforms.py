@@ -16,6 +16,7 @@ import optax.contrib
 
 from flaxfit._core.arrays import strongly_typed
 from flaxfit._core.errors import UsageError
+from flaxfit._core.tree_specs import path_text
 from flaxfit._core.types import Array, PyTree
 
 _RATE = "learning_rate"
@@ -46,8 +47,7 @@ def with_extra_args(tx: Any) -> Tx:
             extra = {**extra, "value_fn": lenient, "obj_fn": value_fn}
         if not takes_all:
             extra = {name: extra[name] for name in extra.keys() & parameters.keys()}
-        result: tuple[PyTree, PyTree] = inner.update(updates, state, params, **extra)
-        return result
+        return inner.update(updates, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
@@ -67,8 +67,7 @@ def with_injected_rate(rebuild: Callable[[Any], Tx], rate: Any) -> Tx:
         updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any
     ) -> tuple[PyTree, PyTree]:
         tx = inject(updates if params is None else params)
-        result: tuple[PyTree, PyTree] = tx.update(updates, state, params, **extra)
-        return result
+        return tx.update(updates, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(
         lambda params: inject(params).init(params), update
@@ -110,8 +109,7 @@ def freeze_matching(tx: Tx, patterns: tuple[str, ...]) -> Tx:
             extra["grad_fn"] = lambda part, *args: _mask_like(
                 part, grad_fn(_merge(part, params), *args)
             )
-        result: tuple[PyTree, PyTree] = inner.update(updates, state, params, **extra)
-        return result
+        return inner.update(updates, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
@@ -128,7 +126,7 @@ def _freeze_labels(params: PyTree, patterns: tuple[str, ...]) -> PyTree:
         )
 
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
-    paths = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in leaves]
+    paths = [path_text(path) for path, _ in leaves]
     there_are = f"There are: {', '.join(paths)}"
     for pattern in patterns:
         if not any(matches(path, pattern) for path in paths):
@@ -215,8 +213,7 @@ def read_learning_rate(opt_state: PyTree) -> Array | None:
     """Returns the first injected learning rate, if any."""
     for node in jax.tree.leaves(opt_state, is_leaf=_holds_rate):
         if _holds_rate(node):
-            rate: Array = node.hyperparams[_RATE]
-            return rate
+            return node.hyperparams[_RATE]
     return None
 
 
@@ -231,8 +228,6 @@ def evaluation_params(opt_state: PyTree, params: PyTree) -> PyTree:
             part = _mask_like(node.z, params)
             averaged = optax.contrib.schedule_free_eval_params(node, part)
             params = jax.tree.map(
-                lambda new, old: new.astype(old.dtype),
-                _merge(averaged, params),
-                params,
+                lambda new, old: new.astype(old.dtype), _merge(averaged, params), params
             )
     return params

@@ -1,20 +1,48 @@
-"""Argument checks of the trainer alone."""
+"""Checks the arguments of `Trainer`."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.core
 
 from flaxfit._core.types import PyTree
-from flaxfit._core.validation import integer
+from flaxfit._core.validation import choice, integer, names, switch
+from flaxfit._models.base import Overrides
+from flaxfit._programs.resolve import Settings
+from flaxfit._programs.steps import make_train_step
+
+_OPTIMIZER_OPTIONS = ("weight_decay", "clip_norm", "accumulate_steps", "freeze")
 
 
-def as_variables(variables: Any) -> dict[str, PyTree]:
-    """Returns the variables to start from as a dict of collections.
+def checked_settings(given: Mapping[str, Any]) -> Settings:
+    """Returns the settings from the arguments of `Trainer` by name.
 
     Raises:
-      TypeError: not a mapping.
+      ValueError: a wrong value.
     """
+    policies = ("stop", "skip", "rollback", "ignore")
+    return Settings(
+        loss=given["loss"],
+        loss_weights=given["loss_weights"],
+        optimizer=given["optimizer"],
+        learning_rate=given["learning_rate"],
+        metrics=given["metrics"],
+        overrides=Overrides(
+            given["train_flag"],
+            names("collections", given["collections"]),
+            names("rngs", given["rngs"]),
+        ),
+        optimizer_options={name: given[name] for name in _OPTIMIZER_OPTIONS},
+        variables=_as_variables(given["variables"]),
+        seed=integer("seed", given["seed"], least=0),
+        make_train_step=given["make_train_step"] or make_train_step,
+        nonfinite=choice("nonfinite", given["nonfinite"], policies),
+        scale_images=switch("scale_images", given["scale_images"]),
+    )
+
+
+def _as_variables(variables: Any) -> dict[str, PyTree]:
+    """Returns the variables to start from as a dict of collections."""
     if variables is None:
         return {}
     if not isinstance(variables, Mapping):
@@ -24,19 +52,3 @@ def as_variables(variables: Any) -> dict[str, PyTree]:
         )
     # FrozenDicts inside would have everything recompiled once a state is restored.
     return dict(flax.core.unfreeze(dict(variables)))
-
-
-def as_epoch_filter(frequency: int | Iterable[int]) -> Callable[[int], bool]:
-    """Returns whether to validate after an epoch (from 0).
-
-    Args:
-      frequency: a number of epochs between validations, or the epochs from 1.
-
-    Raises:
-      ValueError: not a whole number of at least 1, or a list of them.
-    """
-    if isinstance(frequency, Iterable) and not isinstance(frequency, str):
-        after = frozenset(integer("validation_freq", epoch) for epoch in frequency)
-        return lambda epoch: epoch + 1 in after
-    every = integer("validation_freq", frequency)
-    return lambda epoch: (epoch + 1) % every == 0

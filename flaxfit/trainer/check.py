@@ -1,15 +1,15 @@
-"""Reports what was detected: the first lines of `fit`, and `Trainer.check`."""
+"""Describes what a trainer detected: the first lines of `fit`, and `Trainer.check`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
 
-from flaxfit._core.tree_specs import listed, specs_of
+from flaxfit._core.tree_specs import listed, path_text, specs_of
 from flaxfit._core.types import Batch, PyTree, TrainState
 from flaxfit._loops.host_reads import read
+from flaxfit._models.base import Detected
 from flaxfit._models.image_scaling import has_images
 from flaxfit._programs.placement import even_size
 from flaxfit._programs.resolve import ResolvedTask
@@ -27,7 +27,7 @@ _TIMES = "\N{MULTIPLICATION SIGN}"
 
 
 class Text(str):
-    """A text that a notebook or prompt shows as it is."""
+    """A string that a notebook or a prompt shows as printed, without quotes."""
 
     __slots__ = ()
 
@@ -37,16 +37,18 @@ class Text(str):
 
 @dataclass(frozen=True, repr=False)
 class CheckReport:
-    """What `Trainer.check` found; `print` it, or look things up.
+    """The result of `Trainer.check`: `print` it, or read its attributes.
 
     Attributes:
-      rows: what is shown, by name.
-      initial_loss: the loss of the first batch before training.
-      chance_loss: what guessing would give (log C for C classes), None if unknown.
-      zero_gradients: the paths of parameters whose gradient is 0 on that batch.
+      rows: the printed table, name -> text.
+      initial_loss: the loss of the first batch, before training.
+      chance_loss: the loss of a model that guesses (log C for C classes), None if
+        unknown.
+      zero_gradients: the paths of parameters whose gradient is 0 for that batch.
       flops: floating point operations of one training step, None if unknown.
-      step_bytes: device memory of one training step: state, batch and temporaries.
-      compiles: how often each phase will be compiled.
+      step_bytes: device memory for one training step: the state, the batch and
+        temporary arrays; None if unknown.
+      compiles: how many times each phase will be compiled.
     """
 
     rows: Mapping[str, str]
@@ -60,58 +62,42 @@ class CheckReport:
     def __repr__(self) -> str:
         return format_table(self.rows)
 
-    def __str__(self) -> str:
-        return format_table(self.rows)
-
 
 def first_lines(
     resolved: ResolvedTask,
     state: TrainState,
     source: BatchSource,
-    spare_devices: int = 0,
-    class_names: Sequence[str] = (),
+    spare_devices: int,
+    class_names: Sequence[str],
 ) -> list[str]:
-    """Returns the lines a `fit` begins with: two, more if there is more to say.
+    """Returns the lines that `fit` begins with: model, training, and special data.
 
-    Args:
-      resolved: the parts of the trainer.
-      state: the state before the first step.
-      source: the data.
-      spare_devices: how many devices have nothing to do.
-      class_names: the names of the classes.
+    `state` is the state before the first step; `spare_devices` are not used.
     """
-    detected = resolved.adapted.detected
-    parts = [
-        detected.name,
-        f"{_size(state.params)[0]:,} params",
-        f"collections: {_listed(detected.carried)}",
-        f"rngs: {_listed(detected.rngs)}",
-        f"train flag: {detected.train_flag}",
-    ]
-    if detected.sown:
-        parts.insert(3, f"sown: {_listed(detected.sown)}")
-    targets = resolved.example.targets
-    about = f" ({_targets_text(resolved)})" if targets is not None else ""
+    detected, inputs = resolved.adapted.detected, resolved.example.inputs
+    about_model = _detected_texts(detected)
+    if not detected.sown:
+        del about_model["sown"]
+    loss = _loss_text(resolved)
+    if resolved.example.targets is not None:
+        loss += f" ({_targets_text(resolved)})"
+    model = [detected.name, f"{_size(state.params)[0]:,} params"]
+    training = [_optimizer_text(resolved, state), _device_text(state)]
+    pictures = resolved.scaled and has_images(source.example.inputs)
+    several = isinstance(inputs, dict) or len(inputs) > 1
+    about_data = {
+        "data": "" if source.kind == "arrays" else _data_text(source),
+        "columns": source.info.table,
+        "classes": listed_classes(class_names),
+        "pictures": "uint8, divided by 255 on the device" if pictures else "",
+        "inputs": _inputs_text(resolved.example) if several else "",
+        "unused": ", ".join(map(str, source.info.unused)),
+    }
     lines = [
-        " · ".join(parts),
-        " · ".join(
-            [
-                f"loss: {_loss_text(resolved)}{about}",
-                _optimizer_text(resolved, state),
-                _device_text(state),
-            ]
-        ),
+        " · ".join([*model, *_named(about_model)]),
+        " · ".join([f"loss: {loss}", *training]),
+        *_named(about_data),
     ]
-    if source.kind != "arrays":
-        lines.append(f"data: {_data_text(source)}")
-    if source.info.table:
-        lines.append(f"columns: {source.info.table}")
-    if class_names:
-        lines.append(f"classes: {listed_classes(class_names)}")
-    if resolved.scaled and has_images(source.example.inputs):
-        lines.append("pictures: uint8, divided by 255 on the device")
-    if isinstance(resolved.example.inputs, dict) or len(resolved.example.inputs) > 1:
-        lines.append(_inputs_text(resolved.example))
     if spare_devices:
         used = len(resolved.placement.devices)
         everything = used + spare_devices
@@ -121,18 +107,16 @@ def first_lines(
             f"{source.batch_size}"
             + (f"; all would with batch_size={size}" if size else "")
         )
-    if source.info.unused:
-        lines.append(f"unused: {_listed(map(str, source.info.unused))}")
     if resolved.task.objective.scalar_loss and _has_tail(source):
         lines.append(
-            "the loss returns one number per batch: the last, shorter batch is not "
-            "filled up but compiled for separately"
+            "the loss returns one number per batch, so the last, shorter batch is not "
+            "padded but compiled for separately"
         )
     return lines
 
 
 def listed_classes(names: Sequence[str]) -> str:
-    """Returns the names of classes, the first of them if they are many."""
+    """Returns the names of classes, only the first ones if there are many."""
     shown = ", ".join(names[:_MOST_CLASSES])
     return shown if len(names) <= _MOST_CLASSES else f"{shown}, … ({len(names)})"
 
@@ -141,67 +125,77 @@ def make_report(
     resolved: ResolvedTask,
     state: TrainState,
     source: BatchSource,
-    class_names: Sequence[str] = (),
+    class_names: Sequence[str],
 ) -> CheckReport:
-    """Computes the report on the first batch; the state is only read."""
-    example = source.example
+    """Computes the report on the first batch; does not change the state."""
+    detected, task, example = resolved.adapted.detected, resolved.task, source.example
     loss, gradients = read(resolved.programs.gradient(state, example))
     zero = tuple(
-        _path(path)
+        path_text(path)
         for path, leaf in jax.tree_util.tree_flatten_with_path(gradients)[0]
         if not np.any(leaf)
     )
     cost = resolved.programs.train.analyze(state, resolved.empty(), example, 0, 1)
-    flops = cost.get("flops")
-    step_bytes = cost.get("bytes")
-    chance = _chance(resolved)
-    tail = resolved.task.objective.scalar_loss and _has_tail(source)
+    flops, step_bytes = cost.get("flops"), cost.get("bytes")
+    tail = task.objective.scalar_loss and _has_tail(source)
     steps = (2 if tail else 1) * source.shapes
     compiles = {"train": steps, "eval": steps, "predict": source.shapes}
+    count, size = _size(state.params)
+    why, axes = detected.reasons, ", ".join(detected.axis_names)
+    chance = _chance(resolved)
+    guessing = "" if chance is None else f" (guessing gives {format_value(chance)})"
     rows = {
-        **_model_rows(resolved, state),
-        **_data_rows(resolved, source, example),
-        **({"classes": listed_classes(class_names)} if class_names else {}),
+        "model": f"{detected.name}: {count:,} params, {format_bytes(size)}",
+        **{
+            name: f"{text} ({why[name]})" if name in why else text
+            for name, text in _detected_texts(detected).items()
+        },
+        "axis names": f"{axes} (bound to an axis of size 1)" if axes else "",
+        "data": _data_text(source),
+        "inputs": _inputs_text(example),
+        "outputs": _shapes(resolved.outputs),
+        "targets": _shapes(example.targets),
+        "columns": source.info.table,
+        "unused": ", ".join(map(str, source.info.unused)),
+        "labels": _labels_text(example),
+        "classes": listed_classes(class_names),
         "loss": _loss_text(resolved),
-        "loss now" if int(read(state.step)) else "initial loss": format_value(
-            float(loss)
-        )
-        + ("" if chance is None else f" (by chance {format_value(chance)})"),
-        "metrics": _listed(resolved.task.metrics),
+        "loss now" if int(read(state.step)) else "initial loss": (
+            format_value(float(loss)) + guessing
+        ),
+        "metrics": _listed(task.metrics),
         "optimizer": _optimizer_text(resolved, state),
         "zero gradient": _listed(zero),
-        **_warning_rows(resolved, state, example),
+        "warning": _probability_warning(resolved, state, example),
         "one step": _step_text(flops, step_bytes),
         "compiles": ", ".join(f"{n} {_TIMES} {phase}" for phase, n in compiles.items()),
     }
+    rows = {name: text for name, text in rows.items() if text}
     return CheckReport(rows, float(loss), chance, zero, flops, step_bytes, compiles)
 
 
-def _model_rows(resolved: ResolvedTask, state: TrainState) -> dict[str, str]:
-    detected = resolved.adapted.detected
-    why = dict(detected.reasons or {})
-    count, size = _size(state.params)
-    rows = {
-        "model": f"{detected.name}: {count:,} params, {format_bytes(size)}",
+def _detected_texts(detected: Detected) -> dict[str, str]:
+    return {
         "collections": _listed(detected.carried),
         "sown": _listed(detected.sown),
         "rngs": _listed(detected.rngs),
         "train flag": detected.train_flag,
     }
-    if detected.axis_names:
-        rows["axis names"] = f"{_listed(detected.axis_names)} (bound to an axis of 1)"
-    return {n: f"{v} ({why[n]})" if n in why else v for n, v in rows.items()}
 
 
-def _warning_rows(
+def _named(texts: Mapping[str, str]) -> list[str]:
+    return [f"{name}: {text}" for name, text in texts.items() if text]
+
+
+def _probability_warning(
     resolved: ResolvedTask, state: TrainState, example: Batch
-) -> dict[str, str]:
-    """Says where outputs look like probabilities though their loss takes logits."""
+) -> str:
+    """Warns of outputs that look like probabilities though their loss takes logits."""
     terms = [
         term for term in resolved.task.objective.terms if term.loss.spec.takes_logits
     ]
     if not terms:
-        return {}
+        return ""
     with resolved.programs.predict.uncounted():
         outputs = read(resolved.programs.predict(state, example, 0, 1, 0))
     warnings = []
@@ -215,29 +209,16 @@ def _warning_rows(
                 f"{term.loss.name} takes logits: let the model return them without "
                 f"the last {'softmax' if several else 'sigmoid'}"
             )
-    return {"warning": "; ".join(warnings)} if warnings else {}
+    return "; ".join(warnings)
 
 
-def _data_rows(
-    resolved: ResolvedTask, source: BatchSource, example: Batch
-) -> dict[str, str]:
-    rows = {
-        "data": _data_text(source),
-        "inputs": _inputs_text(example).removeprefix("inputs: "),
-        "outputs": _shapes(resolved.outputs),
-        "targets": _shapes(example.targets),
-    }
-    if source.info.table:
-        rows["columns"] = source.info.table
-    if source.info.unused:
-        rows["unused"] = _listed(map(str, source.info.unused))
-    labels = [
-        leaf for leaf in jax.tree.leaves(example.targets) if leaf.dtype.kind in "iu"
-    ]
-    if labels:
-        low, high = min(map(np.min, labels)), max(map(np.max, labels))
-        rows["labels"] = f"{low}..{high} in the first batch"
-    return rows
+def _labels_text(example: Batch) -> str:
+    leaves = jax.tree.leaves(example.targets)
+    labels = [leaf for leaf in leaves if leaf.dtype.kind in "iu"]
+    if not labels:
+        return ""
+    low, high = min(map(np.min, labels)), max(map(np.max, labels))
+    return f"{low}..{high} in the first batch"
 
 
 def _data_text(source: BatchSource) -> str:
@@ -285,8 +266,8 @@ def _device_text(state: TrainState) -> str:
 def _inputs_text(example: Batch) -> str:
     if isinstance(example.inputs, dict):
         named = example.inputs.items()
-        return "inputs: " + ", ".join(f"{n} {_shapes(v)}" for n, v in named)
-    return "inputs: " + ", ".join(_shapes(value) for value in example.inputs)
+        return ", ".join(f"{n} {_shapes(v)}" for n, v in named)
+    return ", ".join(map(_shapes, example.inputs))
 
 
 def _step_text(flops: float | None, step_bytes: float | None) -> str:
@@ -313,9 +294,5 @@ def _shapes(tree: PyTree) -> str:
     return listed(specs_of(tree))
 
 
-def _path(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _listed(names: Any) -> str:
+def _listed(names: Iterable[str]) -> str:
     return ", ".join(names) or "none"

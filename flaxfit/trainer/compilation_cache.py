@@ -29,9 +29,9 @@ def use_compilation_cache(where: Any) -> None:
       TypeError: something else.
     """
     if where is None:
-        given = os.environ.get(_VARIABLE, "").strip()
-        known = {**dict.fromkeys(_ON, True), **dict.fromkeys(_OFF, False)}
-        where = known.get(given.lower(), given)
+        where = os.environ.get(_VARIABLE, "").strip()
+        if where.lower() in (*_ON, *_OFF):
+            where = where.lower() in _ON
     if where is True:
         where = Path.home() / ".cache" / "flaxfit"
     if where is False:

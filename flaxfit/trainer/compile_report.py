@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -15,40 +16,35 @@ from flaxfit._reporting.timing import Clock
 from flaxfit.data.host.arrays import named_leaves
 
 
+@dataclass
 class CompileReport:
-    """Shows every compile on a display, and counts its time.
+    """Shows each compile on `display`, and adds its time to `clock`."""
 
-    Args:
-      display: where it is shown.
-      clock: what it is counted on.
-    """
-
-    def __init__(self, display: Display, clock: Clock | None = None) -> None:
-        self._display = display
-        self._clock = clock
-        # What another thread compiles, a loader that predicts, is not of this run.
-        self._thread = threading.get_ident()
+    display: Display
+    clock: Clock | None = None
+    # A data loader may predict in another thread: those compiles are not reported.
+    thread: int = field(default_factory=threading.get_ident)
 
     def compiling(self, program: Program) -> None:
-        """Says that it has begun."""
-        if threading.get_ident() != self._thread:
+        """Shows that a compile has begun."""
+        if threading.get_ident() != self.thread:
             return
-        self._display.note(f"compiling {program.name}…")
+        self.display.note(f"compiling {program.name}…")
 
     def compiled(self, program: Program, seconds: float) -> None:
-        """Says how long it took, and for what, if it was not the first time."""
-        if threading.get_ident() != self._thread:
+        """Shows how long a compile took and, if it is not the first one, its reason."""
+        if threading.get_ident() != self.thread:
             return
-        if self._clock is not None:
-            self._clock.move(seconds, "compiling")
+        if self.clock is not None:
+            self.clock.move(seconds, "compiling")
         again = why_again(program)
         if program.name != "init":
             text = f"compiling {program.name}{' again' * bool(again)}… {seconds:.1f} s"
-            self._display.say(f"{text}: {again}" if again else text)
+            self.display.say(f"{text}: {again}" if again else text)
 
 
 def why_again(program: Program) -> str | None:
-    """Returns what is different from the compile before, None for the first."""
+    """Returns what changed since the previous compile, None for the first one."""
     if len(program.signatures) < 2:
         return None
     (before, data_before), (now, data_now) = map(_parts, program.signatures)
@@ -59,17 +55,16 @@ def why_again(program: Program) -> str | None:
     texts = difference_lines(diff(*specs), "{path} is {given}, was {wanted}")
     if data_now != data_before:
         texts.append(f"the data is {data_now}, was {data_before}")
-    return "; ".join(texts) or "the devices or the state are others"
+    return "; ".join(texts) or "the devices or the state changed"
 
 
 def _other_length(changed: Sequence[tuple[Any, Any]]) -> str | None:
-    """Returns the length of rows where that is what has changed in several arrays."""
+    """Returns a text if only the length of rows changed, and in several arrays."""
     lengths = set()
     for before, now in changed:
-        alike = before is not None and before.dtype == now.dtype
-        if not alike or before.shape[2:] != now.shape[2:]:
+        if before is None or before.dtype != now.dtype:
             return None
-        if before.shape[:1] != now.shape[:1]:
+        if (before.shape[:1], before.shape[2:]) != (now.shape[:1], now.shape[2:]):
             return None
         lengths.add((before.shape[1], now.shape[1]))
     if len(changed) < 2 or len(lengths) > 1:
@@ -79,7 +74,7 @@ def _other_length(changed: Sequence[tuple[Any, Any]]) -> str | None:
 
 
 def _parts(signature: tuple[Any, ...]) -> tuple[dict[str, Any], str]:
-    """Returns the arrays a call was compiled for by name, and in what they lie."""
+    """Returns the arrays of one batch by name, and a text about how they are stored."""
     for argument in signature:
         if isinstance(argument, Batch | Stack | DeviceDataset):
             batch = jax.eval_shape(lambda chunk: batch_at(chunk, 0), argument)

@@ -12,6 +12,7 @@ from flaxfit._core.errors import DataError, UsageError, caller
 from flaxfit._core.types import Batch
 from flaxfit._programs.placement import has_rows
 from flaxfit._programs.program_cache import ProgramCache
+from flaxfit._runs.resume import ResumePoint
 from flaxfit.checkpoint import Checkpoint
 from flaxfit.data.binding.binding import Binding, InMemoryData
 from flaxfit.data.datasets.columns import Columns
@@ -25,77 +26,52 @@ from flaxfit.data.open import (
     Dataset,
     batch_source,
     open_dataset,
-    open_inputs,
+    split_dataset,
 )
 from flaxfit.data.sources.base import BatchSource
 from flaxfit.trainer.check import listed_classes
+from flaxfit.trainer.fit_options import FitOptions
 
 
-@dataclass(frozen=True)
-class DataSchema:
-    """What a trainer remembers of the data it was trained on.
+@dataclass(eq=False)
+class DataAdapter:
+    """Makes sources of data for one trainer, later data like the first.
 
     Attributes:
-      batch_size: rows of a batch where none are given.
+      programs: the trainer's programs.
+      has_learned: whether a state was trained or loaded.
+      given: how a raw batch is read, as far as the user has said.
+      batch_size: rows of a batch where none are given: those of the last fit.
       class_names: the names of the classes 0, 1, …; empty where there are none.
-      columns: the columns of its tables, None if it was no table.
+      columns: the columns of the first tables, None if the data was no table.
     """
 
+    programs: ProgramCache
+    has_learned: Callable[[], bool]
+    given: Binding
     batch_size: int = DEFAULT_BATCH_SIZE
     class_names: tuple[str, ...] = ()
     columns: Columns | None = None
 
-
-class DataAdapter:
-    """Makes sources of data for one trainer, later data like the first.
-
-    Args:
-      programs: the trainer's programs.
-      has_learned: whether a state was trained or loaded.
-      given: how a raw batch is read, as far as the user has said.
-
-    Attributes:
-      schema: what is remembered of the data.
-    """
-
-    def __init__(
-        self,
-        programs: ProgramCache,
-        has_learned: Callable[[], bool],
-        given: Binding,
-    ) -> None:
-        self.schema = DataSchema()
-        self._programs = programs
-        self._has_learned = has_learned
-        self._given = given
-
     @property
     def binding(self) -> Binding:
         """How data is read: tables like the first, once something was trained."""
-        return self._binding if self._has_learned() else self._given
+        return self._binding if self.has_learned() else self.given
 
     @property
     def _binding(self) -> Binding:
-        return replace(self._given, columns=self.schema.columns)
-
-    def remember(self, **changes: Any) -> None:
-        """Changes fields of the schema."""
-        self.schema = replace(self.schema, **changes)
+        return replace(self.given, columns=self.columns)
 
     def read_like(self, saved: Checkpoint) -> Binding:
         """Reads data as the trainer of a checkpoint did; returns how."""
-        self.remember(
-            columns=Columns.from_plain(saved.meta.get("columns")),
-            class_names=tuple(saved.meta.get("class_names", ())),
-        )
+        self.columns = Columns.from_plain(saved.meta.get("columns"))
+        self.class_names = tuple(saved.meta.get("class_names", ()))
         return self._binding
 
     def learn(self, source: BatchSource | InMemoryData, *, allow_rebuild: bool) -> None:
         """Remembers what the data says about itself, before programs are built.
 
-        Args:
-          source: the data.
-          allow_rebuild: whether it may replace what was known; else it has to agree.
+        Unless `allow_rebuild`, it has to agree with what is known already.
 
         Raises:
           DataError: its classes are not those the trainer was trained on.
@@ -104,9 +80,9 @@ class DataAdapter:
             self.refuse_other_classes(source)
             return
         info = source.info
-        self._programs.learn(info.pictures)
-        names = info.class_names or self.schema.class_names
-        self.remember(class_names=names, columns=info.columns)
+        self.programs.learn(info.pictures)
+        self.class_names = info.class_names or self.class_names
+        self.columns = info.columns
 
     def refuse_other_classes(self, source: BatchSource | InMemoryData) -> None:
         """Refuses data whose labels mean something else than before.
@@ -114,7 +90,7 @@ class DataAdapter:
         Raises:
           DataError: its classes are not those the trainer was trained on.
         """
-        names, known = source.info.class_names, self.schema.class_names
+        names, known = source.info.class_names, self.class_names
         if names and known and names != known:
             raise DataError(
                 f"The data has the classes {listed_classes(names)}, and this trainer "
@@ -123,91 +99,62 @@ class DataAdapter:
                 "new Trainer."
             )
 
-    def open(
+    def open_training(
         self,
         x: Any,
-        y: Any = None,
-        sample_weight: Any = None,
-        *,
-        batch_size: int | None = None,
-        is_training: bool = False,
-    ) -> Dataset:
-        """Returns data as a `Dataset`; nothing is read yet.
-
-        Args:
-          x: the data.
-          y: targets, for arrays.
-          sample_weight: weights, for arrays.
-          batch_size: the size that the user asks for.
-          is_training: whether a split may be assumed where none is named.
-
-        Raises:
-          ValueError: which part of a dataset to evaluate on is not said.
-        """
-        dataset = open_dataset(x, y, sample_weight, batch_size=batch_size)
-        if not is_training:
-            refuse_assumed_split(dataset)
-        return dataset
+        y: Any,
+        sample_weight: Any,
+        options: FitOptions,
+        origin: ResumePoint,
+    ) -> tuple[BatchSource, Dataset | None]:
+        """Returns the training data, and what `validation_split` holds out of it."""
+        binding, held_out = self.binding, None
+        if origin.saved is not None:
+            binding = self.read_like(origin.saved)
+        dataset = open_dataset(x, y, sample_weight, batch_size=options.batch_size)
+        if options.validation.split:
+            dataset, held_out = split_dataset(
+                dataset, options.validation.split, binding
+            )
+        if self.programs.settings.nonfinite == "rollback":
+            refuse_to_go_back(dataset)
+        epochs = len(options.epochs_from(origin))
+        check_passes(dataset, options.steps, "steps_per_epoch", epochs=epochs)
+        source = batch_source(
+            dataset,
+            binding,
+            BatchOptions(
+                batch_size=options.batch_size,
+                shuffle=options.shuffle,
+                seed=(self.programs.settings.seed, origin.first_step),
+                class_weight=options.class_weight,
+                steps=options.steps,
+            ),
+        )
+        if origin.saved is not None:
+            self.refuse_other_classes(source)
+        return source, held_out
 
     def source(
         self,
         dataset: Dataset,
+        options: BatchOptions,
         *,
-        batch_size: int | None = None,
-        default_batch_size: int | None = None,
-        steps: int | None = None,
-        divided: bool = False,
+        divided: bool = True,
         of_fit: bool = False,
     ) -> BatchSource:
-        """Returns a source of data that is evaluated or looked at.
+        """Returns a source of data that is not trained on.
 
-        Args:
-          dataset: the data.
-          batch_size: rows of a batch.
-          default_batch_size: rows where none are given, None for the last fit's.
-          steps: how many batches are asked for.
-          divided: whether batches are divided among the devices.
-          of_fit: whether a fit validates on it: then its columns are read like those of
-            the training data, even if nothing was trained yet.
+        Where `options` leave the batch size open, it is that of the last fit. Batches
+        are `divided` among the devices or not. If it is validation data `of_fit`, its
+        columns are read like those of the training data, even if nothing was trained.
         """
-        options = BatchOptions(
-            batch_size=batch_size,
-            default_batch_size=default_batch_size or self.schema.batch_size,
-            multiple_of=self._devices if divided else 1,
-            steps=steps,
+        options = replace(
+            options,
+            default_batch_size=options.default_batch_size or self.batch_size,
+            multiple_of=len(self.programs.placement.devices) if divided else 1,
         )
         return batch_source(dataset, self._binding if of_fit else self.binding, options)
-
-    def inputs(
-        self,
-        x: Any,
-        *,
-        batch_size: int | None = None,
-        steps: int | None = None,
-        any_split: bool = False,
-    ) -> tuple[Dataset, BatchOptions]:
-        """Returns data to call the model with, and how its batches are made.
-
-        Args:
-          x: the data.
-          batch_size: rows of a batch.
-          steps: how many batches are asked for.
-          any_split: whether a split may be assumed where none is named.
-
-        Raises:
-          ValueError: which part of a dataset to predict on is not said.
-        """
-        dataset = open_inputs(x, self.binding, batch_size=batch_size)
-        if not any_split:
-            refuse_assumed_split(dataset)
-        options = BatchOptions(
-            batch_size=batch_size,
-            default_batch_size=self.schema.batch_size,
-            multiple_of=self._devices,
-            steps=steps,
-            inputs_only=True,
-        )
-        return dataset, options
 
     def raw_batch(self, raw: Any) -> Batch:
         """Returns the batch of a custom loop, of arrays on the device or traced.
@@ -232,35 +179,24 @@ class DataAdapter:
             batch = batch.replace(weights=np.ones(rows, np.float32))
         return batch
 
-    @property
-    def _devices(self) -> int:
-        return len(self._programs.placement.devices)
 
-
-def refuse_one_shot(
-    dataset: Dataset, *, epochs: int, steps: int | None, argument: str
+def check_passes(
+    dataset: Dataset, steps: int | None, argument: str, *, epochs: int = 1
 ) -> None:
-    """Refuses an iterator where more than one pass is needed.
+    """Refuses an iterator for several epochs, and data without an end.
 
-    Raises:
-      DataError: it ends after the first.
+    With `steps`, which the user gives as `argument`, both are fine.
     """
-    if dataset.one_shot and steps is None and epochs > 1:
+    if steps is not None:
+        return
+    if dataset.one_shot and epochs > 1:
         raise DataError(
             f"{caller()} got an iterator, which ends after one pass, for {epochs} "
             "epochs. Give something that can be iterated again, e.g. a list of "
             "batches, or the function that makes it: make_batches and not "
             f"make_batches(); or say how many batches an epoch takes: {argument}=100."
         )
-
-
-def refuse_endless(dataset: Dataset, steps: int | None, argument: str) -> None:
-    """Refuses data without an end where the number of batches is not given.
-
-    Raises:
-      DataError: it has no end.
-    """
-    if dataset.endless and steps is None:
+    if dataset.endless:
         raise DataError(
             f"the {dataset.kind} given to {caller()} has no end: write {argument}=100 "
             "for 100 batches, or leave the repeat() out where the dataset is made."
@@ -268,11 +204,7 @@ def refuse_endless(dataset: Dataset, steps: int | None, argument: str) -> None:
 
 
 def refuse_to_use_up(dataset: Dataset) -> None:
-    """Refuses an iterator where its first batch is only looked at.
-
-    Raises:
-      DataError: it would lose that batch.
-    """
+    """Refuses an iterator where its first batch is only looked at."""
     if dataset.one_shot:
         raise DataError(
             f"{caller()} got an iterator, and would use up its first batch. Write "
@@ -282,11 +214,7 @@ def refuse_to_use_up(dataset: Dataset) -> None:
 
 
 def refuse_to_go_back(dataset: Dataset) -> None:
-    """Refuses an iterator where batches are to be read again.
-
-    Raises:
-      DataError: it cannot go back.
-    """
+    """Refuses an iterator where batches are to be read again."""
     if dataset.one_shot:
         raise DataError(
             'nonfinite="rollback" reads the data again from a bad batch on, and fit '
@@ -296,11 +224,7 @@ def refuse_to_go_back(dataset: Dataset) -> None:
 
 
 def refuse_assumed_split(dataset: Dataset) -> None:
-    """Refuses a dataset by name alone: the split to evaluate on has to be named.
-
-    Raises:
-      ValueError: the split is not named.
-    """
+    """Refuses a dataset by name alone: the split to evaluate on has to be named."""
     info = dataset.info if isinstance(dataset, ExampleSet) else None
     if info is not None and info.assumed_split:
         raise UsageError(info.assumed_split)

@@ -1,6 +1,6 @@
 """The arguments of `fit` that say how often and in what order data is read."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,18 +10,13 @@ from flaxfit._runs.resume import ResumePoint
 from flaxfit._runs.session import RunOptions
 from flaxfit.callbacks.base import Callback, as_callbacks
 from flaxfit.data.sources.base import BatchSource
-from flaxfit.trainer.arguments import as_epoch_filter
 
 
 @dataclass(frozen=True)
 class ValidationOptions:
-    """The arguments of `fit` about validation; see `Trainer.fit`.
+    """The arguments `validation_...` of `Trainer.fit`, checked.
 
     Attributes:
-      data: `validation_data`.
-      split: `validation_split`.
-      batch_size: `validation_batch_size`.
-      steps: `validation_steps`.
       happens_at: whether to validate after an epoch, counted from 0.
     """
 
@@ -33,7 +28,7 @@ class ValidationOptions:
 
     @classmethod
     def checked(cls, given: Mapping[str, Any]) -> "ValidationOptions":
-        """Returns the options; see `FitOptions.checked`."""
+        """Returns the options from the arguments of `fit` by name."""
         if given["validation_split"] and given["validation_data"] is not None:
             raise UsageError(
                 "fit got both validation_split and validation_data; give one of them"
@@ -43,25 +38,18 @@ class ValidationOptions:
             split=given["validation_split"],
             batch_size=given["validation_batch_size"],
             steps=optional_integer("validation_steps", given["validation_steps"]),
-            happens_at=as_epoch_filter(given["validation_freq"]),
+            happens_at=_epoch_filter(given["validation_freq"]),
         )
 
 
 @dataclass(frozen=True)
 class FitOptions:
-    """The arguments of `fit`, checked; see `Trainer.fit`.
+    """The arguments of `Trainer.fit`, checked; most have the same name.
 
     Attributes:
-      epochs: the epoch to end at.
-      initial_epoch: the epoch at which a new run starts.
-      batch_size: `batch_size`.
-      shuffle: `shuffle`.
-      class_weight: `class_weight`.
       steps: batches of an epoch, from endless passes; None for one pass.
       validation: when and on what to validate.
-      callbacks: a list.
       run: the arguments about the run directory.
-      verbose: `verbose`.
     """
 
     epochs: int
@@ -77,11 +65,7 @@ class FitOptions:
 
     @classmethod
     def checked(cls, given: Mapping[str, Any], nonfinite: str) -> "FitOptions":
-        """Returns the options.
-
-        Args:
-          given: the arguments of `fit` by name.
-          nonfinite: see `Trainer`.
+        """Returns the options from the arguments of `fit` by name.
 
         Raises:
           ValueError: a wrong value, or two that exclude each other.
@@ -108,3 +92,12 @@ class FitOptions:
         """Returns the step at which training will end, None if unknown."""
         steps = self.steps or source.num_batches
         return steps and origin.first_step + len(self.epochs_from(origin)) * steps
+
+
+def _epoch_filter(frequency: int | Iterable[int]) -> Callable[[int], bool]:
+    """Returns whether to validate after an epoch (from 0); see `validation_freq`."""
+    if isinstance(frequency, Iterable) and not isinstance(frequency, str):
+        after = frozenset(integer("validation_freq", epoch) for epoch in frequency)
+        return lambda epoch: epoch + 1 in after
+    every = integer("validation_freq", frequency)
+    return lambda epoch: (epoch + 1) % every == 0

@@ -24,12 +24,7 @@ from flaxfit.optimizers.transforms import with_rates_of
 class RestoreRequest(NamedTuple):
     """A file's state that will become the trainer's; see `Trainer.restore`.
 
-    Attributes:
-      saved: the file.
-      new_rate: whether the trainer was given another learning rate.
-      strict: see `Trainer.restore`.
-      params_only: see `Trainer.restore`.
-      rename: see `Trainer.restore`.
+    With `new_rate`, the trainer was given another learning rate than the file's.
     """
 
     saved: Checkpoint
@@ -74,10 +69,7 @@ def resumed_state(
 ) -> TrainState | None:
     """Returns the state of the checkpoint a fit resumes, None for a new run.
 
-    Args:
-      programs: the programs that will train it.
-      origin: where the fit starts.
-      config: the trainer's arguments, as a file holds them.
+    `config` are the trainer's arguments now, as a file holds them.
 
     Raises:
       CheckpointError: it does not fit the model.
@@ -96,10 +88,7 @@ def restored_state(
 ) -> tuple[TrainState, RestoreReport]:
     """Returns the state of a file, on the devices and in buffers of its own.
 
-    Args:
-      programs: the programs that will train it.
-      request: the file, and what to take from it.
-      current: the trainer's state, for the parts that are not taken from the file.
+    The parts that are not taken from the file are those of the `current` state.
 
     Raises:
       CheckpointError: it does not fit the model.

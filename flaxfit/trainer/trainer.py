@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -17,13 +16,10 @@ from flaxfit._core.keras_hints import compile_without_data, refuse_list
 from flaxfit._core.state_store import TrainStateStore
 from flaxfit._core.types import Batch, Logs, PyTree, TrainState
 from flaxfit._core.validation import (
-    choice,
     fraction,
     integer,
     integer_or_auto,
-    names,
     optional_integer,
-    switch,
 )
 from flaxfit._loops.context import FitContext, FitData
 from flaxfit._loops.eval_loop import make_evaluation
@@ -34,23 +30,16 @@ from flaxfit._loops.interrupt import Interrupt
 from flaxfit._loops.output_writer import OutputWriter
 from flaxfit._loops.predict_loop import Prediction, join_batches, split_batches
 from flaxfit._models import model_family
-from flaxfit._models.base import Overrides
-from flaxfit._programs import steps as _steps
 from flaxfit._programs.compile import listening
 from flaxfit._programs.placement import Placement, find_placement, has_rows
 from flaxfit._programs.program_cache import NO_DATA_YET, ProgramCache
-from flaxfit._programs.resolve import ResolvedTask, Settings
+from flaxfit._programs.resolve import ResolvedTask
 from flaxfit._programs.steps import Task, TrainStep
 from flaxfit._reporting.display import Display, make_display, make_progress
 from flaxfit._reporting.history import History
 from flaxfit._reporting.timing import Clock, Timing
 from flaxfit._runs.resume import ResumePoint
-from flaxfit._runs.session import (
-    RunRecord,
-    RunSession,
-    describe_data,
-    locked_run,
-)
+from flaxfit._runs.session import RunRecord, RunSession, describe_data, locked_run
 from flaxfit._runs.trainer_metadata import example_of, from_meta, to_meta
 from flaxfit.callbacks.base import Callback, LoopState, own_state
 from flaxfit.checkpoint import RestoreReport
@@ -61,19 +50,19 @@ from flaxfit.data.open import (
     Dataset,
     batch_source,
     one_batch,
-    split_dataset,
+    open_dataset,
+    open_inputs,
 )
 from flaxfit.data.sources.base import BatchSource
-from flaxfit.trainer.arguments import as_variables
+from flaxfit.trainer.arguments import checked_settings
 from flaxfit.trainer.check import CheckReport, Text, first_lines, make_report
 from flaxfit.trainer.compilation_cache import use_compilation_cache
 from flaxfit.trainer.compile_ahead import compile_ahead
 from flaxfit.trainer.compile_report import CompileReport
 from flaxfit.trainer.data import (
     DataAdapter,
-    refuse_endless,
-    refuse_one_shot,
-    refuse_to_go_back,
+    check_passes,
+    refuse_assumed_split,
     refuse_to_use_up,
     warn_of_order,
 )
@@ -97,7 +86,6 @@ _EXECUTION = (
     "prefetch",
     "compilation_cache",
 )
-_OPTIMIZER_OPTIONS = ("weight_decay", "clip_norm", "accumulate_steps", "freeze")
 
 _LAST_EXAMPLES = (
     "in the last examples, which validation_split took; row 0 is the first of them"
@@ -107,8 +95,8 @@ _LAST_EXAMPLES = (
 class Trainer:
     """Trains, evaluates and runs a Flax module.
 
-    Everything but the model is found out from it and the data, and can be said
-    instead. `trainer.check(data)` tells what was found out and why.
+    Everything but the model is detected from the model and the data, and can be given
+    instead. `trainer.check(data)` shows what was detected and why.
 
     Args:
       model: a `flax.linen` module, or `flaxfit.Model(init, apply)`.
@@ -212,10 +200,10 @@ class Trainer:
         given = dict(locals())
         unsaved = ("self", "model", "variables", *_EXECUTION)
         self._config = {n: given[n] for n in given if n not in unsaved}
-        settings = _checked_settings(given)
+        settings = checked_settings(given)
         family = model_family(model)
         self._name = type(model).__name__
-        self._programs = ProgramCache(model, family, settings, find_placement(devices))
+        self._programs = ProgramCache(family, settings, find_placement(devices))
         self._execution = Execution(
             steps_per_call=integer_or_auto("steps_per_call", steps_per_call),
             device_data=fraction(
@@ -233,7 +221,7 @@ class Trainer:
         # The last run this trainer took part in, and the version of the state after it.
         self._last_run: tuple[str, int] | None = None
         binding = Binding(
-            family.call_spec(model, settings.overrides),
+            family.call_spec(settings.overrides),
             inputs=inputs,
             targets=targets,
             outputs=self._programs.outputs_of,
@@ -329,7 +317,7 @@ class Trainer:
             process ends with status 143.
         """
         # ---- Check: nothing is read or changed before every argument is right.
-        options = FitOptions.checked(locals(), self._programs.nonfinite)
+        options = FitOptions.checked(locals(), self._programs.settings.nonfinite)
         display, timing = make_display(verbose), Timing()
         clock = timing.clock
         with (
@@ -342,18 +330,18 @@ class Trainer:
         ):
             # ---- Open: a resumed run decides how the data is read and shuffled.
             clock.switch("waiting_for_data")
-            source, held_out = self._open_training(x, y, sample_weight, options, origin)
+            source, held_out = self._data.open_training(
+                x, y, sample_weight, options, origin
+            )
             # ---- Prepare: the training data first, because the rest has to fit it.
             clock.switch("compiling")  # traces the model, and compiles its `init`
             total_steps = options.total_steps(source, origin)
             self._programs.require_total_steps(total_steps)
-            self._prepare(source, total_steps, divide=True, state=False)
+            placement = self._placement_for(source)
+            self._prepare(source, total_steps, placement=placement, state=False)
             validation = self._open_validation(held_out, options, source, origin)
             # ---- Resume: all that can fail comes before files are moved.
-            record = self._record(source, validation, options, total_steps)
-            state = resumed_state(self._programs, origin, record.trainer["config"])
-            session = self._session(options, origin, record, source, display)
-            self._begin_state(state, source, origin, total_steps)
+            session = self._begin_run(source, validation, options, origin, display)
             with session:
                 # ---- Loop.
                 if verbose != 0:
@@ -405,9 +393,9 @@ class Trainer:
         steps = optional_integer("steps_per_epoch", steps_per_epoch)
         display = make_display(verbose)
         with calling("compile"), listening(CompileReport(display)):
-            dataset = self._data.open(x, y, batch_size=batch_size, is_training=True)
+            dataset = open_dataset(x, y, batch_size=batch_size)
             refuse_to_use_up(dataset)
-            refuse_endless(dataset, steps, "steps_per_epoch")
+            check_passes(dataset, steps, "steps_per_epoch")
             source = batch_source(
                 dataset,
                 self._data.binding,
@@ -416,8 +404,9 @@ class Trainer:
             epoch_steps = steps or source.num_batches
             total_steps = epoch_steps and self.step + epochs * epoch_steps
             self._programs.require_total_steps(total_steps)
-            resolved = self._prepare(source, total_steps, divide=True)
-            self._data.remember(batch_size=source.batch_size)
+            placement = self._placement_for(source)
+            resolved = self._prepare(source, total_steps, placement=placement)
+            self._data.batch_size = source.batch_size
             outputs = self._programs.find_outputs(source.example, sown=False)
             with self._store.borrow() as state:
                 return compile_ahead(
@@ -506,11 +495,11 @@ class Trainer:
         steps = optional_integer("steps", steps)
         display = make_progress(verbose)
         with calling("evaluate"), listening(CompileReport(display)):
-            dataset = self._data.open(x, y, sample_weight, batch_size=batch_size)
-            refuse_endless(dataset, steps, "steps")
-            source = self._data.source(
-                dataset, batch_size=batch_size, steps=steps, divided=True
-            )
+            dataset = open_dataset(x, y, sample_weight, batch_size=batch_size)
+            refuse_assumed_split(dataset)
+            check_passes(dataset, steps, "steps")
+            options = BatchOptions(batch_size=batch_size, steps=steps)
+            source = self._data.source(dataset, options)
             resolved = self._prepare(source)
             with Interrupt() as interrupt, self._store.borrow() as state:
                 evaluate = make_evaluation(
@@ -595,11 +584,7 @@ class Trainer:
                 return join_batches(parts, prediction.outputs.batched)
 
     def predict_batches(
-        self,
-        x: Any,
-        *,
-        batch_size: int | None = None,
-        steps: int | None = None,
+        self, x: Any, *, batch_size: int | None = None, steps: int | None = None
     ) -> Generator[PyTree]:
         """Returns an iterator over the outputs of one batch after the other.
 
@@ -656,14 +641,15 @@ class Trainer:
     def predict_on_batch(self, x: Any) -> PyTree:
         """Returns the outputs for one batch of inputs of any size."""
         with calling("predict_on_batch"):
-            dataset, options = self._data.inputs(x)
+            dataset = open_inputs(x, self._data.binding)
+            refuse_assumed_split(dataset)
             warn_of_order(dataset)
             if dataset.one_shot:
                 raise UsageError(_several_text(dataset))
             # All rows at once; a dataset brings its own batch.
-            if isinstance(dataset, Arrays):
-                options = replace(options, batch_size=sys.maxsize)
-            source = batch_source(dataset, self._data.binding, options)
+            size = sys.maxsize if isinstance(dataset, Arrays) else None
+            options = BatchOptions(batch_size=size, inputs_only=True)
+            source = self._data.source(dataset, options)
             if source.num_batches != 1:
                 raise UsageError(_several_text(source))
             prediction = self._prediction(source, None)
@@ -760,7 +746,7 @@ class Trainer:
     @property
     def class_names(self) -> tuple[str, ...]:
         """The names of the classes 0, 1, …, where the data had names for them."""
-        return self._data.schema.class_names
+        return self._data.class_names
 
     @property
     def compiles(self) -> dict[str, int]:
@@ -777,23 +763,18 @@ class Trainer:
         """
         if x is not None:
             with calling("summary"):
-                dataset, options = self._data.inputs(x, any_split=True)
-                source = batch_source(
-                    dataset, self._data.binding, replace(options, multiple_of=1)
-                )
+                dataset = open_inputs(x, self._data.binding)
+                options = BatchOptions(inputs_only=True)
+                source = self._data.source(dataset, options, divided=False)
                 resolved = self._prepare(source, inputs_only=True, state=False)
         else:
             resolved = self._programs.resolved
         return Text(resolved.adapted.summary(resolved.example.inputs))
 
     def check(
-        self,
-        x: Any,
-        y: Any = None,
-        *,
-        batch_size: int | None = None,
+        self, x: Any, y: Any = None, *, batch_size: int | None = None
     ) -> CheckReport:
-        """Tells what was understood, without training: `print(trainer.check(x, y))`.
+        """Shows what was detected, without training: `print(trainer.check(x, y))`.
 
         Compiles one step to count its FLOPs and memory.
 
@@ -803,12 +784,13 @@ class Trainer:
           batch_size: rows of a batch, for arrays; that of the last `fit`, or 32.
         """
         with calling("check"):
-            dataset = self._data.open(x, y, batch_size=batch_size, is_training=True)
+            dataset = open_dataset(x, y, batch_size=batch_size)
             refuse_to_use_up(dataset)
-            source = self._data.source(dataset, batch_size=batch_size)
+            options = BatchOptions(batch_size=batch_size)
+            source = self._data.source(dataset, options, divided=False)
             resolved = self._prepare(source, state=False)
             self._restore_pending()
-            names = self._data.schema.class_names
+            names = self._data.class_names
             if self._store.empty:
                 state = self._programs.fresh_state(source.example)
                 return make_report(resolved, state, source, names)
@@ -869,7 +851,7 @@ class Trainer:
         execution = {n: changes.pop(n) for n in _EXECUTION if n in changes}
         config, example, batch_size = from_meta(saved.meta, changes, saved.path)
         trainer = cls(model, **config, **execution)
-        trainer._data.remember(batch_size=batch_size)
+        trainer._data.batch_size = batch_size
         trainer._data.read_like(saved)
         trainer._pending = RestoreRequest(
             saved, "learning_rate" in changes, strict, params_only, rename
@@ -943,48 +925,6 @@ class Trainer:
         name, version = self._last_run
         return name if version == self._store.version else None
 
-    def _open_training(
-        self,
-        x: Any,
-        y: Any,
-        sample_weight: Any,
-        options: FitOptions,
-        origin: ResumePoint,
-    ) -> tuple[BatchSource, Dataset | None]:
-        """Returns the training data, and what `validation_split` holds out of it."""
-        reader, held_out = self._data, None
-        binding = reader.binding
-        if origin.saved is not None:
-            binding = reader.read_like(origin.saved)
-        dataset = reader.open(
-            x, y, sample_weight, batch_size=options.batch_size, is_training=True
-        )
-        if options.validation.split:
-            dataset, held_out = split_dataset(
-                dataset, options.validation.split, binding
-            )
-        if self._programs.nonfinite == "rollback":
-            refuse_to_go_back(dataset)
-        epochs = len(options.epochs_from(origin))
-        refuse_one_shot(
-            dataset, epochs=epochs, steps=options.steps, argument="steps_per_epoch"
-        )
-        refuse_endless(dataset, options.steps, "steps_per_epoch")
-        source = batch_source(
-            dataset,
-            binding,
-            BatchOptions(
-                batch_size=options.batch_size,
-                shuffle=options.shuffle,
-                seed=(self._programs.seed, origin.first_step),
-                class_weight=options.class_weight,
-                steps=options.steps,
-            ),
-        )
-        if origin.saved is not None:
-            reader.refuse_other_classes(source)
-        return source, held_out
-
     def _open_validation(
         self,
         held_out: Dataset | None,
@@ -1000,48 +940,39 @@ class Trainer:
             with calling("validation_data"):
                 dataset = held_out
                 if dataset is None:
-                    dataset = self._data.open(asked.data, batch_size=asked.batch_size)
-                refuse_one_shot(
-                    dataset, epochs=epochs, steps=steps, argument="validation_steps"
-                )
-                refuse_endless(dataset, steps, "validation_steps")
-                source = self._data.source(
-                    dataset,
-                    batch_size=asked.batch_size,
+                    dataset = open_dataset(asked.data, batch_size=asked.batch_size)
+                    refuse_assumed_split(dataset)
+                check_passes(dataset, steps, "validation_steps", epochs=epochs)
+                sizes = BatchOptions(
+                    asked.batch_size,
                     default_batch_size=training.batch_size,
                     steps=steps,
-                    divided=True,
-                    of_fit=True,
                 )
+                source = self._data.source(dataset, sizes, of_fit=True)
                 self._prepare(source, allow_rebuild=False, state=False)
         except Exception as error:
             error.add_note(_LAST_EXAMPLES if asked.split else "in validation_data")
             raise
         return source
 
-    def _record(
+    def _begin_run(
         self,
         source: BatchSource,
         validation: BatchSource | None,
         options: FitOptions,
-        total_steps: int | None,
-    ) -> RunRecord:
-        self._data.remember(batch_size=source.batch_size)
+        origin: ResumePoint,
+        display: Display,
+    ) -> RunSession:
+        """Puts the state that a fit starts with into the store; returns its session."""
+        programs, resolved = self._programs, self._programs.resolved
+        total_steps = options.total_steps(source, origin)
+        self._data.batch_size = source.batch_size
         data = describe_data(
             source, validation, shuffle=options.shuffle, steps=options.steps
         )
-        return RunRecord(self._meta(), data, options.epochs, total_steps)
-
-    def _session(
-        self,
-        options: FitOptions,
-        origin: ResumePoint,
-        record: RunRecord,
-        source: BatchSource,
-        display: Display,
-    ) -> RunSession:
-        resolved = self._programs.resolved
-        return RunSession(
+        record = RunRecord(self._meta(), data, options.epochs, total_steps)
+        resumed = resumed_state(programs, origin, record.trainer["config"])
+        session = RunSession(
             options.run,
             origin,
             record,
@@ -1051,26 +982,17 @@ class Trainer:
             empty=resolved.empty(),
             display=display,
         )
-
-    def _begin_state(
-        self,
-        resumed: TrainState | None,
-        source: BatchSource,
-        origin: ResumePoint,
-        total_steps: int | None,
-    ) -> None:
-        """Puts the state that a fit starts with into the store."""
         if resumed is None:
             self._ensure_state(source.example)
         else:
             self._pending = None
             self._store.put(resumed)
-        before = origin.loop.get("total_steps")
-        if self._programs.plans_ahead and before != total_steps:
+        if programs.plans_ahead and origin.loop.get("total_steps") != total_steps:
             # A constant rate is part of the state, computed for another length.
             fresh = not self._store.has_trained
-            state = with_new_rate(self._programs.resolved, self._store.take())
+            state = with_new_rate(resolved, self._store.take())
             self._store.put(state, fresh=fresh)
+        return session
 
     def _say_first_lines(self, source: BatchSource, display: Display) -> None:
         for line in first_lines(
@@ -1078,7 +1000,7 @@ class Trainer:
             self._store.peek(),
             source,
             self._programs.spare_devices,
-            self._data.schema.class_names,
+            self._data.class_names,
         ):
             display.say(line)
 
@@ -1132,7 +1054,7 @@ class Trainer:
             loop=loop,
             display=display,
             interrupt=interrupt,
-            nonfinite=self._programs.nonfinite,
+            nonfinite=self._programs.settings.nonfinite,
         )
 
     @contextmanager
@@ -1149,7 +1071,7 @@ class Trainer:
             self._clocks.pop()
             self._last_run = fit.session.origin.run, self._store.version
 
-    # --------------------------------------------------- schema, programs, state
+    # ----------------------------------------------------- data, programs, state
 
     def _prepare(
         self,
@@ -1158,18 +1080,18 @@ class Trainer:
         *,
         inputs_only: bool = False,
         allow_rebuild: bool | None = None,
-        divide: bool = False,
+        placement: Placement | None = None,
         state: bool = True,
     ) -> ResolvedTask:
-        """Makes schema, programs and state for data, each checked against the others.
+        """Makes programs and state for data, each checked against the others.
 
         Args:
           source: the data.
           total_steps: the step at which training will end, None if unknown.
           inputs_only: whether to do without targets.
-          allow_rebuild: whether data of another form may replace schema and programs;
+          allow_rebuild: whether data of another form may replace the programs;
             None for "as long as nothing was trained and no fit is running".
-          divide: whether to use as many devices as divide its batches.
+          placement: the devices to use from now on, None for those used now.
           state: whether to initialize a state as well.
 
         Raises:
@@ -1177,12 +1099,7 @@ class Trainer:
         """
         if allow_rebuild is None:
             allow_rebuild = self._may_rebuild
-        placement = (
-            self._placement_for(source)
-            if divide and not isinstance(source, InMemoryData)
-            else None
-        )
-        # The schema first: it decides whether images are scaled in the programs.
+        # The data first: it decides whether images are scaled in the programs.
         self._data.learn(source, allow_rebuild=allow_rebuild)
         if inputs_only:
             resolved = self._programs.build_for_inputs(
@@ -1207,7 +1124,7 @@ class Trainer:
         if not has_rows(source.example):
             return None
         rows, now = source.batch_size, self._programs.placement
-        placement = self._programs.placement_for(rows, source.num_examples)
+        placement = self._programs.all_devices.for_rows(rows, source.num_examples)
         if self._clocks and placement.devices != now.devices:
             raise UsageError(
                 f"A fit of this trainer is running on {len(now.devices)} devices, "
@@ -1219,7 +1136,7 @@ class Trainer:
     def _one_batch(
         self, x: Any, y: Any, sample_weight: Any, class_weight: Any
     ) -> Batch:
-        dataset = self._data.open(x, y, sample_weight, is_training=True)
+        dataset = open_dataset(x, y, sample_weight)
         whole = one_batch(dataset, self._data.binding, class_weight)
         self._prepare(whole)
         return whole.batch
@@ -1235,11 +1152,13 @@ class Trainer:
     ) -> Prediction:
         """Returns the prediction for data, with programs and state ready."""
         steps = optional_integer("steps", steps)
-        dataset, options = self._data.inputs(x, batch_size=batch_size, steps=steps)
+        dataset = open_inputs(x, self._data.binding, batch_size=batch_size)
+        refuse_assumed_split(dataset)
         if not may_be_endless:
-            refuse_endless(dataset, steps, "steps")
+            check_passes(dataset, steps, "steps")
         warn_of_order(dataset)
-        source = batch_source(dataset, self._data.binding, options)
+        options = BatchOptions(batch_size=batch_size, steps=steps, inputs_only=True)
+        source = self._data.source(dataset, options)
         return self._prediction(source, steps, sown=sown)
 
     def _prediction(
@@ -1287,10 +1206,10 @@ class Trainer:
         return to_meta(
             {**self._config, "scale_images": self._programs.scaled},
             resolved.example,
-            batch_size=self._data.schema.batch_size,
+            batch_size=self._data.batch_size,
             opt_state=resolved.template.opt_state,
-            class_names=self._data.schema.class_names,
-            columns=self._data.schema.columns,
+            class_names=self._data.class_names,
+            columns=self._data.columns,
         )
 
     def _build_for(self, example: Batch, where: str) -> None:
@@ -1303,33 +1222,6 @@ class Trainer:
             raise CheckpointError(
                 f"{where!r} was saved for inputs that {self._name} cannot take: {error}"
             ) from error
-
-
-def _checked_settings(given: Mapping[str, Any]) -> Settings:
-    """Returns the settings from the arguments of `Trainer` by name.
-
-    Raises:
-      ValueError: a wrong value.
-    """
-    policies = ("stop", "skip", "rollback", "ignore")
-    return Settings(
-        loss=given["loss"],
-        loss_weights=given["loss_weights"],
-        optimizer=given["optimizer"],
-        learning_rate=given["learning_rate"],
-        metrics=given["metrics"],
-        overrides=Overrides(
-            given["train_flag"],
-            names("collections", given["collections"]),
-            names("rngs", given["rngs"]),
-        ),
-        optimizer_options={name: given[name] for name in _OPTIMIZER_OPTIONS},
-        variables=as_variables(given["variables"]),
-        seed=integer("seed", given["seed"], least=0),
-        make_train_step=given["make_train_step"] or _steps.make_train_step,
-        nonfinite=choice("nonfinite", given["nonfinite"], policies),
-        scale_images=switch("scale_images", given["scale_images"]),
-    )
 
 
 def _finish(fit: FitContext) -> History:

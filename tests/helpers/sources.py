@@ -11,7 +11,7 @@ from flaxfit.data.open import (
     open_inputs,
     split_dataset,
 )
-from flaxfit.trainer.data import refuse_assumed_split, refuse_endless
+from flaxfit.trainer.data import check_passes, refuse_assumed_split
 
 _ARGUMENTS = {"fit": "steps_per_epoch", "validation_data": "validation_steps"}
 
@@ -36,7 +36,7 @@ def as_source(
             dataset = open_dataset(x, y, sample_weight, batch_size=size)
         if name != "fit":
             refuse_assumed_split(dataset)
-        refuse_endless(dataset, options.get("steps"), _ARGUMENTS.get(name, "steps"))
+        check_passes(dataset, options.get("steps"), _ARGUMENTS.get(name, "steps"))
         return batch_source(dataset, binding, BatchOptions(**options))
 
 
@@ -45,7 +45,7 @@ def as_inputs_source(x, *, binding, name="predict", **options):
     with calling(name):
         dataset = open_inputs(x, binding, batch_size=options.get("batch_size"))
         if name == "predict":
-            refuse_endless(dataset, options.get("steps"), "steps")
+            check_passes(dataset, options.get("steps"), "steps")
         options = BatchOptions(**options, inputs_only=True)
         return batch_source(dataset, binding, options)
 

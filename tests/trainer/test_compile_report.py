@@ -127,7 +127,7 @@ def test_verbose_0_says_nothing(capsys):
             DeviceDataset(batch(rows=16), np.zeros((4, 2), np.int32)),
             r"^x is float32\[2,8,2\], was float32\[8,8,2\]; .*weights",
         ),
-        (batch(), batch(), "^the devices or the state are others$"),
+        (batch(), batch(), "^the devices or the state changed$"),
     ],
 )
 def test_the_cause_is_named_with_both_sides(before, now, why):

@@ -540,7 +540,7 @@ def test_check_reports_without_training():
     assert report.step_bytes > 0
     assert report.compiles == {"train": 1, "eval": 1, "predict": 1}
     text = str(report)
-    for words in ("0..2 in the first batch", "float32[16,3]", "by chance 1.0986"):
+    for words in ("0..2 in the first batch", "float32[16,3]", "guessing gives 1.0986"):
         assert words in text
     assert trainer.step == 0
     with pytest.raises(ValueError, match="has seen no data"):
@@ -711,7 +711,7 @@ def test_a_fit_that_fails_at_the_door_leaves_the_batch_size():
         trainer.fit(X, LABELS, batch_size=16, validation_data=bad, verbose=0)
     trainer.predict(X)
     shapes = [s for s in trainer._programs.resolved.programs.predict.signatures]
-    assert trainer._data.schema.batch_size == 8 and len(shapes) == 1
+    assert trainer._data.batch_size == 8 and len(shapes) == 1
 
 
 def test_a_loader_that_fills_one_buffer_again_trains_on_its_own_batches():
