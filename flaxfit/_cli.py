@@ -14,8 +14,6 @@ from flaxfit.checkpoint import corruption, file_format
 from flaxfit.checkpoint.api import read_bytes
 from flaxfit.checkpoint.encoding import DTYPES, Key, joined, leaves_of, spec_of
 
-_POSITION = ("step", "epoch", "batch")
-
 
 class _File(NamedTuple):
     """The content of a file of flaxfit or of plain Flax."""
@@ -38,8 +36,8 @@ def inspect_text(path: str) -> str:
     if isinstance(versions, dict):
         text = ", ".join(f"{name} {version}" for name, version in versions.items())
         lines.append(f"  written by {text}")
-    position = [f"{name} {value}" for name, value in _position(file)]
-    lines += ["  " + ", ".join(position)] if position else []
+    if position := _position(file):
+        lines.append(f"  {position}")
     rows = [(n, str(spec_of(leaf)), _nbytes(leaf)) for n, leaf in file.leaves.items()]
     parts: dict[str, list[int]] = {}
     for name, _, size in rows:
@@ -114,15 +112,16 @@ def _named(tree: Any, path: tuple[str, ...]) -> dict[str, Any]:
     return {joined(where): leaf for where, leaf in leaves_of(tree, path)}
 
 
-def _position(file: _File) -> Iterator[tuple[str, Any]]:
-    """Yields step, epoch and batch, as far as the file has them."""
-    for name in _POSITION:
-        value = file.meta.get(name)
-        if value is None and name == "step":
-            step = file.leaves.get("step")
-            value = int(step) if step is not None and np.size(step) == 1 else None
-        if isinstance(value, (int, float)):
-            yield name, value
+def _position(file: _File) -> str:
+    """Returns the step, and of a file of a fit the epochs (from 1); may be empty."""
+    step, loop = file.leaves.get("step"), file.meta.get("loop")
+    texts = [] if step is None or np.size(step) != 1 else [f"step {int(step)}"]
+    if isinstance(loop, dict):
+        epoch, batch = loop.get("epoch"), loop.get("batch")
+        if isinstance(epoch, int) and isinstance(batch, int):
+            within = f"epoch {epoch + 1}, batch {batch}"
+            texts.append(within if batch else f"end of epoch {epoch}")
+    return ", ".join(texts)
 
 
 def _nbytes(leaf: Any) -> int:

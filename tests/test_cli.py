@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import serialization
+from helpers.data import labeled
+from helpers.models import Linear
 
-from flaxfit import checkpoint
+from flaxfit import Callback, Trainer, checkpoint
 from flaxfit.__main__ import main
 
 META = {"versions": {"flaxfit": "0.1.0", "jax": "0.10"}, "epoch": 2, "batch_size": 32}
@@ -30,7 +32,7 @@ def test_inspect(tmp_path, capsys):
     assert lines[1].startswith("  flaxfit checkpoint, format 1, checksums right, ")
     assert lines[2:] == [
         "  written by flaxfit 0.1.0, jax 0.10",
-        "  step 7, epoch 2",
+        "  step 7",
         "",
         "  step                   int32[]             4 B",
         "  params/Dense_0/kernel  float32[4,8]      128 B",
@@ -42,6 +44,30 @@ def test_inspect(tmp_path, capsys):
         "  rng                    1 leaf              8 B",
         "  total                  4 leaves          172 B",
     ]
+
+
+def test_inspect_tells_where_a_fit_stood(tmp_path, capsys):
+    class SaveAtStep7(Callback):
+        def on_train_batch_end(self, loop):
+            if loop.step == 7:
+                loop.save(tmp_path / "middle")
+
+    x, y = labeled(32)
+    Trainer(Linear()).fit(
+        x,
+        y,
+        epochs=2,
+        batch_size=8,
+        callbacks=SaveAtStep7(),
+        run_dir=tmp_path,
+        verbose=0,
+    )
+    for name, position in (
+        ("middle", "step 7, epoch 2, batch 3"),
+        ("step-0000000008.msgpack", "step 8, end of epoch 2"),
+    ):
+        assert main(["inspect", str(tmp_path / name)]) == 0
+        assert capsys.readouterr().out.splitlines()[3] == f"  {position}"
 
 
 def test_inspect_a_file_of_plain_flax(tmp_path, capsys):
