@@ -87,12 +87,10 @@ class ModelCheckpoint(Callback):
         self.keep = keep
         self.background = background
         self.best: float | None = None
-        self._names = _names_in(self.filepath)
         self._written: list[str] = []
-        self._monitor: Monitor | None = None
         if not self._by_epoch:
             interval("save_freq", save_freq)
-        if keep is not None and not self._names:
+        if not _names_in(self.filepath) and keep is not None:
             root, extension = os.path.splitext(self.filepath)
             numbered = f"{root}-{{epoch:03d}}{extension}"
             raise UsageError(
@@ -122,7 +120,7 @@ class ModelCheckpoint(Callback):
           ValueError: a log that this fit will not have.
           CheckpointError: nothing can be written there.
         """
-        for name in self._names - {*_PLACES, *loop.log_names}:
+        for name in _names_in(self.filepath) - {*_PLACES, *loop.log_names}:
             known = [*_PLACES, *loop.log_names]
             raise UsageError(
                 f"ModelCheckpoint({self.filepath!r}): there is no log {name!r}."
@@ -130,13 +128,11 @@ class ModelCheckpoint(Callback):
                 f"The name may contain {', '.join(known)}",
             )
         if self.save_best_only:
-            self._monitor = Monitor(
-                "ModelCheckpoint", self.monitor, self.mode, loop.log_names
-            )
+            monitor = self._monitor(loop)
             if self.best is None:
                 self.best = self.initial_value_threshold
                 if self.best is None and loop.step > 0:
-                    self.best = self._best_of_file()
+                    self.best = self._best_of_file(monitor)
         checkpoint.check_writable(loop.state)
         if "{" not in os.path.dirname(self.filepath):
             disk.probe(Path(self.filepath).absolute().parent)
@@ -165,11 +161,11 @@ class ModelCheckpoint(Callback):
 
     def _consider(self, loop: LoopState) -> None:
         before, after = self.best, self.best
-        if self._monitor is not None:
+        if self.save_best_only:
             if self.monitor not in loop.logs:
                 return  # no validation after this epoch
             after = float(loop.logs[self.monitor])
-            if not self._monitor.is_better(after, before):
+            if not self._monitor(loop).is_better(after, before):
                 return
         path = self._path(loop)
         self.best = after
@@ -186,7 +182,7 @@ class ModelCheckpoint(Callback):
 
     def _path(self, loop: LoopState) -> str:
         # Reading the logs waits for the device, so they are read only if needed.
-        logs = loop.logs if self._names - set(_PLACES) else {}
+        logs = loop.logs if _names_in(self.filepath) - set(_PLACES) else {}
         places = {"epoch": loop.epoch + 1, "batch": loop.batch, "step": loop.step}
         try:
             return self.filepath.format(**{**logs, **places})
@@ -210,7 +206,10 @@ class ModelCheckpoint(Callback):
         if not os.path.exists(path):
             self._written = [p for p in self._written if p != path]
 
-    def _best_of_file(self) -> float | None:
+    def _monitor(self, loop: LoopState) -> Monitor:
+        return Monitor("ModelCheckpoint", self.monitor, self.mode, loop.log_names)
+
+    def _best_of_file(self, monitor: Monitor) -> float | None:
         """Returns the best value in the files of an earlier process."""
         pattern = re.sub(r"\{[^}]*\}", "*", os.path.basename(self.filepath))
         found = []
@@ -226,10 +225,9 @@ class ModelCheckpoint(Callback):
                 and entry["state"]["best_of"] == self.monitor
                 and entry["state"]["best"] is not None
             ]
-        assert self._monitor is not None
         best: float | None = None
         for value in found:
-            best = value if self._monitor.is_better(value, best) else best
+            best = value if monitor.is_better(value, best) else best
         return best
 
 
