@@ -11,25 +11,33 @@ class BatchSource(Protocol):
     """Batches of fixed shape on the host, pass after pass.
 
     Attributes:
-      kind: what it is, in words: `"arrays"`, `"torch DataLoader"`.
       info: what is known about the dataset.
       batch_size: rows of a batch, fill included.
       pad: whether a short batch is filled up with real rows at weight 0; without,
         it is as short as it comes.
-      shapes: how many shapes batches may have besides their rows.
-      one_shot: whether it can be read only once.
-      seeks: whether `batches` begins anywhere without reading what is before.
       reuses_buffers: whether batches hold only until the next one is asked for.
     """
 
-    kind: str
     info: DatasetInfo
     batch_size: int
     pad: bool
-    shapes: int
-    one_shot: bool
-    seeks: bool
     reuses_buffers: bool
+
+    @property
+    def kind(self) -> str:
+        """What it is, in words: `"arrays"`, `"torch DataLoader"`."""
+
+    @property
+    def shapes(self) -> int:
+        """How many shapes batches may have besides their rows."""
+
+    @property
+    def one_shot(self) -> bool:
+        """Whether it can be read only once."""
+
+    @property
+    def seeks(self) -> bool:
+        """Whether `batches` begins anywhere without reading what is before."""
 
     @property
     def num_batches(self) -> int | None:

@@ -13,34 +13,26 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
-from flaxfit._core.errors import DataError, caller, calling
+from flaxfit._core.errors import DataError, caller
 from flaxfit._core.tree_specs import LeafSpec, diff, difference_lines
 from flaxfit._core.types import Batch
 from flaxfit.data.datasets.stream import (
     NO_INFO,
     BatchForm,
     DatasetInfo,
-    PaddedTail,
     Stream,
     set_state,
 )
 from flaxfit.data.host.arrays import (
     as_host,
-    call_text,
     copy_host_arrays,
     fill,
     named_leaves,
-    narrow,
     on_device,
 )
-from flaxfit.data.host.checks import check_lengths, check_sized, check_weights
-from flaxfit.data.host.weights import with_weights
-from flaxfit.data.sources.fast_path import BatchTemplate, learn
 from flaxfit.data.sources.position import IteratorMark
-
-_END = object()
+from flaxfit.data.sources.stream_reader import END, StreamReader, parted, place_of
 
 
 class StreamSource:
@@ -75,38 +67,28 @@ class StreamSource:
         structural: bool = False,
     ) -> None:
         self.pad = True
-        self.kind = stream.kind
-        self.shapes = stream.form.shapes
-        self.one_shot = stream.one_shot
-        self.seeks = stream.seeks
-        self.num_batches = stream.num_batches
-        self.num_examples = stream.num_examples
-        self._stream = stream
-        self._read = read
+        self._reader = StreamReader(stream, read)
         self._check: Callable[[Batch], None] | None = None
-        # The caller's name now: later passes are read in a thread, or for another call.
-        self._caller = caller()
         self._steps = steps
         # Over all passes, for messages. A caller that evaluates again restarts at 0.
         self._yielded = self._passes = 0
         self._mark = IteratorMark(stream)
-        iterator = self._open(0, 0)
-        place = _place(0, 0)
-        given = self._next(iterator, place)
-        if given is _END:
+        iterator = self._reader.open(0, 0)
+        place = place_of(0, 0)
+        given = self._reader.next(iterator, place)
+        if given is END:
             raise DataError(
                 f"no batches: the {self.kind} given to {caller()} yielded nothing",
-                self._reusable(),
+                self._reader.reusable(),
             )
         self._mark.note(iterator, 0, 1)
-        raw, rows = _parted(given)
+        raw, rows = parted(given)
         # Arrays on a device stay there, as those of all later batches do.
-        ahead = self._without_fill(self._converted(raw, place, first=True), rows)
+        ahead = self._without_fill(self._reader.convert(raw, place, first=True), rows)
         first = copy_host_arrays(as_host(ahead))
         self.info = describe(raw)
-        self._template: BatchTemplate | None = None
-        if structural and stream.form.size is None:
-            self._template = learn(raw, read)
+        if structural:
+            self._reader.learn(raw)
         size = max(len(first.weights), stream.form.batch_size or 0)
         if stream.num_examples is not None:
             size = -(-size // multiple_of) * multiple_of
@@ -116,6 +98,36 @@ class StreamSource:
         # The first batch, until the first pass yields it.
         ahead = ahead if on_device(ahead) else first
         self._ahead: tuple[Iterator[Any], Batch] | None = (iterator, ahead)
+
+    @property
+    def kind(self) -> str:
+        """What is read, in words."""
+        return self._reader.stream.kind
+
+    @property
+    def shapes(self) -> int:
+        """How many shapes batches may have besides their rows."""
+        return self._reader.stream.form.shapes
+
+    @property
+    def one_shot(self) -> bool:
+        """Whether the stream can be read only once."""
+        return self._reader.stream.one_shot
+
+    @property
+    def seeks(self) -> bool:
+        """Whether a pass begins anywhere without reading what is before."""
+        return self._reader.stream.seeks
+
+    @property
+    def num_batches(self) -> int | None:
+        """Batches in one pass, None where only reading tells."""
+        return self._reader.stream.num_batches
+
+    @property
+    def num_examples(self) -> int | None:
+        """Examples in one pass without fill, None where only reading tells."""
+        return self._reader.stream.num_examples
 
     @property
     def bookmark(self) -> Mapping[str, Any] | None:
@@ -153,30 +165,30 @@ class StreamSource:
         named = max(pass_index, self._passes)  # in messages
         self._passes += 1
         if bookmark is not None:
-            iterator = self._open(pass_index, 0)
+            iterator = self._reader.open(pass_index, 0)
             set_state(iterator, bookmark["state"])
             number = bookmark["number"]
         elif ahead is not None and (self.one_shot or (pass_index, start) == (0, 0)):
             iterator, batch = ahead
             number = 1
             if start == 0:
-                yield self._finished(batch, _place(0, named))
+                yield self._finished(batch, place_of(0, named))
         else:
             number = start if self.seeks else 0
-            iterator = self._open(pass_index, number)
+            iterator = self._reader.open(pass_index, number)
         del ahead  # or the first batch would stay in memory for the whole pass
-        self._skip(iterator, number, start, named)
+        self._reader.skip(iterator, number, start, named)
         number = max(number, start)
         while True:
-            place = _place(number, named)
-            given = self._next(iterator, place)
-            if given is _END:
+            place = place_of(number, named)
+            given = self._reader.next(iterator, place)
+            if given is END:
                 break
             self._mark.note(iterator, pass_index, number + 1)
-            raw, rows = _parted(given)
-            made = None if self._template is None else self._template.make(raw)
+            raw, rows = parted(given)
+            made = self._reader.made_like_first(raw)
             if made is None:
-                made = self._converted(raw, place)
+                made = self._reader.convert(raw, place)
                 self._likeness.compare(made, place)
             batch = self._without_fill(made, rows)
             yield self._finished(batch, place)
@@ -185,61 +197,6 @@ class StreamSource:
         # the iterator ran out.
         if number == 0 or (self.one_shot and self._steps is not None):
             raise self._used_up(named)
-
-    def _skip(
-        self, iterator: Iterator[Any], number: int, start: int, pass_index: int
-    ) -> None:
-        for skipped in range(number, start):
-            if self._next(iterator, _place(skipped, pass_index)) is _END:
-                raise DataError(
-                    f"the {self.kind} given to {self._caller} ends after {skipped} "
-                    f"batches, but {start} of them were trained on before this run was "
-                    "interrupted",
-                    self._reusable(),
-                )
-
-    def _open(self, pass_index: int, start: int) -> Iterator[Any]:
-        try:
-            with calling(self._caller):
-                return self._stream.open(pass_index, start)
-        except (DataError, TypeError):
-            raise
-        except Exception as error:
-            error.add_note(f"while starting pass {pass_index} over the data")
-            raise
-
-    def _next(self, iterator: Iterator[Any], place: str) -> Any:
-        try:
-            # A later pass is read outside of the call that the data was given to.
-            with calling(self._caller):
-                return next(iterator, _END)
-        except Exception as error:
-            error.add_note(f"while reading {place}")
-            if "already executing" in str(error):
-                error.add_note(
-                    "An earlier fit still reads from it in the background. Wait for "
-                    "it, or write Trainer(model, prefetch=0)."
-                )
-            raise
-
-    def _converted(self, raw: Any, place: str, *, first: bool = False) -> Batch:
-        """Returns a raw batch with weights, checked but not padded."""
-        try:
-            given = self._read(raw)
-            size = self._stream.form.size
-            rows = (
-                check_lengths(given) if size is None else check_sized(given, size(raw))
-            )
-            batch = with_weights(narrow(given), rows)
-            # Of weights on a device only the first are read back.
-            if first or isinstance(batch.weights, np.ndarray):
-                check_weights(np.asarray(batch.weights), all_zero=True)
-            return batch
-        except DataError as error:
-            raise DataError(f"{place}: {error}") from error
-        except Exception as error:
-            error.add_note(f"while reading {place}")
-            raise
 
     def _without_fill(self, batch: Batch, rows: int | None) -> Batch:
         """Returns the batch with weight 0 for what is beyond `rows`, or without it."""
@@ -260,7 +217,7 @@ class StreamSource:
             except DataError as error:
                 raise DataError(f"{place}: {error}") from error
         self._yielded += 1
-        if self._stream.form.size is not None:
+        if self._reader.stream.form.size is not None:
             return batch
         rows = len(batch.weights)
         if rows > self.batch_size:
@@ -282,32 +239,15 @@ class StreamSource:
         steps = f" ({self._steps} steps were asked for)" if self._steps else ""
         if self.one_shot:
             given = (
-                f"the iterator given to {self._caller} is used up, after "
+                f"the iterator given to {self._reader.caller} is used up, after "
                 f"{self._yielded} batches in all, but there is more to do{steps}"
             )
         else:
             given = (
                 f"no batches in pass {pass_index}: the {self.kind} given to "
-                f"{self._caller} yielded nothing this time{steps}"
+                f"{self._reader.caller} yielded nothing this time{steps}"
             )
-        return DataError(given, self._reusable())
-
-    def _reusable(self) -> str:
-        with calling(self._caller):
-            function, iterator = call_text("make_batches"), call_text("make_batches()")
-        return self._stream.again or (
-            "Pass something that can be read again and again: a list, a loader, or the "
-            f"function that makes the batches, {function} not {iterator}."
-        )
-
-
-def _place(number: int, pass_index: int) -> str:
-    return f"batch {number} of pass {pass_index}"
-
-
-def _parted(given: Any) -> tuple[Any, int | None]:
-    """Returns a raw batch, and how many of its rows are no fill, None for all."""
-    return given if isinstance(given, PaddedTail) else (given, None)
+        return DataError(given, self._reader.reusable())
 
 
 class _Likeness:
