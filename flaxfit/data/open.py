@@ -173,8 +173,6 @@ def batch_source(
             batch = reader(plain)
         else:
             batch = split(as_host(plain, but_device=True))
-            if callable(binding.inputs):  # a function of the user's returns anything
-                batch = as_host(batch, but_device=True)
         if isinstance(raw, PaddedBatch) and not options.inputs_only:
             return apply_mask(batch, binding.targets_of(raw.real), weighting)
         return batch if weighting is None else weighting(batch)

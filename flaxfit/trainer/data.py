@@ -33,6 +33,21 @@ from flaxfit.trainer.check import listed_classes
 from flaxfit.trainer.fit_options import FitOptions
 
 
+@dataclass(frozen=True)
+class DataSchema:
+    """What a trainer remembers of the data it was trained on.
+
+    Attributes:
+      batch_size: rows of a batch where none are given: those of the last fit.
+      class_names: the names of the classes 0, 1, …; empty where there are none.
+      columns: the columns of the first tables, None if the data was no table.
+    """
+
+    batch_size: int = DEFAULT_BATCH_SIZE
+    class_names: tuple[str, ...] = ()
+    columns: Columns | None = None
+
+
 @dataclass(eq=False)
 class DataAdapter:
     """Makes sources of data for one trainer, later data like the first.
@@ -41,17 +56,13 @@ class DataAdapter:
       programs: the trainer's programs.
       has_learned: whether a state was trained or loaded.
       given: how a raw batch is read, as far as the user has said.
-      batch_size: rows of a batch where none are given: those of the last fit.
-      class_names: the names of the classes 0, 1, …; empty where there are none.
-      columns: the columns of the first tables, None if the data was no table.
+      schema: what is remembered of the data.
     """
 
     programs: ProgramCache
     has_learned: Callable[[], bool]
     given: Binding
-    batch_size: int = DEFAULT_BATCH_SIZE
-    class_names: tuple[str, ...] = ()
-    columns: Columns | None = None
+    schema: DataSchema = DataSchema()
 
     @property
     def binding(self) -> Binding:
@@ -60,12 +71,18 @@ class DataAdapter:
 
     @property
     def _binding(self) -> Binding:
-        return replace(self.given, columns=self.columns)
+        return replace(self.given, columns=self.schema.columns)
+
+    def remember(self, **changes: Any) -> None:
+        """Changes fields of the schema."""
+        self.schema = replace(self.schema, **changes)
 
     def read_like(self, saved: Checkpoint) -> Binding:
         """Reads data as the trainer of a checkpoint did; returns how."""
-        self.columns = Columns.from_plain(saved.meta.get("columns"))
-        self.class_names = tuple(saved.meta.get("class_names", ()))
+        self.remember(
+            columns=Columns.from_plain(saved.meta.get("columns")),
+            class_names=tuple(saved.meta.get("class_names", ())),
+        )
         return self._binding
 
     def learn(self, source: BatchSource | InMemoryData, *, allow_rebuild: bool) -> None:
@@ -81,8 +98,8 @@ class DataAdapter:
             return
         info = source.info
         self.programs.learn(info.pictures)
-        self.class_names = info.class_names or self.class_names
-        self.columns = info.columns
+        names = info.class_names or self.schema.class_names
+        self.remember(class_names=names, columns=info.columns)
 
     def refuse_other_classes(self, source: BatchSource | InMemoryData) -> None:
         """Refuses data whose labels mean something else than before.
@@ -90,7 +107,7 @@ class DataAdapter:
         Raises:
           DataError: its classes are not those the trainer was trained on.
         """
-        names, known = source.info.class_names, self.class_names
+        names, known = source.info.class_names, self.schema.class_names
         if names and known and names != known:
             raise DataError(
                 f"The data has the classes {listed_classes(names)}, and this trainer "
@@ -151,7 +168,7 @@ class DataAdapter:
         """
         options = replace(
             options,
-            default_batch_size=options.default_batch_size or self.batch_size,
+            default_batch_size=options.default_batch_size or self.schema.batch_size,
             multiple_of=len(self.programs.placement.devices) if divided else 1,
         )
         return batch_source(dataset, self._binding if of_fit else self.binding, options)

@@ -406,7 +406,7 @@ class Trainer:
             self._programs.require_total_steps(total_steps)
             placement = self._placement_for(source)
             resolved = self._prepare(source, total_steps, placement=placement)
-            self._data.batch_size = source.batch_size
+            self._data.remember(batch_size=source.batch_size)
             outputs = self._programs.find_outputs(source.example, sown=False)
             with self._store.borrow() as state:
                 return compile_ahead(
@@ -746,7 +746,7 @@ class Trainer:
     @property
     def class_names(self) -> tuple[str, ...]:
         """The names of the classes 0, 1, …, where the data had names for them."""
-        return self._data.class_names
+        return self._data.schema.class_names
 
     @property
     def compiles(self) -> dict[str, int]:
@@ -790,7 +790,7 @@ class Trainer:
             source = self._data.source(dataset, options, divided=False)
             resolved = self._prepare(source, state=False)
             self._restore_pending()
-            names = self._data.class_names
+            names = self._data.schema.class_names
             if self._store.empty:
                 state = self._programs.fresh_state(source.example)
                 return make_report(resolved, state, source, names)
@@ -851,7 +851,7 @@ class Trainer:
         execution = {n: changes.pop(n) for n in _EXECUTION if n in changes}
         config, example, batch_size = from_meta(saved.meta, changes, saved.path)
         trainer = cls(model, **config, **execution)
-        trainer._data.batch_size = batch_size
+        trainer._data.remember(batch_size=batch_size)
         trainer._data.read_like(saved)
         trainer._pending = RestoreRequest(
             saved, "learning_rate" in changes, strict, params_only, rename
@@ -966,7 +966,7 @@ class Trainer:
         """Puts the state that a fit starts with into the store; returns its session."""
         programs, resolved = self._programs, self._programs.resolved
         total_steps = options.total_steps(source, origin)
-        self._data.batch_size = source.batch_size
+        self._data.remember(batch_size=source.batch_size)
         data = describe_data(
             source, validation, shuffle=options.shuffle, steps=options.steps
         )
@@ -1000,7 +1000,7 @@ class Trainer:
             self._store.peek(),
             source,
             self._programs.spare_devices,
-            self._data.class_names,
+            self._data.schema.class_names,
         ):
             display.say(line)
 
@@ -1206,10 +1206,10 @@ class Trainer:
         return to_meta(
             {**self._config, "scale_images": self._programs.scaled},
             resolved.example,
-            batch_size=self._data.batch_size,
+            batch_size=self._data.schema.batch_size,
             opt_state=resolved.template.opt_state,
-            class_names=self._data.class_names,
-            columns=self._data.columns,
+            class_names=self._data.schema.class_names,
+            columns=self._data.schema.columns,
         )
 
     def _build_for(self, example: Batch, where: str) -> None:

@@ -711,7 +711,7 @@ def test_a_fit_that_fails_at_the_door_leaves_the_batch_size():
         trainer.fit(X, LABELS, batch_size=16, validation_data=bad, verbose=0)
     trainer.predict(X)
     shapes = [s for s in trainer._programs.resolved.programs.predict.signatures]
-    assert trainer._data.batch_size == 8 and len(shapes) == 1
+    assert trainer._data.schema.batch_size == 8 and len(shapes) == 1
 
 
 def test_a_loader_that_fills_one_buffer_again_trains_on_its_own_batches():

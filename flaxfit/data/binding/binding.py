@@ -11,6 +11,7 @@ from flaxfit._core.errors import DataError, did_you_mean
 from flaxfit._core.types import Batch, CallSpec, Inputs, PyTree
 from flaxfit.data.datasets.columns import Columns
 from flaxfit.data.datasets.stream import NO_INFO, DatasetInfo
+from flaxfit.data.host.arrays import as_host
 from flaxfit.data.host.fields import parts_of
 
 TARGET_NAMES = ("label", "labels", "target", "targets", "y")
@@ -144,7 +145,8 @@ class Binding:
           DataError: `x` has not the parts that the call requires, or others.
         """
         if callable(self.inputs):
-            return _called(self.inputs(x), self.call)
+            # A function of the user's returns anything: lists, tensors.
+            return _called(as_host(self.inputs(x), but_device=True), self.call)
         if _is_sequence(x):
             return self.by_position(tuple(x) if self.takes_several else (tuple(x),))
         if not isinstance(x, Mapping):

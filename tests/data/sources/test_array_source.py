@@ -6,8 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
+from helpers.data import labeled
+from helpers.models import Linear
 from helpers.sources import as_inputs_source, as_source, as_whole
 
+from flaxfit import Trainer
 from flaxfit._core.errors import DataError
 from flaxfit._core.types import Batch, CallSpec
 from flaxfit.data.binding.binding import Binding
@@ -367,3 +370,12 @@ def test_as_batch_is_whole_and_has_weights():
     assert (len(batch.targets), batch.weights.tolist()) == (10, [1] * 10)
     with pytest.raises(ValueError, match=r"not a dataset.*next\(iter\(dataset\)\)"):
         as_whole([(X, Y)], binding=ONE)
+
+
+def test_inputs_of_a_function_may_be_lists():
+    x, y = labeled(8)
+    trainer = Trainer(Linear(), inputs=lambda batch: batch["a"].tolist())
+    trainer.fit({"a": x, "label": y}, batch_size=4, shuffle=False, verbose=0)
+    same = Trainer(Linear())
+    same.fit(x, y, batch_size=4, shuffle=False, verbose=0)
+    assert np.array_equal(trainer.predict({"a": x}), same.predict(x))
