@@ -205,7 +205,7 @@ def _probability_warning(
         inside = values.min() >= 0 and values.max() <= 1 and values.any()
         if inside and (not several or np.allclose(values.sum(-1), 1, atol=1e-2)):
             warnings.append(
-                f"outputs{where(term.path)} look like probabilities, and "
+                f"outputs{where(term.path)} look like probabilities, but "
                 f"{term.loss.name} takes logits: let the model return them without "
                 f"the last {'softmax' if several else 'sigmoid'}"
             )
