@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ def image_folder(
 def open_image_files(x: ImageFiles) -> ExampleSet:
     """Returns the files as items of a dataset of pictures."""
     info = DatasetInfo(class_names=x.class_names, pictures=True)
-    return ExampleSet("image folder", len(x), take_items(x), info=info)
+    return ExampleSet("image folder", len(x), partial(take_items, x), info=info)
 
 
 @dataclass(frozen=True)
@@ -169,8 +170,7 @@ class _Decode:
     def _decoded(self, path: str) -> HostArray:
         image_module, operations = _import_pillow()
         with image_module.open(path) as file:
-            image = operations.exif_transpose(file)
-            image = _in_eight_bits(image, path, image_module)
+            image = _in_eight_bits(operations.exif_transpose(file), path)
             if "transparency" in image.info:
                 image = image.convert("RGBA")
             image = image.convert(dict(_MODES)[self.channels])
@@ -181,12 +181,12 @@ class _Decode:
         return pixels.reshape(*pixels.shape[:2], self.channels)
 
 
-def _in_eight_bits(image: Any, path: str, image_module: Any) -> Any:
+def _in_eight_bits(image: Any, path: str) -> Any:
     """Returns a picture that Pillow converts without clipping values."""
     if image.mode.startswith("I;16"):
         wide = np.asarray(image).astype(np.uint32)
         narrow = (wide + _WIDE_TO_BYTE // 2) // _WIDE_TO_BYTE
-        return image_module.fromarray(narrow.astype(np.uint8))
+        return _import_pillow()[0].fromarray(narrow.astype(np.uint8))
     if image.mode in ("I", "F"):
         raise DataError(
             f"{path!r} holds 32 bits per pixel, whose range is not known",
