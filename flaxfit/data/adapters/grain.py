@@ -204,7 +204,7 @@ def _in_order(stream: Stream, *, batched: bool = False) -> Stream | ExampleSet:
     return examples if looks_single(first) else replace(stream, examples=examples)
 
 
-class _Reader:
+class _Reader(Iterator[Any]):
     """An iterator of Grain whose threads and processes end with it.
 
     Args:
@@ -230,9 +230,6 @@ class _Reader:
                 error.add_note(_FLAGS)
             raise
         return self._ahead[0]
-
-    def __iter__(self) -> "_Reader":
-        return self
 
     def __next__(self) -> Any:
         return self._ahead.pop() if self._ahead else next(self._iterator)

@@ -133,7 +133,7 @@ def _iterate(dataset: Any, pass_index: int) -> Iterator[Any]:
     return iter(dataset)
 
 
-class _Examples:
+class _Examples(Iterator[Any]):
     """The examples of one pass of a stream that knows its position.
 
     The dataset knows the position of its latest reader only.
@@ -144,9 +144,6 @@ class _Examples:
         self._iterator: Iterator[Any] | None = None
         self._start: Any = None
         self._token: object = None
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
 
     def __next__(self) -> Any:
         if self._iterator is not None:

@@ -231,14 +231,15 @@ def _find_files(path: Path, classes: Sequence[str] | None) -> ImageFiles:
     left_out = [str(each) for each in others if not _is_picture(each.name)]
     items: list[Any] = list(pictures)
     for label, name in enumerate(names):
-        found, more = _walk(path / name)
+        files = _files_below(path / name)
+        found = [file for file in files if _is_picture(file)]
         if not found and classes is None:
             raise DataError(
                 f"there is no picture in {str(path / name)!r}, the folder of a class",
                 write=f"classes={[n for n in names if n != name]!r}",
             )
         items += [(file, label) for file in found]
-        left_out += more
+        left_out += [file for file in files if not _is_picture(file)]
     if not items:
         raise DataError(
             f"there is no picture in {str(path)!r}, nor in its folders",
@@ -273,17 +274,13 @@ def _class_names(
     return names
 
 
-def _walk(folder: Path) -> tuple[list[str], list[str]]:
-    """Returns the pictures below a folder, and the other files."""
-    found: list[str] = []
-    others: list[str] = []
+def _files_below(folder: Path) -> list[str]:
+    files: list[str] = []
     for where, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not _is_hidden(name))
-        for name in sorted(names):
-            if not _is_hidden(name):
-                kind = found if _is_picture(name) else others
-                kind.append(os.path.join(where, name))
-    return found, others
+        shown = sorted(name for name in names if not _is_hidden(name))
+        files += [os.path.join(where, name) for name in shown]
+    return files
 
 
 def _is_hidden(name: str) -> bool:

@@ -47,19 +47,18 @@ def open_files(nest: Any) -> Any:
     """Returns a nesting of tuples and mappings with arrays in place of file paths."""
     if matches(nest):
         return adapt(nest)
-    if isinstance(nest, tuple) and any(map(_holds_file, nest)):
-        parts = map(open_files, nest)
-        return type(nest)(*parts) if hasattr(nest, "_fields") else tuple(parts)
-    if isinstance(nest, Mapping) and any(map(_holds_file, nest.values())):
+    if not _holds_file(nest):
+        return nest
+    if isinstance(nest, Mapping):
         return {key: open_files(part) for key, part in nest.items()}
-    return nest
+    parts = map(open_files, nest)
+    return type(nest)(*parts) if hasattr(nest, "_fields") else tuple(parts)
 
 
 def _holds_file(nest: Any) -> bool:
-    if isinstance(nest, tuple):
-        return any(map(_holds_file, nest))
-    if isinstance(nest, Mapping):
-        return any(map(_holds_file, nest.values()))
+    if isinstance(nest, tuple | Mapping):
+        parts = nest.values() if isinstance(nest, Mapping) else nest
+        return any(map(_holds_file, parts))
     return matches(nest)
 
 

@@ -183,9 +183,8 @@ def refuse_batch_size(batch_size: Any, *, guessed: bool) -> None:
     """
     if batch_size is None:
         return
-    argument = "batch_size"
-    if caller() == "validation_data":
-        argument = "validation_batch_size"
+    validates = caller() == "validation_data"
+    argument = "validation_batch_size" if validates else "batch_size"
     reason, way_out = "yields batches of its own", ""
     if guessed:
         reason = "yields batches, as it seems: all parts of an item have one length"

@@ -211,13 +211,18 @@ def _info(source: Any) -> DatasetInfo:
     labelled = isinstance(label, features.ClassLabel) and label.num_classes is not None
     names = tuple(label.names) if labelled else ()
     in_bytes = [kinds[key] for key in candidates if kinds[key].np_dtype == np.uint8]
+    # The numbers in a `LabeledImage` are classes.
+    pictures = [
+        isinstance(each, features.Image | features.Video)
+        and not isinstance(each, features.LabeledImage)
+        for each in in_bytes
+    ]
     return DatasetInfo(
         keys=tuple(kinds),
         inputs=_one_or_more(inputs),
         targets=_one_or_more(targets),
         class_names=() if names == tuple(map(str, range(len(names)))) else names,
-        pictures=bool(in_bytes)
-        and all(_is_picture(each, features) for each in in_bytes),
+        pictures=bool(pictures) and all(pictures),
     )
 
 
@@ -231,9 +236,3 @@ def _keys(nest: Any) -> tuple[str, ...]:
 
 def _one_or_more(keys: tuple[str, ...]) -> str | tuple[str, ...] | None:
     return keys[0] if len(keys) == 1 else keys or None
-
-
-def _is_picture(feature: Any, features: Any) -> bool:
-    # The numbers in a `LabeledImage` are classes.
-    picture = isinstance(feature, features.Image | features.Video)
-    return picture and not isinstance(feature, features.LabeledImage)

@@ -174,7 +174,7 @@ def _warn_of_fork(loader: Any) -> None:
         )
 
 
-class _Batches:
+class _Batches(Iterator[Any]):
     """The batches of one pass of a loader, whose draws depend on seed and pass alone.
 
     The generators of the loader and its samplers draw as torch's default one does: see
@@ -196,9 +196,6 @@ class _Batches:
         self._drawing = _Drawing(here, seeds)
         # Once workers have started, the items draw there.
         self._later = own if loader.num_workers else self._drawing.generators
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
 
     def __next__(self) -> Any:
         with self._drawing:

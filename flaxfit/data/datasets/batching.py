@@ -116,7 +116,7 @@ def _passes_in_order(
     return open_pass
 
 
-class _Chunks:
+class _Chunks(Iterator[Any]):
     """What is made of chunks of items; it has a state if the items' iterator has one.
 
     Args:
@@ -142,9 +142,6 @@ class _Chunks:
                 state = {"items": state, "first": after}
             yield range(first, after), chunk, state
             first = after
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
 
     def __next__(self) -> Any:
         made, self._state = next(self._made)

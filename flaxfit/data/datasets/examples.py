@@ -125,7 +125,7 @@ class Examples:
             info = replace(info, keys=keys, inputs=None)
         changed = replace(
             items,
-            loads=(*items.loads, self.load) if self.load else items.loads,
+            loads=items.loads if self.load is None else (*items.loads, self.load),
             threads=self.threads or items.threads,
             processes=self.processes or items.processes,
             collate=self.collate or items.collate,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 
 from flaxfit._core.errors import caller
 from flaxfit._core.types import Batch
@@ -34,17 +34,14 @@ def from_iterable(data: Any) -> Stream:
     Raises:
       TypeError: another object, or a function that needs arguments.
     """
-    iterates = hasattr(data, "__iter__")
-    if isinstance(data, type):
-        pass
-    elif hasattr(data, "__next__") and (not iterates or iter(data) is data):
+    iterates, is_class = hasattr(data, "__iter__"), isinstance(data, type)
+    if not is_class and hasattr(data, "__next__"):
         # Not iter() of it: some iterators have nothing but __next__.
-        return Stream(
-            "iterator", lambda *unused: cast(Iterator[Any], data), one_shot=True
-        )
-    elif iterates and not isinstance(data, Sequence):
+        if not iterates or iter(data) is data:
+            return Stream("iterator", lambda *unused: data, one_shot=True)
+    if not is_class and iterates and not isinstance(data, Sequence):
         return Stream("iterable", lambda *unused: iter(data), length_of(data))
-    elif hasattr(data, "__len__") and hasattr(data, "__getitem__"):
+    if not is_class and hasattr(data, "__len__") and hasattr(data, "__getitem__"):
         return Stream("iterable", _ByIndex(data), len(data), seeks=True)
     _check_function(data)
     return Stream(

@@ -114,7 +114,7 @@ class PaddedTail(NamedTuple):
     rows: int
 
 
-class Wrapped:
+class Wrapped(Iterator[Any]):
     """An iterator whose items are taken by a function; in all else it is that iterator.
 
     Args:
@@ -125,9 +125,6 @@ class Wrapped:
     def __init__(self, iterator: Iterator[Any], take: Callable[[Any], Any]) -> None:
         self._iterator = iterator
         self._take = take
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
 
     def __next__(self) -> Any:
         return self._take(self._iterator)

@@ -11,9 +11,6 @@ from typing import Any, TypeAlias
 
 from flaxfit.data.datasets.processes import Processes
 
-Submit: TypeAlias = Callable[[Any], "Future[Any]"]
-"""`task -> the future of its result`."""
-
 _Queue: TypeAlias = "SimpleQueue[tuple[Any, Future[Any]] | None]"
 
 
@@ -104,7 +101,9 @@ def _work(function: Callable[[Any], Any], todo: _Queue) -> None:
         del given, task, future  # waiting for the next must not keep them alive
 
 
-def _in_order(tasks: Iterable[Any], submit: Submit, most: int) -> Iterator[Any]:
+def _in_order(
+    tasks: Iterable[Any], submit: Callable[[Any], "Future[Any]"], most: int
+) -> Iterator[Any]:
     """Yields the results of tasks; at most `most` are submitted at once."""
     waiting: deque[Future[Any]] = deque()
     remaining = iter(tasks)
