@@ -18,7 +18,6 @@ from flaxfit._core.types import Batch
 from flaxfit.data.adapters import chunked_arrays, npy_files
 from flaxfit.data.adapters.registry import (
     adapt_parts,
-    examples_in,
     examples_of,
     refuse_batch_size,
 )
@@ -34,7 +33,7 @@ from flaxfit.data.binding.in_memory import (
 from flaxfit.data.binding.table_binding import TableReader, holds_table
 from flaxfit.data.datasets.batching import batch_of_rows, stream_examples
 from flaxfit.data.datasets.example_dataset import ExampleSet
-from flaxfit.data.datasets.iterables import from_iterable, peek
+from flaxfit.data.datasets.iterables import examples_in, from_iterable, peek
 from flaxfit.data.datasets.stream import NO_INFO, DatasetInfo, Stream
 from flaxfit.data.host.arrays import as_host, narrow
 from flaxfit.data.host.checks import check_lengths, check_values, check_weights

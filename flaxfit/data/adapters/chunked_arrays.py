@@ -9,7 +9,6 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -59,10 +58,7 @@ def matches(x: Any) -> bool:
 
 
 def adapt(x: Any) -> ExampleSet:
-    """Returns the rows of arrays as examples.
-
-    Args:
-      x: arrays in any nesting, all of the same length.
+    """Returns the rows of arrays, in any nesting, as examples.
 
     Raises:
       DataError: arrays of different length, or of a dtype other than numbers or text.
@@ -72,17 +68,18 @@ def adapt(x: Any) -> ExampleSet:
     length = check_lengths(_specs(nest))
     leaves, structure = jax.tree.flatten(nest, is_leaf=is_array)
     leaves = _with_small_ones_read([as_leaf(leaf) for leaf in leaves])
-    layout = _layout_of([leaf for leaf in leaves if is_sliced(leaf)])
-    rows = _Rows(leaves, structure, layout)
-    kind = next(_kind_of(leaf) for leaf in leaves if is_sliced(leaf))
-    if layout.block > 1 and length > layout.window:
-        kind = f"{kind} in windows of {layout.window:,} rows"
+    sliced = [leaf for leaf in leaves if is_sliced(leaf)]
+    block, window = _layout_of(sliced)
+    rows = _Rows(leaves, structure, block, window)
+    kind = _kind_of(sliced[0])
+    if block > 1 and length > window:
+        kind = f"{kind} in windows of {window:,} rows"
     return ExampleSet(
         kind,
         length,
         take=rows.singly,
         take_batch=rows,
-        order=partial(_order_of_pass, layout=layout),
+        order=partial(_order_of_pass, block=block, window=window),
     )
 
 
@@ -138,45 +135,35 @@ def rows_of_chunk(array: Any) -> int:
     return max(1, min(int(rows or 1), int(array.shape[0])))
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """How rows are read.
-
-    Attributes:
-      block: the rows that are read together; 1 to read only the rows of a batch.
-      window: the rows of all blocks that are kept.
-    """
-
-    block: int
-    window: int
-
-
 class _Rows:
     """Takes rows of arrays, with a cache of the blocks that were read last.
 
     Args:
       leaves: the arrays, at least one of them read by slices.
       structure: how they are nested.
-      layout: how rows are read.
+      block, window: see `_layout_of`.
     """
 
-    def __init__(self, leaves: list[Any], structure: Any, layout: _Layout) -> None:
+    def __init__(
+        self, leaves: list[Any], structure: Any, block: int, window: int
+    ) -> None:
         self._leaves = leaves
         self._sliced = [leaf for leaf in leaves if is_sliced(leaf)]
         self._structure = structure
-        self._layout = layout
+        self._block_rows = block
+        self._window = window
         self._blocks: OrderedDict[int, list[HostArray]] = OrderedDict()
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Without the cache and its lock.
-        return _Rows, (self._leaves, self._structure, self._layout)
+        return _Rows, (self._leaves, self._structure, self._block_rows, self._window)
 
     def __call__(self, rows: HostArray) -> Any:
         """Returns these rows of all arrays, nested as they are."""
         read = iter(
             self._by_block(rows)
-            if self._layout.block > 1
+            if self._block_rows > 1
             else [_by_run(array, rows) for array in self._sliced]
         )
         columns = [
@@ -186,10 +173,10 @@ class _Rows:
 
     def singly(self, rows: HostArray) -> Sequence[Any]:
         """Returns these rows one by one."""
-        return take_rows(self(rows))(np.arange(len(rows)))
+        return take_rows(self(rows), np.arange(len(rows)))
 
     def _by_block(self, rows: HostArray) -> list[HostArray]:
-        block = self._layout.block
+        block = self._block_rows
         columns = [
             np.empty((len(rows), *array.shape[1:]), dtype_of(array))
             for array in self._sliced
@@ -210,13 +197,13 @@ class _Rows:
         if number in self._blocks:
             self._blocks.move_to_end(number)
             return self._blocks[number]
-        start = number * self._layout.block
-        stop = start + self._layout.block
+        start = number * self._block_rows
+        stop = start + self._block_rows
         found = [
             _read(array, start, min(stop, array.shape[0])) for array in self._sliced
         ]
         self._blocks[number] = found
-        if len(self._blocks) * self._layout.block > self._layout.window:
+        if len(self._blocks) * self._block_rows > self._window:
             self._blocks.popitem(last=False)
         return found
 
@@ -252,14 +239,14 @@ def _order_of_pass(
     *,
     shuffle: bool,
     seed: Sequence[int],
-    layout: _Layout,
+    block: int,
+    window: int,
 ) -> HostArray:
     """Returns the rows of one pass, `int64[total]`.
 
     Where not all blocks fit into a window, the blocks are shuffled, and then the rows
     of each window of blocks. Any other order would read a block for every row.
     """
-    block, window = layout.block, layout.window
     if not shuffle or block == 1 or total <= window:
         return order_of_pass(total, pass_index, shuffle=shuffle, seed=seed)
     random = seeded(*seed, pass_index)
@@ -272,15 +259,19 @@ def _order_of_pass(
     return np.concatenate(windows)
 
 
-def _layout_of(arrays: Sequence[Any]) -> _Layout:
+def _layout_of(arrays: Sequence[Any]) -> tuple[int, int]:
+    """Returns the rows of a block, which are read together, and of all blocks kept.
+
+    A block of 1 is for arrays of which only the rows of a batch are read.
+    """
     row_bytes = sum(_nbytes(array) // max(array.shape[0], 1) for array in arrays)
     largest = max(arrays, key=_nbytes)
     chunk = rows_of_chunk(largest)
     if chunk == 1:
-        return _Layout(1, 1)
+        return 1, 1
     block = chunk * max(1, _BLOCK_BYTES // max(row_bytes * chunk, 1))
     window = block * max(1, _WINDOW_BYTES // max(row_bytes * block, 1))
-    return _Layout(block, window)
+    return block, window
 
 
 def _with_small_ones_read(leaves: list[Any]) -> list[Any]:

@@ -8,7 +8,7 @@ import json
 import re
 import weakref
 from collections.abc import Iterator, Sequence, Sized
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,8 @@ import numpy as np
 from flaxfit._core.errors import DataError, caller
 from flaxfit._core.lazy_types import comes_from
 from flaxfit._core.types import HostArray
-from flaxfit.data.datasets.example_dataset import ExampleSet, Loading
+from flaxfit.data.datasets.example_dataset import ExampleSet
+from flaxfit.data.datasets.iterables import begins_single, begun, examples_in
 from flaxfit.data.datasets.shuffling import order_of_pass
 from flaxfit.data.datasets.stream import Stream, get_state, set_state
 from flaxfit.data.host.collate import looks_single
@@ -52,41 +53,31 @@ def adapt(x: Any) -> Stream | ExampleSet:
 
     Which of both they are its transformations tell, or its first element, which is
     read.
-
-    Args:
-      x: what `matches` says is Grain's.
     """
     if comes_from(x, "grain", *_ITERATORS):
-        stream = Stream("grain iterator", lambda *unused: x, one_shot=True)
-        return _in_order(stream)
+        return _in_order(Stream("grain iterator", lambda *unused: x, one_shot=True))
+    endless, batched = _is_endless(x), _is_batched(x)
     if not comes_from(x, "grain", "MapDataset"):
         kind = "DataLoader" if comes_from(x, "grain", "DataLoader") else "IterDataset"
-        stream = Stream(f"grain {kind}", lambda *unused: iter(x))
-        stream = replace(stream, endless=_is_endless(x))
-        return _in_order(stream, batched=_is_batched(x))
+        stream = Stream(f"grain {kind}", lambda *unused: iter(x), endless=endless)
+        return _in_order(stream, batched=batched)
     length = len(x)
-    if length == 0 or length > _LONGEST or _has_gaps(x):
-        stream = Stream("grain MapDataset", partial(_open_map, x))
-        stream = replace(stream, endless=length > _LONGEST)
-        return _in_order(stream, batched=_is_batched(x))
+    if length == 0 or endless or _has_gaps(x):
+        stream = Stream("grain MapDataset", partial(_open_map, x), endless=endless)
+        return _in_order(stream, batched=batched)
     batches = Stream(
         "grain MapDataset", partial(_open_at, x), num_batches=length, seeks=True
     )
-    if _is_batched(x):
+    if batched:
         return batches
     examples = ExampleSet(
         "grain MapDataset of examples",
         length,
-        _Take(x),
+        partial(_take, x),
         order=partial(_order_of_pass, length),
-        loading=Loading(threads=_THREADS),
+        threads=_THREADS,
     )
-    try:
-        single = looks_single(x[0])
-    except Exception as error:
-        error.add_note("while reading item 0")
-        raise
-    return examples if single else replace(batches, examples=examples)
+    return examples if begins_single(x) else replace(batches, examples=examples)
 
 
 def _is_endless(x: Any) -> bool:
@@ -162,19 +153,15 @@ def _order_of_pass(
     return np.arange(length) + pass_index * length
 
 
-@dataclass(frozen=True)
-class _Take:
-    dataset: Any
-
-    def __call__(self, rows: HostArray) -> list[Any]:
-        return [self._item(index) for index in rows.tolist()]
-
-    def _item(self, index: int) -> Any:
+def _take(dataset: Any, rows: HostArray) -> list[Any]:
+    items = []
+    for index in rows.tolist():
         try:
-            return _not_none(self.dataset[index], index)
+            items.append(_not_none(dataset[index], index))
         except Exception as error:
             error.add_note(f"while reading item {index}")
             raise
+    return items
 
 
 def _not_none(element: Any, index: int) -> Any:
@@ -198,50 +185,26 @@ def _in_order(stream: Stream, *, batched: bool = False) -> Stream | ExampleSet:
     Raises:
       DataError: it has no first element.
     """
-    passes = _Passes(stream)
-    stream = replace(stream, open=passes)
+    opens, one_shot = stream.open, stream.one_shot
+
+    def open_pass(pass_index: int, start: int) -> _Reader:
+        return _Reader(opens(pass_index, start), close=not one_shot)
+
+    stream = replace(stream, open=open_pass)
     if batched:
         return stream
-    first = passes.peek()
+    reader = open_pass(0, 0)
+    first = reader.peek()
     if first is None:
         raise DataError(
             f"no examples: the {stream.kind} given to {caller()} yielded nothing."
         )
-    examples = ExampleSet(
-        f"{stream.kind} of examples",
-        iterate=passes,
-        one_shot=stream.one_shot,
-        endless=stream.endless,
-    )
+    stream = begun(stream, reader)
+    examples = examples_in(stream)
     return examples if looks_single(first) else replace(stream, examples=examples)
 
 
-class _Passes:
-    """Opens the passes; the first iterator may have read its first element already."""
-
-    def __init__(self, stream: Stream) -> None:
-        self._stream = stream
-        self._first: _Reader | None = None
-
-    def peek(self) -> Any:
-        """Returns the first element, and still yields it; None if there is none."""
-        self._first = self._open(0)
-        return self._first.peek()
-
-    def __call__(self, pass_index: int, start: int = 0) -> "_Reader":
-        del start
-        first = self._first
-        if first is not None and self._stream.one_shot:
-            return first
-        self._first = None
-        return self._open(pass_index) if first is None or pass_index else first
-
-    def _open(self, pass_index: int) -> "_Reader":
-        iterator = self._stream.open(pass_index, 0)
-        return _Reader(iterator, close=not self._stream.one_shot)
-
-
-class _Reader:
+class _Reader(Iterator[Any]):
     """An iterator of Grain whose threads and processes end with it.
 
     Args:
@@ -267,9 +230,6 @@ class _Reader:
                 error.add_note(_FLAGS)
             raise
         return self._ahead[0]
-
-    def __iter__(self) -> "_Reader":
-        return self
 
     def __next__(self) -> Any:
         return self._ahead.pop() if self._ahead else next(self._iterator)

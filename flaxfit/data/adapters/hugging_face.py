@@ -7,8 +7,8 @@ times the memory and not be scaled, missing integers would be NaN, and a batch t
 to 2.5 times as long (datasets 5.2, batches of 128).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from typing import Any, NoReturn
@@ -18,19 +18,19 @@ import numpy as np
 from flaxfit._core.errors import UsageTypeError, caller
 from flaxfit._core.lazy_types import comes_from
 from flaxfit._core.types import HostArray
-from flaxfit.data.adapters.latest_reader import begin_reading, is_latest
+from flaxfit.data.adapters.latest_reader import LATEST
 from flaxfit.data.binding.binding import TARGET_NAMES
-from flaxfit.data.datasets.example_dataset import ExampleSet, Loading, take_items
+from flaxfit.data.datasets.example_dataset import ExampleSet, take_items
 from flaxfit.data.datasets.stream import DatasetInfo
 from flaxfit.data.host.arrays import call_text
 from flaxfit.data.host.collate import collate
 
 # With their modules: other projects have classes and folders of these names too.
-_TABLE = ("datasets.arrow_dataset", "Dataset")
-_STREAM = ("datasets.iterable_dataset", "IterableDataset")
+_TABLE = "datasets.arrow_dataset.Dataset"
+_STREAM = "datasets.iterable_dataset.IterableDataset"
 _SPLITS = (
-    ("datasets.dataset_dict", "DatasetDict"),
-    ("datasets.dataset_dict", "IterableDatasetDict"),
+    "datasets.dataset_dict.DatasetDict",
+    "datasets.dataset_dict.IterableDatasetDict",
 )
 _ARRAYS = ("numpy", "torch", "tensorflow", "jax")
 _TABLES = ("arrow", "pandas", "polars")
@@ -46,9 +46,6 @@ def adapt(x: Any) -> ExampleSet:
 
     A format or transform that the user has set stays.
 
-    Args:
-      x: what `matches`.
-
     Raises:
       UsageTypeError: several splits at once.
     """
@@ -58,34 +55,34 @@ def adapt(x: Any) -> ExampleSet:
         return ExampleSet(
             "Hugging Face IterableDataset",
             iterate=partial(_iterate, x),
-            loading=Loading(collate=_collate),
+            collate=_collate,
             info=_info(x.features, x.column_names or ())
             if x.features
             else DatasetInfo(pictures=_begins_with_pictures(x)),
         )
-    shown = x.format
-    if shown["type"] in _TABLES:  # whose rows are no dicts
-        x = x.with_format(None, columns=shown["columns"])
+    kind, columns = x.format["type"], x.format["columns"]
+    if kind in _TABLES:  # whose rows are no dicts
+        x = x.with_format(None, columns=columns)
     take_batch: Any = None
-    if shown["type"] in _ARRAYS:
-        take_batch = _Rows(x)
-    elif shown["type"] != "custom":
-        take_batch = _Columns.of(x, shown["columns"])
-    custom = shown["type"] == "custom"
-    info = _info(x.features, x.column_names if custom else shown["columns"])
+    if kind in _ARRAYS:
+        take_batch = partial(_take_formatted, x)
+    elif kind != "custom":
+        take_batch = _take_columns(x, columns)
+    info = _info(x.features, x.column_names if kind == "custom" else columns)
+    if kind == "custom":  # the keys that a transform returns are not known
+        info = replace(info, keys=(), targets=None)
     return ExampleSet(
         "Hugging Face Dataset",
         len(x),
-        take_items(x),
+        partial(take_items, x),
         take_batch,
-        loading=Loading(collate=_collate),
-        # The keys that a transform returns are not known.
-        info=replace(info, keys=(), targets=None) if custom else info,
+        collate=_collate,
+        info=info,
     )
 
 
-def _is(x: Any, *classes: tuple[str, str]) -> bool:
-    return any((cls.__module__, cls.__name__) in classes for cls in type(x).__mro__)
+def _is(x: Any, *names: str) -> bool:
+    return any(f"{cls.__module__}.{cls.__name__}" in names for cls in type(x).__mro__)
 
 
 def _refuse_splits(splits: Mapping[str, Any]) -> NoReturn:
@@ -136,7 +133,7 @@ def _iterate(dataset: Any, pass_index: int) -> Iterator[Any]:
     return iter(dataset)
 
 
-class _Examples:
+class _Examples(Iterator[Any]):
     """The examples of one pass of a stream that knows its position.
 
     The dataset knows the position of its latest reader only.
@@ -148,13 +145,10 @@ class _Examples:
         self._start: Any = None
         self._token: object = None
 
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
     def __next__(self) -> Any:
         if self._iterator is not None:
             return next(self._iterator)
-        self._token = begin_reading(self._dataset)
+        LATEST[self._dataset] = self._token = object()
         self._iterator = iter(self._dataset)
         if self._start is None:
             return next(self._iterator)
@@ -166,7 +160,7 @@ class _Examples:
 
     def get_state(self) -> Any:
         """Returns the stream's position; None if another reader has begun since."""
-        latest = is_latest(self._dataset, self._token)
+        latest = LATEST.get(self._dataset) is self._token
         return self._dataset.state_dict() if latest else None
 
     def set_state(self, state: Any) -> None:
@@ -207,50 +201,33 @@ def _column(values: Sequence[Any]) -> Any:
     return column
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Takes rows as the user has formatted them."""
-
-    dataset: Any
-
-    def __call__(self, rows: HostArray) -> Any:
-        return self.dataset[rows.tolist()]
+def _take_formatted(dataset: Any, rows: HostArray) -> Any:
+    return dataset[rows.tolist()]
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """Takes rows column by column.
+def _take_columns(dataset: Any, names: Sequence[str]) -> Callable[[HostArray], Any]:
+    """Returns what takes rows column by column, numbers and text from Arrow."""
+    schema = dataset.features.arrow_schema
+    plain = [name for name in names if _is_plain(schema.field(name).type)]
+    decoded = [name for name in names if name not in plain]
+    return partial(
+        _read_columns,
+        tuple(names),
+        dataset.with_format("arrow", columns=plain) if plain else None,
+        dataset.with_format("numpy", columns=decoded) if decoded else None,
+    )
 
-    Attributes:
-      names: all columns in their order.
-      plain: the dataset's columns of numbers and text, as a table; None without any.
-      decoded: its other columns, as arrays; None without any.
-    """
 
-    names: tuple[str, ...]
-    plain: Any
-    decoded: Any
-
-    @classmethod
-    def of(cls, dataset: Any, names: Sequence[str]) -> "_Columns":
-        schema = dataset.features.arrow_schema
-        plain = [name for name in names if _is_plain(schema.field(name).type)]
-        decoded = [name for name in names if name not in plain]
-        return cls(
-            tuple(names),
-            dataset.with_format("arrow", columns=plain) if plain else None,
-            dataset.with_format("numpy", columns=decoded) if decoded else None,
-        )
-
-    def __call__(self, rows: HostArray) -> dict[str, HostArray]:
-        columns: dict[str, HostArray] = {}
-        if self.plain is not None:
-            table = self.plain[rows.tolist()]
-            for name in table.column_names:
-                columns[name] = _as_array(table[name].combine_chunks())
-        if self.decoded is not None:
-            columns |= self.decoded[rows.tolist()]
-        return {name: columns[name] for name in self.names}
+def _read_columns(
+    names: tuple[str, ...], plain: Any, decoded: Any, rows: HostArray
+) -> dict[str, HostArray]:
+    columns: dict[str, HostArray] = {}
+    if plain is not None:
+        table = plain[rows.tolist()]
+        columns = {n: _as_array(table[n].combine_chunks()) for n in table.column_names}
+    if decoded is not None:
+        columns |= decoded[rows.tolist()]
+    return {name: columns[name] for name in names}
 
 
 def _is_plain(arrow_type: Any) -> bool:
@@ -280,20 +257,20 @@ def _as_array(column: Any) -> HostArray:
     """
     if hasattr(column, "storage"):
         column = column.storage
+    missing, rows = column.null_count, len(column)
     if not _is_list(column.type):
         array: HostArray = column.to_numpy(zero_copy_only=False)
-        if column.null_count and array.dtype != object:
-            # With NaN in their place, integers would be floats in this batch.
-            array = array.astype(object)
-            array[column.is_null().to_numpy(zero_copy_only=False)] = None
-        return array
-    rows = len(column)
-    values = _as_array(column.flatten())
-    lengths = column.value_lengths().fill_null(0).to_numpy()
-    if (lengths == lengths[0]).all() and not column.null_count:
-        return values.reshape(rows, int(lengths[0]), *values.shape[1:])
-    ragged = np.empty(rows, object)
-    ragged[:] = np.split(values, np.cumsum(lengths)[:-1])
-    if column.null_count:
-        ragged[column.is_null().to_numpy(zero_copy_only=False)] = None
-    return ragged
+        if not missing or array.dtype == object:
+            return array
+        # With NaN in their place, integers would be floats in this batch.
+        array = array.astype(object)
+    else:
+        values = _as_array(column.flatten())
+        lengths = column.value_lengths().fill_null(0).to_numpy()
+        if (lengths == lengths[0]).all() and not missing:
+            return values.reshape(rows, int(lengths[0]), *values.shape[1:])
+        array = np.empty(rows, object)
+        array[:] = np.split(values, np.cumsum(lengths)[:-1])
+    if missing:
+        array[column.is_null().to_numpy(zero_copy_only=False)] = None
+    return array

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ def image_folder(
 def open_image_files(x: ImageFiles) -> ExampleSet:
     """Returns the files as items of a dataset of pictures."""
     info = DatasetInfo(class_names=x.class_names, pictures=True)
-    return ExampleSet("image folder", len(x), take_items(x), info=info)
+    return ExampleSet("image folder", len(x), partial(take_items, x), info=info)
 
 
 @dataclass(frozen=True)
@@ -169,8 +170,7 @@ class _Decode:
     def _decoded(self, path: str) -> HostArray:
         image_module, operations = _import_pillow()
         with image_module.open(path) as file:
-            image = operations.exif_transpose(file)
-            image = _in_eight_bits(image, path, image_module)
+            image = _in_eight_bits(operations.exif_transpose(file), path)
             if "transparency" in image.info:
                 image = image.convert("RGBA")
             image = image.convert(dict(_MODES)[self.channels])
@@ -181,12 +181,12 @@ class _Decode:
         return pixels.reshape(*pixels.shape[:2], self.channels)
 
 
-def _in_eight_bits(image: Any, path: str, image_module: Any) -> Any:
+def _in_eight_bits(image: Any, path: str) -> Any:
     """Returns a picture that Pillow converts without clipping values."""
     if image.mode.startswith("I;16"):
         wide = np.asarray(image).astype(np.uint32)
         narrow = (wide + _WIDE_TO_BYTE // 2) // _WIDE_TO_BYTE
-        return image_module.fromarray(narrow.astype(np.uint8))
+        return _import_pillow()[0].fromarray(narrow.astype(np.uint8))
     if image.mode in ("I", "F"):
         raise DataError(
             f"{path!r} holds 32 bits per pixel, whose range is not known",
@@ -231,14 +231,15 @@ def _find_files(path: Path, classes: Sequence[str] | None) -> ImageFiles:
     left_out = [str(each) for each in others if not _is_picture(each.name)]
     items: list[Any] = list(pictures)
     for label, name in enumerate(names):
-        found, more = _walk(path / name)
+        files = _files_below(path / name)
+        found = [file for file in files if _is_picture(file)]
         if not found and classes is None:
             raise DataError(
                 f"there is no picture in {str(path / name)!r}, the folder of a class",
                 write=f"classes={[n for n in names if n != name]!r}",
             )
         items += [(file, label) for file in found]
-        left_out += more
+        left_out += [file for file in files if not _is_picture(file)]
     if not items:
         raise DataError(
             f"there is no picture in {str(path)!r}, nor in its folders",
@@ -273,17 +274,13 @@ def _class_names(
     return names
 
 
-def _walk(folder: Path) -> tuple[list[str], list[str]]:
-    """Returns the pictures below a folder, and the other files."""
-    found: list[str] = []
-    others: list[str] = []
+def _files_below(folder: Path) -> list[str]:
+    files: list[str] = []
     for where, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not _is_hidden(name))
-        for name in sorted(names):
-            if not _is_hidden(name):
-                kind = found if _is_picture(name) else others
-                kind.append(os.path.join(where, name))
-    return found, others
+        shown = sorted(name for name in names if not _is_hidden(name))
+        files += [os.path.join(where, name) for name in shown]
+    return files
 
 
 def _is_hidden(name: str) -> bool:

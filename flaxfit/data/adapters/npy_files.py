@@ -31,9 +31,6 @@ def adapt(x: Any) -> Any:
     An `.npy` is memory-mapped: its rows are read as they are needed. An `.npz` is read
     as a whole.
 
-    Args:
-      x: see `matches`.
-
     Returns:
       The array of an `.npy`. Of an `.npz` a dict of its arrays by name; those without
       names, as `np.savez(path, x, y)` writes, are a tuple.
@@ -47,26 +44,21 @@ def adapt(x: Any) -> Any:
 
 
 def open_files(nest: Any) -> Any:
-    """Returns the nesting with the arrays of files in place of their paths.
-
-    Args:
-      nest: anything; tuples and mappings are looked into.
-    """
+    """Returns a nesting of tuples and mappings with arrays in place of file paths."""
     if matches(nest):
         return adapt(nest)
-    if isinstance(nest, tuple) and any(map(_holds_file, nest)):
-        parts = map(open_files, nest)
-        return type(nest)(*parts) if hasattr(nest, "_fields") else tuple(parts)
-    if isinstance(nest, Mapping) and any(map(_holds_file, nest.values())):
+    if not _holds_file(nest):
+        return nest
+    if isinstance(nest, Mapping):
         return {key: open_files(part) for key, part in nest.items()}
-    return nest
+    parts = map(open_files, nest)
+    return type(nest)(*parts) if hasattr(nest, "_fields") else tuple(parts)
 
 
 def _holds_file(nest: Any) -> bool:
-    if isinstance(nest, tuple):
-        return any(map(_holds_file, nest))
-    if isinstance(nest, Mapping):
-        return any(map(_holds_file, nest.values()))
+    if isinstance(nest, tuple | Mapping):
+        parts = nest.values() if isinstance(nest, Mapping) else nest
+        return any(map(_holds_file, parts))
     return matches(nest)
 
 
@@ -83,9 +75,7 @@ def _read_path(path: str) -> Any:
             raise zipfile.BadZipFile("it is no archive of arrays")
         # Not by its path: where that fails, NumPy leaves the file open.
         with open(path, "rb") as file, np.load(file) as loaded:
-            return _arranged(path, _members(loaded))
-    except DataError:
-        raise
+            members = _members(loaded)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         # NumPy's words for a member of an archive, and for a file of its own.
         if str(error).startswith(("Object arrays", "Array can't be memory-mapped")):
@@ -99,6 +89,7 @@ def _read_path(path: str) -> Any:
         raise DataError(
             f"{path!r} cannot be read as an {suffix} file: {error}", write=save
         ) from error
+    return _arranged(path, members)
 
 
 def _members(loaded: Any) -> dict[str, HostArray]:

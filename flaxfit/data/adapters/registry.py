@@ -25,7 +25,12 @@ from flaxfit.data.binding.in_memory import is_batch_list
 from flaxfit.data.datasets.batches import Batches, open_batches
 from flaxfit.data.datasets.example_dataset import ExampleSet, take_items, take_rows
 from flaxfit.data.datasets.examples import Examples
-from flaxfit.data.datasets.iterables import from_iterable, length_of
+from flaxfit.data.datasets.iterables import (
+    begins_single,
+    examples_in,
+    from_iterable,
+    length_of,
+)
 from flaxfit.data.datasets.stream import Stream
 from flaxfit.data.host.arrays import as_host, call_text, is_nest
 from flaxfit.data.host.checks import check_lengths
@@ -108,14 +113,8 @@ def examples_of(x: Any, batch_size: int | None) -> ExampleSet | None:
     None for batches. Which of both they are the first one tells.
     """
     by_index = hasattr(x, "__getitem__") and length_of(x)
-    if by_index and not isinstance(x, Mapping):
-        try:
-            single = looks_single(x[0])
-        except Exception as error:
-            error.add_note("while reading item 0")
-            raise
-        if single:
-            return _example_set(x)
+    if by_index and not isinstance(x, Mapping) and begins_single(x):
+        return _example_set(x)
     if batch_size is None or by_index:
         return None
     examples = _example_set(x)
@@ -157,38 +156,19 @@ def _open_examples(examples: Examples) -> ExampleSet:
     return examples.applied_to(items)
 
 
-def _open_batches(batches: Batches) -> Stream:
-    """Returns a user's `Batches`; see `open_batches`."""
-    return open_batches(batches, adapt(batches.batches))
-
-
 def _example_set(items: Any) -> ExampleSet:
     if dataframes.is_table(items):
         rows = dataframes.plain_columns(items)
-        return ExampleSet("Examples of a table", len(items), take_rows(rows))
+        return ExampleSet("Examples of a table", len(items), partial(take_rows, rows))
     if is_nest(items) and not isinstance(items, list):
         arrays = as_host(items)
         return ExampleSet(
-            "Examples of arrays", check_lengths(arrays), take_rows(arrays)
+            "Examples of arrays", check_lengths(arrays), partial(take_rows, arrays)
         )
     if hasattr(items, "__getitem__") and length_of(items) is not None:
         kind = f"{type(items).__name__} of examples"
-        return ExampleSet(kind, length_of(items), take_items(items))
+        return ExampleSet(kind, length_of(items), partial(take_items, items))
     return examples_in(from_iterable(items))
-
-
-def examples_in(stream: Stream) -> ExampleSet:
-    """Returns the examples that a stream yields one by one."""
-    return ExampleSet(
-        f"{stream.kind} of examples",
-        stream.num_batches,
-        iterate=partial(_iterate, stream),
-        one_shot=stream.one_shot,
-    )
-
-
-def _iterate(stream: Stream, pass_index: int) -> Iterator[Any]:
-    return stream.open(pass_index, 0)
 
 
 def refuse_batch_size(batch_size: Any, *, guessed: bool) -> None:
@@ -203,9 +183,8 @@ def refuse_batch_size(batch_size: Any, *, guessed: bool) -> None:
     """
     if batch_size is None:
         return
-    argument = "batch_size"
-    if caller() == "validation_data":
-        argument = "validation_batch_size"
+    validates = caller() == "validation_data"
+    argument = "validation_batch_size" if validates else "batch_size"
     reason, way_out = "yields batches of its own", ""
     if guessed:
         reason = "yields batches, as it seems: all parts of an item have one length"
@@ -225,7 +204,7 @@ _REGISTERED: list[tuple[Callable[[Any], bool], Callable[[Any], Any]]] = []
 # (whether data is of the kind, its adapter), in the order they are tried.
 KINDS: tuple[tuple[Callable[[Any], bool], Callable[..., Any]], ...] = (
     (lambda x: isinstance(x, Examples), _open_examples),
-    (lambda x: isinstance(x, Batches), _open_batches),
+    (lambda x: isinstance(x, Batches), lambda x: open_batches(x, adapt(x.batches))),
     (dataframes.is_lazy, dataframes.refuse_lazy),
     (lambda x: isinstance(x, ImageFiles), open_image_files),
     (grain.matches, grain.adapt),

@@ -1,6 +1,5 @@
 """Adapts `tf.data` datasets. Never imports TensorFlow itself."""
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -26,42 +25,25 @@ def matches(x: Any) -> bool:
 def adapt(x: Any) -> Stream | ExampleSet:
     """Returns a dataset as batches, or as single examples where it has no batches.
 
-    Args:
-      x: what `matches`.
-
     Raises:
       DataError: elements that are no arrays.
     """
-    leaves = jax.tree.leaves(x.element_spec)
+    spec = x.element_spec
+    leaves = jax.tree.leaves(spec)
     _check(leaves)
     number = int(x.cardinality())
-    known = number if number >= 0 else None
-    fields = _fields(x.element_spec)
-    info = DatasetInfo(keys=fields)
-    read = partial(_read, x)
+    length = number if number >= 0 else None
+    rest: Any = {
+        "endless": number == _ENDLESS,
+        "info": DatasetInfo(keys=tuple(spec) if isinstance(spec, dict) else ()),
+    }
+
+    def read(*unused: int) -> Any:
+        return x.as_numpy_iterator()
+
     if _is_batched(leaves):
-        return Stream(
-            "tf.data.Dataset",
-            read,
-            num_batches=known,
-            endless=number == _ENDLESS,
-            info=info,
-        )
-    return ExampleSet(
-        "tf.data.Dataset",
-        known,
-        iterate=read,
-        endless=number == _ENDLESS,
-        info=info,
-    )
-
-
-def _read(dataset: Any, *unused: int) -> Any:
-    return dataset.as_numpy_iterator()
-
-
-def _fields(spec: Any) -> tuple[str, ...]:
-    return tuple(spec) if isinstance(spec, dict) else ()
+        return Stream("tf.data.Dataset", read, length, **rest)
+    return ExampleSet("tf.data.Dataset", length, iterate=read, **rest)
 
 
 def _check(leaves: list[Any]) -> None:

@@ -8,6 +8,7 @@ import importlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import PurePath
 from typing import Any
 
@@ -106,10 +107,10 @@ def adapt(x: Any) -> ExampleSet:
         x = NamedDataset(x)
     named = isinstance(x, NamedDataset)
     builder, split = find_builder(x.name, x.data_dir) if named else (x, "")
-    prepare(builder)
     given = str(x.name) if named else ""
-    opened = _checked_split(builder, split, given)
-    examples = _example_set(open_source(builder, opened))
+    prepare(builder)
+    source = open_source(builder, _checked_split(builder, split, given))
+    examples = _example_set(source)
     if split:
         return examples
     # Only training may take a split that was not named.
@@ -129,7 +130,7 @@ def _checked_split(builder: Any, split: str, given: str) -> str:
       DataError: it is empty.
     """
     info = builder.info
-    counts = {name: each.num_examples for name, each in info.splits.items()}
+    counts = _counts(info)
     has = f"{_title(info)} has {_listed(counts)}"
     stem = given.removesuffix(f"/{split}")
     if not split and "train" not in counts:
@@ -150,7 +151,7 @@ def _checked_split(builder: Any, split: str, given: str) -> str:
 
 
 def _unnamed_split(info: Any, given: str) -> str:
-    counts = {name: each.num_examples for name, each in info.splits.items()}
+    counts = _counts(info)
     wanted = _suggested(counts)
     line = repr(f"{given}/{wanted}") if given else f"builder.as_data_source({wanted!r})"
     call = call_text(repr(given) if given else "builder")
@@ -158,6 +159,10 @@ def _unnamed_split(info: Any, given: str) -> str:
         f"{call} does not say which split: {_title(info)} has {_listed(counts)}. Write "
         f"{call_text(line)}."
     )
+
+
+def _counts(info: Any) -> dict[str, int]:
+    return {name: split.num_examples for name, split in info.splits.items()}
 
 
 def _suggested(counts: Mapping[str, int]) -> str:
@@ -169,13 +174,11 @@ def _suggested(counts: Mapping[str, int]) -> str:
 
 
 def _listed(counts: Mapping[str, int]) -> str:
-    if not counts:
-        return "no splits"
-    first, *others = (
+    texts = (
         f"{name} ({count:,}{'' if index else ' examples'})"
         for index, (name, count) in enumerate(counts.items())
     )
-    return first + "".join(f", {each}" for each in others)
+    return ", ".join(texts) or "no splits"
 
 
 def _title(info: Any, split: Any = "") -> str:
@@ -188,7 +191,7 @@ def _example_set(source: Any) -> ExampleSet:
     return ExampleSet(
         f"{_title(source.dataset_info, source.split)} (TFDS)",
         len(source),
-        take_items(source),
+        partial(take_items, source),
         info=_info(source),
     )
 
@@ -208,13 +211,18 @@ def _info(source: Any) -> DatasetInfo:
     labelled = isinstance(label, features.ClassLabel) and label.num_classes is not None
     names = tuple(label.names) if labelled else ()
     in_bytes = [kinds[key] for key in candidates if kinds[key].np_dtype == np.uint8]
+    # The numbers in a `LabeledImage` are classes.
+    pictures = [
+        isinstance(each, features.Image | features.Video)
+        and not isinstance(each, features.LabeledImage)
+        for each in in_bytes
+    ]
     return DatasetInfo(
         keys=tuple(kinds),
         inputs=_one_or_more(inputs),
         targets=_one_or_more(targets),
         class_names=() if names == tuple(map(str, range(len(names)))) else names,
-        pictures=bool(in_bytes)
-        and all(_is_picture(each, features) for each in in_bytes),
+        pictures=bool(pictures) and all(pictures),
     )
 
 
@@ -228,9 +236,3 @@ def _keys(nest: Any) -> tuple[str, ...]:
 
 def _one_or_more(keys: tuple[str, ...]) -> str | tuple[str, ...] | None:
     return keys[0] if len(keys) == 1 else keys or None
-
-
-def _is_picture(feature: Any, features: Any) -> bool:
-    # The numbers in a `LabeledImage` are classes.
-    picture = isinstance(feature, features.Image | features.Video)
-    return picture and not isinstance(feature, features.LabeledImage)

@@ -173,13 +173,17 @@ def _raise_unknown(
     root = Path(data_dir or tfds.core.constants.DATA_DIR)
     stored = sorted({each.relative_to(root).parts[0] for each in root.glob("*/*/")})
     name = re.split("[/:]", given)[0]
-    known = {*tfds.list_builders(with_community_datasets=False), *stored}
+    builders = tfds.list_builders(with_community_datasets=False)
+    known = {*builders, *stored}
     if name in known:
         # TFDS puts its settings as JSON before the reason.
         reason = str(failure).strip().splitlines()[0].rsplit('}": ', 1)[-1]
         reason = reason.partition(" Here are")[0]
+        has_class = name in builders
+        configs = list(tfds.builder_cls(name).builder_configs) if has_class else []
         raise UsageError(
-            f"TFDS has no {given!r}: {reason}", _configs_text(name)
+            f"TFDS has no {given!r}: {reason}",
+            f"Its configs are {', '.join(configs)}." if configs else "",
         ) from failure
     advice = did_you_mean(name, known)
     if name in _USUAL_SPLITS:
@@ -201,11 +205,3 @@ def _line_to_prepare(builder: Any) -> str:
         name = type(builder).__name__
         line = f"from {module} import {name}; {name}(data_dir={root!r})"
     return f"{line}.download_and_prepare(file_format='array_record')"
-
-
-def _configs_text(name: str) -> str:
-    tfds = _tfds()
-    if name not in tfds.list_builders(with_community_datasets=False):
-        return ""
-    configs = list(tfds.builder_cls(name).builder_configs)
-    return f"Its configs are {', '.join(configs)}." if configs else ""

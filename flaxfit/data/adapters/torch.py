@@ -14,7 +14,7 @@ from typing import Any
 
 from flaxfit._core.errors import DataError, UsageTypeError, caller
 from flaxfit._core.lazy_types import comes_from
-from flaxfit.data.adapters.latest_reader import begin_reading, is_latest, was_read
+from flaxfit.data.adapters.latest_reader import LATEST
 from flaxfit.data.datasets.example_dataset import ExampleSet, take_items
 from flaxfit.data.datasets.iterables import length_of
 from flaxfit.data.datasets.shuffling import seeded
@@ -37,9 +37,6 @@ def matches(x: Any) -> bool:
 def adapt(x: Any) -> Any:
     """Returns a loader as batches, a dataset as examples, tensors as arrays.
 
-    Args:
-      x: what `matches`.
-
     Raises:
       UsageTypeError: a dataset without a length.
     """
@@ -49,7 +46,7 @@ def adapt(x: Any) -> Any:
     if tensors is not None:
         return tensors
     length = length_of(x)
-    if comes_from(x, "torch", "IterableDataset"):
+    if _streams(x):
         iterate = partial(_iterate, x)
         return ExampleSet(
             "torch IterableDataset", length, iterate=iterate, drawing=_Drawing
@@ -63,10 +60,14 @@ def adapt(x: Any) -> Any:
     return ExampleSet(
         "torch Dataset",
         length,
-        take_items(x),
+        partial(take_items, x),
         drawing=_Drawing,
         info=_info(x, length),
     )
+
+
+def _streams(dataset: Any) -> bool:
+    return comes_from(dataset, "torch", "IterableDataset")
 
 
 def _tensors(dataset: Any) -> tuple[Any, ...] | None:
@@ -93,8 +94,8 @@ def _info(dataset: Any, length: int) -> DatasetInfo:
         except Exception as error:
             error.add_note("while reading item 0")
             raise
-    parts = first.values() if hasattr(first, "values") else first
-    items = parts if isinstance(first, tuple | list | dict) else (first,)
+    parts = list(first.values()) if isinstance(first, dict) else first
+    items = parts if isinstance(parts, tuple | list) else (parts,)
     pictures = any(comes_from(item, "PIL", "Image") for item in items)
     return DatasetInfo(class_names=_class_names(dataset), pictures=pictures)
 
@@ -115,10 +116,12 @@ def _from_loader(loader: Any) -> Stream:
         kind = _StatefulBatches if hasattr(loader, "load_state_dict") else _Batches
         return lambda pass_index, start: kind(loader, seed, pass_index)
 
+    # Each worker ends its part of a stream with a short batch, which len() leaves out.
+    unknown = _streams(loader.dataset) and loader.num_workers > 1
     return Stream(
         "torch DataLoader",
         open_with((0,)),
-        num_batches=_num_batches(loader),
+        num_batches=None if unknown else length_of(loader),
         num_examples=_num_examples(loader),
         info=DatasetInfo(
             class_names=_class_names(loader.dataset),
@@ -129,18 +132,15 @@ def _from_loader(loader: Any) -> Stream:
     )
 
 
-def _num_batches(loader: Any) -> int | None:
-    # Each worker ends its part of a stream with a short batch, which len() leaves out.
-    streams = comes_from(loader.dataset, "torch", "IterableDataset")
-    return None if streams and loader.num_workers > 1 else length_of(loader)
-
-
 def _num_examples(loader: Any) -> int | None:
     """Returns the examples of a pass, None if only reading tells."""
     # A custom collate_fn may leave examples out.
     default = import_module("torch.utils.data").default_collate
-    streams = comes_from(loader.dataset, "torch", "IterableDataset")
-    if streams or loader.batch_size is None or loader.collate_fn is not default:
+    if (
+        _streams(loader.dataset)
+        or loader.batch_size is None
+        or loader.collate_fn is not default
+    ):
         return None
     total = length_of(loader.sampler)
     if total is None or not loader.drop_last:
@@ -174,7 +174,7 @@ def _warn_of_fork(loader: Any) -> None:
         )
 
 
-class _Batches:
+class _Batches(Iterator[Any]):
     """The batches of one pass of a loader, whose draws depend on seed and pass alone.
 
     The generators of the loader and its samplers draw as torch's default one does: see
@@ -189,14 +189,13 @@ class _Batches:
         self._token: object = None
         own = _generators(loader)
         here = (*seed, pass_index)
-        firsts = (0 if _unseeded(loader) else each.initial_seed() for each in own)
+        # Without a generator of the user's, torchdata makes up a seed.
+        made_up = loader.generator is None and _is_of_torchdata(loader.sampler)
+        firsts = (0 if made_up else each.initial_seed() for each in own)
         seeds = {g: (n % 2**64, *here) for g, n in zip(own, firsts, strict=True)}
         self._drawing = _Drawing(here, seeds)
         # Once workers have started, the items draw there.
         self._later = own if loader.num_workers else self._drawing.generators
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
 
     def __next__(self) -> Any:
         with self._drawing:
@@ -219,22 +218,20 @@ class _Batches:
 
     def _start(self) -> Any:
         loader = self._loader
-        samplers = loader.sampler, loader.batch_sampler
-        inner = getattr(loader.batch_sampler, "sampler", None)
-        _set_epoch([loader.dataset, *samplers, inner], self._pass)
+        _set_epoch([loader.dataset, *_samplers(loader)], self._pass)
         if loader.persistent_workers:
-            if was_read(loader):
+            if loader in LATEST:
                 # Starting workers draws their seed. Workers that stay are not seeded
                 # again, but the order of this pass must be that of a new process.
                 torch = import_module("torch")
                 torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
-            self._token = begin_reading(loader)
+            LATEST[loader] = self._token = object()
         return iter(loader)
 
     def _refuse_two_readers(self) -> None:
         # Readers of such a loader share one iterator, which restarts for each.
         persistent = self._loader.persistent_workers
-        if persistent and not is_latest(self._loader, self._token):
+        if persistent and LATEST.get(self._loader) is not self._token:
             raise DataError(
                 "a DataLoader(..., persistent_workers=True) is read by two at once, "
                 f"and one of them is {caller()}: its workers can serve only one",
@@ -294,10 +291,18 @@ class _StatefulBatches(_Batches):
 
 def _generators(loader: Any) -> list[Any]:
     """Returns the generators that a user gave to a loader and its samplers."""
-    inner = getattr(loader.batch_sampler, "sampler", None)
-    holders = (loader, loader.sampler, loader.batch_sampler, inner)
+    holders = (loader, *_samplers(loader))
     found = (getattr(holder, "generator", None) for holder in holders)
     return list(dict.fromkeys(g for g in found if comes_from(g, "torch", "Generator")))
+
+
+def _samplers(loader: Any) -> tuple[Any, ...]:
+    inner = getattr(loader.batch_sampler, "sampler", None)
+    return loader.sampler, loader.batch_sampler, inner
+
+
+def _is_of_torchdata(sampler: Any) -> bool:
+    return comes_from(sampler, "torchdata", "RandomSampler")
 
 
 def _samples_from_state(loader: Any) -> bool:
@@ -306,14 +311,7 @@ def _samples_from_state(loader: Any) -> bool:
     return (
         hasattr(sampler, "state_dict")
         or comes_from(sampler, "torch", "SequentialSampler")
-        or comes_from(sampler, "torchdata", "RandomSampler")
-    )
-
-
-def _unseeded(loader: Any) -> bool:
-    """Whether torchdata has made up a seed, since the user gave no generator."""
-    return loader.generator is None and comes_from(
-        loader.sampler, "torchdata", "RandomSampler"
+        or _is_of_torchdata(sampler)
     )
 
 

@@ -1,14 +1,13 @@
 """`Batches`: options for batches whose shapes differ."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from flaxfit._core.types import Batch
 from flaxfit.data.datasets.example_dataset import ExampleSet
 from flaxfit.data.datasets.iterables import from_iterable
-from flaxfit.data.datasets.stream import BatchForm, Open, Stream
+from flaxfit.data.datasets.stream import BatchForm, Open, Stream, Wrapped
 from flaxfit.data.host.arrays import call_text, is_array
 from flaxfit.data.host.padding import PaddedBatch, Padding
 from flaxfit.data.host.padding_arguments import as_padding
@@ -86,22 +85,6 @@ class Batches:
         """How the rows are padded, or None."""
         return as_padding(self.pad_to, self.pad_value, self.truncate, self.mask)
 
-    def of_stream(self, stream: Stream) -> Stream:
-        """Returns the batches as these arguments ask for."""
-        if self.size is not None:
-            return replace(stream, form=BatchForm(size=self.size), num_examples=None)
-        padding = self.padding
-        assert padding is not None
-        seeded = stream.seeded
-        if seeded is not None:
-            seeded = partial(_open_seeded, seeded, padding)
-        return replace(
-            stream,
-            open=partial(_open, stream.open, padding),
-            seeded=seeded,
-            form=replace(stream.form, shapes=padding.buckets),
-        )
-
 
 def open_batches(batches: Batches, adapted: Any) -> Stream:
     """Returns a user's `Batches` as a stream.
@@ -113,8 +96,6 @@ def open_batches(batches: Batches, adapted: Any) -> Stream:
     Raises:
       TypeError: single examples, or nothing that yields batches.
     """
-    if isinstance(adapted, Stream):
-        return batches.of_stream(adapted)
     is_list = isinstance(adapted, list)  # of batches, or empty
     if isinstance(adapted, tuple | Mapping | Batch) or (
         is_array(adapted) and not is_list
@@ -129,34 +110,21 @@ def open_batches(batches: Batches, adapted: Any) -> Stream:
             f"Batches of a {adapted.kind}, which holds single examples. Write "
             f"{call_text('Examples(dataset, pad_to=...)')}."
         )
-    return batches.of_stream(from_iterable(adapted))
+    stream = adapted if isinstance(adapted, Stream) else from_iterable(adapted)
+    if batches.size is not None:
+        return replace(stream, form=BatchForm(size=batches.size), num_examples=None)
+    padding, seeded = batches.padding, stream.seeded
+    assert padding is not None
+    return replace(
+        stream,
+        open=_padded(stream.open, padding),
+        seeded=seeded and (lambda seed: _padded(seeded(seed), padding)),
+        form=replace(stream.form, shapes=padding.buckets),
+    )
 
 
-def _open(
-    open_pass: Open, padding: Padding, pass_index: int, start: int
-) -> "_PaddedIterator":
-    return _PaddedIterator(open_pass(pass_index, start), padding)
+def _padded(open_pass: Open, padding: Padding) -> Open:
+    def take(iterator: Iterator[Any]) -> PaddedBatch:
+        return padding.pad_batch(next(iterator))
 
-
-def _open_seeded(
-    seeded: Callable[[Sequence[int]], Open], padding: Padding, seed: Sequence[int]
-) -> Open:
-    return partial(_open, seeded(seed), padding)
-
-
-class _PaddedIterator:
-    """Pads what an iterator yields; in all else it is that iterator."""
-
-    def __init__(self, iterator: Iterator[Any], padding: Padding) -> None:
-        self._iterator = iterator
-        self._padding = padding
-
-    def __iter__(self) -> Iterator[PaddedBatch]:
-        return self
-
-    def __next__(self) -> PaddedBatch:
-        return self._padding.pad_batch(next(self._iterator))
-
-    def __getattr__(self, name: str) -> Any:
-        # Where it stands, if it tells.
-        return getattr(self._iterator, name)
+    return lambda pass_index, start: Wrapped(open_pass(pass_index, start), take)

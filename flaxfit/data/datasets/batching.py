@@ -1,23 +1,21 @@
 """Groups single examples into batches, by random access or in sequence."""
 
-import math
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 
 from flaxfit._core.types import HostArray
-from flaxfit.data.datasets.example_dataset import ExampleSet, takes_rng
+from flaxfit.data.datasets.example_dataset import ExampleSet
 from flaxfit.data.datasets.shuffling import batches_of_pass, rows_of, seeded
 from flaxfit.data.datasets.stream import (
     BatchForm,
     Open,
     PaddedTail,
     Stream,
+    Wrapped,
     get_state,
     set_state,
 )
@@ -37,15 +35,42 @@ def stream_examples(
       shuffle: whether each pass has an order of its own, where they have indices.
       seed: decides the orders and the `rng` of `load`, with the index of the pass.
     """
-    if not examples.by_index:
-        return _stream_in_order(examples, batch_size, seed)
+    length, plan, padding = examples.length, examples.plan, examples.padding
+    num_batches, rows = None, batch_size
+    if length is not None:
+        sizes = np.array([length]) if plan is None else np.bincount(plan)
+        if examples.by_index:
+            rows = min(batch_size, int(sizes.max()))
+        if not examples.sorts:
+            num_batches = int((-(-sizes // batch_size)).sum())
+    if examples.by_index:
+        open_pass = _passes_by_index(examples, batch_size, shuffle, seed)
+    else:
+        open_pass = _passes_in_order(examples, batch_size, seed)
+    return Stream(
+        examples.kind,
+        open_pass,
+        num_batches,
+        length,
+        one_shot=examples.one_shot,
+        endless=examples.endless,
+        seeks=examples.by_index and not examples.sorts,
+        # The first batch may be the short one of a bucket.
+        form=BatchForm(padding.buckets, rows) if padding else BatchForm(),
+        info=examples.info,
+    )
+
+
+def _passes_by_index(
+    examples: ExampleSet, batch_size: int, shuffle: bool, seed: Sequence[int]
+) -> Open:
     total = examples.length
     assert total is not None
-
-    loading = examples.loading
     # One for all passes: processes stay from one to the next.
     work = OrderedMap(
-        _AnyPass(examples), threads=loading.threads, processes=loading.processes
+        partial(_batch_of_rows, examples),
+        threads=examples.threads,
+        processes=examples.processes,
     )
 
     def open_pass(pass_index: int, start: int) -> Iterator[Any]:
@@ -59,75 +84,46 @@ def stream_examples(
         made = work(((*seed, pass_index), rows) for rows in tasks)
         return _sorted(examples, made, batch_size)
 
-    sizes = np.array([total]) if examples.plan is None else np.bincount(examples.plan)
-    return replace(
-        _stream(examples, open_pass, min(batch_size, int(sizes.max()))),
-        num_batches=None if examples.sorts else int((-(-sizes // batch_size)).sum()),
-        num_examples=total,
-        seeks=not examples.sorts,
-    )
+    return open_pass
 
 
-def _stream_in_order(
+def _passes_in_order(
     examples: ExampleSet, batch_size: int, seed: Sequence[int]
-) -> Stream:
+) -> Open:
     iterate = examples.iterate
     assert iterate is not None
 
     def open_pass(pass_index: int, start: int) -> Iterator[Any]:
         del start
-        work = _InOrder(examples, (*seed, pass_index))
-        drawing = examples.seeded(*seed, pass_index)
+        here = (*seed, pass_index)
+        drawing = examples.seeded(*here)
+
+        def take(items: Iterator[Any]) -> Any:
+            with drawing:
+                return next(items)
+
+        def make(task: tuple[Sequence[int], Sequence[Any], Any]) -> tuple[Any, Any]:
+            rows, items, state = task
+            return _batch_of_items(examples, here, rows, items), state
+
         with drawing:
             items = iterate(pass_index)
         if examples.drawing is not None:
-            items = _Drawn(items, drawing)
-        made = _Chunks(
-            items,
-            batch_size,
-            OrderedMap(work, threads=examples.loading.threads),
-        )
-        return _sorted(examples, made, batch_size)
+            items = Wrapped(items, take)
+        work = OrderedMap(make, threads=examples.threads)
+        return _sorted(examples, _Chunks(items, batch_size, work), batch_size)
 
-    length = examples.length
-    unknown = length is None or examples.sorts
-    return replace(
-        _stream(examples, open_pass, batch_size),
-        num_batches=None if unknown else math.ceil((length or 0) / batch_size),
-        num_examples=length,
-        one_shot=examples.one_shot,
-        endless=examples.endless,
-    )
+    return open_pass
 
 
-class _Drawn:
-    """Takes items inside of a context; in all else it is their iterator."""
-
-    def __init__(
-        self, items: Iterator[Any], drawing: AbstractContextManager[Any]
-    ) -> None:
-        self._items = items
-        self._drawing = drawing
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        with self._drawing:
-            return next(self._items)
-
-    def __getattr__(self, name: str) -> Any:
-        # Where it stands, if it tells.
-        return getattr(self._items, name)
-
-
-class _Chunks:
+class _Chunks(Iterator[Any]):
     """What is made of chunks of items; it has a state if the items' iterator has one.
 
     Args:
       items: the items.
       size: how many are a chunk.
-      work: what is done to `(number of the first item, items)`.
+      work: `(numbers of the items, items, state after them)` -> what is made, state.
+        Threads read ahead, so each chunk carries its own state.
     """
 
     def __init__(self, items: Iterator[Any], size: int, work: OrderedMap) -> None:
@@ -135,31 +131,20 @@ class _Chunks:
         self._size = size
         self._work = work
         self._state: dict[str, Any] | None = None
-        self._begin(0)
+        self._made = work(self._read(0))
 
-    def _begin(self, first: int) -> None:
-        # Threads read ahead: where the items stood after each chunk not handed out yet.
-        self._states: deque[dict[str, Any] | None] = deque()
-        self._made = self._work(self._read(first, self._states))
-
-    def _read(
-        self, first: int, states: deque[dict[str, Any] | None]
-    ) -> Iterator[tuple[int, Sequence[Any]]]:
+    def _read(self, first: int) -> Iterator[tuple[Sequence[int], Sequence[Any], Any]]:
         while chunk := [
             copy_host_arrays(item) for item in islice(self._items, self._size)
         ]:
-            state = get_state(self._items)
-            after = first + len(chunk)
-            states.append(None if state is None else {"items": state, "first": after})
-            yield first, chunk
+            after, state = first + len(chunk), get_state(self._items)
+            if state is not None:
+                state = {"items": state, "first": after}
+            yield range(first, after), chunk, state
             first = after
 
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
     def __next__(self) -> Any:
-        made = next(self._made)
-        self._state = self._states.popleft()
+        made, self._state = next(self._made)
         return made
 
     def get_state(self) -> dict[str, Any] | None:
@@ -167,20 +152,7 @@ class _Chunks:
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         set_state(self._items, state["items"])
-        self._begin(state["first"])
-
-
-def _stream(examples: ExampleSet, open_pass: Open, batch_size: int) -> Stream:
-    bucketing = examples.bucketing
-    return Stream(
-        examples.kind,
-        open_pass,
-        form=BatchForm()
-        if bucketing is None
-        # The first batch may be the short one of a bucket.
-        else BatchForm(bucketing.padding.buckets, batch_size),
-        info=examples.info,
-    )
+        self._made = self._work(self._read(state["first"]))
 
 
 def _sorted(
@@ -189,79 +161,51 @@ def _sorted(
     """Returns batches, made of what was loaded where only that tells the bucket."""
     if not examples.sorts:
         return made
-    assert examples.bucketing is not None
-    return examples.bucketing.padding.in_buckets(chain.from_iterable(made), batch_size)
+    assert examples.padding is not None
+    return examples.padding.in_buckets(chain.from_iterable(made), batch_size)
 
 
 def batch_of_rows(examples: ExampleSet, rows: HostArray) -> Any:
     """Returns the raw batch of some rows, by random access."""
-    return raw_of(_ByIndex(examples.in_order(), (0,))(rows))
+    return raw_of(_batch_of_rows(examples.in_order(), ((0,), rows)))
 
 
-@dataclass(frozen=True)
-class _AnyPass:
-    """Makes the batch of some rows in a pass; a class, to be given to processes."""
-
-    examples: ExampleSet
-
-    def __call__(self, task: tuple[tuple[int, ...], HostArray]) -> Any:
-        seed, rows = task
-        return _ByIndex(self.examples, seed)(rows)
-
-
-@dataclass(frozen=True)
-class _ByIndex:
-    """Makes the batch of some rows."""
-
-    examples: ExampleSet
-    seed: tuple[int, ...]
-
-    def __call__(self, coded: HostArray) -> Any:
-        rows, real = rows_of(coded)
-        with self.examples.seeded(*self.seed, int(rows[0])):
-            raw = self._batch(rows)
-        return raw if real == len(rows) else PaddedTail(raw, real)
-
-    def _batch(self, rows: HostArray) -> Any:
-        examples = self.examples
-        single = examples.loading.load is not None or examples.bucketing is not None
-        if examples.take_batch is not None and not single:
-            return examples.take_batch(rows)
-        assert examples.take is not None
-        try:
-            items = examples.take(rows)
-        except Exception as error:
-            error.add_note(f"while reading the items {', '.join(map(str, rows))}")
-            raise
-        return _made(examples, items, rows.tolist(), self.seed)
+def _batch_of_rows(
+    examples: ExampleSet, task: tuple[tuple[int, ...], HostArray]
+) -> Any:
+    """Returns the batch of `(seed, rows)`; see `batches_of_pass` for the rows."""
+    seed, coded = task
+    rows, real = rows_of(coded)
+    with examples.seeded(*seed, int(rows[0])):
+        raw = _raw_batch(examples, seed, rows)
+    return raw if real == len(rows) else PaddedTail(raw, real)
 
 
-@dataclass(frozen=True)
-class _InOrder:
-    """Makes the batch of items that were read."""
+def _raw_batch(examples: ExampleSet, seed: tuple[int, ...], rows: HostArray) -> Any:
+    if examples.take_batch and not (examples.loads or examples.padding):
+        return examples.take_batch(rows)
+    assert examples.take is not None
+    try:
+        items = examples.take(rows)
+    except Exception as error:
+        error.add_note(f"while reading the items {', '.join(map(str, rows))}")
+        raise
+    return _batch_of_items(examples, seed, rows.tolist(), items)
 
-    examples: ExampleSet
-    seed: tuple[int, ...]
 
-    def __call__(self, task: tuple[int, Sequence[Any]]) -> Any:
-        first, items = task
-        rows = range(first, first + len(items))
-        return _made(self.examples, items, rows, self.seed)
-
-
-def _made(
+def _batch_of_items(
     examples: ExampleSet,
-    items: Sequence[Any],
-    rows: Sequence[int],
     seed: tuple[int, ...],
+    rows: Sequence[int],
+    items: Sequence[Any],
 ) -> Any:
     """Returns the batch of some items, or `(row, example)` of each to be sorted."""
     loaded = _loaded(examples, items, rows, seed)
-    if examples.bucketing is None:
-        return examples.loading.collate(loaded)
+    if examples.padding is None:
+        return examples.collate(loaded)
     if examples.sorts:
         return list(zip(rows, loaded, strict=True))
-    return examples.bucketing.padding.collate(loaded, rows)
+    return examples.padding.collate(loaded, rows)
 
 
 def _loaded(
@@ -270,16 +214,17 @@ def _loaded(
     rows: Sequence[int],
     seed: tuple[int, ...],
 ) -> Sequence[Any]:
-    """Returns the examples of some items."""
-    load = examples.loading.load
-    if load is None:
+    """Returns the examples of some items; the functions share the `rng` of an item."""
+    if not examples.loads:
         return items
-    draws = takes_rng(load)
-    loaded = []
+    steps = list(zip(examples.loads, examples.draws, strict=True))
+    any_draws, loaded = any(examples.draws), []
     for row, item in zip(rows, items, strict=True):
         try:
-            made = load(item, rng=seeded(*seed, row)) if draws else load(item)
-            loaded.append(copy_host_arrays(made))
+            rng = seeded(*seed, row) if any_draws else None
+            for load, draws in steps:
+                item = load(item, rng=rng) if draws else load(item)
+            loaded.append(copy_host_arrays(item))
         except Exception as error:
             error.add_note(f"while loading item {row}")
             raise

@@ -3,8 +3,8 @@
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -15,49 +15,6 @@ from flaxfit.data.datasets.stream import NO_INFO, DatasetInfo
 from flaxfit.data.host.arrays import copy_host_arrays
 from flaxfit.data.host.collate import collate
 from flaxfit.data.host.padding import Padding
-
-
-@dataclass(frozen=True)
-class Loading:
-    """How items become examples, and examples a batch.
-
-    Attributes:
-      load: item -> example, None to take items as they are.
-      threads: see `Examples`.
-      processes: see `Examples`.
-      collate: examples -> raw batch.
-    """
-
-    load: Callable[..., Any] | None = None
-    threads: int = 0
-    processes: int = 0
-    collate: Callable[[Sequence[Any]], Any] = collate
-
-
-@dataclass(frozen=True)
-class Bucketing:
-    """How examples of different lengths are padded.
-
-    Attributes:
-      padding: the padding of a batch.
-      buckets: the bucket of every example, `int64[length]`, where that is known.
-      sorted: whether a batch holds examples of one bucket; else they keep their order,
-        and a batch is padded for the longest one.
-    """
-
-    padding: Padding
-    buckets: HostArray | None = None
-    sorted: bool = True
-
-    @property
-    def plan(self) -> HostArray | None:
-        """The bucket of every example if batches are planned by them."""
-        return self.buckets if self.sorted else None
-
-    @property
-    def needs_loading(self) -> bool:
-        """Whether an example has to be loaded to know its bucket."""
-        return self.padding.buckets > 1 and self.sorted and self.buckets is None
 
 
 @dataclass(frozen=True)
@@ -73,8 +30,14 @@ class ExampleSet:
       iterate: pass -> its items in order.
       one_shot: whether `iterate` continues the same iterator each time.
       endless: see `Stream`.
-      loading: how items become batches.
-      bucketing: how examples of different lengths are padded, or None.
+      loads: item -> example, each applied to what the one before returned.
+      threads: see `Examples`.
+      processes: see `Examples`.
+      collate: examples -> raw batch.
+      padding: how examples of different lengths are padded, or None.
+      buckets: the bucket of every example, `int64[length]`, where that is known.
+      sorted: whether a padded batch holds examples of one bucket; else they keep their
+        order, and a batch is padded for the longest one.
       order: the order of a pass, see `order_of_pass`.
       drawing: seed -> a re-entrant context manager under which items are read: their
         random draws are then a function of the seed. None where a library draws
@@ -89,15 +52,20 @@ class ExampleSet:
     iterate: Callable[[int], Iterator[Any]] | None = None
     one_shot: bool = False
     endless: bool = False
-    loading: Loading = Loading()
-    bucketing: Bucketing | None = None
+    loads: tuple[Callable[..., Any], ...] = ()
+    threads: int = 0
+    processes: int = 0
+    collate: Callable[[Sequence[Any]], Any] = collate
+    padding: Padding | None = None
+    buckets: HostArray | None = None
+    sorted: bool = True
     order: Callable[..., HostArray] = order_of_pass
     drawing: Callable[[Sequence[int]], AbstractContextManager[Any]] | None = None
-    info: DatasetInfo = field(default=NO_INFO)
+    info: DatasetInfo = NO_INFO
 
     def seeded(self, *seed: int) -> AbstractContextManager[Any]:
         """Returns the context manager under which items are read; see `drawing`."""
-        if self.drawing is None or self.loading.threads > 1:
+        if self.drawing is None or self.threads > 1:
             return nullcontext()
         return self.drawing(seed)
 
@@ -109,111 +77,70 @@ class ExampleSet:
     @property
     def plan(self) -> HostArray | None:
         """The bucket of every example if batches are planned by them."""
-        return None if self.bucketing is None else self.bucketing.plan
+        return self.buckets if self.sorted else None
 
     @property
     def sorts(self) -> bool:
         """Whether an example has to be loaded to know its batch."""
-        return self.bucketing is not None and self.bucketing.needs_loading
+        several = self.padding is not None and self.padding.buckets > 1
+        return several and self.sorted and self.buckets is None
+
+    @cached_property
+    def draws(self) -> tuple[bool, ...]:
+        """Which of `loads` want random numbers: those with a parameter `rng`."""
+        return tuple(map(_takes_rng, self.loads))
 
     def part(self, start: int, stop: int) -> "ExampleSet":
         """Returns the examples from `start` up to `stop`; needs random access."""
-        bucketing = self.bucketing
-        if bucketing is not None and bucketing.buckets is not None:
-            bucketing = replace(bucketing, buckets=bucketing.buckets[start:stop])
         return replace(
             self,
             length=stop - start,
-            take=self.take and _Part(self.take, start),
-            take_batch=self.take_batch and _Part(self.take_batch, start),
-            bucketing=bucketing,
+            take=self.take and partial(_take_from, self.take, start),
+            take_batch=self.take_batch and partial(_take_from, self.take_batch, start),
+            buckets=None if self.buckets is None else self.buckets[start:stop],
         )
 
     def in_order(self) -> "ExampleSet":
         """Returns the examples without sorting them by their length."""
-        if self.bucketing is None:
-            return self
-        return replace(self, bucketing=replace(self.bucketing, sorted=False))
+        return replace(self, sorted=False)
 
 
-@dataclass(frozen=True)
-class _Part:
-    take: Callable[[HostArray], Any]
-    start: int
-
-    def __call__(self, rows: HostArray) -> Any:
-        return self.take(rows + self.start)
+def _take_from(take: Callable[[HostArray], Any], start: int, rows: HostArray) -> Any:
+    return take(rows + start)
 
 
-@dataclass(frozen=True)
-class Chain:
-    """One function after the other, each with `rng` if it wants it."""
-
-    first: Callable[..., Any]
-    second: Callable[..., Any]
-
-    @cached_property
-    def draws(self) -> tuple[bool, bool]:
-        """Which of the two want it."""
-        return takes_rng(self.first), takes_rng(self.second)
-
-    def __call__(self, item: Any, rng: Any = None) -> Any:
-        for load, draws in zip((self.first, self.second), self.draws, strict=True):
-            item = load(item, rng=rng) if draws else load(item)
-        return item
-
-
-def takes_rng(load: Callable[..., Any]) -> bool:
-    """Whether a function wants random numbers: it has a parameter `rng`."""
-    if isinstance(load, Chain):
-        return any(load.draws)
+def _takes_rng(load: Callable[..., Any]) -> bool:
     try:
         return "rng" in inspect.signature(load).parameters
     except ValueError:  # a builtin without a signature
         return False
 
 
-def take_items(items: Any) -> Callable[[HostArray], Sequence[Any]]:
-    """Returns what takes rows of anything with `__getitem__`.
+def take_items(items: Any, rows: HostArray) -> Sequence[Any]:
+    """Returns rows of anything with `__getitem__`.
 
     `__getitems__`, where it is there, is asked for several at once.
     """
-    return _Taker(items)
+    indices = rows.tolist()
+    if hasattr(items, "__getitems__"):
+        taken: Sequence[Any] = items.__getitems__(indices)
+        return taken
+    found = []
+    for index in indices:
+        try:
+            found.append(copy_host_arrays(items[index]))
+        except Exception as error:
+            error.add_note(f"while reading item {index}")
+            raise
+    return found
 
 
-@dataclass(frozen=True)
-class _Taker:
-    items: Any
-
-    def __call__(self, rows: HostArray) -> Sequence[Any]:
-        indices = rows.tolist()
-        if hasattr(self.items, "__getitems__"):
-            taken: Sequence[Any] = self.items.__getitems__(indices)
-            return taken
-        found = []
-        for index in indices:
-            try:
-                found.append(copy_host_arrays(self.items[index]))
-            except Exception as error:
-                error.add_note(f"while reading item {index}")
-                raise
-        return found
-
-
-def take_rows(nest: Any) -> Callable[[HostArray], Sequence[Any]]:
-    """Returns what takes rows of arrays in any nesting, each nested as they are.
+def take_rows(nest: Any, rows: HostArray) -> Sequence[Any]:
+    """Returns rows of arrays in any nesting, each nested as they are.
 
     They are copies: a function that changes its item leaves the arrays as they are.
     """
-    return _RowTaker(nest)
-
-
-@dataclass(frozen=True)
-class _RowTaker:
-    nest: Any
-
-    def __call__(self, rows: HostArray) -> Sequence[Any]:
-        return [
-            jax.tree.map(lambda leaf, row=row: copy_host_arrays(leaf[row]), self.nest)
-            for row in rows.tolist()
-        ]
+    return [
+        jax.tree.map(lambda leaf, row=row: copy_host_arrays(leaf[row]), nest)
+        for row in rows.tolist()
+    ]

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from flaxfit._core.types import HostArray
 from flaxfit._core.validation import integer
-from flaxfit.data.datasets.example_dataset import Bucketing, Chain, ExampleSet, Loading
+from flaxfit.data.datasets.example_dataset import ExampleSet
 from flaxfit.data.host.padding import Padding
 from flaxfit.data.host.padding_arguments import as_padding
 
@@ -115,35 +116,37 @@ class Examples:
 
     def applied_to(self, items: ExampleSet) -> ExampleSet:
         """Returns the items with what these arguments ask for."""
-        before, info = items.loading, items.info
-        load = self.load or before.load
-        if self.load is not None and before.load is not None:
-            load = Chain(before.load, self.load)
+        info, padding = items.info, self.padding
         if self.class_names:
             info = replace(info, class_names=tuple(self.class_names))
-        loading = Loading(
-            load,
-            self.threads or before.threads,
-            self.processes or before.processes,
-            self.collate or before.collate,
+        if padding is not None and padding.masks:
+            # Inputs that are named beforehand would leave the mask out.
+            keys = (*info.keys, *padding.masks)
+            info = replace(info, keys=keys, inputs=None)
+        changed = replace(
+            items,
+            loads=items.loads if self.load is None else (*items.loads, self.load),
+            threads=self.threads or items.threads,
+            processes=self.processes or items.processes,
+            collate=self.collate or items.collate,
+            info=info,
         )
-        changed = replace(items, loading=loading, info=info)
-        return changed if self.padding is None else self._padded(changed, self.padding)
+        if padding is None:
+            return changed
+        return replace(
+            changed, padding=padding, buckets=self._buckets(changed, padding)
+        )
 
-    def _padded(self, items: ExampleSet, padding: Padding) -> ExampleSet:
-        info, buckets = items.info, None
+    def _buckets(self, items: ExampleSet, padding: Padding) -> HostArray | None:
+        """Returns the bucket of every example, where they are known."""
         if self.lengths is not None:
             if not items.by_index:
                 raise ValueError(
                     f"lengths=... of a {items.kind}, whose items have no index: leave "
                     "it out."
                 )
-            buckets = padding.buckets_of(self.lengths, items.length)
-        elif isinstance(self.items, list) and items.loading.load is None:
-            measured = (padding.bucket_of(*pair) for pair in enumerate(self.items))
-            buckets = np.fromiter(measured, np.int64, len(self.items))
-        if padding.masks:
-            # Inputs that are named beforehand would leave the mask out.
-            keys = (*info.keys, *padding.masks)
-            info = replace(info, keys=keys, inputs=None)
-        return replace(items, bucketing=Bucketing(padding, buckets), info=info)
+            return padding.buckets_of(self.lengths, items.length)
+        if not isinstance(self.items, list) or items.loads:
+            return None
+        measured = (padding.bucket_of(*pair) for pair in enumerate(self.items))
+        return np.fromiter(measured, np.int64, len(self.items))

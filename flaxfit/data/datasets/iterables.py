@@ -5,12 +5,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 
 from flaxfit._core.errors import caller
 from flaxfit._core.types import Batch
+from flaxfit.data.datasets.example_dataset import ExampleSet
 from flaxfit.data.datasets.stream import Stream, has_state
 from flaxfit.data.host.arrays import call_text, is_array
+from flaxfit.data.host.collate import looks_single
 
 UNDERSTOOD = (
     "arrays of NumPy and jax in any nesting, (x, y), (x, y, weights) and dicts of "
@@ -32,19 +34,21 @@ def from_iterable(data: Any) -> Stream:
     Raises:
       TypeError: another object, or a function that needs arguments.
     """
-    kind = kind_of(data)
-    if kind == "iterator":
+    iterates, is_class = hasattr(data, "__iter__"), isinstance(data, type)
+    if not is_class and hasattr(data, "__next__"):
         # Not iter() of it: some iterators have nothing but __next__.
-        return Stream(kind, lambda *unused: cast(Iterator[Any], data), one_shot=True)
-    if kind == "generator function":
-        return Stream(
-            kind,
-            partial(_call, data),
-            again="The function must make a new iterable each time it is called.",
-        )
-    if hasattr(data, "__iter__") and not isinstance(data, Sequence):
-        return Stream(kind, lambda *unused: iter(data), length_of(data))
-    return Stream(kind, _ByIndex(data), len(data), seeks=True)
+        if not iterates or iter(data) is data:
+            return Stream("iterator", lambda *unused: data, one_shot=True)
+    if not is_class and iterates and not isinstance(data, Sequence):
+        return Stream("iterable", lambda *unused: iter(data), length_of(data))
+    if not is_class and hasattr(data, "__len__") and hasattr(data, "__getitem__"):
+        return Stream("iterable", _ByIndex(data), len(data), seeks=True)
+    _check_function(data)
+    return Stream(
+        "generator function",
+        partial(_call, data),
+        again="The function must make a new iterable each time it is called.",
+    )
 
 
 def peek(stream: Stream) -> tuple[Any, Stream]:
@@ -53,19 +57,45 @@ def peek(stream: Stream) -> tuple[Any, Stream]:
     None for an empty stream, and for one whose iterator has a state to be asked for.
     """
     iterator = stream.open(0, 0)
-    opened = [iterator]
     first = None
     if not has_state(iterator):
         first = next(iterator, None)
-        opened = [iterator if first is None else chain([first], iterator)]
+        iterator = iterator if first is None else chain([first], iterator)
+    return first, begun(stream, iterator)
+
+
+def begun(stream: Stream, iterator: Iterator[Any]) -> Stream:
+    """Returns a stream that takes an iterator, opened already, for its first pass."""
+    opened = [iterator]
 
     def open_pass(pass_index: int, start: int) -> Iterator[Any]:
         reusable = opened and (stream.one_shot or (pass_index, start) == (0, 0))
         if not reusable:
+            opened.clear()
             return stream.open(pass_index, start)
         return opened[0] if stream.one_shot else opened.pop()
 
-    return first, replace(stream, open=open_pass)
+    return replace(stream, open=open_pass)
+
+
+def examples_in(stream: Stream) -> ExampleSet:
+    """Returns the examples that a stream yields one by one."""
+    return ExampleSet(
+        f"{stream.kind} of examples",
+        stream.num_batches,
+        iterate=lambda pass_index: stream.open(pass_index, 0),
+        one_shot=stream.one_shot,
+        endless=stream.endless,
+    )
+
+
+def begins_single(data: Any) -> bool:
+    """Whether item 0 of something with random access looks like a single example."""
+    try:
+        return looks_single(data[0])
+    except Exception as error:
+        error.add_note("while reading item 0")
+        raise
 
 
 class _ByIndex:
@@ -101,17 +131,7 @@ def _call(function: Callable[[], Any], *unused: int) -> Iterator[Any]:
     return iter(made)
 
 
-def kind_of(data: Any) -> str:
-    """Returns `"iterator"`, `"iterable"` or `"generator function"`.
-
-    Raises:
-      TypeError: another object, or a function that needs arguments.
-    """
-    if hasattr(data, "__next__") and not isinstance(data, type):
-        if not hasattr(data, "__iter__") or iter(data) is data:
-            return "iterator"
-    if _is_iterable(data):
-        return "iterable"
+def _check_function(data: Any) -> None:
     if not callable(data):
         raise TypeError(
             f"Unsupported data type {type(data).__name__}. Supported: {UNDERSTOOD}."
@@ -126,14 +146,6 @@ def kind_of(data: Any) -> str:
             f"{name} is called without arguments for each pass, but it needs some "
             f"({error}). Write lambda: {name}(...) with its arguments."
         ) from error
-    return "generator function"
-
-
-def _is_iterable(data: Any) -> bool:
-    if isinstance(data, type):
-        return False
-    by_index = hasattr(data, "__len__") and hasattr(data, "__getitem__")
-    return hasattr(data, "__iter__") or by_index
 
 
 def length_of(data: Any) -> int | None:

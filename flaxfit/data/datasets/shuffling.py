@@ -10,29 +10,17 @@ from flaxfit._core.types import HostArray
 def order_of_pass(
     total: int, pass_index: int, *, shuffle: bool, seed: Sequence[int]
 ) -> HostArray:
-    """Returns the rows of one pass, `int64[total]`.
-
-    Args:
-      total: the number of examples.
-      pass_index: each pass has an order of its own.
-      shuffle: False for the given order.
-      seed: decides the orders.
-    """
+    """Returns the rows of one pass, `int64[total]`, in the given order or shuffled."""
     if not shuffle:
         return np.arange(total)
     return seeded(*seed, pass_index).permutation(total)
 
 
 def batches_of_pass(order: HostArray, batch_size: int) -> HostArray:
-    """Returns the rows of the batches of one pass.
+    """Returns the rows of the batches of one pass, `int64[batches, batch_size]`.
 
-    Args:
-      order: the rows of the pass.
-      batch_size: rows of a batch.
-
-    Returns:
-      `int64[batches, batch]`; where the last batch is only filled up, at weight 0,
-      with the first rows of the pass, the row `r` is written as `~r`.
+    Where the last batch is only filled up, at weight 0, with the first rows of the
+    pass, the row `r` is written as `~r`.
     """
     total = len(order)
     num_batches = -(-total // batch_size)

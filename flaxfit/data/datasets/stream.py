@@ -32,54 +32,6 @@ class BatchForm:
 
 
 @dataclass(frozen=True)
-class Stream:
-    """Raw batches of one kind of dataset.
-
-    Attributes:
-      kind: the kind of dataset in words: `"torch DataLoader"`.
-      open: see `Open`; where the stream does not seek, `start` is 0.
-      num_batches: batches of a pass, None where only reading tells.
-      num_examples: examples of a pass, None where only reading tells.
-      one_shot: whether it can be read only once; `open` then returns the same
-        iterator again.
-      endless: whether it is known to have no end.
-      seeks: whether `open` can start anywhere without reading what comes before.
-      form: the shapes of the batches.
-      seeded: seed -> what to open in place of `open`, where the draws of a pass are a
-        function of seed and pass; None where the data alone decides.
-      examples: the same data as single examples, where only its items tell whether
-        they are batches; else None.
-      again: what to write where it is used up; empty for the usual advice.
-      info: what the dataset says about itself.
-    """
-
-    kind: str
-    open: Open
-    num_batches: int | None = None
-    num_examples: int | None = None
-    one_shot: bool = False
-    endless: bool = False
-    seeks: bool = False
-    form: BatchForm = BatchForm()
-    seeded: Callable[[Sequence[int]], Open] | None = None
-    examples: Any = None
-    again: str = ""
-    info: "DatasetInfo | None" = None
-
-
-class PaddedTail(NamedTuple):
-    """A raw batch that is filled up with rows of other batches, as arrays are.
-
-    Attributes:
-      raw: the batch.
-      rows: how many of its rows are no fill.
-    """
-
-    raw: Any
-    rows: int
-
-
-@dataclass(frozen=True)
 class DatasetInfo:
     """What a dataset says of itself.
 
@@ -112,6 +64,74 @@ class DatasetInfo:
 
 
 NO_INFO = DatasetInfo()
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Raw batches of one kind of dataset.
+
+    Attributes:
+      kind: the kind of dataset in words: `"torch DataLoader"`.
+      open: see `Open`; where the stream does not seek, `start` is 0.
+      num_batches: batches of a pass, None where only reading tells.
+      num_examples: examples of a pass, None where only reading tells.
+      one_shot: whether it can be read only once; `open` then returns the same
+        iterator again.
+      endless: whether it is known to have no end.
+      seeks: whether `open` can start anywhere without reading what comes before.
+      form: the shapes of the batches.
+      seeded: seed -> what to open in place of `open`, where the draws of a pass are a
+        function of seed and pass; None where the data alone decides.
+      examples: the same data as single examples, where only its items tell whether
+        they are batches; else None.
+      again: what to write where it is used up; empty for the usual advice.
+      info: what the dataset says about itself.
+    """
+
+    kind: str
+    open: Open
+    num_batches: int | None = None
+    num_examples: int | None = None
+    one_shot: bool = False
+    endless: bool = False
+    seeks: bool = False
+    form: BatchForm = BatchForm()
+    seeded: Callable[[Sequence[int]], Open] | None = None
+    examples: Any = None
+    again: str = ""
+    info: DatasetInfo = NO_INFO
+
+
+class PaddedTail(NamedTuple):
+    """A raw batch that is filled up with rows of other batches, as arrays are.
+
+    Attributes:
+      raw: the batch.
+      rows: how many of its rows are no fill.
+    """
+
+    raw: Any
+    rows: int
+
+
+class Wrapped(Iterator[Any]):
+    """An iterator whose items are taken by a function; in all else it is that iterator.
+
+    Args:
+      iterator: the iterator.
+      take: iterator -> its next item.
+    """
+
+    def __init__(self, iterator: Iterator[Any], take: Callable[[Any], Any]) -> None:
+        self._iterator = iterator
+        self._take = take
+
+    def __next__(self) -> Any:
+        return self._take(self._iterator)
+
+    def __getattr__(self, name: str) -> Any:
+        # Where it stands, if it tells.
+        return getattr(self._iterator, name)
 
 
 def has_state(iterator: Any) -> bool:

@@ -4,18 +4,17 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Future
 from contextlib import suppress
+from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any, TypeAlias
 
 from flaxfit.data.datasets.processes import Processes
 
-Submit: TypeAlias = Callable[[Any], "Future[Any]"]
-"""`task -> the future of its result`."""
-
 _Queue: TypeAlias = "SimpleQueue[tuple[Any, Future[Any]] | None]"
 
 
+@dataclass(eq=False)
 class OrderedMap:
     """One function applied to many tasks, by this thread, by others or by processes.
 
@@ -28,17 +27,10 @@ class OrderedMap:
       processes: the number of processes, in place of threads.
     """
 
-    def __init__(
-        self,
-        function: Callable[[Any], Any],
-        *,
-        threads: int = 0,
-        processes: int = 0,
-    ) -> None:
-        self._function = function
-        self._threads = threads
-        self._processes = processes
-        self._idle: Processes | None = None
+    function: Callable[[Any], Any]
+    threads: int = 0
+    processes: int = 0
+    _idle: Processes | None = field(default=None, init=False)
 
     def __call__(self, tasks: Iterable[Any]) -> Iterator[Any]:
         """Yields the result of every task, in their order.
@@ -50,19 +42,19 @@ class OrderedMap:
             before it.
           ImportError, UsageTypeError, RuntimeError: see `Processes`.
         """
-        if self._processes:
+        if self.processes:
             return self._in_processes(tasks)
-        if self._threads:
-            return _in_threads(self._function, tasks, self._threads)
-        return map(self._function, tasks)
+        if self.threads:
+            return _in_threads(self.function, tasks, self.threads)
+        return map(self.function, tasks)
 
     def _in_processes(self, tasks: Iterable[Any]) -> Iterator[Any]:
         # A second pass at the same time finds none idle and starts its own.
         processes, self._idle = self._idle, None
         if processes is None:
-            processes = Processes(self._function, self._processes)
+            processes = Processes(self.function, self.processes)
         try:
-            yield from _in_order(tasks, processes.submit, 2 * self._processes)
+            yield from _in_order(tasks, processes.submit, 2 * self.processes)
         except BaseException as error:
             processes.close()
             if isinstance(error, BrokenExecutor):
@@ -109,7 +101,9 @@ def _work(function: Callable[[Any], Any], todo: _Queue) -> None:
         del given, task, future  # waiting for the next must not keep them alive
 
 
-def _in_order(tasks: Iterable[Any], submit: Submit, most: int) -> Iterator[Any]:
+def _in_order(
+    tasks: Iterable[Any], submit: Callable[[Any], "Future[Any]"], most: int
+) -> Iterator[Any]:
     """Yields the results of tasks; at most `most` are submitted at once."""
     waiting: deque[Future[Any]] = deque()
     remaining = iter(tasks)

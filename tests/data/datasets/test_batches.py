@@ -15,6 +15,7 @@ from flaxfit import Batch, DataError, Trainer
 from flaxfit._core.types import CallSpec
 from flaxfit.data import Batches, Examples
 from flaxfit.data.binding.binding import Binding
+from flaxfit.data.datasets.batches import open_batches
 from flaxfit.data.datasets.stream import Stream
 
 BINDING = Binding(CallSpec(("x",), (), ("x",)))
@@ -343,7 +344,7 @@ def test_a_loader_that_draws_by_the_seed_is_padded_too(seed):
 
     seeded = open_with if seed else None
     stream = Stream("loader", lambda *unused: ragged(), seeded=seeded)
-    padded = Batches(stream, pad_to=[8, 16]).of_stream(stream)
+    padded = open_batches(Batches(stream, pad_to=[8, 16]), stream)
     source = as_source(padded, binding=BINDING, seed=seed)
     want = as_source(Batches(ragged, pad_to=[8, 16]), binding=BINDING)
     for one, other in zip(source.batches(0), want.batches(0), strict=True):

@@ -19,7 +19,7 @@ from flaxfit._core.errors import DataError
 from flaxfit._core.types import CallSpec
 from flaxfit.data import Examples
 from flaxfit.data.binding.binding import Binding
-from flaxfit.data.datasets.iterables import kind_of
+from flaxfit.data.datasets.iterables import from_iterable
 from flaxfit.data.host.arrays import copy_host_arrays
 
 ONE = Binding(CallSpec(("x",), (), ("x",)))
@@ -649,7 +649,7 @@ def test_what_is_no_data_is_told_what_is(data):
         "Examples", "Batches", "iterators",
     )  # fmt: skip
     with pytest.raises(TypeError) as caught:
-        kind_of(data)
+        from_iterable(data)
     assert all(word in str(caught.value) for word in words)
 
 

@@ -1,6 +1,7 @@
 """Examples of different length: buckets, masks, weights, and how often is compiled."""
 
 import re
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -174,7 +175,7 @@ def test_validation_split_keeps_the_buckets():
         0.25,
         binding=BINDING,
     )
-    assert (len(train.bucketing.buckets), len(held.bucketing.buckets)) == (45, 15)
+    assert (len(train.buckets), len(held.buckets)) == (45, 15)
     held = source_of(held, batch_size=4)
     assert sum(b.weights.sum() for b in held.batches(0)) == LENGTHS[45:].sum()
 
@@ -384,7 +385,7 @@ def test_no_rows_at_all():
 def test_inputs_that_a_dataset_names_do_not_leave_the_mask_out():
     items = [{"tokens": x, "label": y[0]} for x, y in ITEMS]
     info = DatasetInfo(("tokens", "label"), inputs="tokens", targets="label")
-    made = ExampleSet("made", 60, take_items(items), info=info)
+    made = ExampleSet("made", 60, partial(take_items, items), info=info)
     examples = Examples(items, pad_to={"tokens": 24}, mask="mask")
     binding = Binding(CallSpec(("tokens", "mask"), (), ("tokens",)))
     source = as_source(examples.applied_to(made), binding=binding)
