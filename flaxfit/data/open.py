@@ -34,7 +34,7 @@ from flaxfit.data.binding.table_binding import TableReader, holds_table
 from flaxfit.data.datasets.batching import batch_of_rows, stream_examples
 from flaxfit.data.datasets.example_dataset import ExampleSet
 from flaxfit.data.datasets.iterables import examples_in, from_iterable, peek
-from flaxfit.data.datasets.stream import NO_INFO, DatasetInfo, Stream
+from flaxfit.data.datasets.stream import DatasetInfo, Stream
 from flaxfit.data.host.arrays import as_host, narrow
 from flaxfit.data.host.checks import check_lengths, check_values, check_weights
 from flaxfit.data.host.collate import looks_single
@@ -158,7 +158,7 @@ def batch_source(
     if isinstance(dataset, Arrays):
         return _array_source(dataset, binding, options)
     stream = _as_stream(dataset, options)
-    binding = binding.guided_by(stream.info or NO_INFO)
+    binding = binding.guided_by(stream.info)
     reader = TableReader(binding, targets=not options.inputs_only)
     weights = options.class_weight
     weighting = None if weights is None else ClassWeighting(weights)
@@ -178,7 +178,7 @@ def batch_source(
 
     def describe(raw: Any) -> DatasetInfo:
         unused = () if options.inputs_only else binding.unused(raw_of(raw))
-        info = replace(stream.info or NO_INFO, unused=unused)
+        info = replace(stream.info, unused=unused)
         return reader.with_table_info(info)
 
     source = StreamSource(

@@ -17,7 +17,7 @@ import numpy as np
 from flaxfit._core.errors import DataError, caller
 from flaxfit._core.lazy_types import comes_from
 from flaxfit._core.types import HostArray
-from flaxfit.data.datasets.example_dataset import ExampleSet
+from flaxfit.data.datasets.example_dataset import ExampleSet, Loading
 from flaxfit.data.datasets.iterables import begins_single, begun, examples_in
 from flaxfit.data.datasets.shuffling import order_of_pass
 from flaxfit.data.datasets.stream import Stream, get_state, set_state
@@ -75,7 +75,7 @@ def adapt(x: Any) -> Stream | ExampleSet:
         length,
         partial(_take, x),
         order=partial(_order_of_pass, length),
-        threads=_THREADS,
+        loading=Loading(threads=_THREADS),
     )
     return examples if begins_single(x) else replace(batches, examples=examples)
 

@@ -20,7 +20,7 @@ from flaxfit._core.lazy_types import comes_from
 from flaxfit._core.types import HostArray
 from flaxfit.data.adapters.latest_reader import LATEST
 from flaxfit.data.binding.binding import TARGET_NAMES
-from flaxfit.data.datasets.example_dataset import ExampleSet, take_items
+from flaxfit.data.datasets.example_dataset import ExampleSet, Loading, take_items
 from flaxfit.data.datasets.stream import DatasetInfo
 from flaxfit.data.host.arrays import call_text
 from flaxfit.data.host.collate import collate
@@ -55,7 +55,7 @@ def adapt(x: Any) -> ExampleSet:
         return ExampleSet(
             "Hugging Face IterableDataset",
             iterate=partial(_iterate, x),
-            collate=_collate,
+            loading=Loading(collate=_collate),
             info=_info(x.features, x.column_names or ())
             if x.features
             else DatasetInfo(pictures=_begins_with_pictures(x)),
@@ -76,7 +76,7 @@ def adapt(x: Any) -> ExampleSet:
         len(x),
         partial(take_items, x),
         take_batch,
-        collate=_collate,
+        loading=Loading(collate=_collate),
         info=info,
     )
 

@@ -69,8 +69,8 @@ def _passes_by_index(
     # One for all passes: processes stay from one to the next.
     work = OrderedMap(
         partial(_batch_of_rows, examples),
-        threads=examples.threads,
-        processes=examples.processes,
+        threads=examples.loading.threads,
+        processes=examples.loading.processes,
     )
 
     def open_pass(pass_index: int, start: int) -> Iterator[Any]:
@@ -110,7 +110,7 @@ def _passes_in_order(
             items = iterate(pass_index)
         if examples.drawing is not None:
             items = Wrapped(items, take)
-        work = OrderedMap(make, threads=examples.threads)
+        work = OrderedMap(make, threads=examples.loading.threads)
         return _sorted(examples, _Chunks(items, batch_size, work), batch_size)
 
     return open_pass
@@ -182,7 +182,7 @@ def _batch_of_rows(
 
 
 def _raw_batch(examples: ExampleSet, seed: tuple[int, ...], rows: HostArray) -> Any:
-    if examples.take_batch and not (examples.loads or examples.padding):
+    if examples.take_batch and not (examples.loading.loads or examples.padding):
         return examples.take_batch(rows)
     assert examples.take is not None
     try:
@@ -202,7 +202,7 @@ def _batch_of_items(
     """Returns the batch of some items, or `(row, example)` of each to be sorted."""
     loaded = _loaded(examples, items, rows, seed)
     if examples.padding is None:
-        return examples.collate(loaded)
+        return examples.loading.collate(loaded)
     if examples.sorts:
         return list(zip(rows, loaded, strict=True))
     return examples.padding.collate(loaded, rows)
@@ -215,10 +215,10 @@ def _loaded(
     seed: tuple[int, ...],
 ) -> Sequence[Any]:
     """Returns the examples of some items; the functions share the `rng` of an item."""
-    if not examples.loads:
+    if not examples.loading.loads:
         return items
-    steps = list(zip(examples.loads, examples.draws, strict=True))
-    any_draws, loaded = any(examples.draws), []
+    steps = list(zip(examples.loading.loads, examples.loading.draws, strict=True))
+    any_draws, loaded = any(examples.loading.draws), []
     for row, item in zip(rows, items, strict=True):
         try:
             rng = seeded(*seed, row) if any_draws else None

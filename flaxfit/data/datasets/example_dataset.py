@@ -18,6 +18,44 @@ from flaxfit.data.host.padding import Padding
 
 
 @dataclass(frozen=True)
+class Loading:
+    """How items become examples, and examples a raw batch.
+
+    Attributes:
+      loads: item -> example, each applied to what the one before returned.
+      threads: see `Examples`.
+      processes: see `Examples`.
+      collate: examples -> raw batch.
+    """
+
+    loads: tuple[Callable[..., Any], ...] = ()
+    threads: int = 0
+    processes: int = 0
+    collate: Callable[[Sequence[Any]], Any] = collate
+
+    @cached_property
+    def draws(self) -> tuple[bool, ...]:
+        """Which of `loads` want random numbers: those with a parameter `rng`."""
+        return tuple(map(_takes_rng, self.loads))
+
+
+@dataclass(frozen=True)
+class Bucketing:
+    """How examples of different lengths are put together.
+
+    Attributes:
+      padding: how they are padded.
+      buckets: the bucket of every example, `int64[length]`, where that is known.
+      sorted: whether a padded batch holds examples of one bucket; else they keep their
+        order, and a batch is padded for the longest one.
+    """
+
+    padding: Padding
+    buckets: HostArray | None = None
+    sorted: bool = True
+
+
+@dataclass(frozen=True)
 class ExampleSet:
     """A dataset of single examples; has `take`, `take_batch` or `iterate`.
 
@@ -30,14 +68,8 @@ class ExampleSet:
       iterate: pass -> its items in order.
       one_shot: whether `iterate` continues the same iterator each time.
       endless: see `Stream`.
-      loads: item -> example, each applied to what the one before returned.
-      threads: see `Examples`.
-      processes: see `Examples`.
-      collate: examples -> raw batch.
-      padding: how examples of different lengths are padded, or None.
-      buckets: the bucket of every example, `int64[length]`, where that is known.
-      sorted: whether a padded batch holds examples of one bucket; else they keep their
-        order, and a batch is padded for the longest one.
+      loading: how items become examples.
+      bucketing: how examples of different lengths are padded, or None.
       order: the order of a pass, see `order_of_pass`.
       drawing: seed -> a re-entrant context manager under which items are read: their
         random draws are then a function of the seed. None where a library draws
@@ -52,20 +84,15 @@ class ExampleSet:
     iterate: Callable[[int], Iterator[Any]] | None = None
     one_shot: bool = False
     endless: bool = False
-    loads: tuple[Callable[..., Any], ...] = ()
-    threads: int = 0
-    processes: int = 0
-    collate: Callable[[Sequence[Any]], Any] = collate
-    padding: Padding | None = None
-    buckets: HostArray | None = None
-    sorted: bool = True
+    loading: Loading = Loading()
+    bucketing: Bucketing | None = None
     order: Callable[..., HostArray] = order_of_pass
     drawing: Callable[[Sequence[int]], AbstractContextManager[Any]] | None = None
     info: DatasetInfo = NO_INFO
 
     def seeded(self, *seed: int) -> AbstractContextManager[Any]:
         """Returns the context manager under which items are read; see `drawing`."""
-        if self.drawing is None or self.threads > 1:
+        if self.drawing is None or self.loading.threads > 1:
             return nullcontext()
         return self.drawing(seed)
 
@@ -75,34 +102,41 @@ class ExampleSet:
         return self.take is not None or self.take_batch is not None
 
     @property
+    def padding(self) -> Padding | None:
+        """How examples are padded, or None."""
+        return None if self.bucketing is None else self.bucketing.padding
+
+    @property
     def plan(self) -> HostArray | None:
         """The bucket of every example if batches are planned by them."""
-        return self.buckets if self.sorted else None
+        found = self.bucketing
+        return found.buckets if found is not None and found.sorted else None
 
     @property
     def sorts(self) -> bool:
         """Whether an example has to be loaded to know its batch."""
-        several = self.padding is not None and self.padding.buckets > 1
-        return several and self.sorted and self.buckets is None
-
-    @cached_property
-    def draws(self) -> tuple[bool, ...]:
-        """Which of `loads` want random numbers: those with a parameter `rng`."""
-        return tuple(map(_takes_rng, self.loads))
+        found = self.bucketing
+        if found is None or found.padding.buckets == 1:
+            return False
+        return found.sorted and found.buckets is None
 
     def part(self, start: int, stop: int) -> "ExampleSet":
         """Returns the examples from `start` up to `stop`; needs random access."""
+        bucketing = self.bucketing
+        if bucketing is not None and bucketing.buckets is not None:
+            bucketing = replace(bucketing, buckets=bucketing.buckets[start:stop])
         return replace(
             self,
             length=stop - start,
             take=self.take and partial(_take_from, self.take, start),
             take_batch=self.take_batch and partial(_take_from, self.take_batch, start),
-            buckets=None if self.buckets is None else self.buckets[start:stop],
+            bucketing=bucketing,
         )
 
     def in_order(self) -> "ExampleSet":
         """Returns the examples without sorting them by their length."""
-        return replace(self, sorted=False)
+        bucketing = self.bucketing and replace(self.bucketing, sorted=False)
+        return replace(self, bucketing=bucketing)
 
 
 def _take_from(take: Callable[[HostArray], Any], start: int, rows: HostArray) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 
 from flaxfit._core.types import HostArray
 from flaxfit._core.validation import integer
-from flaxfit.data.datasets.example_dataset import ExampleSet
+from flaxfit.data.datasets.example_dataset import Bucketing, ExampleSet, Loading
 from flaxfit.data.host.padding import Padding
 from flaxfit.data.host.padding_arguments import as_padding
 
@@ -123,19 +123,18 @@ class Examples:
             # Inputs that are named beforehand would leave the mask out.
             keys = (*info.keys, *padding.masks)
             info = replace(info, keys=keys, inputs=None)
-        changed = replace(
-            items,
-            loads=items.loads if self.load is None else (*items.loads, self.load),
-            threads=self.threads or items.threads,
-            processes=self.processes or items.processes,
-            collate=self.collate or items.collate,
-            info=info,
+        before = items.loading
+        loading = Loading(
+            before.loads if self.load is None else (*before.loads, self.load),
+            self.threads or before.threads,
+            self.processes or before.processes,
+            self.collate or before.collate,
         )
+        changed = replace(items, loading=loading, info=info)
         if padding is None:
             return changed
-        return replace(
-            changed, padding=padding, buckets=self._buckets(changed, padding)
-        )
+        bucketing = Bucketing(padding, self._buckets(changed, padding))
+        return replace(changed, bucketing=bucketing)
 
     def _buckets(self, items: ExampleSet, padding: Padding) -> HostArray | None:
         """Returns the bucket of every example, where they are known."""
@@ -146,7 +145,7 @@ class Examples:
                     "it out."
                 )
             return padding.buckets_of(self.lengths, items.length)
-        if not isinstance(self.items, list) or items.loads:
+        if not isinstance(self.items, list) or items.loading.loads:
             return None
         measured = (padding.bucket_of(*pair) for pair in enumerate(self.items))
         return np.fromiter(measured, np.int64, len(self.items))

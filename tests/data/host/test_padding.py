@@ -175,7 +175,7 @@ def test_validation_split_keeps_the_buckets():
         0.25,
         binding=BINDING,
     )
-    assert (len(train.buckets), len(held.buckets)) == (45, 15)
+    assert (len(train.bucketing.buckets), len(held.bucketing.buckets)) == (45, 15)
     held = source_of(held, batch_size=4)
     assert sum(b.weights.sum() for b in held.batches(0)) == LENGTHS[45:].sum()
 
