@@ -54,17 +54,31 @@ def integer_or_auto(name: str, value: Any) -> int | None:
     return integer(name, value, write=f'{name}=1 or {name}="auto"')
 
 
-def number(name: str, value: Any, *, zero: bool = True) -> float:
-    """Returns a finite number of at least 0, or above 0 where `zero` is False."""
-    expected = "a finite number of at least 0" if zero else "a positive number"
-    try:
-        scalar = np.ndim(value) == 0 and not isinstance(value, bool | np.bool_ | str)
-        found = float(value) if scalar else None
-    except (TypeError, ValueError):
-        found = None
-    if found is None or not 0 <= found < math.inf or (found == 0 and not zero):
+def number(name: str, value: Any, *, zero: bool = True, signed: bool = False) -> float:
+    """Returns a finite number: at least 0, or above 0, or of any sign if `signed`."""
+    least = "" if signed else " of at least 0"
+    expected = f"a finite number{least}" if zero else "a positive number"
+    found = _as_float(value)
+    if (
+        found is None
+        or not math.isfinite(found)
+        or (found < 0 and not signed)
+        or (found == 0 and not zero)
+    ):
         raise _error(name, value, expected, "", found is None)
     return found
+
+
+def _as_float(value: Any) -> float | None:
+    """Returns a number, also one of NumPy or jax, as a float; None for all else."""
+    if isinstance(value, bool | np.bool_ | str | bytes) or np.ndim(value):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+    except OverflowError:
+        return math.inf
 
 
 def fraction(
@@ -76,12 +90,12 @@ def fraction(
       within: the interval: `"[0, 1]"`, `"(0, 1)"`, `"[0, 1)"` or `"(0, 1]"`.
       write: the line to write instead.
     """
-    real = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    found = _as_float(value)
     above = operator.ge if within[0] == "[" else operator.gt
     below = operator.le if within[-1] == "]" else operator.lt
-    if not real or not (above(value, 0) and below(value, 1)):
-        raise _error(name, value, f"a number in {within}", write, not real)
-    return float(value)
+    if found is None or not (above(found, 0) and below(found, 1)):
+        raise _error(name, value, f"a number in {within}", write, found is None)
+    return found
 
 
 def boolean(name: str, value: Any, *, expected: str = "True or False") -> bool:
@@ -109,10 +123,12 @@ def choice(name: str, value: Any, choices: Sequence[str]) -> str:
 
 def names(name: str, value: str | Iterable[str]) -> str | tuple[str, ...]:
     """Returns `"auto"` or a tuple of names."""
-    if not isinstance(value, str):
+    if isinstance(value, Iterable) and not isinstance(value, str):
         return tuple(value)
-    if value != "auto":
-        raise _error(name, value, 'a list of names or "auto"', f"{name}=[{value!r}]")
+    if not isinstance(value, str) or value != "auto":
+        write = f"{name}=[{value!r}]" if isinstance(value, str) else f'{name}="auto"'
+        of_type = not isinstance(value, str)
+        raise _error(name, value, 'a list of names or "auto"', write, of_type)
     return value
 
 
@@ -124,11 +140,11 @@ def interval(name: str, value: Any) -> tuple[int | None, float | None]:
     """
     if value is None:
         return None, None
-    if is_integer(value) and value > 0:
+    if isinstance(value, int | np.integer) and is_integer(value) and value > 0:
         return int(value), None
     match = _TIME.fullmatch(value.strip()) if isinstance(value, str) else None
     if match is None or float(match[1]) == 0:
-        expected = 'a number of steps, or a time such as "30s", "5m" or "1h"'
+        expected = 'a positive number of steps, or a time such as "30s", "5m" or "1h"'
         raise _error(name, value, expected, f'{name}=1000 or {name}="5m"')
     return None, float(match[1]) * dict(_SECONDS)[match[2]]
 

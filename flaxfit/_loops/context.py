@@ -1,7 +1,7 @@
 """Everything that one `fit` needs while it runs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from flaxfit._core.state_store import TrainStateStore
@@ -51,6 +51,7 @@ class FitContext:
       display: shows the progress.
       interrupt: tells of Ctrl-C and SIGTERM.
       nonfinite: how non-finite losses are handled; see `Trainer`.
+      sizes: the shapes of the chunks that were trained on.
     """
 
     resolved: ResolvedTask
@@ -62,6 +63,7 @@ class FitContext:
     display: Display
     interrupt: Interrupt
     nonfinite: str
+    sizes: set[tuple[tuple[int, ...], ...]] = field(default_factory=set)
 
     @property
     def callbacks(self) -> CallbackList:

@@ -185,11 +185,15 @@ def _new_shapes(
     error is raised here and not by a later one.
     """
     loop, train, timing = fit.loop, fit.resolved.programs.train, fit.loop.history.timing
-    if timing.flops_per_step is not None:  # not the first call of this fit
+    # Cheaper than the whole signature, which this asks for at every call.
+    size = tuple(leaf.shape for leaf in jax.tree.leaves(chunk.chunk))
+    if size in fit.sizes:
         yield False
         return
+    fit.sizes.add(size)
     shapes = shapes_of_call(fit.store.peek(), loop.running, chunk.chunk, start, steps)
-    timing.flops_per_step = partial(train.flops, shapes)
+    if timing.flops_per_step is None:
+        timing.flops_per_step = partial(train.flops, shapes)
     if shapes[:3] in [known[:3] for known in train.signatures]:
         yield False
         return
@@ -227,7 +231,8 @@ def _close_epoch(
     """Validates and records the epoch; False if a signal interrupted that."""
     loop, data, callbacks = fit.loop, fit.data, fit.callbacks
     shown["logs"] = logs
-    loop.steps_per_epoch = loop.batch
+    if not loop.stopped:  # else the epoch may be shorter than it would have been
+        loop.steps_per_epoch = loop.batch
     if data.validate is not None and data.validates_at(loop.epoch):
         loop.set_logs(logs)
         callbacks.call("on_test_begin", loop)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from flaxfit._core.types import TrainState
-from flaxfit._core.validation import choice, integer
+from flaxfit._core.validation import choice, integer, number
 from flaxfit.callbacks.base import Callback, LoopState
 from flaxfit.callbacks.monitor import MODES, Monitor
 
@@ -56,12 +56,14 @@ class EarlyStopping(Callback):
         choice("mode", mode, MODES)
         integer("patience", patience, least=0)
         self.monitor = monitor
-        self.min_delta = abs(min_delta)
+        self.min_delta = abs(number("min_delta", min_delta, signed=True))
         self.patience = patience
         self.mode = mode
-        self.baseline = baseline
+        self.baseline = (
+            None if baseline is None else number("baseline", baseline, signed=True)
+        )
         self.restore_best_weights = restore_best_weights
-        self.start_from_epoch = start_from_epoch
+        self.start_from_epoch = integer("start_from_epoch", start_from_epoch, least=0)
         self._reset()
 
     def _reset(self) -> None:
@@ -123,8 +125,13 @@ class EarlyStopping(Callback):
         if self._waited >= max(self.patience, 1):
             self.stopped_epoch = loop.epoch
             best = "none" if self.best is None else f"{self.best:.4g}"
+            what = "improved"
+            if self.best is not None and not self._monitor.is_better(
+                self.best, self.baseline
+            ):
+                what = f"beaten the baseline {self.baseline:.4g}"
             loop.stop(
-                f"{self.monitor} has not improved for {self._waited} epoch"
+                f"{self.monitor} has not {what} for {self._waited} epoch"
                 f"{'s' if self._waited > 1 else ''} (best {best})"
             )
 

@@ -64,6 +64,8 @@ def _other_length(changed: Sequence[tuple[Any, Any]]) -> str | None:
     for before, now in changed:
         if before is None or before.dtype != now.dtype:
             return None
+        if not len(before.shape) == len(now.shape) > 1:
+            return None
         if (before.shape[:1], before.shape[2:]) != (now.shape[:1], now.shape[2:]):
             return None
         lengths.add((before.shape[1], now.shape[1]))

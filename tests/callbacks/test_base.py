@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 
 import flax.linen as nn
@@ -243,3 +244,21 @@ def test_an_assigned_state_is_checked():
     wrong = make_state(1).replace(params={"w": jnp.zeros(3), "b": jnp.zeros(1)})
     with pytest.raises(ValueError, match=r"params/b: is missing, given float32\[1\]"):
         loop.state = wrong
+
+
+def test_early_stopping_checks_its_arguments():
+    for arguments, text in (
+        ({"baseline": "0.5"}, "baseline='0.5'. Expected a finite number"),
+        ({"min_delta": None}, "min_delta=None. Expected a finite number"),
+        ({"start_from_epoch": "1"}, "Write start_from_epoch=0"),
+    ):
+        with pytest.raises(TypeError, match=re.escape(text)):
+            EarlyStopping(**arguments)
+    assert EarlyStopping(baseline=-1).baseline == -1.0
+
+
+def test_early_stopping_names_the_baseline_that_was_not_beaten():
+    loop = run(EarlyStopping(baseline=0.5, patience=2), [1.2, 1.1, 1.0])
+    assert loop.stop_reason == (
+        "val_loss has not beaten the baseline 0.5 for 2 epochs (best 1.1)"
+    )

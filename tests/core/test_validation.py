@@ -23,6 +23,7 @@ from flaxfit._core.errors import UsageError, UsageTypeError
         (validation.number, np.float32(0.5), 0.5),
         (validation.number, jnp.array(2), 2.0),
         (validation.fraction, 1, 1.0),
+        (validation.fraction, jnp.float32(0.5), 0.5),
         (validation.fraction, np.float32(0.5), 0.5),
         (validation.boolean, np.True_, True),
         (validation.switch, "auto", "auto"),
@@ -54,12 +55,16 @@ def test_values_come_back_converted(check, value, expected):
         (validation.number, float("nan"), UsageError, "a finite number"),
         (validation.number, "1", UsageTypeError, "a finite number"),
         (validation.number, None, UsageTypeError, "a finite number"),
+        (validation.number, b"1", UsageTypeError, "a finite number"),
+        (validation.number, 10**400, UsageError, "a finite number"),
         (validation.number, np.ones(1), UsageTypeError, "a finite number"),
         (validation.fraction, 1.1, UsageError, "a number in [0, 1]"),
         (validation.fraction, True, UsageTypeError, "a number in [0, 1]"),
         (validation.boolean, 1, UsageTypeError, "True or False"),
         (validation.switch, "yes", UsageTypeError, 'True, False or "auto"'),
         (validation.names, "dropout", UsageError, "Write n=['dropout']."),
+        (validation.names, 5, UsageTypeError, 'Write n="auto".'),
+        (validation.interval, np.ones(2), UsageError, "a positive number of steps"),
         (validation.interval, 0, UsageError, 'Write n=1000 or n="5m".'),
         (validation.interval, "5 days", UsageError, '"30s", "5m" or "1h"'),
     ],
@@ -77,6 +82,7 @@ def test_limits():
     for value in (0, 1):
         with pytest.raises(UsageError, match=r"in \(0, 1\)\. Write split=0.1"):
             validation.fraction("split", value, within="(0, 1)", write="split=0.1")
+    assert validation.number("baseline", -0.5, signed=True) == -0.5
     with pytest.raises(UsageError, match="a positive number"):
         validation.number("rate", 0, zero=False)
 

@@ -1,6 +1,7 @@
 """Losses that are not finite, too little memory, errors, wrong data (F9 to F12)."""
 
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,21 @@ def _f10(trials: int, seed: int, folder: Path) -> Outcome:
             trainer.evaluate(x, y, batch_size=BATCH, verbose=0)
             trainer.fit(x, y, batch_size=BATCH, verbose=0)
             assert trainer.step == before + 64 // BATCH
+        with tally.trial(f"trial {trial}, a later batch"):
+            before, small = trainer.step, (x[:BATCH], y[:BATCH])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a batch that is larger
+                error = caught(
+                    Exception,
+                    lambda t=trainer, small=small: t.fit(
+                        [small, small, (x, y)], verbose=0
+                    ),
+                )
+            text = "\n".join([str(error), *getattr(error, "__notes__", ())])
+            assert "RESOURCE_EXHAUSTED" in text and "batch_size=" in text, text
+            assert trainer.step == before + 2
+            trainer.fit(x, y, batch_size=BATCH, verbose=0)
+            assert trainer.step == before + 2 + 64 // BATCH
     return tally.outcome()
 
 

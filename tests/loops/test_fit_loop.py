@@ -386,6 +386,18 @@ def test_a_callback_can_stop_and_the_epoch_closes_properly():
     assert len(history.history["val_loss"]) == 2
 
 
+def test_an_epoch_that_was_stopped_is_not_taken_for_a_whole_one(tmp_path):
+    stop = LambdaCallback(on_train_batch_end=lambda loop: loop.stop("enough"))
+    lengths = []
+    keep = LambdaCallback(
+        on_train_end=lambda loop: lengths.append(loop.steps_per_epoch)
+    )
+    batches = lambda: iter([(X[:8], Y[:8])] * 3)  # noqa: E731
+    for callbacks in ([stop, keep], [keep]):
+        Trainer(Net(dropout=0)).fit(batches, callbacks=callbacks, verbose=0)
+    assert lengths == [None, 3]
+
+
 def test_a_callback_may_assign_the_state_and_add_logs():
     def reset(loop):
         zeros = jax.tree.map(np.zeros_like, loop.state.params)

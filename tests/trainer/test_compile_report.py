@@ -127,6 +127,11 @@ def test_verbose_0_says_nothing(capsys):
             DeviceDataset(batch(rows=16), np.zeros((4, 2), np.int32)),
             r"^x is float32\[2,8,2\], was float32\[8,8,2\]; .*weights",
         ),
+        (
+            batch(),
+            batch().replace(weights=np.ones((8, 8), np.float32)),
+            r"^weights is float32\[8,8\], was float32\[8\]$",
+        ),
         (batch(), batch(), "^the devices or the state changed$"),
     ],
 )

@@ -145,6 +145,8 @@ def read_column(raw: Any, binding: Binding) -> InMemoryData:
     """
     x, y, weights = (*raw, None)[:3]
     refuse_inner_tables(x, "x")
+    refuse_other_order(x, y, "y")
+    refuse_other_order(x, weights, "weights")
     known = binding.columns
     batch = binding.split((as_host(x), None, as_host(weights)))
     parts = known.inputs if known else None
@@ -182,13 +184,22 @@ def _target_names(
     if binding.targets is not None:
         return _part(binding.targets)
     names = [n for n in TARGET_NAMES if n in table.names and whole]
-    return next((n for n in names if n not in known.input_names), None)
+    return next((n for n in names if n not in _sure_inputs(binding, known)), None)
 
 
 def _weight_name(table: Table, binding: Binding, known: Columns) -> str | None:
-    inputs = {*known.input_names, *binding.call.names}
+    inputs = {*_sure_inputs(binding, known), *binding.call.names}
     names = (n for n in WEIGHT_NAMES if n in table.names and n not in inputs)
     return next(names, None)
+
+
+def _sure_inputs(binding: Binding, known: Columns) -> set[Name]:
+    """Returns the columns that earlier tables or the user say are inputs."""
+    asked: Any = binding.inputs
+    if isinstance(asked, Mapping):
+        asked = tuple(map(_part, asked.values()))
+    asked = None if asked is None or callable(asked) else _part(asked)
+    return {*known.input_names, *names_in(asked)}
 
 
 def _choose(

@@ -130,6 +130,8 @@ class Wrapped(Iterator[Any]):
         return self._take(self._iterator)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_iterator":  # while it is copied
+            raise AttributeError(name)
         # Where it stands, if it tells.
         return getattr(self._iterator, name)
 

@@ -46,7 +46,7 @@ class OrderedMap:
             return self._in_processes(tasks)
         if self.threads:
             return _in_threads(self.function, tasks, self.threads)
-        return map(self.function, tasks)
+        return (self.function(task) for task in tasks)
 
     def _in_processes(self, tasks: Iterable[Any]) -> Iterator[Any]:
         # A second pass at the same time finds none idle and starts its own.

@@ -221,6 +221,26 @@ def test_weights_are_a_column_or_apart():
         batch_of(DF.assign(weights=1.0), None, weights)
 
 
+@pytest.mark.parametrize("inputs", [["a", "weights", "label"], {"x": ["a", "weights"]}])
+def test_a_column_that_the_user_calls_an_input_is_nothing_else(inputs):
+    table = pd.DataFrame({"a": [1.0, 2.0], "weights": [5.0, 7.0], "label": [0, 1]})
+    binding = Binding(ONE.call, inputs=inputs)
+    batch = batch_of(table, np.array([3, 4]), binding=binding)
+    np.testing.assert_array_equal(batch.weights, [1, 1])
+    np.testing.assert_array_equal(batch.targets, [3, 4])
+    if isinstance(inputs, dict):
+        batch = batch_of(table, binding=binding)
+        np.testing.assert_array_equal(batch.weights, [1, 1])
+        np.testing.assert_array_equal(batch.targets, [0, 1])
+
+
+def test_a_column_as_input_has_the_order_of_its_targets():
+    column, targets = pd.Series([1.0, 2.0, 3.0]), pd.Series([10.0, 20.0, 30.0])
+    with pytest.raises(DataError, match="y has the rows of x in another order"):
+        batch_of(column, targets[[2, 0, 1]])
+    np.testing.assert_array_equal(batch_of(column, targets).targets, [10, 20, 30])
+
+
 def as_kinds(names, codes):
     """A category in every library; its codes follow `names`."""
     text = [names[code] for code in codes]
