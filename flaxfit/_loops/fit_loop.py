@@ -81,7 +81,8 @@ def train_epoch(
     title = f"Epoch {loop.epoch + 1}/{loop.epochs}"
     loop.set_logs({})
     with epoch_display(fit.display, title, loop.steps_per_epoch) as shown:
-        examples, complete = 0, False
+        counted: list[int] = []  # examples of each batch
+        complete = False
         while not complete:  # once more after each rollback
             queue.begin(loop.batch)
             with feed.epoch() as chunks:
@@ -90,7 +91,7 @@ def train_epoch(
                     while done < chunk.batches and not guard.should_break:
                         done += dispatch(fit, chunk, done, queue, guard)
                         shown["done"] = loop.batch
-                    examples += sum(chunk.examples[:done])
+                    counted += chunk.examples[:done]
                     if guard.should_break:
                         break
             # A callback's stop closes the epoch like its last step; a signal does not.
@@ -104,10 +105,12 @@ def train_epoch(
             complete = not guard.rolled_back
             if not complete:
                 guard.rolled_back = False
+                del counted[loop.batch - start :]
                 feed = fit.open_feed(loop.epoch, loop.batch)
         closed = _close_epoch(fit, *values, shown)
         if closed:
             timing = loop.history.timing
+            examples = sum(counted[: loop.batch - start])
             timing.append(timing.clock.lap(), loop.batch - start, examples)
             loop.running = None
             _save(fit, queue, guard)

@@ -142,6 +142,8 @@ def test_training_may_go_back_and_past_the_batch(tmp_path):
     assert history.epoch == [0] and np.isfinite(history.history["loss"]).all()
     # Two batches, then those after the fourth: steps 3 and 4 by their number.
     assert trainer.step == 4
+    # The time was spent on six batches, and no row of them is counted twice.
+    assert (history.timing.steps, history.timing.examples) == ([6], [24])
     hand = Trainer(DropoutNet(), nonfinite="ignore")
     state = hand.init((X[:4], Y[:4]))
     for number in (0, 1, 4, 5):
