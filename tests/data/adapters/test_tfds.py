@@ -360,7 +360,7 @@ def test_errors_come_through_the_trainer(data_dir):
     trainer = Trainer(Classifier())
     with pytest.raises(ValueError, match="validation_data='few_digits/validation'"):
         trainer.fit(dataset, validation_data=dataset)
-    with pytest.raises(ValueError, match="y is given beside a few_digits/train"):
+    with pytest.raises(ValueError, match="y is given together with a few_digits/train"):
         trainer.fit(dataset, np.zeros(300, int))
 
 

@@ -328,7 +328,7 @@ def test_what_a_loader_is_not_given():
     loader = data.DataLoader(Rows(), batch_size=4)
     with pytest.raises(ValueError, match=r"batch_size=8 is given, .*fit\(dataset\)"):
         source_of(loader, batch_size=8)
-    with pytest.raises(ValueError, match="y is given beside a torch DataLoader"):
+    with pytest.raises(ValueError, match="y is given together with a torch DataLoader"):
         source_of(loader, y=Y)
     with pytest.raises(TypeError, match=r"Examples\(\.\.\.\) of a torch DataLoader"):
         source_of(Examples(loader))

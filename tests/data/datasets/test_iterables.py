@@ -323,7 +323,10 @@ def test_no_batches(data):
     [
         (lambda: (X, Y), r"returned a tuple; .* fit\(x, y\)"),
         (lambda: 3, "returned a int"),
-        (lambda n: make_batches(), r"needs some .*Write lambda: <lambda>\(\.\.\.\)"),
+        (
+            lambda n: make_batches(),
+            r"requires arguments .*Write lambda: <lambda>\(\.\.\.\)",
+        ),
     ],
 )
 def test_functions_that_do_not_fit(data, message):
@@ -456,8 +459,8 @@ def test_values_of_the_first_batch_are_checked():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"y": Y}, "y is given beside a generator"),
-        ({"sample_weight": Y}, "sample_weight is given beside a generator"),
+        ({"y": Y}, "y is given together with a generator"),
+        ({"sample_weight": Y}, "sample_weight is given together with a generator"),
         ({"batch_size": 4}, r"batch_size=4 is given, but .* write fit\(dataset\)"),
     ],
 )
@@ -665,7 +668,9 @@ def test_single_examples_that_look_like_batches_are_told_a_way_out():
         source_of(pairs, batch_size=2)
     assert source_of(Examples(pairs), batch_size=2).num_examples == 4
     dataset = iter(pairs)
-    with pytest.raises(ValueError, match=r"brings its targets.*np\.asarray\(column\)"):
+    with pytest.raises(
+        ValueError, match=r"must contain its targets.*np\.asarray\(column\)"
+    ):
         as_source(dataset, Y, binding=ONE)
 
 

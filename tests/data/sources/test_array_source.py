@@ -282,7 +282,7 @@ def test_as_source_refuses_data(data, error, message):
 def test_weights_are_given_once():
     with pytest.raises(ValueError, match="sample_weight is given twice"):
         as_source((X, Y, Y), sample_weight=Y, binding=ONE)
-    with pytest.raises(ValueError, match="a Batch has its y inside"):
+    with pytest.raises(ValueError, match="a Batch contains its y"):
         as_source(Batch((X,), Y, None), Y, binding=ONE)
 
 
