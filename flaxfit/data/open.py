@@ -249,7 +249,7 @@ def split_dataset(
     if not isinstance(dataset, Arrays):
         raise UsageError(
             "validation_split needs arrays or examples with random access, not a "
-            f"dataset ({dataset.kind}): pass validation_data=, arrays or a dataset"
+            f"dataset ({dataset.kind}): write validation_data=(x_val, y_val)"
         )
     # Memory-mapped files are read later, batch by batch.
     whole = one_batch(dataset, binding, keep_mapped=True)

@@ -272,7 +272,8 @@ DATASETS = [
     Case("NaN weight", fits(X, LABELS, sample_weight=with_value(ONES, np.nan)),
          DataError, "weights hold nan at row 5; .*0 leaves an example out"),
     Case("negative weight", fits(X, LABELS, sample_weight=with_value(ONES, -1)),
-         DataError, r"weights hold -1\.0 at row 5; weights must be finite and at least 0"),
+         DataError,
+         r"weights hold -1\.0 at row 5; weights must be finite and at least 0"),
     Case("negative weight in train_on_batch", lambda t: t.train_on_batch(X, LABELS,
          -ONES), DataError, "weights must be finite and at least 0"),
     Case("weights all 0", fits(X, LABELS, sample_weight=0 * ONES), DataError,
@@ -320,7 +321,7 @@ DATASETS = [
     Case("weights beside a dataset", fits([(X, LABELS)], sample_weight=ONES),
          ValueError, r"sample_weight is given together with a list"),
     Case("validation_split of a dataset", fits([(X, LABELS)], validation_split=0.5),
-         ValueError, "needs arrays here, not a dataset "
+         ValueError, "with random access, not a dataset "
          r".*validation_data=\(x_val, y_val\)"),
     Case("validation_split and validation_data", fits(X, LABELS, validation_split=0.5,
          **VALIDATE), ValueError, "give one of them"),
@@ -331,7 +332,7 @@ DATASETS = [
     Case("no data to validate on", fits(X, LABELS, validation_data=(X[:0], LABELS[:0])),
          DataError, "(?s)no examples.*in validation_data"),
     Case("validation_data by name", fits(X, LABELS, validation_data="test"),
-         ValueError, "A split goes behind the name of its dataset: 'mnist/test'"),
+         ValueError, "Write a split after the name of its dataset: 'mnist/test'"),
 ]  # fmt: skip
 
 # ----------------------------------------------------------------------- arguments

@@ -113,7 +113,7 @@ def _is_nested(value: Any) -> bool:
 def read_arrays(
     arrays: Arrays, binding: Binding, class_weight: Mapping[Any, float] | None = None
 ) -> InMemoryData:
-    """Returns all examples; their weights are None if there are none."""
+    """Returns all examples; `weights` is None if they have no weights."""
     x, y, sample_weight = arrays.x, arrays.y, arrays.sample_weight
     raw = x if y is None else (x, y)
     if isinstance(x, InMemoryData):

@@ -198,9 +198,9 @@ def _check_dtype(name: str, leaf: Any) -> None:
         return
     if dtype == np.object_ and np.ndim(leaf) == 0:
         value = np.asarray(leaf).item()
-        advice = f"write np.asarray({name}), or {name}.toarray() where it is sparse."
+        advice = f"write np.asarray({name}), or {name}.toarray() if it is sparse."
         if dataclasses.is_dataclass(value):
-            advice = "give a dict, or tell jax: jax.tree_util.register_dataclass."
+            advice = "give a dict, or use jax.tree_util.register_dataclass."
         raise DataError(f"{name} is a {type(value).__name__}, not an array: {advice}")
     missing = map(_is_missing, leaf) if dtype == np.object_ else ()
     row = next((row for row, is_missing in enumerate(missing) if is_missing), None)

@@ -125,8 +125,8 @@ class ArraySource:
         """
         start, stop = first * self.batch_size, (first + count) * self.batch_size
         real = min(stop, self.num_examples) - start
-        fill = np.arange(stop - start - real) % self.num_examples
-        whole = not own and count == capacity and not len(fill)
+        added = np.arange(stop - start - real) % self.num_examples
+        whole = not own and count == capacity and not len(added)
 
         def copy(leaf: HostArray) -> HostArray:
             shape = (capacity, self.batch_size, *leaf.shape[1:])
@@ -135,13 +135,13 @@ class ArraySource:
             stacked = empty_array(shape, leaf.dtype)
             rows = stacked.reshape(-1, *leaf.shape[1:])
             rows[:real] = leaf[start : start + real]
-            rows[real : real + len(fill)] = leaf[fill]
+            rows[real : real + len(added)] = leaf[added]
             return stacked
 
         batches: Batch = jax.tree.map(copy, self._data)
         weights = batches.weights
-        if len(fill):
-            weights.reshape(-1, *weights.shape[2:])[real : real + len(fill)] = 0.0
+        if len(added):
+            weights.reshape(-1, *weights.shape[2:])[real : real + len(added)] = 0.0
         ends = np.minimum((np.arange(count) + 1) * self.batch_size, real)
         examples = np.diff(ends, prepend=0)
         return batches, tuple(examples.tolist())

@@ -75,8 +75,8 @@ class IteratorCheckpoints:
     """Saved states of a data iterator, each with its position in the fit.
 
     Another thread reads ahead of the steps, so the iterator's current state is not that
-    of the last batch trained on. States are therefore noted from time to time; to
-    reach a position, the batches after the last state before it are read and skipped.
+    of the last batch trained on. States are therefore noted from time to time. A
+    position is reached from the last state before it: batches between are skipped.
 
     Args:
       source: the data.
