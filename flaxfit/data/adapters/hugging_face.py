@@ -128,7 +128,7 @@ def _begins_with_pictures(dataset: Any) -> bool:
 def _iterate(dataset: Any, pass_index: int) -> Iterator[Any]:
     if not _is_shuffled(dataset):
         return _Examples(dataset) if hasattr(dataset, "state_dict") else iter(dataset)
-    # Without a state: it would leave out the examples in the shuffle buffer.
+    # Not resumed by its state, which does not include the shuffle buffer.
     dataset.set_epoch(pass_index)
     return iter(dataset)
 
@@ -159,7 +159,7 @@ class _Examples(Iterator[Any]):
             self._dataset.load_state_dict({})  # else later passes would start there
 
     def get_state(self) -> Any:
-        """Returns the stream's position; None if another reader has begun since."""
+        """Returns the stream's position; None if another reader has started since."""
         latest = LATEST.get(self._dataset) is self._token
         return self._dataset.state_dict() if latest else None
 

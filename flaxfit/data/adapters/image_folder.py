@@ -99,7 +99,8 @@ def image_folder(
     """
     if channels not in dict(_MODES):
         raise UsageError(
-            f"channels={channels!r}: 3 is RGB, 1 is gray, 4 is RGB and transparency"
+            f"channels={channels!r}: expected 3 for RGB, 1 for gray, or 4 for RGB and "
+            "transparency"
         )
     decode = _Decode(_as_size(size), channels)
     _import_pillow()

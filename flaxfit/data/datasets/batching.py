@@ -55,7 +55,7 @@ def stream_examples(
         one_shot=examples.one_shot,
         endless=examples.endless,
         seeks=examples.by_index and not examples.sorts,
-        # The first batch may be the short one of a bucket.
+        # The first batch may be the last, short one of its bucket.
         form=BatchForm(padding.buckets, rows) if padding else BatchForm(),
         info=examples.info,
     )

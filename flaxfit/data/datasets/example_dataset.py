@@ -57,7 +57,7 @@ class Bucketing:
 
 @dataclass(frozen=True)
 class ExampleSet:
-    """A dataset of single examples; has `take`, `take_batch` or `iterate`.
+    """A dataset of single examples; one of `take`, `take_batch`, `iterate` is set.
 
     Attributes:
       kind: the kind of dataset in words: `"torch Dataset"`.

@@ -64,10 +64,10 @@ class Processes:
         threading._register_atexit(self._end)  # type: ignore[attr-defined]
 
     def submit(self, task: Any) -> "Future[Any]":
-        """Gives a task to the next free process; returns the future of its result.
+        """Submits a task to the next free process; returns the future of its result.
 
-        The future raises what the function raised, with the process's traceback as its
-        cause, or loky's `BrokenProcessPool` (a RuntimeError) if a process ended.
+        The future raises the function's error, with the traceback of the process as its
+        cause, or loky's `BrokenProcessPool` (a RuntimeError) if a process died.
         """
         try:
             with _sigint_blocked():
@@ -86,9 +86,9 @@ class Processes:
 
 @contextmanager
 def _sigint_blocked() -> Iterator[None]:
-    """Lets processes started inside ignore Ctrl-C, which this process handles.
+    """A context in which new processes ignore Ctrl-C, which this process handles.
 
-    They inherit the mask, so there is no moment in which Ctrl-C reaches them.
+    They inherit the signal mask, so Ctrl-C cannot reach them even at their start.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
@@ -132,7 +132,7 @@ _function: ContextVar[Callable[[Any], Any]] = ContextVar("function")
 
 
 def _begin(function: bytes, parent: int) -> None:
-    """Prepares a process: its function, its output, its end."""
+    """Prepares a worker process: its function, output, and end with its parent."""
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     # Standard output is buffered, and would be lost when the process is killed.
     sys.stdout = sys.stderr
@@ -149,7 +149,7 @@ def _raise(error: Exception, task: Any) -> Any:
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process when its parent is gone, however it ended."""
+    """Ends this process once its parent has ended for any reason."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(0)

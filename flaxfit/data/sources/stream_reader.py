@@ -108,8 +108,8 @@ class StreamReader:
         with calling(self.caller):
             function, iterator = call_text("make_batches"), call_text("make_batches()")
         return self.stream.reuse_advice or (
-            "Pass something that can be read again and again: a list, a loader, or the "
-            f"function that makes the batches, {function} not {iterator}."
+            "Pass data that can be read repeatedly: a list, a loader, or the function "
+            f"that makes the batches, {function} not {iterator}."
         )
 
 

@@ -148,7 +148,7 @@ class StreamSource:
     def batches(
         self, pass_index: int, start: int = 0, bookmark: Mapping[str, Any] | None = None
     ) -> Iterator[Batch]:
-        """Yields the batches of one pass; the data determines the order.
+        """Yields the batches of one pass, in the order of the stream.
 
         Batches before `start`, or from the bookmark to `start`, are read and skipped,
         unless the stream seeks.
@@ -192,8 +192,7 @@ class StreamSource:
             batch = self._mask_padding(made, rows)
             yield self._finished(batch, place)
             number += 1
-        # A caller with a step limit stops earlier, so reaching this point means that
-        # the iterator ran out.
+        # A caller with a step limit stops earlier: here the iterator has run out.
         if number == 0 or (self.one_shot and self._steps is not None):
             raise self._used_up(named)
 
@@ -239,7 +238,7 @@ class StreamSource:
         if self.one_shot:
             given = (
                 f"the iterator given to {self._reader.caller} is used up, after "
-                f"{self._yielded} batches in all, but there is more to do{steps}"
+                f"{self._yielded} batches in all, but more are needed{steps}"
             )
         else:
             given = (

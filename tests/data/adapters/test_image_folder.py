@@ -243,7 +243,7 @@ def test_pictures_are_found_at_any_depth(folder):
         (None, {"classes": []}, "name every class once"),
         (None, {"size": 8}, r"size=8: expected \(height, width\)"),
         (None, {"size": (8, 0)}, r"size\[1\]=0"),
-        (None, {"channels": 2}, "channels=2: 3 is RGB"),
+        (None, {"channels": 2}, "channels=2: expected 3 for RGB"),
         (None, {"threads": 1, "processes": 1}, "give one of them"),
     ],
 )

@@ -293,7 +293,7 @@ def test_one_source_is_read_by_many_threads_and_by_processes(data_dir):
         ("few_digits/train[:0%]", DataError, rf"no examples in .*: {HAS}"),
         ("few_digits/train[9:3]", DataError, "no examples in the split"),
         ("few_digits:2.0.0", ValueError, r"at version 2\.0\.0, only: 1\.0\.0"),
-        ("few_patients/larg", ValueError, "no config of few_patients.*mean 'large'"),
+        ("few_patients/larg", ValueError, "not a config of few_patients.*mean 'large'"),
         ("few_patients/larg/train", ValueError, "Its configs are small, large"),
         ("/no/such/folder", ValueError, "'/no/such/folder' does not exist"),
         ("./no.csv", ValueError, r"'\./no\.csv' does not exist"),
@@ -373,7 +373,7 @@ def test_an_unprepared_dataset_is_prepared_once(tmp_path, capsys):
     source = source_of("few_digits/test", tmp_path)
     assert source.num_examples == 60
     shown = capsys.readouterr().out
-    assert f"few_digits:1.0.0 is not prepared in {tmp_path}: TFDS does" in shown
+    assert f"few_digits:1.0.0 is not prepared in {tmp_path}: TFDS prepares" in shown
     assert list(tmp_path.glob("few_digits/1.0.0/*test.array_record*"))
     assert source_of("few_digits/test", tmp_path).num_examples == 60
     assert capsys.readouterr().out == ""
