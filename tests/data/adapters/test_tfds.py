@@ -288,7 +288,11 @@ def test_one_source_is_read_by_many_threads_and_by_processes(data_dir):
         ("", ValueError, "no dataset ''"),
         ("test", ValueError, "Write a split after the name .*: 'mnist/test'"),
         ("few_digits/tset", ValueError, rf"there is no split 'tset': {HAS}.*'test'\?"),
-        ("few_digits/train[5]", ValueError, r"written 'few_digits/train\[:90%\]'"),
+        (
+            "few_digits/train[5]",
+            ValueError,
+            r"Write parts as 'few_digits/train\[:90%\]'",
+        ),
         ("few_digits/train[:9000]", ValueError, "incompatible with 300 examples"),
         ("few_digits/train[:0%]", DataError, rf"no examples in .*: {HAS}"),
         ("few_digits/train[9:3]", DataError, "no examples in the split"),
