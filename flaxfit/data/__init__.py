@@ -1,4 +1,4 @@
-"""Public helpers for custom datasets; `open.py` opens data of any kind."""
+"""Helpers to describe datasets; `open.py` opens data of any kind."""
 
 from flaxfit.data.adapters.image_folder import image_folder
 from flaxfit.data.adapters.registry import register_adapter

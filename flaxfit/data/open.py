@@ -1,7 +1,7 @@
-"""Opens data of any kind: `open_dataset` asks what it is, `batch_source` reads it.
+"""Opens data of any kind: `open_dataset` finds its kind, `batch_source` reads it.
 
-In between a caller looks at the `Dataset`: it may refuse an iterator or endless data
-before anything is read.
+Between these calls, the caller can inspect the `Dataset` and refuse, say, an iterator
+or endless data before any batch is read.
 """
 
 from collections.abc import Mapping, Sequence
@@ -53,22 +53,23 @@ DEFAULT_BATCH_SIZE = 32
 _FEW_LABELS = 32
 
 Dataset = Arrays | ExampleSet | Stream
-"""What data is: arrays and tables in memory, single examples, or batches."""
+"""Opened data: arrays or tables in memory, single examples, or batches."""
 
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """How batches are made of a dataset.
+    """How a dataset is batched.
 
     Attributes:
-      batch_size: rows of a batch, but never more than there are examples.
-      default_batch_size: rows where `batch_size` is None, even if there are fewer
-        examples: that of compiled programs. None for 32, or as many as there are.
-      multiple_of: rounds the rows up, for the devices.
-      shuffle: whether each pass has a new order; batches bring their own.
+      batch_size: rows of a batch, at most the number of examples.
+      default_batch_size: rows if `batch_size` is None, even if there are fewer
+        examples: the batch size of compiled programs. None for 32, or the number of
+        examples if smaller.
+      multiple_of: the rows are rounded up to a multiple of it, for several devices.
+      shuffle: whether each pass has a new order; no effect on ready-made batches.
       seed: determines the order, together with the number of the pass.
-      class_weight: class -> weight, for one target; a missing class has weight 1.
-      steps: the number of batches asked for; an iterator that ends before is an error.
+      class_weight: class -> weight, for a single target; other classes have weight 1.
+      steps: the number of batches requested; an iterator that ends before is an error.
       inputs_only: whether targets and weights are dropped, as for a prediction.
     """
 
@@ -94,7 +95,8 @@ class BatchOptions:
             name = "validation_batch_size" if validates else "batch_size"
             line = f"{name}={DEFAULT_BATCH_SIZE}"
             rows = validation.integer(name, wanted, write=line)
-            # More would fill every batch up, and BatchNorm would count rows twice.
+            # With more rows, every batch would be padded with copies, and BatchNorm
+            # would count examples twice.
             rows = rows if examples is None else min(rows, examples)
         return -(-rows // self.multiple_of) * self.multiple_of
 
@@ -102,21 +104,21 @@ class BatchOptions:
 def open_dataset(
     x: Any, y: Any = None, sample_weight: Any = None, *, batch_size: int | None = None
 ) -> Dataset:
-    """Returns data as a `Dataset`. Nothing is read but item 0 of a sequence.
+    """Returns data as a `Dataset`; reads at most the first item of most kinds.
 
     Args:
       x: arrays in any nesting, `(x, y)`, `(x, y, weights)`, a dict of arrays, a table,
-        a `Batch`, or a dataset: an iterable of batches, a function that returns one, an
-        iterator. A tuple is one dataset, a list of tuples, dicts or tables is a list of
-        batches.
+        a `Batch`, or a dataset: see `UNDERSTOOD`. A tuple of up to three parts is one
+        dataset, a list of tuples, dicts or tables is a list of batches.
       y: targets, any nesting of arrays; only with arrays.
       sample_weight: `float[examples]` or, one for every element of the targets,
         `float[examples, ...]`; only with arrays.
-      batch_size: the size that the user asks for: an iterable then has examples.
+      batch_size: the user's batch size: if given, an iterable yields single examples.
 
     Raises:
       TypeError: data of an unknown kind.
-      ValueError: arguments that exclude each other.
+      ValueError: arguments that cannot be combined.
+      DataError: data that cannot be opened.
     """
     x, y, sample_weight = adapt_parts(x, y, sample_weight)
     if is_arrays(x, y, sample_weight):
@@ -133,15 +135,15 @@ def open_dataset(
 def open_inputs(x: Any, binding: Binding, *, batch_size: int | None = None) -> Dataset:
     """Returns data for a prediction as a `Dataset`; see `open_dataset`.
 
-    A tuple of arrays is the inputs of a model that takes several, else `(x, y)` or
-    `(x, y, weights)`.
+    If the model takes several inputs, a tuple of arrays is these inputs; else it is
+    `(x, y)` or `(x, y, weights)`.
     """
     x = npy_files.open_files(x)
     if chunked_arrays.matches(x) and is_several_inputs(x, binding):
         x = (x,)
     dataset = open_dataset(x, batch_size=batch_size)
     if isinstance(dataset, ExampleSet):
-        # Outputs come in the order of the inputs.
+        # Outputs must have the order of the inputs.
         return dataset.in_order()
     return dataset
 
@@ -149,11 +151,11 @@ def open_inputs(x: Any, binding: Binding, *, batch_size: int | None = None) -> D
 def batch_source(
     dataset: Dataset, binding: Binding, options: BatchOptions
 ) -> BatchSource:
-    """Returns a source of the batches of a dataset; reads the first of them.
+    """Returns a source of the batches of a dataset, after reading the first one.
 
     Raises:
-      DataError: data that cannot be trained on; see `data/host/checks`.
-      ValueError: `batch_size` for ready batches, or a wrong one.
+      DataError: data that cannot be trained on; see `data/host/checks.py`.
+      ValueError: an invalid `batch_size`, or one for ready-made batches.
     """
     if isinstance(dataset, Arrays):
         return _array_source(dataset, binding, options)
@@ -185,7 +187,7 @@ def batch_source(
         stream,
         read,
         describe=describe,
-        # A prediction takes what there is; `steps` only bounds it.
+        # A prediction may end early; `steps` is only its maximum.
         steps=None if options.inputs_only else options.steps,
         multiple_of=options.multiple_of,
         structural=not callable(binding.inputs),
@@ -206,14 +208,14 @@ def one_batch(
     """Returns data in memory as one batch on the host, with weights and no padding.
 
     Args:
-      dataset: arrays, a table, or `Batches` of a single batch.
+      dataset: arrays, a table, or a stream of a single batch.
       binding: how a raw batch is read.
       class_weight: see `BatchOptions`.
-      keep_mapped: whether memory-mapped arrays stay so, for a part of them.
+      keep_mapped: whether memory-mapped arrays stay mapped.
 
     Raises:
-      DataError: data that cannot be trained on; see `data/host/checks`.
-      ValueError: another dataset.
+      DataError: data that cannot be trained on; see `data/host/checks.py`.
+      ValueError: a dataset of examples, or of several batches.
     """
     if not isinstance(dataset, Arrays):
         batches = dataset if isinstance(dataset, Stream) else None
@@ -234,22 +236,22 @@ def one_batch(
 def split_dataset(
     dataset: Dataset, fraction: float, binding: Binding
 ) -> tuple[Dataset, Dataset]:
-    """Splits the last `fraction` of the examples off, before any shuffling.
+    """Splits off the last `fraction` of the examples, before any shuffling.
 
-    Returns `(train, validation)`, of arrays or of examples with random access.
+    Returns `(train, validation)`, both of the kind of the dataset.
 
     Raises:
-      ValueError: `fraction` is out of range or leaves one side empty, or the data comes
-        in batches or without random access.
+      ValueError: `fraction` is out of range or leaves one side empty, or the dataset is
+        neither arrays nor examples with random access.
     """
     if isinstance(dataset, ExampleSet) and dataset.by_index:
         return _split_examples(dataset, fraction, binding)
     if not isinstance(dataset, Arrays):
         raise UsageError(
-            f"validation_split needs arrays here, not a dataset ({dataset.kind}): pass "
-            "the rest of the data as validation_data=(x_val, y_val)"
+            "validation_split needs arrays or examples with random access, not a "
+            f"dataset ({dataset.kind}): write validation_data=(x_val, y_val)"
         )
-    # Of a file only the rows that are asked for are ever read.
+    # Memory-mapped files are read later, batch by batch.
     whole = one_batch(dataset, binding, keep_mapped=True)
     train, validation = split_validation(whole.batch, fraction)
     return Arrays(replace(whole, batch=train)), Arrays(replace(whole, batch=validation))
@@ -261,12 +263,12 @@ def _split_examples(
     total = examples.length
     assert total is not None
     train = train_rows(total, fraction)
-    # All labels would have to be read to know; a few, far apart, tell as well.
+    # Reading all labels would take too long; a few, far apart, show the order as well.
     few = np.linspace(0, total - 1, min(total, _FEW_LABELS)).astype(np.int64)
     binding = binding.guided_by(examples.info)
     warn_if_sorted(
         narrow(binding.split(as_host(batch_of_rows(examples, few)))),
-        "Give validation_data=, or shuffle the dataset where it is made: "
+        "Give validation_data=, or shuffle the dataset in advance: "
         "ds.shuffle(seed=0), torch.utils.data.Subset(ds, order), or the list of items.",
     )
     return examples.part(0, train), examples.part(train, total)
@@ -294,15 +296,16 @@ def _array_source(
 
 
 def _as_stream(dataset: ExampleSet | Stream, options: BatchOptions) -> Stream:
-    """Returns a dataset as raw batches.
+    """Returns a dataset as a stream of raw batches.
 
     Raises:
-      ValueError: `batch_size` for ready batches.
+      ValueError: `batch_size` for ready-made batches.
+      DataError: a dataset without examples.
     """
     if isinstance(dataset, Stream):
         if dataset.examples is None or options.default_batch_size is None:
             return _ready_batches(dataset, options)
-        # After a fit that made batches of examples, others may come as examples.
+        # After a fit on single examples, later data may be single examples too.
         first, dataset = peek(dataset)
         if first is None or not looks_single(first):
             return _ready_batches(dataset, options)

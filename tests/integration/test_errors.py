@@ -272,9 +272,10 @@ DATASETS = [
     Case("NaN weight", fits(X, LABELS, sample_weight=with_value(ONES, np.nan)),
          DataError, "weights hold nan at row 5; .*0 leaves an example out"),
     Case("negative weight", fits(X, LABELS, sample_weight=with_value(ONES, -1)),
-         DataError, r"weights hold -1\.0 at row 5; weights are at least 0"),
+         DataError,
+         r"weights hold -1\.0 at row 5; weights must be finite and at least 0"),
     Case("negative weight in train_on_batch", lambda t: t.train_on_batch(X, LABELS,
-         -ONES), DataError, "weights are at least 0"),
+         -ONES), DataError, "weights must be finite and at least 0"),
     Case("weights all 0", fits(X, LABELS, sample_weight=0 * ONES), DataError,
          "all zero.* Leave the weights out"),
     Case("weights too short", fits(X, LABELS, sample_weight=ONES[1:]), DataError,
@@ -305,22 +306,22 @@ DATASETS = [
     Case("a used generator", lambda t: t.fit(batches(0), verbose=0), DataError,
          r"yielded nothing.*fit\(make_batches\) not fit\(make_batches\(\)\)"),
     Case("a function with arguments", fits(lambda count: batches(count)), TypeError,
-         r"it needs some .*Write lambda: "),
+         r"it requires arguments .*Write lambda: "),
     Case("a function that returns arrays", fits(lambda: (X, LABELS)), TypeError,
-         r"returned a tuple; .*Arrays are given directly: fit\(x, y\)"),
+         r"returned a tuple; .*Pass arrays directly: fit\(x, y\)"),
     Case("batch_size for a dataset", fits([(X, LABELS)], batch_size=4), ValueError,
          r"batch_size=4 is given, .*write fit\(dataset\)"),
     Case("validation_batch_size for a dataset", fits(X, LABELS, validation_batch_size=4,
          validation_data=[(X, LABELS)]), ValueError,
          "validation_batch_size=4 is given, .*write validation_data=dataset"),
     Case("y beside a list of batches", fits([(X, LABELS)], LABELS), ValueError,
-         r"y is given beside a list, .*Let its items be \(x, y\)"),
+         r"y is given together with a list, .*Let its items be \(x, y\)"),
     Case("y beside a generator", lambda t: t.fit(batches(), LABELS), ValueError,
-         r"y is given beside a generator, .*write fit\(dataset\)"),
+         r"y is given together with a generator, .*write fit\(dataset\)"),
     Case("weights beside a dataset", fits([(X, LABELS)], sample_weight=ONES),
-         ValueError, r"sample_weight is given beside a list"),
+         ValueError, r"sample_weight is given together with a list"),
     Case("validation_split of a dataset", fits([(X, LABELS)], validation_split=0.5),
-         ValueError, "needs arrays here, not a dataset "
+         ValueError, "with random access, not a dataset "
          r".*validation_data=\(x_val, y_val\)"),
     Case("validation_split and validation_data", fits(X, LABELS, validation_split=0.5,
          **VALIDATE), ValueError, "give one of them"),
@@ -331,7 +332,7 @@ DATASETS = [
     Case("no data to validate on", fits(X, LABELS, validation_data=(X[:0], LABELS[:0])),
          DataError, "(?s)no examples.*in validation_data"),
     Case("validation_data by name", fits(X, LABELS, validation_data="test"),
-         ValueError, "A split goes behind the name of its dataset: 'mnist/test'"),
+         ValueError, "Write a split after the name of its dataset: 'mnist/test'"),
 ]  # fmt: skip
 
 # ----------------------------------------------------------------------- arguments
@@ -586,7 +587,7 @@ def test_a_misspelt_input_that_could_be_left_out(stream):
             return nn.Dense(3)(tokens if segments is None else tokens + segments)
 
     x = {"tokens": X, "segmnts": X}
-    text = "knows no 'segmnts'. Did you mean 'segments'"
+    text = "has no 'segmnts'. Did you mean 'segments'"
     with pytest.raises(DataError, match=text):
         Trainer(Optional()).fit(*([[(x, LABELS)]] if stream else (x, LABELS)))
     with pytest.raises(DataError, match=text):

@@ -1,1 +1,1 @@
-"""One adapter for each kind of dataset, and the registry of all kinds."""
+"""An adapter for each kind of dataset, and the registry of all kinds."""

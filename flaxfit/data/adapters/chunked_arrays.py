@@ -1,8 +1,8 @@
 """Adapts arrays that are read by slices: zarr, HDF5, tensorstore, dask.
 
-For users whose arrays are larger than memory, or remote. Only the rows of a batch are
-read. An array that is stored in chunks of several rows is read by whole chunks, and the
-latest of them are kept: a window, within which rows are shuffled.
+These arrays may be larger than memory, or remote: only the rows of a batch are read. An
+array stored in chunks of several rows is read in whole chunks. The latest chunks are
+kept in a window, within which rows are shuffled.
 """
 
 import math
@@ -25,11 +25,11 @@ from flaxfit.data.datasets.shuffling import order_of_pass, seeded
 from flaxfit.data.host.arrays import as_host, is_array
 from flaxfit.data.host.checks import check_lengths
 
-# The chunks that are kept; a shuffle mixes the rows of these.
+# The size of the window.
 _WINDOW_BYTES = 2**27
 # Smaller chunks are read several at a time.
 _BLOCK_BYTES = 2**18
-# Beside larger arrays, an array as small as this is read as a whole: mostly labels.
+# Beside a larger array, one below this size is read as a whole: mostly labels.
 _SMALL_BYTES = 2**24
 _IN_MEMORY = frozenset(
     "cupy jax jaxlib numpy pandas polars pyarrow scipy tensorflow torch".split()
@@ -37,7 +37,7 @@ _IN_MEMORY = frozenset(
 
 
 def is_sliced(value: Any) -> bool:
-    """Whether a value is an array that is not in memory."""
+    """Whether a value is an array that must be read by slices."""
     if isinstance(value, np.ndarray | jax.Array | np.generic | type):
         return False
     if not all(hasattr(value, name) for name in ("shape", "dtype", "__getitem__")):
@@ -47,7 +47,7 @@ def is_sliced(value: Any) -> bool:
 
 
 def matches(x: Any) -> bool:
-    """Whether `x` is such an array, or a nesting that holds one."""
+    """Whether `x` is an array read by slices, or a nesting with one in it."""
     if comes_from(x, "zarr", "Group"):
         return True
     if isinstance(x, Mapping):
@@ -61,8 +61,8 @@ def adapt(x: Any) -> ExampleSet:
     """Returns the rows of arrays, in any nesting, as examples.
 
     Raises:
-      DataError: arrays of different length, or of a dtype other than numbers or text.
-        This is checked without reading.
+      DataError: arrays of different length, or of a dtype that cannot be trained on;
+        checked before rows are read.
     """
     nest = _as_nest(x)
     length = check_lengths(_specs(nest))
@@ -84,11 +84,11 @@ def adapt(x: Any) -> ExampleSet:
 
 
 def gathered(x: Any, y: Any, sample_weight: Any) -> ExampleSet:
-    """Returns arrays that were given as separate arguments as one dataset.
+    """Returns arrays that were passed as separate arguments as one dataset.
 
     Raises:
-      DataError: as `adapt`.
-      UsageError: weights that are given twice.
+      DataError: see `adapt`.
+      UsageError: weights are given twice.
     """
     if y is not None:
         x = (x, y) if sample_weight is None else (x, y, sample_weight)
@@ -110,7 +110,7 @@ def gathered(x: Any, y: Any, sample_weight: Any) -> ExampleSet:
 
 
 def as_leaf(value: Any) -> Any:
-    """Returns a NumPy array, or an array that is read by slices unchanged."""
+    """Returns a value as a NumPy array; an array read by slices stays as it is."""
     return value if is_sliced(value) else as_host(value)
 
 
@@ -118,13 +118,13 @@ def dtype_of(array: Any) -> np.dtype[Any]:
     """Returns the NumPy dtype of an array.
 
     Raises:
-      TypeError: NumPy does not have its dtype.
+      TypeError: NumPy has no such dtype.
     """
     return np.dtype(getattr(array.dtype, "numpy_dtype", array.dtype))
 
 
 def rows_of_chunk(array: Any) -> int:
-    """Returns how many rows are stored together; 1 if the array does not tell."""
+    """Returns the number of rows in a chunk; 1 if unknown."""
     chunks = getattr(array, "chunks", None)
     if chunks is None and hasattr(array, "chunk_layout"):  # of tensorstore
         chunks = array.chunk_layout.read_chunk.shape
@@ -136,10 +136,10 @@ def rows_of_chunk(array: Any) -> int:
 
 
 class _Rows:
-    """Takes rows of arrays, with a cache of the blocks that were read last.
+    """Takes rows of arrays, with a cache of the latest blocks.
 
     Args:
-      leaves: the arrays, at least one of them read by slices.
+      leaves: the arrays, at least one of which is read by slices.
       structure: how they are nested.
       block, window: see `_layout_of`.
     """
@@ -156,7 +156,7 @@ class _Rows:
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Without the cache and its lock.
+        # Pickled without the cache and its lock.
         return _Rows, (self._leaves, self._structure, self._block_rows, self._window)
 
     def __call__(self, rows: HostArray) -> Any:
@@ -185,9 +185,9 @@ class _Rows:
         numbers, starts = np.unique(rows[places] // block, return_index=True)
         asked = dict(zip(numbers.tolist(), np.split(places, starts[1:]), strict=True))
         with self._lock:
-            # Blocks in the cache first: reading others may remove them.
+            # Cached blocks come first, as reading others may remove them.
             for number in sorted(asked, key=lambda number: number not in self._blocks):
-                # A single row by its number: a list of one takes longer.
+                # A single row is copied by its number: a list of one takes longer.
                 at = asked[number] if len(asked[number]) > 1 else asked[number][0]
                 for column, part in zip(columns, self._block(number), strict=True):
                     column[at] = part[rows[at] - number * block]
@@ -227,7 +227,7 @@ def _read(array: Any, start: int, stop: int) -> HostArray:
         raise
     if part.shape != (stop - start, *array.shape[1:]):
         raise DataError(
-            f"a {_kind_of(array)} of shape {tuple(array.shape)} gave "
+            f"a {_kind_of(array)} of shape {tuple(array.shape)} returned "
             f"{describe(part)} for its rows {start} to {stop - 1}."
         )
     return part
@@ -244,8 +244,8 @@ def _order_of_pass(
 ) -> HostArray:
     """Returns the rows of one pass, `int64[total]`.
 
-    Where not all blocks fit into a window, the blocks are shuffled, and then the rows
-    of each window of blocks. Any other order would read a block for every row.
+    If not all blocks fit into a window, the blocks are shuffled, and then the rows of
+    each window of blocks. A full shuffle would read a block for nearly every row.
     """
     if not shuffle or block == 1 or total <= window:
         return order_of_pass(total, pass_index, shuffle=shuffle, seed=seed)
@@ -260,9 +260,9 @@ def _order_of_pass(
 
 
 def _layout_of(arrays: Sequence[Any]) -> tuple[int, int]:
-    """Returns the rows of a block, which are read together, and of all blocks kept.
+    """Returns the number of rows in a block, which is read at once, and in the window.
 
-    A block of 1 is for arrays of which only the rows of a batch are read.
+    A block of 1 row means that only the rows of a batch are read.
     """
     row_bytes = sum(_nbytes(array) // max(array.shape[0], 1) for array in arrays)
     largest = max(arrays, key=_nbytes)
@@ -289,8 +289,8 @@ def _nbytes(array: Any) -> int:
 
 
 def _specs(nest: Any) -> Any:
-    """Returns the nesting with shapes and dtypes, in the fields of a batch."""
-    # By name there may be text that is not used; a batch will tell.
+    """Returns shapes and dtypes in the same nesting, as a `Batch` if it is a tuple."""
+    # A dict may have text that is not used; the first batch is checked for it.
     spec_of = partial(_spec_of, named=isinstance(nest, Mapping))
     specs = jax.tree.map(spec_of, nest, is_leaf=is_array)
     if not isinstance(specs, tuple) or hasattr(specs, "_fields") or len(specs) > 3:
@@ -308,7 +308,7 @@ def _spec_of(leaf: Any, named: bool) -> Any:
     except TypeError as error:
         raise DataError(
             f"a {_kind_of(leaf)} has the dtype {leaf.dtype!r}",
-            "Expected one of NumPy's.",
+            "Expected a dtype of NumPy.",
         ) from error
     if named and dtype.kind in "OSUT":
         dtype = np.dtype(np.float32)
@@ -316,7 +316,7 @@ def _spec_of(leaf: Any, named: bool) -> Any:
 
 
 def _as_nest(x: Any) -> Any:
-    """Returns the nesting with mappings, and groups of arrays, as dicts."""
+    """Returns the nesting with mappings and groups of arrays as dicts."""
     if comes_from(x, "zarr", "Group"):
         return dict(x.arrays())
     if isinstance(x, Mapping):

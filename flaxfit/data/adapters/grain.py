@@ -1,7 +1,7 @@
 """Adapters for Grain's datasets, loaders and iterators.
 
-The passes over a `MapDataset` are those of its own `repeat()`: each has another order
-and other random numbers. All others are iterated over once for each pass.
+The passes over a `MapDataset` are those of its `repeat()`: each has its own order and
+random numbers. Other datasets are iterated over once per pass.
 """
 
 import json
@@ -23,35 +23,35 @@ from flaxfit.data.datasets.shuffling import order_of_pass
 from flaxfit.data.datasets.stream import Stream, get_state, set_state
 from flaxfit.data.host.collate import looks_single
 
-# Grain's own default, for sources that wait. They prepare whole batches, and Grain's
-# default buffer of 500 of those would fill the memory.
+# As many threads as Grain's default. Its default buffer of 500 elements would fill the
+# memory, as elements may be whole batches.
 _THREADS = 16
 _BATCHES_AHEAD = 16
 
-# The length of Grain's `repeat()` is `sys.maxsize`, and a `batch` or a slice after it
-# has a fraction of that. No real dataset is as long.
+# Grain's `repeat()` has the length `sys.maxsize`, and a `batch` or slice after it has a
+# fraction of that. No real dataset is this long.
 _LONGEST = 2**40
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 _FLAGS = (
     "Grain's processes read absl's command line flags. In a program without absl, "
-    "write before: from absl import flags; flags.FLAGS.mark_as_parsed()"
+    "first run: from absl import flags; flags.FLAGS.mark_as_parsed()"
 )
 
 _ITERATORS = ("DatasetIterator", "DataLoaderIterator")
 
 
 def matches(x: object) -> bool:
-    """Whether something is a dataset, a loader or an iterator of Grain."""
+    """Whether `x` is a dataset, loader or iterator of Grain."""
     kinds = ("MapDataset", "IterDataset", "DataLoader", *_ITERATORS)
     return comes_from(x, "grain", *kinds)
 
 
 def adapt(x: Any) -> Stream | ExampleSet:
-    """Returns its batches; or its examples, in its own order.
+    """Returns a dataset as batches or as examples, in Grain's order.
 
-    Which of both they are its transformations tell, or its first element, which is
+    Its transformations decide between the two, or else its first element, which is
     read.
     """
     if comes_from(x, "grain", *_ITERATORS):
@@ -81,7 +81,7 @@ def adapt(x: Any) -> Stream | ExampleSet:
 
 
 def _is_endless(x: Any) -> bool:
-    """Whether a dataset has no end; False where that is not certain."""
+    """Whether a dataset certainly has no end."""
     if comes_from(x, "grain", "DataLoader"):
         # There is no public way to ask a loader for its sampler.
         sampler = getattr(x, "_sampler", None)
@@ -96,7 +96,7 @@ def _is_endless(x: Any) -> bool:
 
 
 def _is_batched(x: Any) -> bool:
-    """Whether a dataset makes batches itself; False where that is not certain."""
+    """Whether a dataset certainly makes batches itself."""
     name = type(x).__name__
     if "FlatMap" in name:
         return False
@@ -104,7 +104,7 @@ def _is_batched(x: Any) -> bool:
 
 
 def _has_gaps(x: Any) -> bool:
-    """Whether a `MapDataset` has gaps: elements that are None, as `filter` leaves."""
+    """Whether a `MapDataset` has gaps: elements that are None, as after `filter`."""
     if type(x).__name__ == "FilterMapDataset":
         return True
     return any(map(_has_gaps, x.parents)) or (x[0] is None)
@@ -116,7 +116,7 @@ def _open_map(x: Any, pass_index: int, start: int) -> Iterator[Any]:
 
 
 def _open_at(x: Any, pass_index: int, start: int) -> Iterator[Any]:
-    """Yields the batches of a pass over a `MapDataset`, from number `start` on."""
+    """Yields the batches of a pass over a `MapDataset`, from batch `start` on."""
     if start == len(x):
         return
     part = _part(x, pass_index, start)
@@ -147,9 +147,9 @@ def _order_of_pass(
 ) -> HostArray:
     """Returns the rows of a pass, in Grain's own order; see `order_of_pass`."""
     if total < length:
-        # One side of a split keeps the same examples: those of the first pass.
+        # A part of a split has the same examples in every pass: those of the first.
         return order_of_pass(total, pass_index, shuffle=shuffle, seed=seed)
-    # Indices beyond its length continue as its repeat() does.
+    # Indices beyond the length continue with the next pass of `repeat()`.
     return np.arange(length) + pass_index * length
 
 
@@ -167,8 +167,8 @@ def _take(dataset: Any, rows: HostArray) -> list[Any]:
 def _not_none(element: Any, index: int) -> Any:
     if element is None:
         raise DataError(
-            f"element {index} of the grain MapDataset is None, which Grain leaves out, "
-            "so the number of examples is not known",
+            f"element {index} of the grain MapDataset is None. Grain leaves it out, so "
+            "the number of examples is unknown",
             write="dataset.filter(lambda element: element is not None), or "
             "dataset.to_iter_dataset()",
         )
@@ -179,11 +179,11 @@ def _in_order(stream: Stream, *, batched: bool = False) -> Stream | ExampleSet:
     """Returns a dataset without random access, as batches or as examples.
 
     Args:
-      stream: how it is read; `open` returns iterators that have a state.
-      batched: whether it is known to make batches; else the first element tells.
+      stream: the elements; `open` returns iterators of Grain.
+      batched: whether it certainly makes batches; if not, the first element decides.
 
     Raises:
-      DataError: it has no first element.
+      DataError: there is no first element.
     """
     opens, one_shot = stream.open, stream.one_shot
 
@@ -205,11 +205,11 @@ def _in_order(stream: Stream, *, batched: bool = False) -> Stream | ExampleSet:
 
 
 class _Reader(Iterator[Any]):
-    """An iterator of Grain whose threads and processes end with it.
+    """Wraps an iterator of Grain, and ends its threads and processes.
 
     Args:
-      iterator: Grain's.
-      close: whether to close it, as the user does not have it too.
+      iterator: the iterator of Grain.
+      close: whether to close it when this object is deleted; False for the user's own.
     """
 
     def __init__(self, iterator: Iterator[Any], *, close: bool) -> None:
@@ -219,7 +219,7 @@ class _Reader(Iterator[Any]):
             weakref.finalize(self, _close, iterator).atexit = False
 
     def peek(self) -> Any:
-        """Returns the first element, and still yields it; None if there is none."""
+        """Returns the first element, which is still yielded; None if there is none."""
         try:
             self._ahead.append(next(self._iterator))
         except StopIteration:
@@ -245,10 +245,10 @@ class _Reader(Iterator[Any]):
 
 
 def _with_local_addresses(state: bytes, iterator: Any) -> bytes:
-    """Returns the state of a loader's iterator as this process would have saved it.
+    """Returns the state of a loader's iterator with the addresses of this process.
 
-    Grain refuses a state with another `repr` of the source or the sampler. The default
-    one holds the address of the object, which differs in every process.
+    Grain refuses a state in which the `repr` of the source or sampler differs. The
+    default `repr` contains the object's address, which differs in every process.
     """
     saved, local = json.loads(state), json.loads(iterator.get_state())
     for name in ("data_source", "sampler"):

@@ -1,10 +1,10 @@
 """Adapters for Hugging Face datasets. Never imports `datasets` itself.
 
 Columns of numbers and text are read from Arrow in their own dtypes; pictures and other
-columns that have to be decoded are read by `dataset.with_format("numpy")`. That would
-read the numbers too, but as `int64` and `float32`: pixels of `uint8` would take eight
-times the memory and not be scaled, missing integers would be NaN, and a batch takes 1.4
-to 2.5 times as long (datasets 5.2, batches of 128).
+columns that must be decoded are read by `dataset.with_format("numpy")`. That format
+converts numbers to `int64` and `float32`: `uint8` pixels would take eight times the
+memory and not be scaled, missing integers would be NaN, and a batch would take 1.4 to
+2.5 times as long (datasets 5.2, batches of 128).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ from flaxfit.data.datasets.stream import DatasetInfo
 from flaxfit.data.host.arrays import call_text
 from flaxfit.data.host.collate import collate
 
-# With their modules: other projects have classes and folders of these names too.
+# With their modules, as other projects have classes of the same names.
 _TABLE = "datasets.arrow_dataset.Dataset"
 _STREAM = "datasets.iterable_dataset.IterableDataset"
 _SPLITS = (
@@ -37,14 +37,14 @@ _TABLES = ("arrow", "pandas", "polars")
 
 
 def matches(x: Any) -> bool:
-    """Whether `x` is a dataset of Hugging Face, or a dict of its splits."""
+    """Whether `x` is a dataset of Hugging Face, or a dict of splits."""
     return _is(x, _TABLE, _STREAM, *_SPLITS)
 
 
 def adapt(x: Any) -> ExampleSet:
-    """Returns a dataset as examples: each row is one, a dict.
+    """Returns a dataset as examples: every row is a dict.
 
-    A format or transform that the user has set stays.
+    A format or transform set by the user is kept, but rows of tables become dicts.
 
     Raises:
       UsageTypeError: several splits at once.
@@ -61,7 +61,7 @@ def adapt(x: Any) -> ExampleSet:
             else DatasetInfo(pictures=_begins_with_pictures(x)),
         )
     kind, columns = x.format["type"], x.format["columns"]
-    if kind in _TABLES:  # whose rows are no dicts
+    if kind in _TABLES:  # whose rows are not dicts
         x = x.with_format(None, columns=columns)
     take_batch: Any = None
     if kind in _ARRAYS:
@@ -69,7 +69,7 @@ def adapt(x: Any) -> ExampleSet:
     elif kind != "custom":
         take_batch = _take_columns(x, columns)
     info = _info(x.features, x.column_names if kind == "custom" else columns)
-    if kind == "custom":  # the keys that a transform returns are not known
+    if kind == "custom":  # the keys that a transform returns are unknown
         info = replace(info, keys=(), targets=None)
     return ExampleSet(
         "Hugging Face Dataset",
@@ -108,7 +108,7 @@ def _info(features: Mapping[str, Any] | None, columns: Sequence[str]) -> Dataset
     known = {name: features[name] for name in columns} if features else {}
     classes = [name for name, f in known.items() if type(f).__name__ == "ClassLabel"]
     named = [name for name in TARGET_NAMES if name in columns]
-    # A usual name decides what the targets are; without one, a single class label does
+    # `Binding` finds targets of a usual name; without one, use a single class label.
     target = (*named, *(classes if len(classes) == 1 else ()), None)[0]
     return DatasetInfo(
         keys=tuple(columns),
@@ -119,7 +119,7 @@ def _info(features: Mapping[str, Any] | None, columns: Sequence[str]) -> Dataset
 
 
 def _begins_with_pictures(dataset: Any) -> bool:
-    """Whether the first example of a stream without features holds a picture."""
+    """Whether the first example of a stream without features has a picture."""
     first = next(iter(dataset), None)
     values = first.values() if isinstance(first, Mapping) else ()
     return any(comes_from(value, "PIL", "Image") for value in values)
@@ -128,15 +128,15 @@ def _begins_with_pictures(dataset: Any) -> bool:
 def _iterate(dataset: Any, pass_index: int) -> Iterator[Any]:
     if not _is_shuffled(dataset):
         return _Examples(dataset) if hasattr(dataset, "state_dict") else iter(dataset)
-    # Without a state: it would leave out the examples in the shuffle buffer.
+    # Not resumed by its state, which does not include the shuffle buffer.
     dataset.set_epoch(pass_index)
     return iter(dataset)
 
 
 class _Examples(Iterator[Any]):
-    """The examples of one pass of a stream that knows its position.
+    """The examples of one pass of a stream that can save its position.
 
-    The dataset knows the position of its latest reader only.
+    The dataset only knows the position of its latest reader.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -156,24 +156,24 @@ class _Examples(Iterator[Any]):
         try:
             return next(self._iterator)
         finally:
-            self._dataset.load_state_dict({})  # or later passes would begin there
+            self._dataset.load_state_dict({})  # else later passes would start there
 
     def get_state(self) -> Any:
-        """Returns the stream's position; None if another reader has begun since."""
+        """Returns the stream's position; None if another reader has started since."""
         latest = LATEST.get(self._dataset) is self._token
         return self._dataset.state_dict() if latest else None
 
     def set_state(self, state: Any) -> None:
-        """Sets the position at which the stream begins."""
+        """Sets the position at which the stream starts."""
         self._start, self._iterator = state, None
 
 
 def _is_shuffled(dataset: Any) -> bool:
-    """Whether `shuffle` was called, so that each pass has its own order.
+    """Whether `shuffle` was called on a stream, so that each pass has its own order.
 
-    `set_epoch` would also reorder the shards of a stream that was not shuffled. There
-    is no public way to ask: this reads the private chain of `datasets`, and takes a
-    stream without one for shuffled.
+    `set_epoch` would also reorder the shards of a stream that was not shuffled. As
+    there is no public way to ask, this reads private attributes of `datasets`; a stream
+    without them counts as shuffled.
     """
     links = [getattr(dataset, "_ex_iterable", None)]
     for link in links:
@@ -185,7 +185,7 @@ def _is_shuffled(dataset: Any) -> bool:
 
 
 def _collate(examples: Sequence[Any]) -> Any:
-    """Returns a raw batch; a column that is not used may lack values."""
+    """Returns a raw batch; columns may have missing values, as objects."""
     first = examples[0]
     dicts = all(isinstance(each, Mapping) for each in examples)
     if not dicts or any(each.keys() != first.keys() for each in examples):
@@ -206,7 +206,7 @@ def _take_formatted(dataset: Any, rows: HostArray) -> Any:
 
 
 def _take_columns(dataset: Any, names: Sequence[str]) -> Callable[[HostArray], Any]:
-    """Returns what takes rows column by column, numbers and text from Arrow."""
+    """Returns a function that reads rows by columns, numbers and text from Arrow."""
     schema = dataset.features.arrow_schema
     plain = [name for name in names if _is_plain(schema.field(name).type)]
     decoded = [name for name in names if name not in plain]
@@ -249,11 +249,10 @@ def _is_list(arrow_type: Any) -> bool:
 
 
 def _as_array(column: Any) -> HostArray:
-    """Returns an Arrow column as an array.
+    """Returns an Arrow column as an array `[rows, ...]`.
 
-    Returns:
-      `[rows, ...]`; an array of objects of lists that differ in length, and of numbers
-      some of which are missing, with None for those.
+    It is an array of objects if lists differ in length or values are missing; None
+    stands for a missing value.
     """
     if hasattr(column, "storage"):
         column = column.storage
@@ -262,7 +261,7 @@ def _as_array(column: Any) -> HostArray:
         array: HostArray = column.to_numpy(zero_copy_only=False)
         if not missing or array.dtype == object:
             return array
-        # With NaN in their place, integers would be floats in this batch.
+        # With NaN for missing values, integers would be floats in this batch.
         array = array.astype(object)
     else:
         values = _as_array(column.flatten())

@@ -1,6 +1,6 @@
-"""Folders of images, one subfolder per class, decoded by Pillow on demand.
+"""Folders of images, with one subfolder per class, decoded by Pillow when read.
 
-The items are paths and labels; only the list of files is kept in memory.
+Items are paths and labels; only the list of files is kept in memory.
 """
 
 import os
@@ -33,10 +33,10 @@ _WIDE_TO_BYTE = 257
 
 @dataclass(frozen=True)
 class ImageFiles(Sequence[Any]):
-    """The files of a folder.
+    """The files of a folder of images.
 
     Attributes:
-      items: `(path, label)` of each, or its path where there are no classes.
+      items: `(path, label)` of each file, or its path if there are no classes.
       class_names: the names of the classes 0, 1, …
     """
 
@@ -48,7 +48,7 @@ class ImageFiles(Sequence[Any]):
         return len(self.items)
 
     def __getitem__(self, index: Any) -> Any:
-        """Returns one of the items, or a slice of them."""
+        """Returns one item, or a slice of the items."""
         return self.items[index]
 
 
@@ -64,33 +64,33 @@ def image_folder(
     """Returns the pictures of a folder as examples for `fit`, `evaluate`, `predict`.
 
     `path/cat/1.jpg`, `path/dog/2.jpg`, …: every subfolder is a class with all pictures
-    below it, numbered in the order of their names. A folder without subfolders has no
-    classes, for `predict`. Hidden files are ignored; other files that are no pictures
-    cause a warning.
+    in it, at any depth. Classes are numbered in the order of their names. A folder
+    without subfolders has no classes, for `predict`. Hidden files are ignored; other
+    files that are not named as pictures cause a warning.
 
-    A picture becomes `uint8[height, width, channels]`, turned upright by its EXIF data;
-    16 bits per channel become 8. It is resized to `size` without keeping its
-    proportions, bilinearly, and smoothed where it shrinks. Transparency is dropped
-    unless `channels` is 4. `fit` gives the model `float32` from 0 to 1.
+    A picture becomes `uint8[height, width, channels]`, rotated by its EXIF data; 16
+    bits per channel become 8. It is resized to `size` bilinearly, with antialiasing,
+    and without keeping its proportions. Transparency is dropped unless `channels` is 4.
+    The model receives `float32` from 0 to 1.
 
     Args:
       path: the folder.
-      size: `(height, width)`, or None for pictures that are all of one size.
+      size: `(height, width)`, or None if all pictures have the same size.
       channels: 3 for RGB, 1 for gray, 4 for RGB and transparency.
-      classes: the subfolders to take, in the order of their numbers.
+      classes: the subfolders to use as classes 0, 1, …
         `image_folder(test, size, classes=image_folder(train, size).class_names)` gives
         two folders the same numbers.
-      threads: the number of threads that decode. Two or more pay off for photos.
-      processes: the number of processes that decode instead.
+      threads: the number of decoding threads. Two or more pay off for photos.
+      processes: the number of decoding processes, instead of threads.
 
     Returns:
       `Examples` whose items are `(path, label)`. `Examples(image_folder(...), augment)`
       augments decoded pictures: `augment((image, label), rng)`.
 
     Raises:
-      DataError: there is no such folder, no picture in it or in one of its classes;
-        pictures beside the folders of classes; folders `train` and `test` in place of
-        classes.
+      DataError: there is no such folder, or no picture in it or in one of its classes;
+        pictures next to folders of classes; folders of splits, such as `train` and
+        `test`, instead of classes; with `size=None`, an unreadable first picture.
       ImportError: Pillow is not installed.
       UsageError: an impossible size or number of channels.
 
@@ -99,7 +99,8 @@ def image_folder(
     """
     if channels not in dict(_MODES):
         raise UsageError(
-            f"channels={channels!r}: 3 is RGB, 1 is gray, 4 is RGB and transparency"
+            f"channels={channels!r}: expected 3 for RGB, 1 for gray, or 4 for RGB and "
+            "transparency"
         )
     decode = _Decode(_as_size(size), channels)
     _import_pillow()
@@ -118,18 +119,18 @@ def image_folder(
 
 
 def open_image_files(x: ImageFiles) -> ExampleSet:
-    """Returns the files as items of a dataset of pictures."""
+    """Returns the files as the items of a dataset of pictures."""
     info = DatasetInfo(class_names=x.class_names, pictures=True)
     return ExampleSet("image folder", len(x), partial(take_items, x), info=info)
 
 
 @dataclass(frozen=True)
 class _Decode:
-    """Item -> example.
+    """A function item -> example.
 
     Attributes:
-      size: `(height, width)`.
-      channels: of the pictures.
+      size: `(height, width)` of the result.
+      channels: the number of channels of the result.
       like: the picture whose size all others must have; None to resize them.
     """
 
@@ -138,7 +139,7 @@ class _Decode:
     like: str | None = None
 
     def __call__(self, item: Any) -> Any:
-        """Returns `(pixels, label)`, or the pixels where there are no classes."""
+        """Returns `(pixels, label)`, or only the pixels if there are no classes."""
         if isinstance(item, tuple):
             path, label = item
             return self.pixels(path), np.int32(label)
@@ -148,7 +149,7 @@ class _Decode:
         """Returns a picture as `uint8[height, width, channels]`.
 
         Raises:
-          DataError: the file holds no picture, a damaged one, or one of other size.
+          DataError: the file is not a picture, is damaged, or has the wrong size.
         """
         try:
             found = self._decoded(path)
@@ -189,15 +190,15 @@ def _in_eight_bits(image: Any, path: str) -> Any:
         return _import_pillow()[0].fromarray(narrow.astype(np.uint8))
     if image.mode in ("I", "F"):
         raise DataError(
-            f"{path!r} holds 32 bits per pixel, whose range is not known",
-            "Decode such files yourself, with a load that returns (pixels, label).",
+            f"{path!r} holds 32 bits per pixel, whose range of values is unknown",
+            "Decode these files with your own load that returns (pixels, label).",
             "flaxfit.data.Examples(paths, load)",
         )
     return image
 
 
 def _refuse_splits(path: Path, names: Sequence[str]) -> None:
-    """Refuses a folder whose subfolders are splits with folders of classes."""
+    """Refuses a folder whose subfolders are splits that have folders of classes."""
     parts = [name for name in names if name.lower() in _SPLITS]
     deeper = [each for name in parts for each in (path / name).iterdir()]
     if parts and len(parts) == len(names) and any(each.is_dir() for each in deeper):
@@ -224,9 +225,9 @@ def _find_files(path: Path, classes: Sequence[str] | None) -> ImageFiles:
         _refuse_splits(path, names)
     if pictures and names:
         raise DataError(
-            f"{str(path)!r} holds pictures, such as {Path(pictures[0]).name!r}, beside "
-            f"the folders of classes, such as {names[0]!r}",
-            "Move them into the folder of a class.",
+            f"{str(path)!r} holds pictures, such as {Path(pictures[0]).name!r}, next "
+            f"to folders of classes, such as {names[0]!r}",
+            "Move the pictures into the folder of a class.",
         )
     left_out = [str(each) for each in others if not _is_picture(each.name)]
     items: list[Any] = list(pictures)
@@ -243,12 +244,12 @@ def _find_files(path: Path, classes: Sequence[str] | None) -> ImageFiles:
     if not items:
         raise DataError(
             f"there is no picture in {str(path)!r}, nor in its folders",
-            f"Pictures are named {', '.join(sorted(_SUFFIXES))}.",
+            f"Names of pictures end with {', '.join(sorted(_SUFFIXES))}.",
         )
     if left_out:
         several = len(left_out) > 1
         warnings.warn(
-            f"{len(left_out)} file{'s' if several else ''} in {str(path)!r} left out, "
+            f"left {len(left_out)} file{'s' if several else ''} out of {str(path)!r}, "
             f"not named as pictures: {left_out[0]!r}{', …' if several else ''}",
             UserWarning,
             stacklevel=3,
@@ -267,7 +268,7 @@ def _class_names(
             raise DataError(
                 f"classes={names!r}, but there is no folder {name!r} in "
                 f"{str(path)!r}.{did_you_mean(name, folders)}",
-                "A class without pictures has an empty folder.",
+                "A class without pictures needs an empty folder.",
             )
     if not names or len(set(names)) < len(names):
         raise DataError(f"classes={names!r}: name every class once, at least one")

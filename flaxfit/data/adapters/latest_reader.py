@@ -1,10 +1,10 @@
-"""Tells who began last to read a dataset or loader that serves one reader at a time.
+"""Remembers the latest reader of each dataset or loader that allows one at a time.
 
-Two adapters may read the same object, which is not theirs to write on.
+Kept here, as several readers may share an object, and it is the user's.
 """
 
 from typing import Any
 from weakref import WeakKeyDictionary
 
 LATEST: WeakKeyDictionary[Any, object] = WeakKeyDictionary()
-"""What is read -> a token of the reader that began last, which holds no reference."""
+"""Dataset or loader -> a token of its latest reader, without a reference to it."""

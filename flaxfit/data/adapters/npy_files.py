@@ -1,6 +1,6 @@
-"""Opens `.npy` files, memory-mapped, and `.npz` files, which are read into memory.
+"""Opens `.npy` files as memory maps, and reads `.npz` files into memory.
 
-Data that does not fit into memory is better stored as `.npy` files or as zarr.
+Data that does not fit into memory should be stored as `.npy` files or as zarr.
 """
 
 import os
@@ -19,7 +19,7 @@ SUFFIXES = (".npy", ".npz")
 
 
 def matches(x: Any) -> bool:
-    """Whether `x` is the path of such a file, or what `np.load` made of an `.npz`."""
+    """Whether `x` is the path of a `.npy` or `.npz` file, or a loaded `.npz` file."""
     return isinstance(x, np.lib.npyio.NpzFile) or (
         isinstance(x, str | Path) and str(x).endswith(SUFFIXES)
     )
@@ -28,15 +28,16 @@ def matches(x: Any) -> bool:
 def adapt(x: Any) -> Any:
     """Returns the arrays of a file.
 
-    An `.npy` is memory-mapped: its rows are read as they are needed. An `.npz` is read
-    as a whole.
+    A `.npy` file is memory-mapped: its rows are read when they are needed. A `.npz`
+    file is read as a whole.
 
     Returns:
-      The array of an `.npy`. Of an `.npz` a dict of its arrays by name; those without
-      names, as `np.savez(path, x, y)` writes, are a tuple.
+      The array of a `.npy` file; for a `.npz` file, a dict of its arrays by name. If
+      they have no names, as after `np.savez(path, x, y)`, a tuple, or the only array.
 
     Raises:
-      DataError: there is no such file, it is damaged, or holds no numbers.
+      DataError: the file does not exist, is damaged, holds Python objects or no array,
+        or arrays of different length.
     """
     if isinstance(x, np.lib.npyio.NpzFile):
         return _arranged("the .npz file", _members(x))
@@ -71,29 +72,29 @@ def _read_path(path: str) -> Any:
     try:
         if suffix == ".npy":
             return np.lib.format.open_memmap(path, mode="r")
-        if not zipfile.is_zipfile(path):  # NumPy would take it for a pickle
-            raise zipfile.BadZipFile("it is no archive of arrays")
-        # Not by its path: where that fails, NumPy leaves the file open.
+        if not zipfile.is_zipfile(path):  # NumPy would load it as a pickle
+            raise zipfile.BadZipFile("it is not an archive of arrays")
+        # Opened here, as NumPy would leave the file open after an error.
         with open(path, "rb") as file, np.load(file) as loaded:
             members = _members(loaded)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        # NumPy's words for a member of an archive, and for a file of its own.
+        # NumPy's messages for a member of a `.npz` file, and for a `.npy` file.
         if str(error).startswith(("Object arrays", "Array can't be memory-mapped")):
             raise DataError(
-                f"{path!r} holds Python objects: loading them would run code of the "
+                f"{path!r} holds Python objects: loading them could run code from the "
                 "file",
-                "Expected arrays of numbers; pad rows of different length to one.",
+                "Expected arrays of numbers; pad rows to one length.",
                 "np.save(path, np.stack(rows))",
             ) from error
         save = "np.save(path, x)" if suffix == ".npy" else "np.savez(path, x=x, y=y)"
         raise DataError(
-            f"{path!r} cannot be read as an {suffix} file: {error}", write=save
+            f"{path!r} cannot be read as a {suffix} file: {error}", write=save
         ) from error
     return _arranged(path, members)
 
 
 def _members(loaded: Any) -> dict[str, HostArray]:
-    # An archive may hold other files, which are read as bytes.
+    # An archive may hold other files, which NumPy returns as bytes.
     members = {name: loaded[name] for name in loaded.files}
     return {n: each for n, each in members.items() if isinstance(each, np.ndarray)}
 
@@ -106,7 +107,7 @@ def _arranged(path: str, members: dict[str, HostArray]) -> Any:
         listed = ", ".join(f"{name}: {rows}" for name, rows in lengths.items())
         raise DataError(
             f"{path!r} holds arrays of different length, {listed}",
-            "Give those that belong together.",
+            "Pass the arrays that belong together.",
             f"data = np.load({path!r}); fit(data[{next(iter(members))!r}], ...)",
         )
     if list(members) == [f"arr_{number}" for number in range(len(members))]:

@@ -1,7 +1,7 @@
 """The registry of dataset kinds: matches data and picks its adapter.
 
-`KINDS` lists them in the order they are tried. Other data is arrays,
-or iterates over batches or examples.
+`KINDS` lists them in the order they are tried. All other data is arrays, or an iterable
+of batches or examples.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -42,15 +42,15 @@ def register_adapter(
 ) -> None:
     """Adds a kind of data to those that `fit`, `evaluate` and `predict` take.
 
-    Registered kinds are tried before the built-in ones, the latest first. Such data is
-    given as a whole, `fit(corpus)`, with its targets inside.
+    Registered kinds are tried before the built-in ones, the latest first. The data is
+    passed as one argument, `fit(corpus)`, and contains its targets.
 
     Args:
-      matches: whether an object is of this kind. It is called with all data that is
-        given, so it has to be fast and must not raise.
-      adapt: returns the data as a kind that is known already: arrays, `Examples`,
-        `Batches`, anything with `len(x)` and `x[0]`, an iterable of batches, or a
-        function that returns one.
+      matches: data -> whether it is of this kind. It is called for all data, so it must
+        be fast and must not raise.
+      adapt: data -> the data as a known kind: arrays, `Examples`, `Batches`, anything
+        with `len(x)` and `x[0]`, an iterable of batches, or a function that returns
+        one.
 
     Raises:
       TypeError: an argument that is not a function.
@@ -69,7 +69,7 @@ def register_adapter(
 
 
 def adapt(x: Any) -> Any:
-    """Returns a dataset as an `ExampleSet` or a `Stream`; other data as it is.
+    """Returns a dataset as an `ExampleSet`, a `Stream` or arrays; other data unchanged.
 
     Raises:
       TypeError, ValueError, DataError: a dataset that cannot be read as it is.
@@ -86,7 +86,7 @@ def adapt(x: Any) -> Any:
                 raise UsageError(
                     f"The adapter registered for {type(x).__name__} returned its "
                     "argument",
-                    "Return data of a kind that is known already",
+                    "Return data of another, known kind",
                 )
             return adapt(translated)
     for matches, translate in KINDS:
@@ -96,9 +96,9 @@ def adapt(x: Any) -> Any:
 
 
 def adapt_parts(x: Any, y: Any, sample_weight: Any) -> tuple[Any, Any, Any]:
-    """Returns data that was given in parts, with the arrays of files opened.
+    """Returns `(x, y, sample_weight)` with files opened and `x` adapted.
 
-    If one of its arrays is read by slices, all of it is one `ExampleSet`.
+    If an array in them is read by slices, all become one `ExampleSet` as `x`.
     """
     x, y, sample_weight = map(npy_files.open_files, (x, y, sample_weight))
     parts = (x, y, sample_weight)
@@ -108,9 +108,9 @@ def adapt_parts(x: Any, y: Any, sample_weight: Any) -> tuple[Any, Any, Any]:
 
 
 def examples_of(x: Any, batch_size: int | None) -> ExampleSet | None:
-    """Returns single examples that come by index or, if asked for, in a stream.
+    """Returns single examples with random access or, given a size, from a stream.
 
-    None for batches. Which of both they are the first one tells.
+    None for batches. The first item decides whether they are batches.
     """
     by_index = hasattr(x, "__getitem__") and length_of(x)
     if by_index and not isinstance(x, Mapping) and begins_single(x):
@@ -130,19 +130,19 @@ def examples_of(x: Any, batch_size: int | None) -> ExampleSet | None:
 
 
 def _open_examples(examples: Examples) -> ExampleSet:
-    """Returns what a user's `Examples` are made of, with what is done to them.
+    """Returns the items of a user's `Examples`, with their arguments applied.
 
     Raises:
-      TypeError: they come in batches already.
-      ValueError: processes for examples that have no index.
+      TypeError: the items are batches.
+      ValueError: processes for items without random access.
     """
     items = adapt(examples.items)
     if isinstance(items, Stream) and items.examples is not None:
         items = items.examples
     if isinstance(items, Stream):
         raise TypeError(
-            f"Examples(...) of a {items.kind}, which yields whole batches. Give what "
-            "the batches are made of, or the batches themselves to "
+            f"Examples(...) of a {items.kind}, which yields whole batches. Pass the "
+            "dataset before batching, or pass the batches directly: "
             f"{call_text('batches')}."
         )
     if not isinstance(items, ExampleSet):
@@ -150,7 +150,7 @@ def _open_examples(examples: Examples) -> ExampleSet:
     if examples.processes and not items.by_index:
         raise ValueError(
             f"Examples(..., processes={examples.processes}) of a {items.kind}: "
-            "processes need items by index, with len(items) and items[0]. Write "
+            "processes need items with random access, len(items) and items[0]. Write "
             f"threads={examples.processes}."
         )
     return examples.applied_to(items)
@@ -172,43 +172,42 @@ def _example_set(items: Any) -> ExampleSet:
 
 
 def refuse_batch_size(batch_size: Any, *, guessed: bool) -> None:
-    """Refuses the size of batches that are made already.
+    """Refuses a batch size for ready-made batches.
 
     Args:
-      batch_size: what was given; None is not refused.
-      guessed: whether only the looks of an item say that it is a batch.
+      batch_size: the argument; None is not refused.
+      guessed: whether the data is taken for batches because of the shapes of an item.
 
     Raises:
-      ValueError: a size is given.
+      ValueError: `batch_size` is not None.
     """
     if batch_size is None:
         return
     validates = caller() == "validation_data"
     argument = "validation_batch_size" if validates else "batch_size"
-    reason, way_out = "yields batches of its own", ""
+    reason, advice = "yields batches of its own", ""
     if guessed:
-        reason = "yields batches, as it seems: all parts of an item have one length"
-        way_out = (
+        reason = "seems to yield batches: all parts of an item have one length"
+        advice = (
             " If its items are single examples, write "
-            f"{call_text('Examples(dataset)')}, with pad_to= where they differ "
-            "in length."
+            f"{call_text('Examples(dataset)')}, with pad_to= if they differ in length."
         )
     raise ValueError(
-        f"{argument}={batch_size!r} is given, but your iterable {reason}. Set their "
-        f"size where they are made, and write {call_text('dataset')}.{way_out}"
+        f"{argument}={batch_size!r} is given, but your iterable {reason}. Set the size "
+        f"where the batches are made, and write {call_text('dataset')}.{advice}"
     )
 
 
 _REGISTERED: list[tuple[Callable[[Any], bool], Callable[[Any], Any]]] = []
 
-# (whether data is of the kind, its adapter), in the order they are tried.
+# (matches, adapt) of each kind, in the order they are tried.
 KINDS: tuple[tuple[Callable[[Any], bool], Callable[..., Any]], ...] = (
     (lambda x: isinstance(x, Examples), _open_examples),
     (lambda x: isinstance(x, Batches), lambda x: open_batches(x, adapt(x.batches))),
     (dataframes.is_lazy, dataframes.refuse_lazy),
     (lambda x: isinstance(x, ImageFiles), open_image_files),
     (grain.matches, grain.adapt),
-    # Before torch, whose IterableDataset its streams are too.
+    # Before torch: its streams are also instances of torch's IterableDataset.
     (hugging_face.matches, hugging_face.adapt),
     (torch.matches, torch.adapt),
     (tf_data.matches, tf_data.adapt),

@@ -1,4 +1,4 @@
-"""Adapts `tf.data` datasets. Never imports TensorFlow itself."""
+"""Adapts `tf.data` datasets, without importing TensorFlow."""
 
 from typing import Any
 
@@ -23,10 +23,10 @@ def matches(x: Any) -> bool:
 
 
 def adapt(x: Any) -> Stream | ExampleSet:
-    """Returns a dataset as batches, or as single examples where it has no batches.
+    """Returns a dataset as batches, or as single examples if it is not batched.
 
     Raises:
-      DataError: elements that are no arrays.
+      DataError: elements that are not dense tensors.
     """
     spec = x.element_spec
     leaves = jax.tree.leaves(spec)
@@ -52,22 +52,22 @@ def _check(leaves: list[Any]) -> None:
         for name, word, line in _LINES:
             if kind == name:
                 raise DataError(
-                    f"the tf.data.Dataset given to {caller()} has {word} tensors, "
-                    f"which are no arrays. Write dataset.map(lambda x, y: ({line}, y))."
+                    f"the tf.data.Dataset given to {caller()} has {word} tensors, not "
+                    f"arrays. Write dataset.map(lambda x, y: ({line}, y))."
                 )
         if not hasattr(leaf, "shape"):
             raise DataError(
-                f"the tf.data.Dataset given to {caller()} has elements of a {kind}: "
-                "expected tensors, (x, y) or a dict. A dataset of windows becomes one "
-                "of tensors with dataset.flat_map(lambda w: w.batch(size)); then "
+                f"the tf.data.Dataset given to {caller()} has elements with a {kind}: "
+                "expected tensors, (x, y) or a dict. For windows write dataset = "
+                "dataset.flat_map(lambda w: w.batch(size)), then "
                 f"{call_text('dataset.batch(32)')}."
             )
 
 
 def _is_batched(leaves: list[Any]) -> bool:
-    """Whether elements are batches: all have an axis of rows, of one length.
+    """Whether elements are batches: all tensors have a first axis of the same length.
 
-    Where the length is not known, they are taken for batches.
+    Unknown lengths count as the same.
     """
     shapes = [leaf.shape for leaf in leaves if leaf.shape.rank is not None]
     if any(shape.rank == 0 for shape in shapes):

@@ -1,7 +1,7 @@
 """Adapters for TFDS: names, builders and data sources, with random access.
 
-Examples are decoded as they are needed, without TensorFlow. How a dataset is found and
-prepared is the business of `tfds_builders`.
+Examples are decoded when they are read, without TensorFlow. `tfds_builders` finds and
+prepares datasets.
 """
 
 import importlib
@@ -29,14 +29,13 @@ from flaxfit.data.datasets.example_dataset import ExampleSet, take_items
 from flaxfit.data.datasets.stream import NO_INFO, DatasetInfo
 from flaxfit.data.host.arrays import call_text
 
-# Methods that say how good a model is, or what it makes of the data: which data that
-# is must be said.
+# Calls for which the user must name the split.
 _NAME_A_SPLIT = ("evaluate", "predict", "validation")
 
 
 @dataclass(frozen=True)
 class NamedDataset:
-    """A dataset by name, in a folder; see `tfds`."""
+    """A dataset given by name and folder; see `tfds`."""
 
     name: str | PurePath
     data_dir: str | os.PathLike[str] | None = None
@@ -45,18 +44,19 @@ class NamedDataset:
 def tfds(
     name: str | PurePath, *, data_dir: str | os.PathLike[str] | None = None
 ) -> NamedDataset:
-    """Names a dataset of TensorFlow Datasets that is stored in another folder.
+    """Returns a dataset of TensorFlow Datasets by name, stored in any folder.
 
     Args:
       name: `name[/config][:version][/split]`, e.g. `"mnist/train[:90%]"`, or the
         folder of a prepared dataset.
-      data_dir: the folder; None for `$TFDS_DATA_DIR`, or `~/tensorflow_datasets`.
+      data_dir: the folder of all datasets; None for `$TFDS_DATA_DIR`, or
+        `~/tensorflow_datasets`.
 
     Example:
       `trainer.fit(flaxfit.data.tfds("mnist", data_dir="/data"))`
 
     Raises:
-      TypeError: a name or a folder of another type.
+      TypeError: a name or folder of the wrong type.
     """
     folder = isinstance(data_dir, str | os.PathLike | None)
     if not isinstance(name, str | PurePath) or not folder:
@@ -69,9 +69,9 @@ def tfds(
 
 
 def matches(x: Any) -> bool:
-    """Whether `x` is the name or the folder of a dataset, a builder or a data source.
+    """Whether `x` is a dataset's name or folder, a builder, or a data source.
 
-    A dict of data sources is, too.
+    A dict of data sources matches too.
     """
     if isinstance(x, NamedDataset):
         return True
@@ -85,13 +85,15 @@ def matches(x: Any) -> bool:
 def adapt(x: Any) -> ExampleSet:
     """Returns the examples of one split.
 
-    A dataset that is not prepared is, first. Without a split, `fit` takes `train`.
+    A dataset that is not prepared yet is prepared first. Without a split, `fit` takes
+    `train`.
 
     Args:
       x: see `matches`; a name is `name[/config][:version][/split]`.
 
     Raises:
-      ValueError: there is no such dataset or split, or the split is not named.
+      ValueError: there is no such dataset or split, no split is named and there is no
+        `train`, or `x` is a dict.
       DataError: the dataset cannot be prepared or read, or the split is empty.
     """
     if isinstance(x, Mapping):
@@ -113,7 +115,7 @@ def adapt(x: Any) -> ExampleSet:
     examples = _example_set(source)
     if split:
         return examples
-    # Only training may take a split that was not named.
+    # Only training may use a split that the user has not named.
     text = _unnamed_split(builder.info, given)
     return replace(examples, info=replace(examples.info, assumed_split=text))
 
@@ -126,8 +128,8 @@ def _checked_split(builder: Any, split: str, given: str) -> str:
     """Returns the split to read.
 
     Raises:
-      ValueError: it is not named, or the dataset has no such split.
-      DataError: it is empty.
+      ValueError: no split is named and there is no `train`, or there is no such split.
+      DataError: the split is empty.
     """
     info = builder.info
     counts = _counts(info)
@@ -141,8 +143,8 @@ def _checked_split(builder: Any, split: str, given: str) -> str:
     except ValueError as error:
         reason = str(error).splitlines()[-1]
         raise ValueError(
-            f"{split!r} is no split of it: {has}.{did_you_mean(split, counts)} Parts "
-            f"are written {f'{stem}/train[:90%]'!r} and {f'{stem}/train[90%:]'!r}. "
+            f"there is no split {split!r}: {has}.{did_you_mean(split, counts)} Write "
+            f"parts as {f'{stem}/train[:90%]'!r} and {f'{stem}/train[90%:]'!r}. "
             f"TFDS says: {reason}"
         ) from error
     if total <= 0:
@@ -166,7 +168,7 @@ def _counts(info: Any) -> dict[str, int]:
 
 
 def _suggested(counts: Mapping[str, int]) -> str:
-    """Returns the split a user most likely means, which may be none of the usual."""
+    """Returns the split that the user most likely means, or the first one."""
     wanted = ["test", "validation"] if caller().startswith(_NAME_A_SPLIT) else ["train"]
     if caller() == "validation_data":
         wanted.reverse()
@@ -182,7 +184,7 @@ def _listed(counts: Mapping[str, int]) -> str:
 
 
 def _title(info: Any, split: Any = "") -> str:
-    """Returns what a dataset is called in words: `digits/train 1.0.0`."""
+    """Returns the title of a dataset in messages: `digits/train 1.0.0`."""
     names = (info.name, info.config_name, str(split))
     return f"{'/'.join(filter(None, names))} {info.version}"
 
@@ -197,7 +199,7 @@ def _example_set(source: Any) -> ExampleSet:
 
 
 def _info(source: Any) -> DatasetInfo:
-    """Returns what the dataset says of itself, for examples that are decoded."""
+    """Returns the metadata of the dataset, empty if examples are not decoded."""
     features = importlib.import_module("tensorflow_datasets").features
     info = source.dataset_info
     decoded = source.deserialize_method.name == "DESERIALIZE_AND_DECODE"
@@ -211,7 +213,7 @@ def _info(source: Any) -> DatasetInfo:
     labelled = isinstance(label, features.ClassLabel) and label.num_classes is not None
     names = tuple(label.names) if labelled else ()
     in_bytes = [kinds[key] for key in candidates if kinds[key].np_dtype == np.uint8]
-    # The numbers in a `LabeledImage` are classes.
+    # The values of a `LabeledImage` are classes.
     pictures = [
         isinstance(each, features.Image | features.Video)
         and not isinstance(each, features.LabeledImage)
@@ -227,7 +229,7 @@ def _info(source: Any) -> DatasetInfo:
 
 
 def _keys(nest: Any) -> tuple[str, ...]:
-    """Returns the keys in a part of `supervised_keys`, in their order."""
+    """Returns the keys in a part of `supervised_keys`, in order."""
     if isinstance(nest, str):
         return (nest,) if nest else ()
     parts = nest.values() if isinstance(nest, Mapping) else nest

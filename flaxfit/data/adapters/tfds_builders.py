@@ -1,7 +1,7 @@
 """Finds, prepares and opens TFDS builders by name or folder.
 
-TFDS reads without TensorFlow. Preparing some datasets needs it: those whose pictures
-come as arrays, which it writes as PNG.
+TFDS reads without TensorFlow, but preparing needs it for some datasets: those whose
+images are arrays, which it writes as PNG.
 """
 
 import importlib
@@ -27,10 +27,10 @@ def find_builder(
     Args:
       given: `name[/config][:version][/split]`, or the path of a folder that holds a
         prepared dataset, with or without a split after it.
-      data_dir: the folder of datasets by name; None for TFDS's own.
+      data_dir: the folder of all datasets; None for the default of TFDS.
 
     Raises:
-      UsageError: there is no such dataset, version or config.
+      UsageError: there is no such dataset, folder, version or config.
     """
     tfds = _tfds()
     path = Path(given).expanduser()
@@ -48,7 +48,7 @@ def find_builder(
         )
     if data_dir is not None:
         data_dir = os.path.expanduser(data_dir)
-    # A config goes before a split of the same name, as in TFDS itself.
+    # The last part is read as a config before it is read as a split, as in TFDS.
     head, _, last = given.rpartition("/")
     for name, split in [(given, ""), (head, last)][: 2 if head else 1]:
         try:
@@ -68,12 +68,12 @@ def prepare(builder: Any) -> None:
     """Downloads and prepares a dataset as array_record, unless it is prepared already.
 
     Raises:
-      DataError: TFDS failed to; a note holds the line to run.
+      DataError: TFDS failed to prepare it; a note has the command to run.
     """
     if _is_prepared(builder):
         return
     name, root = name_of(builder.info), builder.data_dir_root
-    print(f"{name} is not prepared in {root}: TFDS does so now, once.", flush=True)
+    print(f"{name} is not prepared in {root}: TFDS prepares it now, once.", flush=True)
     try:
         builder.download_and_prepare(file_format="array_record")
     except Exception as error:
@@ -81,18 +81,18 @@ def prepare(builder: Any) -> None:
         failure = DataError(
             f"TFDS failed to prepare {name} in {root}: {type(error).__name__}: "
             f"{reason}",
-            "Preparing may need more packages (pip install tensorflow), reading does "
-            "not.",
+            "Preparing may need more packages than reading (pip install tensorflow).",
         )
         failure.add_note(
-            f"Run this where it can be prepared, and copy {builder.data_dir} here:\n"
+            "Run this on a machine that can prepare it, and copy "
+            f"{builder.data_dir} here:\n"
             f'    python -c "{_line_to_prepare(builder)}"'
         )
         raise failure from error
-    if not _is_prepared(builder):  # TFDS takes any folder there for a prepared one
+    if not _is_prepared(builder):  # TFDS assumes that any existing folder is prepared
         raise DataError(
             f"{builder.data_dir} holds no prepared dataset",
-            "Delete the folder, and call this again.",
+            "Delete the folder, and make the call again.",
         )
 
 
@@ -109,10 +109,10 @@ def open_source(builder: Any, split: str) -> Any:
         failure = DataError(
             f"{name_of(builder.info)} in {builder.data_dir} is stored as {stored}, "
             "which only TensorFlow reads, and only in order",
-            "Expected array_record, or the tf.data.Dataset of tfds.load(...).",
+            "Expected array_record; or pass the tf.data.Dataset of tfds.load(...).",
         )
         failure.add_note(
-            "To store it as array_record too, run where TensorFlow is installed:\n"
+            "To store it as array_record too, run this where TensorFlow is installed:\n"
             "    pip install tensorflow apache_beam mlcroissant\n"
             f"    tfds convert_format --dataset_version_dir={builder.data_dir} "
             "--out_file_format=array_record"
@@ -121,7 +121,7 @@ def open_source(builder: Any, split: str) -> Any:
 
 
 def name_of(info: Any) -> str:
-    """Returns the name TFDS finds a dataset by: `"glue/sst2:2.0.0"`."""
+    """Returns the full TFDS name of a dataset: `"glue/sst2:2.0.0"`."""
     config = f"/{info.config_name}" if info.config_name else ""
     return f"{info.name}{config}:{info.version}"
 
@@ -135,10 +135,10 @@ def _is_prepared(builder: Any) -> bool:
 
 
 def _check_is_split(builder: Any, split: str) -> None:
-    """Refuses a mistyped config, in place of preparing the default one.
+    """Refuses a mistyped config, instead of preparing the default one.
 
     Raises:
-      UsageError: it looks like no split, and the dataset has configs.
+      UsageError: `split` does not look like a split, and the dataset has configs.
     """
     configs = list(builder.builder_configs)
     splits = _USUAL_SPLITS | {*builder.info.splits}
@@ -146,9 +146,9 @@ def _check_is_split(builder: Any, split: str) -> None:
         return
     name = builder.info.name
     raise UsageError(
-        f"{f'{name}/{split}'!r}: {split!r} is no config of {name}, which has "
+        f"{f'{name}/{split}'!r}: {split!r} is not a config of {name}, which has "
         f"{', '.join(configs)}.{did_you_mean(split, configs)}",
-        "A split needs the config before it.",
+        "Write the config before a split.",
         repr(f"{name}/{configs[0]}/{split}"),
     )
 
@@ -159,7 +159,8 @@ def _folder_error(path: Path, given: str | PurePath) -> UsageError:
     if not path.is_dir():
         return UsageError(f"{str(given)!r} does not exist")
     return UsageError(
-        f"{str(given)!r} is a folder without {_INFO_FILE}, so no prepared TFDS dataset",
+        f"{str(given)!r} is a folder without {_INFO_FILE}, so not a prepared TFDS "
+        "dataset",
         "For pictures write flaxfit.data.image_folder(path, (128, 128)), for a zarr "
         "array zarr.open(path).",
     )
@@ -168,7 +169,7 @@ def _folder_error(path: Path, given: str | PurePath) -> UsageError:
 def _raise_unknown(
     given: str, data_dir: str | os.PathLike[str] | None, failure: Exception
 ) -> NoReturn:
-    """Raises what is wrong with a name that TFDS has no builder for."""
+    """Raises UsageError for a name that TFDS has no builder for."""
     tfds = _tfds()
     root = Path(data_dir or tfds.core.constants.DATA_DIR)
     stored = sorted({each.relative_to(root).parts[0] for each in root.glob("*/*/")})
@@ -187,7 +188,7 @@ def _raise_unknown(
         ) from failure
     advice = did_you_mean(name, known)
     if name in _USUAL_SPLITS:
-        advice = f" A split goes behind the name of its dataset: {f'mnist/{name}'!r}."
+        advice = f" Write a split after the name of its dataset: {f'mnist/{name}'!r}."
     # Without the failure, which lists hundreds of names.
     raise UsageError(
         f"no dataset {given!r}: neither TFDS nor {root} has {name!r}.{advice}",

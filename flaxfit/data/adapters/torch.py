@@ -1,8 +1,7 @@
 """Adapters for torch datasets and DataLoaders. Imports torch only for torch objects.
 
-A loader decides itself which examples make a batch. Its random draws, and those of the
-items, are made a function of seed and pass here, so that two runs are alike and one can
-be resumed.
+A loader makes its own batches. While it is read here, its random draws and those of its
+items depend on seed and pass only, so that a run can be repeated and resumed.
 """
 
 import threading
@@ -23,19 +22,19 @@ from flaxfit.data.host.arrays import as_array, call_text
 from flaxfit.data.host.collate import looks_single
 from flaxfit.data.host.torch_tensors import is_tensor
 
-# The states of generators are exchanged by one loader at a time. Reentrant, for a
+# Only one loader at a time exchanges the states of generators. Reentrant, for a
 # dataset that itself reads another loader.
 _EXCHANGE = threading.RLock()
 _BYTES = "torch.uint8"
 
 
 def matches(x: Any) -> bool:
-    """Whether `x` is a loader or a dataset of torch."""
+    """Whether `x` is a DataLoader or Dataset of torch."""
     return comes_from(x, "torch", "DataLoader", "Dataset")
 
 
 def adapt(x: Any) -> Any:
-    """Returns a loader as batches, a dataset as examples, tensors as arrays.
+    """Returns a loader as batches, a dataset as examples, a TensorDataset as arrays.
 
     Raises:
       UsageTypeError: a dataset without a length.
@@ -55,7 +54,7 @@ def adapt(x: Any) -> Any:
         raise UsageTypeError(
             f"the torch Dataset given to {caller()}, a {type(x).__name__}, has no "
             "length",
-            "Add def __len__(self) to it, or make it an IterableDataset.",
+            "Add def __len__(self), or make it an IterableDataset.",
         )
     return ExampleSet(
         "torch Dataset",
@@ -71,9 +70,9 @@ def _streams(dataset: Any) -> bool:
 
 
 def _tensors(dataset: Any) -> tuple[Any, ...] | None:
-    """Returns the arrays of a `TensorDataset`, or of a part of one; None for others."""
+    """Returns the arrays of a `TensorDataset` or a `Subset` of one; None for others."""
     data = import_module("torch.utils.data")
-    # A subclass may return something else than the tensors hold.
+    # The items of a subclass may differ from the tensors.
     if type(dataset) is data.TensorDataset:
         return tuple(map(as_array, dataset.tensors))
     if type(dataset) is not data.Subset:
@@ -101,7 +100,7 @@ def _info(dataset: Any, length: int) -> DatasetInfo:
 
 
 def _class_names(dataset: Any) -> tuple[str, ...]:
-    """Returns the `classes` of torchvision's datasets, also of a subset."""
+    """Returns the `classes` of a torchvision dataset, or of a subset of one."""
     while not hasattr(dataset, "classes") and hasattr(dataset, "dataset"):
         dataset = dataset.dataset
     names = getattr(dataset, "classes", ())
@@ -116,7 +115,7 @@ def _from_loader(loader: Any) -> Stream:
         kind = _StatefulBatches if hasattr(loader, "load_state_dict") else _Batches
         return lambda pass_index, start: kind(loader, seed, pass_index)
 
-    # Each worker ends its part of a stream with a short batch, which len() leaves out.
+    # Each worker may end with a short batch, which len() of the loader does not count.
     unknown = _streams(loader.dataset) and loader.num_workers > 1
     return Stream(
         "torch DataLoader",
@@ -133,7 +132,7 @@ def _from_loader(loader: Any) -> Stream:
 
 
 def _num_examples(loader: Any) -> int | None:
-    """Returns the examples of a pass, None if only reading tells."""
+    """Returns the number of examples in a pass, None if unknown before reading."""
     # A custom collate_fn may leave examples out.
     default = import_module("torch.utils.data").default_collate
     if (
@@ -155,7 +154,7 @@ def _warn_of_fork(loader: Any) -> None:
 
     context = loader.multiprocessing_context
     method = (
-        # Without `allow_none`, asking would fix the method for the whole process.
+        # Without `allow_none`, this call would set the method for the whole process.
         multiprocessing.get_start_method(allow_none=True)
         or multiprocessing.get_all_start_methods()[0]
         if context is None
@@ -165,7 +164,7 @@ def _warn_of_fork(loader: Any) -> None:
         workers = f"num_workers={loader.num_workers}"
         warnings.warn(
             f"the DataLoader(..., {workers}) given to {caller()} starts its workers by "
-            "fork, and they can hang, as jax has threads that may hold a lock. Write "
+            "fork, and they can hang: a thread of jax may hold a lock. Write "
             f"DataLoader(..., {workers}, "
             'multiprocessing_context="forkserver", persistent_workers=True), and in a '
             'script call fit below if __name__ == "__main__":.',
@@ -175,9 +174,9 @@ def _warn_of_fork(loader: Any) -> None:
 
 
 class _Batches(Iterator[Any]):
-    """The batches of one pass of a loader, whose draws depend on seed and pass alone.
+    """The batches of one pass of a loader, with draws that depend on seed and pass.
 
-    The generators of the loader and its samplers draw as torch's default one does: see
+    Generators of the loader and its samplers are seeded like torch's default one; see
     `_Drawing`.
     """
 
@@ -189,12 +188,12 @@ class _Batches(Iterator[Any]):
         self._token: object = None
         own = _generators(loader)
         here = (*seed, pass_index)
-        # Without a generator of the user's, torchdata makes up a seed.
+        # Without a generator from the user, torchdata draws a random seed.
         made_up = loader.generator is None and _is_of_torchdata(loader.sampler)
         firsts = (0 if made_up else each.initial_seed() for each in own)
         seeds = {g: (n % 2**64, *here) for g, n in zip(own, firsts, strict=True)}
         self._drawing = _Drawing(here, seeds)
-        # Once workers have started, the items draw there.
+        # Once workers have started, items draw in the workers.
         self._later = own if loader.num_workers else self._drawing.generators
 
     def __next__(self) -> Any:
@@ -211,7 +210,7 @@ class _Batches(Iterator[Any]):
             raise DataError(
                 f"the DataLoader(..., batch_size=None) given to {caller()} yields "
                 "single examples",
-                write="DataLoader(dataset, batch_size=32), or give the dataset: "
+                write="DataLoader(dataset, batch_size=32), or pass the dataset: "
                 f"{call_text('dataset')}",
             )
         return raw
@@ -221,32 +220,32 @@ class _Batches(Iterator[Any]):
         _set_epoch([loader.dataset, *_samplers(loader)], self._pass)
         if loader.persistent_workers:
             if loader in LATEST:
-                # Starting workers draws their seed. Workers that stay are not seeded
-                # again, but the order of this pass must be that of a new process.
+                # New workers draw their seed from this generator. Persistent workers do
+                # not, so draw here: the order of the pass must be as in a new process.
                 torch = import_module("torch")
                 torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
             LATEST[loader] = self._token = object()
         return iter(loader)
 
     def _refuse_two_readers(self) -> None:
-        # Readers of such a loader share one iterator, which restarts for each.
+        # Readers of a persistent loader share one iterator; each reader restarts it.
         persistent = self._loader.persistent_workers
         if persistent and LATEST.get(self._loader) is not self._token:
             raise DataError(
-                "a DataLoader(..., persistent_workers=True) is read by two at once, "
-                f"and one of them is {caller()}: its workers can serve only one",
-                "Give validation a DataLoader of its own.",
+                f"{caller()} and another call read the same DataLoader(..., "
+                "persistent_workers=True) at once, but its workers can serve only one",
+                "Use a separate DataLoader for validation.",
             )
 
 
 class _Drawing:
-    """Gives torch's default generator, and others, states of their own while inside.
+    """A context in which torch's default generator, and others, have own states.
 
-    They continue from there when it is entered again; outside the generators are as
-    the user left them.
+    Each entry continues from the states of the last exit; outside the context, the
+    generators have the user's states.
 
     Args:
-      seed: of the default generator.
+      seed: the seed of the default generator.
       others: generator -> its seed.
     """
 
@@ -273,24 +272,24 @@ class _Drawing:
 
 
 class _StatefulBatches(_Batches):
-    """Batches of a loader with a state, as torchdata's is."""
+    """Batches of a loader that can save its position, as torchdata's can."""
 
     def get_state(self) -> Any:
-        """Returns the state of the loader and of the generator its items draw from."""
+        """Returns the states of the loader and of torch's default generator."""
         drawn = self._drawing.states[import_module("torch").default_generator]
         return _as_plain({"loader": self._loader.state_dict(), "drawn": drawn})
 
     def set_state(self, state: Any) -> None:
-        """Sets the state from which the loader continues."""
+        """Sets the loader to a state, from which it continues."""
         state = _from_plain(state)
         self._loader.load_state_dict(state["loader"])
-        # Samplers without a state draw the order of the pass once more, at first.
+        # Samplers without a state must first draw the order of the pass again.
         if not self._loader.num_workers and _samples_from_state(self._loader):
             self._restored = state["drawn"]
 
 
 def _generators(loader: Any) -> list[Any]:
-    """Returns the generators that a user gave to a loader and its samplers."""
+    """Returns the generators that the user passed to a loader and its samplers."""
     holders = (loader, *_samplers(loader))
     found = (getattr(holder, "generator", None) for holder in holders)
     return list(dict.fromkeys(g for g in found if comes_from(g, "torch", "Generator")))
@@ -306,7 +305,7 @@ def _is_of_torchdata(sampler: Any) -> bool:
 
 
 def _samples_from_state(loader: Any) -> bool:
-    """Whether the order of a pass comes from the loader's state, or from no draws."""
+    """Whether the loader's state has the order of a pass, or the order is fixed."""
     sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
     return (
         hasattr(sampler, "state_dict")
@@ -327,7 +326,7 @@ def _set_epoch(parts: Sequence[Any], pass_index: int) -> None:
 
 
 def _as_plain(state: Any) -> Any:
-    """Returns a state with the states of generators in it as bytes."""
+    """Returns a state in which the states of generators are bytes."""
     if isinstance(state, dict):
         return {key: _as_plain(value) for key, value in state.items()}
     if isinstance(state, list):

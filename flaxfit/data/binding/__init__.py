@@ -1,1 +1,1 @@
-"""Binds fields of raw batches to the inputs of a model's call."""
+"""Binds fields of raw batches to a model's inputs, targets and weights."""

@@ -1,6 +1,6 @@
 """Binds parts of a raw batch to inputs, targets and weights.
 
-Looks at structure and names only, never at values: it works on tracers too.
+This reads structure and names only, never values, so it also works on tracers.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ TARGET_NAMES = ("label", "labels", "target", "targets", "y")
 WEIGHT_NAMES = ("weights", "sample_weight", "sample_weights")
 
 _Keys: TypeAlias = tuple[str, ...] | dict[str, str]
-"""The keys of the inputs, by position or by the call's parameter."""
+"""The keys of the inputs, by position or by parameter of the call."""
 
 
 class _Plan(NamedTuple):
@@ -42,11 +42,11 @@ class InMemoryData:
 
     @property
     def example(self) -> Batch:
-        """The batch, as of a source."""
+        """The batch, under the name that sources have for their first batch."""
         return self.batch
 
     def check(self, check_values: Callable[[Batch], None]) -> None:
-        """Checks the values, as of a source."""
+        """Checks the values, as `BatchSource.check` does."""
         check_values(self.batch)
 
 
@@ -54,20 +54,20 @@ class InMemoryData:
 class Binding:
     """How a raw batch is read.
 
-    A tuple or list is `(x,)`, `(x, y)` or `(x, y, weights)`. A dict goes by the
-    names of the model's call; its targets are under the first of `label`, `labels`,
-    `target`, `targets`, `y`, its weights under `weights`, `sample_weight` or
-    `sample_weights`. Where the call wants one more input and the batch has one more
-    key, they belong together, whatever they are called.
+    A tuple or list is `(x,)`, `(x, y)` or `(x, y, weights)`. In a dict, inputs are the
+    keys named like the parameters of the model's call; targets are the first of
+    `label`, `labels`, `target`, `targets`, `y`; weights are the first of `weights`,
+    `sample_weight`, `sample_weights`. If one input is missing and one key is left over,
+    they are matched whatever their names.
 
     Attributes:
       call: the inputs of the model's call.
-      inputs: overrides what the inputs are: a key of a dict batch, several keys, a
-        dict from the call's parameter to key, or a function of the raw batch that
+      inputs: the user's choice of inputs: a key of a dict batch, several keys, a dict
+        from parameter of the call to key, or a function of the raw batch that
         returns a tuple (inputs by position), a dict (by name) or one input.
-      targets: overrides where a dict has its targets: a key or several keys.
-      columns: what earlier tables were read as; see `table_binding`.
-      outputs: inputs -> the shapes of the model's outputs, None if it cannot tell.
+      targets: the user's choice of targets in a dict batch: a key or several keys.
+      columns: how earlier tables were read; see `table_binding`.
+      outputs: inputs -> the shapes of the model's outputs, None if unknown.
     """
 
     call: CallSpec
@@ -77,10 +77,10 @@ class Binding:
     outputs: Callable[[Inputs], PyTree] | None = None
 
     def __post_init__(self) -> None:
-        """Checks the parameters that `inputs` names.
+        """Checks the parameters named in `inputs`.
 
         Raises:
-          ValueError: one of them is not in the model's call.
+          ValueError: the model's call does not have one of them.
         """
         if not isinstance(self.inputs, Mapping) or self.call.var_keyword:
             return
@@ -94,14 +94,14 @@ class Binding:
                 )
 
     def guided_by(self, info: DatasetInfo) -> "Binding":
-        """Returns the binding with what a dataset says of itself where nothing is said.
+        """Returns the binding with a dataset's inputs and targets, unless already set.
 
-        Names of the call that the dataset has go before its word.
+        Its inputs are not used if it has all keys that the model's call requires.
         """
         inputs, targets = self.inputs, self.targets
         if inputs is None and info.inputs is not None:
             keys = (info.inputs,) if isinstance(info.inputs, str) else info.inputs
-            wanted = self.call.required  # nothing, of nn.Sequential
+            wanted = self.call.required  # empty for nn.Sequential
             named = bool(wanted) and all(name in info.keys for name in wanted)
             inputs = None if named else keys
         if targets is None:
@@ -109,10 +109,11 @@ class Binding:
         return dataclasses.replace(self, inputs=inputs, targets=targets)
 
     def split(self, raw: Any) -> Batch:
-        """Splits a raw batch; `weights` is None where it has none.
+        """Splits a raw batch into a `Batch`; missing targets and weights are None.
 
         Raises:
-          DataError: inputs the call requires are missing, or the tuple is too long.
+          DataError: an input that the call requires is missing, a key does not exist,
+            or the tuple has the wrong length.
         """
         if isinstance(raw, Batch):
             return raw
@@ -131,21 +132,21 @@ class Binding:
         return Batch(self.bind(raw if callable(self.inputs) else x), y, weights)
 
     def targets_of(self, raw: Any) -> PyTree:
-        """Returns what a raw batch has where the targets are, nested like them."""
+        """Returns the part of a raw batch that is in the place of the targets."""
         return dataclasses.replace(self, inputs=lambda raw: ()).split(raw).targets
 
     def bind(self, x: Any) -> Inputs:
-        """Returns what the model is called with for `x` alone, without targets.
+        """Returns the model's inputs for `x` alone, without targets.
 
-        A tuple or list goes in by position where the call takes several inputs, a
-        dict by name where it has the names of the call; else they are one input.
-        Unlike a whole batch, a dict of inputs may hold nothing else.
+        A tuple or list is several inputs by position if the call takes several. A dict
+        is inputs by name if it has the names of the call. Otherwise `x` is one input.
+        Unlike a whole batch, a dict of inputs may not have other keys.
 
         Raises:
-          DataError: `x` has not the parts that the call requires, or others.
+          DataError: parts that the call requires are missing, or `x` has others.
         """
         if callable(self.inputs):
-            # A function of the user's returns anything: lists, tensors.
+            # The user's function may return anything: lists, tensors.
             return _called(as_host(self.inputs(x), but_device=True), self.call)
         if _is_sequence(x):
             return self.by_position(tuple(x) if self.takes_several else (tuple(x),))
@@ -164,7 +165,7 @@ class Binding:
         return self.by_position((dict(x),))
 
     def unused(self, raw: Any) -> tuple[str, ...]:
-        """Returns the keys of a raw dict batch of which nothing is read."""
+        """Returns the keys of a raw batch that are not read."""
         if isinstance(raw, Batch) or not has_fields(raw):
             return ()
         return self._plan(_fields(raw)).unused
@@ -176,7 +177,7 @@ class Binding:
         return call.var_positional or len(call.positional or call.keyword_only) > 1
 
     def _lone(self, names: Mapping[str, Any]) -> bool:
-        """Whether these are the one input of a call: then a name changes nothing."""
+        """Whether these names are the only input of the call: it is then positional."""
         return not self.takes_several and tuple(names) == self.call.positional
 
     def _plan(self, fields: Mapping[str, Any]) -> _Plan:
@@ -204,8 +205,8 @@ class Binding:
         call = self.call
         free = [key for key in fields if key not in taken]
         if not call.names and call.var_positional and len(free) == 1:
-            return (free[0],)  # nn.Sequential, which names none of its inputs
-        # A target the call requires too (a decoder's) is both.
+            return (free[0],)  # nn.Sequential, whose inputs have no names
+        # A target that the call also requires, as in a decoder, is both.
         found = {
             name: name
             for name in (*call.names, *(free if call.var_keyword else ()))
@@ -222,7 +223,7 @@ class Binding:
         raise self._missing(fields, tuple(free))
 
     def _chosen(self, inputs: Any, fields: Mapping[str, Any]) -> _Keys:
-        """Returns the keys that the override `inputs` names."""
+        """Returns the keys that the user's `inputs` name."""
         keys = tuple(inputs.values()) if isinstance(inputs, Mapping) else inputs
         known = _known_keys("inputs", keys, fields)
         if isinstance(known, str):
@@ -260,9 +261,9 @@ class Binding:
         absent = [name for name in self.call.names if name not in named]
         return DataError(
             f"x has the keys {listed(x)}, but the model's call takes "
-            f"{listed(self.call.names)} and knows no {unknown[0]!r}."
+            f"{listed(self.call.names)} and has no {unknown[0]!r}."
             f"{did_you_mean(str(unknown[0]), absent)} Rename it or leave it out, or "
-            f"say what the inputs are: Trainer(model, inputs={list(named)!r})."
+            f"name the inputs: Trainer(model, inputs={list(named)!r})."
         )
 
     def _missing(self, fields: Mapping[str, Any], free: tuple[str, ...]) -> DataError:
@@ -278,7 +279,7 @@ class Binding:
 
 
 def _called(inputs: Any, call: CallSpec) -> Inputs:
-    """Returns what the function `inputs` gave as inputs of a call."""
+    """Returns the result of the function `inputs` as inputs of the call."""
     if isinstance(inputs, tuple) and not hasattr(inputs, "_fields"):
         return inputs
     by_name = isinstance(inputs, Mapping) and (
@@ -288,14 +289,14 @@ def _called(inputs: Any, call: CallSpec) -> Inputs:
 
 
 def _unpacked(raw: Any) -> tuple[Any, Any, Any]:
-    """Returns `(x, y, weights)`, None for what is not there."""
+    """Returns `(x, y, weights)`, with None for missing parts."""
     if not _is_sequence(raw):
         return raw, None, None
     if not 1 <= len(raw) <= 3:
         raise DataError(
             f"a {type(raw).__name__} of {len(raw)} items: a batch is x, (x,), (x, y) "
-            "or (x, y, weights). Several inputs go into one tuple, ((a, b), y); a list "
-            "of examples into one array, np.stack(x)."
+            "or (x, y, weights). Write several inputs as one tuple, ((a, b), y); a "
+            "list of examples as one array, np.stack(x)."
         )
     x, y, weights = (*raw, None, None)[:3]
     return x, y, weights
@@ -306,9 +307,9 @@ def _is_sequence(value: object) -> bool:
 
 
 def has_fields(raw: object) -> bool:
-    """Whether a raw batch is read by names: a mapping, or a named tuple.
+    """Whether a raw batch is read by names: a mapping or named tuple.
 
-    A dataclass is, too, where it has targets; without them it is an input.
+    So is a dataclass that has a field for targets; any other dataclass is an input.
     """
     if isinstance(raw, Mapping) or hasattr(raw, "_asdict"):
         return True
@@ -345,5 +346,5 @@ def _pick(fields: Mapping[str, Any], keys: str | tuple[str, ...] | None) -> PyTr
 
 
 def listed(names: Any) -> str:
-    """Returns names as a message lists them."""
+    """Returns names as text for a message."""
     return ", ".join(map(str, names)) or "nothing"

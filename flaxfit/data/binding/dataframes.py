@@ -1,6 +1,6 @@
-"""Columns of pandas, polars and pyarrow tables as NumPy arrays, read by narwhals.
+"""Reads columns of pandas, polars and pyarrow tables as NumPy arrays, by narwhals.
 
-It knows nothing of models; `table_binding` decides which columns are inputs.
+This module knows no models; `table_binding` decides which columns are inputs.
 """
 
 from collections import Counter
@@ -15,7 +15,7 @@ from flaxfit._core.lazy_types import comes_from
 from flaxfit._core.types import HostArray
 from flaxfit.data.datasets.columns import Name
 
-# By name, so that data without tables does not wait for `import narwhals` (50 ms).
+# Matched by name, so that data without tables need not import narwhals (50 ms).
 _TABLES = (
     ("pandas", "DataFrame"),
     ("polars", "DataFrame"),
@@ -30,7 +30,7 @@ _ONE_HOT = (
     "pd.get_dummies(df, columns=[{n}]) (polars: df.to_dummies({n}); pyarrow: "
     "pc.equal(table[{n}], value)) for a column of each value"
 )
-# What to write against a problem of the column {n}.
+# The code to write if there is this problem with the column {n}.
 _LINES: Mapping[str, str] = MappingProxyType(
     {
         "missing": "df = df.dropna() (polars: df.drop_nulls(); pyarrow: "
@@ -60,13 +60,13 @@ class Column(NamedTuple):
     """One column of a table.
 
     Attributes:
-      name: its name, None where it has none.
+      name: its name, or None.
       kind: `"number"`, `"category"`, `"text"`, `"date"` or `"object"`.
       dtype: the library's name of its dtype.
       values: `[rows]`: numbers, text, or the codes of a category. Empty for other kinds
-        and where values are missing.
+        and if values are missing; NaN may be in it.
       categories: the names of the codes 0, 1, …
-      missing: the first row without a value, None where all have one.
+      missing: the first row without a value or with NaN, else None.
     """
 
     name: Name | None
@@ -78,11 +78,11 @@ class Column(NamedTuple):
 
     @property
     def where(self) -> str:
-        """Its name in errors."""
+        """The column's name in error messages."""
         return "y" if self.name is None else f"the column {self.name!r}"
 
     def line(self, problem: str) -> str:
-        """Returns the code to write against a problem."""
+        """Returns the code that solves a problem of this column."""
         return _LINES[problem].format(n=repr("y" if self.name is None else self.name))
 
 
@@ -95,12 +95,12 @@ class Table(NamedTuple):
 
 
 def is_table(value: object) -> bool:
-    """Whether a value is a table of one of the three libraries."""
+    """Whether a value is a table of pandas, polars or pyarrow."""
     return any(comes_from(value, *classes) for classes in _TABLES)
 
 
 def is_column(value: object) -> bool:
-    """Whether a value is a single column of one of them."""
+    """Whether a value is a single column of pandas, polars or pyarrow."""
     return any(comes_from(value, *classes) for classes in _COLUMNS)
 
 
@@ -113,20 +113,20 @@ def is_lazy(value: object) -> bool:
 
 
 def refuse_lazy(value: Any) -> NoReturn:
-    """Raises UsageTypeError for a value that `is_lazy`."""
+    """Raises UsageTypeError for a query or dataset for which `is_lazy` is true."""
     polars = comes_from(value, "polars", "LazyFrame")
     raise UsageTypeError(
         f"a {type(value).__name__} holds no rows yet",
         write=f"{'df.collect()' if polars else 'dataset.to_table()'} for the table, or "
-        "pass a function that yields parts of it",
+        "pass a function that yields tables of a batch each",
     )
 
 
 def as_table(value: Any) -> Table:
-    """Returns a table that `is_table`.
+    """Returns a table of any library as a `Table`.
 
     Raises:
-      DataError: two columns have one name, or a name is neither text nor a number.
+      DataError: two columns have the same name, or a name is not text or an integer.
     """
     library = _library_of(value, _TABLES)
     names = value.schema.names if library == "pyarrow" else list(value.columns)
@@ -145,7 +145,7 @@ def as_table(value: Any) -> Table:
 
 
 def as_column(value: Any, name: Name | None = None) -> Column:
-    """Returns a column that `is_column`; `name` None for the one it has itself."""
+    """Returns a column of any library as a `Column`, called `name` or by its own."""
     import narwhals.stable.v2 as nw
 
     library = _library_of(value, _COLUMNS)
@@ -162,7 +162,7 @@ def as_column(value: Any, name: Name | None = None) -> Column:
         name = series.name
     dtype = str(value.type if library == "pyarrow" else value.dtype)
     missing = np.asarray(series.is_null().to_numpy(), bool)
-    # A column without any value may have been meant as numbers.
+    # The dtype of a column without any value says nothing about its kind.
     empty = len(missing) > 0 and bool(missing.all())
     kind = "number" if empty else _kind_of(series)
     values: HostArray = np.empty(0)
@@ -179,15 +179,15 @@ def as_column(value: Any, name: Name | None = None) -> Column:
 
 
 def plain_columns(value: Any) -> dict[Name, HostArray]:
-    """Returns the columns of a table as arrays, whatever they hold."""
+    """Returns the columns of a table as arrays of any dtype."""
     return {name: np.asarray(value[name]) for name in as_table(value).names}
 
 
 def numbers(column: Column, *, floats: bool = False) -> HostArray:
-    """Returns a column of numbers, as `float32` with `floats`, else in its dtype.
+    """Returns a column of numbers, as `float32` with `floats`, else in its own dtype.
 
     Raises:
-      DataError: it holds something else, or a row has no number.
+      DataError: the column is not numeric, or a row has no finite number.
     """
     if column.kind != "number":
         raise DataError(
@@ -204,8 +204,8 @@ def numbers(column: Column, *, floats: bool = False) -> HostArray:
         row = int(np.argmin(np.isfinite(result)))
         raise DataError(
             f"{column.where} holds {values[row]} at row {row}: float32 ends at 3.4e38, "
-            "and an infinity makes the loss NaN",
-            "Drop such rows or replace the values",
+            "and infinity makes the loss NaN",
+            "Drop these rows or replace the values",
         )
     return result
 
@@ -217,11 +217,11 @@ def labels(
 
     Args:
       column: numbers, or a category, whose codes are returned.
-      known: the names of the classes 0, 1, … that the codes have to mean. With it, text
-        is read as such names.
+      known: the class names of the codes 0, 1, … if they are fixed already. With it,
+        text is read as class names.
 
     Raises:
-      DataError: other values, a row without one, or an unknown class.
+      DataError: text or other values, a row without a value, or an unknown class.
     """
     _refuse_missing(column)
     if column.kind == "category":
@@ -237,7 +237,7 @@ def labels(
         )
     elif known and all(name.lstrip("-").isdigit() for name in known):
         raise DataError(
-            f"{column.where} is {column.dtype}, and this trainer was trained on the "
+            f"{column.where} is {column.dtype}, but this trainer was trained on the "
             f"category {', '.join(known)}: a number could be its value or its code",
             write=column.line("labels"),
         )
@@ -289,8 +289,8 @@ def _kind_of(series: Any) -> str:
 def _codes_of(series: Any, library: str) -> tuple[HostArray, tuple[str, ...]]:
     """Returns the codes of a category without missing values, and their names.
 
-    narwhals has no codes: its way is to look every value up, which takes 0.2 to 4 s for
-    a million rows; the libraries have them at hand.
+    narwhals has no access to the codes: looking every value up takes 0.2 to 4 s for a
+    million rows, so this asks the libraries.
     """
     if library == "pandas":
         category = series.astype("category").cat

@@ -1,4 +1,4 @@
-"""Reads arrays and tables that are in memory as one batch."""
+"""Reads arrays and tables in memory as one batch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ class Arrays:
     """Arrays or tables in memory, not yet bound to inputs and targets.
 
     Attributes:
-      x: the data, as it was given; or what was read of it already.
+      x: the data as the user passed it, or the result of reading it.
       y: targets.
       sample_weight: weights.
     """
@@ -43,11 +43,11 @@ class Arrays:
 
 
 def is_arrays(x: Any, y: Any, sample_weight: Any) -> bool:
-    """Whether the data is arrays; False for a dataset, which has its targets inside.
+    """Whether the data is arrays; False for a dataset, which contains its targets.
 
     Raises:
-      TypeError: no data, a name, or a tuple that holds something else than arrays.
-      ValueError: `y` or `sample_weight` beside data that has its own.
+      TypeError: no data, bytes, or a tuple or dict that does not hold arrays.
+      ValueError: `y` or `sample_weight` together with data that contains its own.
     """
     if x is None or isinstance(x, bytes):
         arrays = "x" if caller().startswith("predict") else "x, y"
@@ -60,7 +60,7 @@ def is_arrays(x: Any, y: Any, sample_weight: Any) -> bool:
     given = y is not None or sample_weight is not None
     if isinstance(x, Batch | InMemoryData):
         if given:
-            raise ValueError(f"a Batch has its {name} inside: write {caller()}(batch).")
+            raise ValueError(f"a Batch contains its {name}: write {caller()}(batch).")
         return True
     if dataframes.is_table(x) or is_array(x):
         return True
@@ -69,10 +69,10 @@ def is_arrays(x: Any, y: Any, sample_weight: Any) -> bool:
     if given:
         kind = x.kind if isinstance(x, ExampleSet | Stream) else type(x).__name__
         raise ValueError(
-            f"{name} is given beside a {kind}, which brings its targets and "
-            "weights itself. Let its items be (x, y), (x, y, weights) or dicts, and "
-            f"write {call_text('dataset')}; what is one column of a dataset is "
-            "made an array by np.asarray(column)."
+            f"{name} is given together with a {kind}, which must contain its targets "
+            "and weights itself. Let its items be (x, y), (x, y, weights) or dicts, "
+            f"and write {call_text('dataset')}; a single column of a dataset becomes "
+            "an array by np.asarray(column)."
         )
     if isinstance(x, ExampleSet | Stream):
         return False
@@ -88,17 +88,17 @@ def is_arrays(x: Any, y: Any, sample_weight: Any) -> bool:
 
 
 def is_batch_list(x: Any, y: Any) -> bool:
-    """Whether `x` lists batches: a list of tuples, dicts or lists of arrays."""
+    """Whether `x` is a list of batches, which are tuples, dicts, tables or lists."""
     if not isinstance(x, list | tuple) or hasattr(x, "_fields"):
         return False
-    # A tuple of two or three is one dataset, ((a, b), y) as well as ((a, b), (c, d)).
+    # A tuple of two or three is one dataset: both ((a, b), y) and ((a, b), (c, d)).
     if isinstance(x, tuple) and (len(x) <= 3 or y is not None):
         return False
     return bool(x) and all(_is_nested(part) or has_fields(part) for part in x)
 
 
 def is_several_inputs(x: Any, binding: Binding) -> bool:
-    """Whether a tuple given to `predict` has one input in each of its parts."""
+    """Whether each part of a tuple or list given to `predict` is one input."""
     plain = isinstance(x, tuple | list) and not hasattr(x, "_fields")
     if not plain or _is_nested(x[0]) or callable(binding.inputs):
         return False
@@ -113,7 +113,7 @@ def _is_nested(value: Any) -> bool:
 def read_arrays(
     arrays: Arrays, binding: Binding, class_weight: Mapping[Any, float] | None = None
 ) -> InMemoryData:
-    """Returns all examples; `weights` is None where none are given."""
+    """Returns all examples; `weights` is None if they have no weights."""
     x, y, sample_weight = arrays.x, arrays.y, arrays.sample_weight
     raw = x if y is None else (x, y)
     if isinstance(x, InMemoryData):
@@ -164,12 +164,12 @@ def read_inputs(x: Any, binding: Binding) -> InMemoryData:
 
 
 def stream_inputs(raw: Any, binding: Binding) -> Batch:
-    """Reads a raw batch for its inputs alone."""
+    """Returns a raw batch with its inputs only."""
     try:
         inputs = binding.split(raw).inputs
     except DataError:
         if not has_fields(raw):
             raise
-        # Not a batch with names for the call: then it is one input as it is.
+        # It has no keys with names of the call, so it may be one input as a whole.
         inputs = binding.bind(raw)
     return Batch(inputs, None, None)

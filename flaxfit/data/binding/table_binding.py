@@ -1,7 +1,7 @@
 """Binds columns of a table to inputs, targets and weights.
 
-The first table decides; later tables are read by the same names of columns, whatever
-their order.
+The first table determines the role of each column; later tables are read by the same
+column names, in any order.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,30 +37,30 @@ from flaxfit.data.host.arrays import as_host, narrow
 _MOST_NAMES = 6
 
 _Targets: TypeAlias = tuple[PyTree, Columns]
-"""The targets, and what to remember of their columns."""
+"""The targets, and their columns to remember."""
 
 
 def holds_table(raw: Any) -> bool:
-    """Whether data is a table, alone or as the `x` of `(x, y)`."""
+    """Whether data is a table, or a tuple or list whose first part is a table."""
     if isinstance(raw, tuple | list) and 1 <= len(raw) <= 3:
         raw = raw[0]
     return is_table(raw)
 
 
 def read_table(raw: Any, binding: Binding, *, targets: bool = True) -> InMemoryData:
-    """Reads a table that `holds_table`.
+    """Reads data for which `holds_table` is true.
 
     Args:
       raw: the table, `(table, y)` or `(table, y, weights)`. Without `y`, the targets
         and weights are columns of the table.
       binding: how data is read, and how earlier tables were read.
-      targets: False to read inputs alone.
+      targets: False to read only the inputs.
 
     Returns:
-      The examples; remember `info.columns` for later tables.
+      The examples; keep `info.columns` for later tables.
 
     Raises:
-      DataError: columns that are missing, without a number, ambiguous, or targets
+      DataError: a column is missing, not numeric or ambiguous, or the targets are
         among the inputs.
     """
     parts = tuple(raw) if isinstance(raw, tuple | list) else (raw,)
@@ -105,21 +105,21 @@ def read_table(raw: Any, binding: Binding, *, targets: bool = True) -> InMemoryD
 
 @dataclass
 class TableReader:
-    """Reads raw batches that are tables like the first; see `read_table`."""
+    """Reads raw batches of tables with the same columns; see `read_table`."""
 
     binding: Binding
     targets: bool
     info: DatasetInfo = NO_INFO
 
     def __call__(self, raw: Any) -> Batch:
-        """Returns a table as a batch."""
+        """Returns a raw batch as a batch, and remembers its columns."""
         whole = read_table(raw, self.binding, targets=self.targets)
         self.binding = replace(self.binding, columns=whole.info.columns)
         self.info = whole.info
         return whole.batch
 
     def with_table_info(self, info: DatasetInfo) -> DatasetInfo:
-        """Returns what is known about a dataset, and about its tables."""
+        """Returns the metadata of a dataset, extended by that of its tables."""
         columns = self.binding.columns
         return replace(
             info,
@@ -138,7 +138,7 @@ def holds_column(raw: Any) -> bool:
 
 
 def read_column(raw: Any, binding: Binding) -> InMemoryData:
-    """Reads arrays with targets that `holds_column`.
+    """Reads arrays whose targets are a column or table; see `holds_column`.
 
     Raises:
       DataError: targets that are text, missing or of an unknown class.
@@ -156,13 +156,13 @@ def read_column(raw: Any, binding: Binding) -> InMemoryData:
 
 
 def refuse_inner_tables(data: Any, where: str) -> None:
-    """Raises DataError for a table inside of other data.
+    """Raises DataError for a table inside other data.
 
-    Its columns would be read by their order, not by their names.
+    Its columns would be read by order instead of by name.
     """
     if is_table(data):
         raise DataError(
-            f"{where} holds a {type(data).__name__} beside other inputs",
+            f"{where} holds a {type(data).__name__} inside a tuple, list or dict",
             "Give one table with all the columns, or arrays, df[['a', 'b']].to_numpy()",
             "Trainer(model, inputs={'left': ['a', 'b'], 'right': ['c']}) to name the "
             "columns of each input",
@@ -178,7 +178,7 @@ def refuse_inner_tables(data: Any, where: str) -> None:
 def _target_names(
     table: Table, binding: Binding, known: Columns, whole: bool
 ) -> Part | Mapping[str, Part] | None:
-    """Returns the columns that are targets; the user may name absent ones."""
+    """Returns the columns of the targets; columns named by the user may not exist."""
     if known.targets is not None:
         return known.targets
     if binding.targets is not None:
@@ -205,7 +205,7 @@ def _sure_inputs(binding: Binding, known: Columns) -> set[Name]:
 def _choose(
     table: Table, free: Sequence[Name], binding: Binding
 ) -> tuple[Part, ...] | dict[str, Part]:
-    """Finds the call's inputs among the columns that are `free`."""
+    """Returns the columns of each input of the call, from the columns in `free`."""
     call, named_inputs = binding.call, binding.inputs
     if isinstance(named_inputs, Mapping):
         return {name: _part(columns) for name, columns in named_inputs.items()}
@@ -235,7 +235,7 @@ def _part(columns: Any) -> Part:
 
 
 def _takes_one(call: CallSpec) -> bool:
-    """Whether one input is all that a call needs."""
+    """Whether the call needs at most one input."""
     return not call.names or len(call.required) < 2
 
 
@@ -251,9 +251,9 @@ def _unclear(
     if _takes_one(call):
         return DataError(
             f"{given}, and the model's call takes {listed(call.names)}",
-            f"The input may be {named[0]!r} or all of them",
-            f"Trainer(model, inputs={named[0]!r}) for that column alone, or "
-            f"Trainer(model, inputs={list(free)!r}) for a matrix of them",
+            f"The input may be {named[0]!r} alone or all of these columns",
+            f"Trainer(model, inputs={named[0]!r}) for that column, or "
+            f"Trainer(model, inputs={list(free)!r}) for a matrix of all",
         )
     example = {name: free[i % len(free)] for i, name in enumerate(call.required)}
     return DataError(
@@ -271,7 +271,7 @@ def _require(table: Table, parts: Any, role: str) -> None:
             f"the {table.kind} has no column {', '.join(map(repr, missing))}, which "
             f"{'is' if len(missing) == 1 else 'are'} among {role}; it has "
             f"{listed(table.names)}.{near}",
-            "Columns go by their names, in any order; others are left out",
+            "Columns are matched by name, in any order; others are ignored",
         )
 
 
@@ -288,7 +288,7 @@ def _inputs(x: Any, table: Table, parts: Any, binding: Binding) -> Inputs:
 
 
 def _as_array(made: Any) -> Any:
-    """Returns an input that the user's function made, as an array."""
+    """Returns an input made by the user's function as an array."""
     if is_table(made):
         table = as_table(made)
         return _values(table, table.names, floats=True)
@@ -298,7 +298,7 @@ def _as_array(made: Any) -> Any:
 def _values(table: Table, part: Part, *, floats: bool) -> HostArray:
     """Returns a column `[rows]`, or a matrix `[rows, columns]`.
 
-    With `floats` a matrix of integers is `float32` too.
+    With `floats`, a matrix of integers becomes `float32` too.
     """
     if not isinstance(part, tuple):
         return numbers(table.column(part))
@@ -310,7 +310,7 @@ def _values(table: Table, part: Part, *, floats: bool) -> HostArray:
 
 
 def _from_table(table: Table, names: Any, inputs: Inputs, binding: Binding) -> _Targets:
-    """Returns targets that are columns of this table or of a separate one."""
+    """Returns targets that are columns of `table`: that of the inputs, or a table y."""
     known = binding.columns
     if not isinstance(names, tuple | Mapping):
         return _one_column(table.column(names), names, inputs, binding)
@@ -330,7 +330,7 @@ def _from_table(table: Table, names: Any, inputs: Inputs, binding: Binding) -> _
 def _one_column(
     column: Column, name: Name | None, inputs: Inputs, binding: Binding
 ) -> _Targets:
-    """Returns one column of targets, `[rows]` or `[rows, 1]` as the output is."""
+    """Returns one column of targets as `[rows]`, or `[rows, 1]` if the output is."""
     known = binding.columns
     values, class_names = labels(column, known.class_names if known else ())
     axis = known.target_axis if known else _is_column(_outputs(binding, inputs))
@@ -339,7 +339,7 @@ def _one_column(
 
 
 def _given_apart(y: Any, inputs: Inputs, binding: Binding, parts: Any) -> _Targets:
-    """Returns targets that are given beside the inputs."""
+    """Returns targets that are passed separately from the inputs."""
     if is_table(y):
         table, known = as_table(y), binding.columns and binding.columns.targets
         names: Any = table.names if known is None else known
@@ -353,7 +353,7 @@ def _given_apart(y: Any, inputs: Inputs, binding: Binding, parts: Any) -> _Targe
     else:
         values = as_host(y)
         return values, Columns(target_axis=_is_column(values))
-    # An input of the same name is another column: do not look for targets there.
+    # The input of this name is another column: later tables must not use it as target.
     clash = {*names_in(parts)} & {*names_in(columns.targets)}
     return values, replace(columns, targets=None) if clash else columns
 
@@ -369,7 +369,7 @@ def _is_column(output: Any) -> bool:
 
 
 def _refuse_leak(table: Table, y: Any, target: PyTree, parts: Any) -> None:
-    """Raises DataError for targets that are an input as well, by name and values."""
+    """Raises DataError if an input column has the name and values of the targets."""
     if not isinstance(target, np.ndarray) or target.size != len(target):
         return
     suspects: set[Any] = set(TARGET_NAMES)
@@ -379,14 +379,14 @@ def _refuse_leak(table: Table, y: Any, target: PyTree, parts: Any) -> None:
     for name in names_in(parts):
         if name in suspects and np.array_equal(table.column(name).values, flat):
             raise DataError(
-                f"the column {name!r} of x is y: the model would see its target",
+                f"the column {name!r} of x equals y: the model would see its target",
                 write=f"fit(df) with Trainer(model, targets={name!r}), or leave the "
                 f"column out of x, df.drop(columns={name!r})",
             )
 
 
 def refuse_other_order(x: Any, y: Any, name: str) -> None:
-    """Raises DataError if pandas's index shows the same rows in another order."""
+    """Raises DataError if the pandas indexes have the same rows in another order."""
     framed = [comes_from(each, "pandas", "Series", "DataFrame") for each in (x, y)]
     if not all(framed) or len(x) != len(y) or x.index.equals(y.index):
         return
@@ -400,7 +400,7 @@ def refuse_other_order(x: Any, y: Any, name: str) -> None:
 
 
 def _in_words(inputs: Any, targets: Any, weight: Name | None) -> str:
-    """Returns the role of each column: `"a, b, c · targets: d"`."""
+    """Returns the role of each column as text: `"a, b, c · targets: d"`."""
     names = [str(name) for name in names_in(inputs)]
     more = f", … ({len(names)})" if len(names) > _MOST_NAMES else ""
     parts = [", ".join(names[:_MOST_NAMES]) + more]

@@ -15,29 +15,31 @@ from flaxfit.data.host.padding_arguments import as_padding
 
 @dataclass(frozen=True, eq=False)
 class Batches:
-    """Batches of someone else's making, whose shapes vary or have no common axis.
+    """Ready-made batches whose shapes vary, or whose inputs have no common axis.
 
     Args:
-      batches: an iterable of batches, a function that returns one, a loader.
+      batches: an iterable of batches, a function that returns one, or a loader.
       size: raw batch -> its number of examples, for batches such as graphs, whose
         inputs are arrays without a common first axis. Targets, weights and outputs
-        hold one row per example; what only fills a batch up gets weight 0, and
-        `predict` returns its rows too. On several devices, each has the whole batch.
-      pad_to: the length to which rows are padded along their second axis, or ascending
-        lengths, `[32, 64, 128]`: a batch is padded to the shortest that holds it, and
-        the steps are compiled once for each of them. For loaders that pad every batch
-        to its own longest row. All parts with such an axis need the same length; else
-        name those to be padded, `{"tokens": 64}` or by position, `{0: 64}`. Where
-        targets are padded, what is added weighs 0; padding of the loader's own is in
-        its weights.
-      pad_value: what is padded with, for all or by part.
-      truncate: whether to cut off what is longer than the longest of `pad_to`.
-      mask: the key under which the model is given `bool[batch, length]`, False for what
-        was added, with batches that are dicts; `{key: part}` where parts differ.
+        have one row per example. Give examples that are padding weight 0; `predict`
+        returns their rows too. With several devices, each has the whole batch.
+      pad_to: the length that rows are padded to along their second axis, or several
+        in ascending order, `[32, 64, 128]`: a batch is padded to the shortest that
+        fits, and the steps are compiled once per length. For loaders that pad every
+        batch to its longest row. All parts with a second axis must have the same
+        length; else name the parts to pad, `{"tokens": 64}` or by position, `{0: 64}`.
+        Padding added to targets has weight 0; the loader's own padding needs weights
+        from the loader.
+      pad_value: the value to pad with, for all parts or by part.
+      truncate: whether to cut off rows at the longest length of `pad_to`, instead of
+        raising an error.
+      mask: for batches that are dicts, the key under which the model receives
+        `bool[batch, length]`, False for added padding; `{key: part}` if parts differ
+        in length.
 
     Raises:
-      TypeError: arrays or single examples, or `size` is no function.
-      ValueError: arguments that do not go together.
+      TypeError: arrays or single examples, or `size` is not a function.
+      ValueError: arguments that cannot be combined.
 
     Example:
       >>> import flax.linen as nn, jax, numpy as np
@@ -76,8 +78,8 @@ class Batches:
         whole = isinstance(self.batches, tuple | Mapping | Batch)
         if whole or (is_array(self.batches) and len(self.batches)):
             raise TypeError(
-                f"Batches of a {type(self.batches).__name__}: it takes something that "
-                "yields batches, for a single one Batches([batch], ...)."
+                f"Batches(...) of a {type(self.batches).__name__}: expected an "
+                "iterable of batches. For a single batch write Batches([batch], ...)."
             )
 
     @property
@@ -90,24 +92,24 @@ def open_batches(batches: Batches, adapted: Any) -> Stream:
     """Returns a user's `Batches` as a stream.
 
     Args:
-      batches: what the user says.
-      adapted: what they are made of, a `Stream` where their kind is known.
+      batches: the user's arguments.
+      adapted: `batches.batches`, as a `Stream` if an adapter knows its kind.
 
     Raises:
-      TypeError: single examples, or nothing that yields batches.
+      TypeError: single examples or arrays, or data that yields no batches.
     """
     is_list = isinstance(adapted, list)  # of batches, or empty
     if isinstance(adapted, tuple | Mapping | Batch) or (
         is_array(adapted) and not is_list
     ):
         raise TypeError(
-            f"Batches of a {type(batches.batches).__name__}, which is arrays: it takes "
-            f"something that yields batches. Write {call_text('x, y')} with the "
+            f"Batches(...) of a {type(batches.batches).__name__}, which holds arrays: "
+            f"expected an iterable of batches. Write {call_text('x, y')} with the "
             "arrays, or Batches([batch], ...) with a single batch."
         )
     if isinstance(adapted, ExampleSet):
         raise TypeError(
-            f"Batches of a {adapted.kind}, which holds single examples. Write "
+            f"Batches(...) of a {adapted.kind}, which holds single examples. Write "
             f"{call_text('Examples(dataset, pad_to=...)')}."
         )
     stream = adapted if isinstance(adapted, Stream) else from_iterable(adapted)

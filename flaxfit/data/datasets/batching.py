@@ -27,13 +27,13 @@ from flaxfit.data.host.padding import plan_buckets, raw_of
 def stream_examples(
     examples: ExampleSet, batch_size: int, *, shuffle: bool, seed: Sequence[int]
 ) -> Stream:
-    """Returns examples in batches.
+    """Returns a stream of batches of examples.
 
     Args:
       examples: the examples.
       batch_size: rows of a batch; the last one may be shorter.
-      shuffle: whether each pass has an order of its own, where they have indices.
-      seed: decides the orders and the `rng` of `load`, with the index of the pass.
+      shuffle: whether each pass has a new order, if there is random access.
+      seed: determines the orders and the `rng` of `load`, together with the pass.
     """
     length, plan, padding = examples.length, examples.plan, examples.padding
     num_batches, rows = None, batch_size
@@ -55,7 +55,7 @@ def stream_examples(
         one_shot=examples.one_shot,
         endless=examples.endless,
         seeks=examples.by_index and not examples.sorts,
-        # The first batch may be the short one of a bucket.
+        # The first batch may be the last, short one of its bucket.
         form=BatchForm(padding.buckets, rows) if padding else BatchForm(),
         info=examples.info,
     )
@@ -66,7 +66,7 @@ def _passes_by_index(
 ) -> Open:
     total = examples.length
     assert total is not None
-    # One for all passes: processes stay from one to the next.
+    # One for all passes, so that processes are reused.
     work = OrderedMap(
         partial(_batch_of_rows, examples),
         threads=examples.loading.threads,
@@ -117,12 +117,14 @@ def _passes_in_order(
 
 
 class _Chunks(Iterator[Any]):
-    """What is made of chunks of items; it has a state if the items' iterator has one.
+    """Yields the result of `work` for each chunk of items.
+
+    It has a state if the iterator of the items has one.
 
     Args:
       items: the items.
-      size: how many are a chunk.
-      work: `(numbers of the items, items, state after them)` -> what is made, state.
+      size: the number of items in a chunk.
+      work: `(numbers of the items, items, state after them)` -> `(result, state)`.
         Threads read ahead, so each chunk carries its own state.
     """
 
@@ -158,7 +160,7 @@ class _Chunks(Iterator[Any]):
 def _sorted(
     examples: ExampleSet, made: Iterator[Any], batch_size: int
 ) -> Iterator[Any]:
-    """Returns batches, made of what was loaded where only that tells the bucket."""
+    """Returns batches: `made`, or its examples in buckets if loading decides these."""
     if not examples.sorts:
         return made
     assert examples.padding is not None
@@ -166,7 +168,7 @@ def _sorted(
 
 
 def batch_of_rows(examples: ExampleSet, rows: HostArray) -> Any:
-    """Returns the raw batch of some rows, by random access."""
+    """Returns the raw batch of `rows`, read by random access."""
     return raw_of(_batch_of_rows(examples.in_order(), ((0,), rows)))
 
 
@@ -199,7 +201,7 @@ def _batch_of_items(
     rows: Sequence[int],
     items: Sequence[Any],
 ) -> Any:
-    """Returns the batch of some items, or `(row, example)` of each to be sorted."""
+    """Returns the batch of items, or `(row, example)` pairs if they are yet to sort."""
     loaded = _loaded(examples, items, rows, seed)
     if examples.padding is None:
         return examples.loading.collate(loaded)
@@ -214,7 +216,7 @@ def _loaded(
     rows: Sequence[int],
     seed: tuple[int, ...],
 ) -> Sequence[Any]:
-    """Returns the examples of some items; the functions share the `rng` of an item."""
+    """Returns the examples of items; all functions share one `rng` per item."""
     if not examples.loading.loads:
         return items
     steps = list(zip(examples.loading.loads, examples.loading.draws, strict=True))

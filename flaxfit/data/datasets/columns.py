@@ -11,15 +11,15 @@ Part: TypeAlias = Name | tuple[Name, ...]
 
 @dataclass(frozen=True)
 class Columns:
-    """What a trainer remembers of the tables it learnt from.
+    """The columns that a trainer remembers from the tables it was trained on.
 
     Attributes:
-      inputs: what the model is called with, by position or by the call's parameter.
-        None where that is decided again: there was no table, or a function reads it.
-      targets: the columns of the targets, or those of each of several outputs. None
-        where they came without a name.
+      inputs: the columns of each input, by position or by the call's parameter. None
+        if the inputs were not a table, or a function selects them.
+      targets: the columns of the targets, or of each of several outputs. None if the
+        targets had no name, or the name of an input.
       target_axis: whether one column of targets is `[rows, 1]`, like the output.
-      class_names: the names of the classes 0, 1, … where the targets were a category.
+      class_names: the names of the classes 0, 1, … if the targets were a category.
     """
 
     inputs: tuple[Part, ...] | Mapping[str, Part] | None = None
@@ -33,19 +33,19 @@ class Columns:
         return tuple(names_in(self.inputs))
 
     def to_plain(self) -> dict[str, Any]:
-        """Returns the same in lists, dicts and text."""
+        """Returns the attributes as lists, dicts and plain values."""
         return {name: _plain(value) for name, value in vars(self).items()}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any] | None) -> "Columns | None":
-        """Returns what `to_plain` described; None for None."""
+        """Returns the columns that `to_plain` gave; None for None."""
         if plain is None:
             return None
         return cls(**{name: _frozen(value) for name, value in plain.items()})
 
 
 def names_in(parts: Any) -> Iterator[Name]:
-    """Yields the columns of parts in any nesting, in their order."""
+    """Yields the column names in a nesting of parts, in order."""
     if isinstance(parts, Mapping):
         parts = tuple(parts.values())
     if isinstance(parts, tuple):

@@ -1,4 +1,4 @@
-"""A dataset of single examples and the operations applied to each of them."""
+"""A dataset of single examples, and how they are loaded, padded and ordered."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -19,10 +19,10 @@ from flaxfit.data.host.padding import Padding
 
 @dataclass(frozen=True)
 class Loading:
-    """How items become examples, and examples a raw batch.
+    """How items become examples, and how examples become a raw batch.
 
     Attributes:
-      loads: item -> example, each applied to what the one before returned.
+      loads: functions item -> example, each applied to the result of the previous one.
       threads: see `Examples`.
       processes: see `Examples`.
       collate: examples -> raw batch.
@@ -35,19 +35,19 @@ class Loading:
 
     @cached_property
     def draws(self) -> tuple[bool, ...]:
-        """Which of `loads` want random numbers: those with a parameter `rng`."""
+        """Whether each of `loads` takes random numbers, by a parameter `rng`."""
         return tuple(map(_takes_rng, self.loads))
 
 
 @dataclass(frozen=True)
 class Bucketing:
-    """How examples of different lengths are put together.
+    """How examples of different lengths are batched.
 
     Attributes:
       padding: how they are padded.
-      buckets: the bucket of every example, `int64[length]`, where that is known.
-      sorted: whether a padded batch holds examples of one bucket; else they keep their
-        order, and a batch is padded for the longest one.
+      buckets: the bucket of every example, `int64[length]`; None if unknown.
+      sorted: whether each batch holds examples of one bucket; else examples keep their
+        order, and a batch is padded to the bucket of its longest example.
     """
 
     padding: Padding
@@ -57,24 +57,24 @@ class Bucketing:
 
 @dataclass(frozen=True)
 class ExampleSet:
-    """A dataset of single examples; has `take`, `take_batch` or `iterate`.
+    """A dataset of single examples; one of `take`, `take_batch`, `iterate` is set.
 
     Attributes:
       kind: the kind of dataset in words: `"torch Dataset"`.
-      length: the number of examples, None where only reading tells.
+      length: the number of examples, None if unknown before reading.
       take: rows `int64[n]` -> their items.
       take_batch: rows `int64[n]` -> a raw batch of them, for datasets of columns; used
-        where single examples are neither loaded nor padded.
-      iterate: pass -> its items in order.
-      one_shot: whether `iterate` continues the same iterator each time.
+        if single examples are neither loaded nor padded.
+      iterate: pass -> iterator over its items.
+      one_shot: whether `iterate` returns the same iterator each time.
       endless: see `Stream`.
       loading: how items become examples.
       bucketing: how examples of different lengths are padded, or None.
       order: the order of a pass, see `order_of_pass`.
-      drawing: seed -> a re-entrant context manager under which items are read: their
-        random draws are then a function of the seed. None where a library draws
-        nothing itself. With several threads the draws follow no seed.
-      info: what the dataset says about itself.
+      drawing: seed -> a re-entrant context manager for reading items, in which their
+        random draws depend on the seed only; None if the library draws nothing. Not
+        used with several threads: their draws depend on no seed.
+      info: metadata of the dataset.
     """
 
     kind: str
@@ -91,7 +91,7 @@ class ExampleSet:
     info: DatasetInfo = NO_INFO
 
     def seeded(self, *seed: int) -> AbstractContextManager[Any]:
-        """Returns the context manager under which items are read; see `drawing`."""
+        """Returns the context manager for reading items; see `drawing`."""
         if self.drawing is None or self.loading.threads > 1:
             return nullcontext()
         return self.drawing(seed)
@@ -108,13 +108,13 @@ class ExampleSet:
 
     @property
     def plan(self) -> HostArray | None:
-        """The bucket of every example if batches are planned by them."""
+        """The bucket of every example if it decides the batches, else None."""
         found = self.bucketing
         return found.buckets if found is not None and found.sorted else None
 
     @property
     def sorts(self) -> bool:
-        """Whether an example has to be loaded to know its batch."""
+        """Whether an example must be loaded to know which batch it belongs to."""
         found = self.bucketing
         if found is None or found.padding.buckets == 1:
             return False
@@ -134,7 +134,7 @@ class ExampleSet:
         )
 
     def in_order(self) -> "ExampleSet":
-        """Returns the examples without sorting them by their length."""
+        """Returns the examples, batched in their order instead of by bucket."""
         bucketing = self.bucketing and replace(self.bucketing, sorted=False)
         return replace(self, bucketing=bucketing)
 
@@ -153,7 +153,7 @@ def _takes_rng(load: Callable[..., Any]) -> bool:
 def take_items(items: Any, rows: HostArray) -> Sequence[Any]:
     """Returns rows of anything with `__getitem__`.
 
-    `__getitems__`, where it is there, is asked for several at once.
+    If it also has `__getitems__`, as torch's datasets may, one call reads all rows.
     """
     indices = rows.tolist()
     if hasattr(items, "__getitems__"):
@@ -170,9 +170,9 @@ def take_items(items: Any, rows: HostArray) -> Sequence[Any]:
 
 
 def take_rows(nest: Any, rows: HostArray) -> Sequence[Any]:
-    """Returns rows of arrays in any nesting, each nested as they are.
+    """Returns single rows of arrays in any nesting, each with the same nesting.
 
-    They are copies: a function that changes its item leaves the arrays as they are.
+    The rows are copies: a function that changes its item does not change the arrays.
     """
     return [
         jax.tree.map(lambda leaf, row=row: copy_host_arrays(leaf[row]), nest)

@@ -15,47 +15,46 @@ from flaxfit.data.host.padding_arguments import as_padding
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Single examples of any kind, to be loaded, shuffled and put into batches.
+    """Single examples of any kind, to be loaded, shuffled and batched.
 
     Args:
-      items: what the examples are made of: anything with `len(items)` and `items[0]`,
-        arrays, a dataset that `fit` takes (a name, of torch, of Hugging Face), or an
-        iterable or function for examples that come one after the other.
-      load: item -> example, to decode or to augment: `(x, y)`, `(x, y, weight)` or a
-        dict, of arrays and numbers. With a parameter `rng` it is given a
-        `numpy.random.Generator` that depends on nothing but seed, epoch and item.
-      threads: how many threads load at once. For decoders, which let others work
-        meanwhile: Pillow, zlib, NumPy.
-      processes: how many processes load instead, for Python that computes. Each is
-        sent a copy of `items` and `load`, which may be defined anywhere and need no
-        `if __name__ == "__main__"`. They need `pip install loky`.
-      collate: list of examples -> batch, in place of stacking their arrays.
+      items: the data that examples are made from: anything with `len(items)` and
+        `items[0]`, arrays, a table, a dataset of single examples that `fit` takes, or
+        an iterable, or function that returns one, which yields them in sequence.
+      load: item -> example, to decode or augment: `(x, y)`, `(x, y, weight)` or a dict
+        of arrays and numbers. If it has a parameter `rng`, it receives a
+        `numpy.random.Generator` that depends only on seed, pass and item.
+      threads: the number of loading threads, for code that releases the GIL: Pillow,
+        zlib, NumPy.
+      processes: the number of loading processes, instead of threads, for code that
+        computes in Python. Each receives a copy of `items` and `load`, which may be
+        defined in a script without `if __name__ == "__main__"`. They need
+        `pip install loky`.
+      collate: list of examples -> batch, instead of stacking their arrays.
       class_names: the names of the classes 0, 1, …
-      pad_to: the length to which examples of different length are padded along their
-        first axis, or ascending lengths, `[32, 64, 128]`: an example is padded to the
-        shortest that holds it, together with others of its kind, and the steps are
-        compiled once for each of them. Every part of an example that has an axis
-        needs the same length; else name those to be padded,
-        `{"tokens": [32, 64], "tags": [32, 64]}` by the keys of a dict or `{0: 64}` by
-        the position in a tuple. Where targets are padded, what is padding weighs 0 in
-        loss and metrics; what the model makes of it is its own affair, see `mask`.
-      pad_value: what is padded with, for all or by part.
-      truncate: whether to cut off what is longer than the longest of `pad_to`, which
-        else is an error.
-      mask: the key under which the model is given `bool[batch, length]`, False for
-        padding, with examples that are dicts; `{key: part}` where parts differ in
+      pad_to: the length that examples are padded to along their first axis, or several
+        in ascending order, `[32, 64, 128]`: an example is padded to the shortest that
+        fits, batched with examples padded alike, and the steps are compiled once per
+        length. All parts of an example that have an axis must have the same length;
+        else name the parts to pad, `{"tokens": [32, 64], "tags": [32, 64]}` by the keys
+        of a dict or `{0: 64}` by the position in a tuple. Padding of targets has weight
+        0 in loss and metrics; for padding of inputs see `mask`.
+      pad_value: the value to pad with, for all parts or by part.
+      truncate: whether to cut off examples at the longest length of `pad_to`, instead
+        of raising an error.
+      mask: for examples that are dicts, the key under which the model receives
+        `bool[batch, length]`, False for padding; `{key: part}` if parts differ in
         length.
-      lengths: `int[len(items)]`, about how long the examples will be, by part where
-        they differ: they go into batches by it, and one that turns out longer is padded
-        further. Then the batches of a pass are known before anything is loaded: how
-        many, and where to continue in the middle of one. A list without `load` is
-        measured.
+      lengths: `int[len(items)]`, the approximate lengths of the examples, by part if
+        they differ. Examples are batched by them; one that turns out longer is padded
+        further. The number of batches is then known before anything is loaded, and a
+        pass can be resumed in the middle. A list without `load` is measured.
 
     Raises:
       DataError: an example is known to be too long.
-      TypeError: `load` or `collate` is no function.
-      ValueError: a number that cannot be, both threads and processes, or arguments that
-        do not go together.
+      TypeError: `load` or `collate` is not a function.
+      ValueError: a number out of range, both threads and processes, or arguments that
+        cannot be combined.
 
     Example:
       >>> import numpy as np
@@ -106,7 +105,7 @@ class Examples:
             )
 
     def __len__(self) -> int:
-        """Returns the number of items, if they tell."""
+        """Returns the number of items, if they have a length."""
         return len(self.items)
 
     @property
@@ -115,12 +114,12 @@ class Examples:
         return as_padding(self.pad_to, self.pad_value, self.truncate, self.mask)
 
     def applied_to(self, items: ExampleSet) -> ExampleSet:
-        """Returns the items with what these arguments ask for."""
+        """Returns the items with these arguments applied."""
         info, padding = items.info, self.padding
         if self.class_names:
             info = replace(info, class_names=tuple(self.class_names))
         if padding is not None and padding.masks:
-            # Inputs that are named beforehand would leave the mask out.
+            # Inputs named by the dataset do not include the mask.
             keys = (*info.keys, *padding.masks)
             info = replace(info, keys=keys, inputs=None)
         before = items.loading
@@ -137,12 +136,12 @@ class Examples:
         return replace(changed, bucketing=bucketing)
 
     def _buckets(self, items: ExampleSet, padding: Padding) -> HostArray | None:
-        """Returns the bucket of every example, where they are known."""
+        """Returns the bucket of every example, None if unknown."""
         if self.lengths is not None:
             if not items.by_index:
                 raise ValueError(
-                    f"lengths=... of a {items.kind}, whose items have no index: leave "
-                    "it out."
+                    f"lengths=... needs items with random access, not a {items.kind}: "
+                    "leave it out."
                 )
             return padding.buckets_of(self.lengths, items.length)
         if not isinstance(self.items, list) or items.loading.loads:

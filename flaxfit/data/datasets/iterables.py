@@ -28,15 +28,15 @@ def from_iterable(data: Any) -> Stream:
     """Returns the batches of an iterable, an iterator or a generator function.
 
     Args:
-      data: something to iterate over, or a function without arguments that returns
-        it again for each pass. An iterator (`iter(data) is data`) serves one pass.
+      data: an iterable, or a function without arguments that returns a new one for
+        each pass. An iterator (`iter(data) is data`) serves one pass.
 
     Raises:
       TypeError: another object, or a function that needs arguments.
     """
     iterates, is_class = hasattr(data, "__iter__"), isinstance(data, type)
     if not is_class and hasattr(data, "__next__"):
-        # Not iter() of it: some iterators have nothing but __next__.
+        # Checked before iter(): some iterators only have __next__.
         if not iterates or iter(data) is data:
             return Stream("iterator", lambda *unused: data, one_shot=True)
     if not is_class and iterates and not isinstance(data, Sequence):
@@ -47,14 +47,14 @@ def from_iterable(data: Any) -> Stream:
     return Stream(
         "generator function",
         partial(_call, data),
-        again="The function must make a new iterable each time it is called.",
+        reuse_advice="The function must make a new iterable each time it is called.",
     )
 
 
 def peek(stream: Stream) -> tuple[Any, Stream]:
-    """Returns the first raw batch, and the stream that still yields it.
+    """Returns the first raw batch, and a stream that still yields it.
 
-    None for an empty stream, and for one whose iterator has a state to be asked for.
+    The batch is None for an empty stream, or if the iterator can save its position.
     """
     iterator = stream.open(0, 0)
     first = None
@@ -65,7 +65,7 @@ def peek(stream: Stream) -> tuple[Any, Stream]:
 
 
 def begun(stream: Stream, iterator: Iterator[Any]) -> Stream:
-    """Returns a stream that takes an iterator, opened already, for its first pass."""
+    """Returns the stream with an iterator that is already open for its first pass."""
     opened = [iterator]
 
     def open_pass(pass_index: int, start: int) -> Iterator[Any]:
@@ -90,7 +90,7 @@ def examples_in(stream: Stream) -> ExampleSet:
 
 
 def begins_single(data: Any) -> bool:
-    """Whether item 0 of something with random access looks like a single example."""
+    """Whether item 0 of data with random access looks like a single example."""
     try:
         return looks_single(data[0])
     except Exception as error:
@@ -101,7 +101,7 @@ def begins_single(data: Any) -> bool:
 class _ByIndex:
     """Opens passes over batches with random access.
 
-    Those of Keras shuffle in `on_epoch_end`: it is called as often as passes are over.
+    Keras's sequences shuffle in `on_epoch_end`: it is called once per finished pass.
     """
 
     def __init__(self, data: Any) -> None:
@@ -125,8 +125,8 @@ def _call(function: Callable[[], Any], *unused: int) -> Iterator[Any]:
         raise TypeError(
             f"the function given to {caller()} returned a "
             f"{type(made).__name__}; it must return an iterable of batches, or "
-            "yield them: def make_batches(): yield x, y. Arrays are given "
-            f"directly: {call_text('x, y')}."
+            "yield them: def make_batches(): yield x, y. Pass arrays directly: "
+            f"{call_text('x, y')}."
         )
     return iter(made)
 
@@ -139,17 +139,17 @@ def _check_function(data: Any) -> None:
     try:
         inspect.signature(data).bind()
     except ValueError:
-        pass  # A builtin without a signature: calling it will tell.
+        pass  # A builtin without a signature: the call itself will fail.
     except TypeError as error:
         name = getattr(data, "__name__", type(data).__name__)
         raise TypeError(
-            f"{name} is called without arguments for each pass, but it needs some "
-            f"({error}). Write lambda: {name}(...) with its arguments."
+            f"{name} is called without arguments for each pass, but it requires "
+            f"arguments ({error}). Write lambda: {name}(...) with them."
         ) from error
 
 
 def length_of(data: Any) -> int | None:
-    """Returns the number of items if the data knows it; many loaders do not."""
+    """Returns the number of items, None if unknown, as for many loaders."""
     try:
         return len(data)
     except (TypeError, NotImplementedError):

@@ -1,7 +1,7 @@
-"""A pool of worker processes, which loky starts and watches.
+"""A pool of worker processes, started and watched by loky.
 
-It adds to loky that the work is sent once to each process, and that no process outlives
-this one or waits for it.
+Beyond loky, the function is sent to each process only once, no process outlives this
+one, and this one does not wait for tasks when it exits.
 """
 
 import os
@@ -26,11 +26,11 @@ _IDLE_SECONDS = 30.0
 
 
 class Processes:
-    """Python processes that all apply one function, each to one task at a time.
+    """Python processes that apply one function, each to one task at a time.
 
-    They start at once and import no script of the user: functions defined there travel
-    by value, so the script needs no `if __name__ == "__main__"`. jax runs on the CPU in
-    them. Idle processes end after 30 seconds, and the next task starts new ones.
+    They start immediately and do not import the user's script: functions of the script
+    are pickled by value, so it needs no `if __name__ == "__main__"`. jax runs on the
+    CPU in them. Idle processes end after 30 seconds; the next task starts new ones.
 
     Args:
       function: the function; it is pickled once and sent to each process.
@@ -50,8 +50,7 @@ class Processes:
             initargs=(_dump_function(function, number), os.getpid()),
             env={
                 "JAX_PLATFORMS": "cpu",
-                # A process may cache what it reads: loky restarts one that grew by
-                # 300 MB.
+                # loky restarts processes that grow by 300 MB; they may cache data.
                 "LOKY_MAX_MEMORY_LEAK_SIZE": "1e18",
             },
         )
@@ -60,36 +59,36 @@ class Processes:
         )
         with _sigint_blocked():
             self._executor.submit(int)  # starts them
-        # At exit loky waits for the tasks in flight, before `atexit` functions run.
-        # What is registered last runs first: this, before loky's own function.
+        # At exit, before `atexit` functions run, loky waits for the tasks in flight.
+        # The function registered last runs first, so this one runs before loky's.
         threading._register_atexit(self._end)  # type: ignore[attr-defined]
 
     def submit(self, task: Any) -> "Future[Any]":
-        """Gives a task to the next free process; returns the future of its result.
+        """Submits a task to the next free process; returns the future of its result.
 
-        The future raises what the function raised, with the process's traceback as its
-        cause, or loky's `BrokenProcessPool` (a RuntimeError) if a process ended.
+        The future raises the function's error, with the traceback of the process as its
+        cause, or loky's `BrokenProcessPool` (a RuntimeError) if a process died.
         """
         try:
             with _sigint_blocked():
                 return self._executor.submit(_apply, task)
         except RuntimeError as error:
-            # Raised here, it would come before the results of earlier tasks.
+            # Raised here, the error would come before the results of earlier tasks.
             failed: Future[Any] = Future()
             failed.set_exception(error)
             return failed
 
     def close(self) -> None:
         """Kills the processes, even in the middle of a task."""
-        # Without waiting: the garbage collector may call this in a thread of loky.
+        # This must not wait: the garbage collector may call it in a thread of loky.
         self._end()
 
 
 @contextmanager
 def _sigint_blocked() -> Iterator[None]:
-    """Lets processes started inside ignore Ctrl-C, which this process handles.
+    """A context in which new processes ignore Ctrl-C, which this process handles.
 
-    They inherit the mask, so there is no moment in which Ctrl-C reaches them.
+    They inherit the signal mask, so Ctrl-C cannot reach them even at their start.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
@@ -117,7 +116,7 @@ def _dump_function(function: Callable[[Any], Any], number: int) -> bytes:
     except Exception as error:
         raise UsageTypeError(
             f"processes={number}: load and the items cannot be pickled ({error}).",
-            "Open files, locks and connections inside of load.",
+            "Open files, locks and connections inside load.",
             f"threads={number}.",
         ) from error
 
@@ -133,9 +132,9 @@ _function: ContextVar[Callable[[Any], Any]] = ContextVar("function")
 
 
 def _begin(function: bytes, parent: int) -> None:
-    """Prepares a process: its function, its output, its end."""
+    """Prepares a worker process: its function, output, and end with its parent."""
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    # The standard output is buffered, and processes are killed.
+    # Standard output is buffered, and would be lost when the process is killed.
     sys.stdout = sys.stderr
     try:
         _function.set(pickle.loads(function))
@@ -150,7 +149,7 @@ def _raise(error: Exception, task: Any) -> Any:
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process when its parent is gone, however it ended."""
+    """Ends this process once its parent has ended for any reason."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(0)
@@ -164,7 +163,7 @@ def _apply(task: Any) -> Any:
 
 
 class _Result:
-    """Becomes the value it holds when it is unpickled; notes where pickling failed."""
+    """A value that unpickles as itself; a note is added if it cannot be pickled."""
 
     def __init__(self, value: Any) -> None:
         self._value = value
@@ -173,12 +172,12 @@ class _Result:
         try:
             return pickle.loads, (_dumps(self._value),)
         except Exception as error:
-            error.add_note("while sending what was loaded back from a process")
+            error.add_note("while sending a loaded batch back from its process")
             raise
 
 
 def _sendable(error: BaseException) -> Exception:
-    """Returns the error, or a RuntimeError where it cannot be pickled or ends."""
+    """Returns the error; a RuntimeError if it is unpicklable or not an Exception."""
     if isinstance(error, Exception):
         with suppress(Exception):
             pickle.loads(_dumps(error))

@@ -1,4 +1,4 @@
-"""The order of examples in a pass, as a function of seed and pass only."""
+"""The order of examples in a pass: a function of seed and pass only."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from flaxfit._core.types import HostArray
 def order_of_pass(
     total: int, pass_index: int, *, shuffle: bool, seed: Sequence[int]
 ) -> HostArray:
-    """Returns the rows of one pass, `int64[total]`, in the given order or shuffled."""
+    """Returns the rows of one pass, `int64[total]`, ascending or shuffled."""
     if not shuffle:
         return np.arange(total)
     return seeded(*seed, pass_index).permutation(total)
@@ -19,8 +19,8 @@ def order_of_pass(
 def batches_of_pass(order: HostArray, batch_size: int) -> HostArray:
     """Returns the rows of the batches of one pass, `int64[batches, batch_size]`.
 
-    Where the last batch is only filled up, at weight 0, with the first rows of the
-    pass, the row `r` is written as `~r`.
+    The last batch is filled up with the first rows of the pass. These have weight 0,
+    and such a row `r` is stored as `~r`.
     """
     total = len(order)
     num_batches = -(-total // batch_size)
@@ -30,11 +30,11 @@ def batches_of_pass(order: HostArray, batch_size: int) -> HostArray:
 
 
 def seeded(*seed: int) -> np.random.Generator:
-    """Returns a generator that is a function of these numbers."""
+    """Returns a random generator that depends on these numbers only."""
     return np.random.default_rng(np.random.SeedSequence(seed))
 
 
 def rows_of(coded: HostArray) -> tuple[HostArray, int]:
-    """Returns the rows that an order names, and how many of them are no fill."""
-    fill = coded < 0
-    return np.where(fill, ~coded, coded), int(coded.size - np.count_nonzero(fill))
+    """Returns the rows of a batch of `batches_of_pass`, and how many are real."""
+    added = coded < 0
+    return np.where(added, ~coded, coded), int(coded.size - np.count_nonzero(added))

@@ -1,7 +1,7 @@
 """The contract of a dataset kind: raw batches, pass after pass.
 
-A new kind is one file with a function that returns a `Stream`, or an `ExampleSet` where
-batches have to be made first, and one line in `kinds`.
+A new kind is one file with a function that returns a `Stream`, or an `ExampleSet` if
+examples still have to be batched, and a row of `KINDS` in `adapters/registry.py`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 from flaxfit.data.datasets.columns import Columns
 
 Open: TypeAlias = Callable[[int, int], Iterator[Any]]
-"""`(pass, start) -> raw batches of that pass from number start on`."""
+"""`(pass, start) -> raw batches of that pass, from batch number start on`."""
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,12 @@ class BatchForm:
     """The shapes of the batches of a stream.
 
     Attributes:
-      shapes: how many shapes batches may have besides their rows, 1 where all are
-        alike. A program is compiled for each.
-      batch_size: the rows batches are padded to, None for those of the first batch.
-      size: raw batch -> its number of examples, where inputs are nested arrays without
-        a common batch axis. Such batches stay as they are, whatever their shapes.
+      shapes: the number of shapes that batches may have beyond the batch axis. One
+        program is compiled for each.
+      batch_size: the rows that batches are padded to, None for as many as the first
+        batch has.
+      size: raw batch -> its number of examples, for inputs without a common batch axis,
+        else None. These batches are not padded and may have any shapes.
     """
 
     shapes: int = 1
@@ -33,22 +34,22 @@ class BatchForm:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What a dataset says of itself.
+    """Metadata of a dataset, from the dataset itself or from reading it.
 
     Attributes:
-      keys: those of an example, where it is a dict and they are known.
-      inputs: the key or keys of its inputs, used unless the user or the names of the
-        model's call say otherwise.
-      targets: the key or keys of its targets, likewise.
-      class_names: the names of the classes 0, 1, … of its target.
-      pictures: whether its `uint8` inputs are pictures, which the model is given as
+      keys: the keys of an example, if it is a dict and they are known.
+      inputs: the key or keys of the inputs, used unless the user names others or `keys`
+        has every parameter that the model's call requires.
+      targets: the key or keys of the targets, used unless the user names others.
+      class_names: the names of the classes 0, 1, … of the target.
+      pictures: whether the `uint8` inputs are images, which the model receives as
         `float32` between 0 and 1.
-      columns: what the columns of tables are read as from here on.
-      table: which columns of a table were read as what, in words; empty for others.
+      columns: how the columns of later tables are read.
+      table: the role of each column of a table, as text; empty for other data.
       unused: the keys or columns that are neither input nor target nor weight.
-      shuffles: whether batches come in another order than the dataset's.
-      assumed_split: the error for evaluation and prediction where no split was named
-        and `train` was taken; empty where one was.
+      shuffles: whether a torch loader draws its batches in random order.
+      assumed_split: the error message of evaluation and prediction if `train` was
+        opened because no split was named; else empty.
     """
 
     keys: tuple[str, ...] = ()
@@ -72,20 +73,20 @@ class Stream:
 
     Attributes:
       kind: the kind of dataset in words: `"torch DataLoader"`.
-      open: see `Open`; where the stream does not seek, `start` is 0.
-      num_batches: batches of a pass, None where only reading tells.
-      num_examples: examples of a pass, None where only reading tells.
-      one_shot: whether it can be read only once; `open` then returns the same
-        iterator again.
-      endless: whether it is known to have no end.
-      seeks: whether `open` can start anywhere without reading what comes before.
+      open: see `Open`; `start` is always 0 if the stream does not seek.
+      num_batches: batches in a pass, None if unknown before reading.
+      num_examples: examples in a pass, None if unknown before reading.
+      one_shot: whether the stream can be read only once; `open` then returns the same
+        iterator every time.
+      endless: whether the stream is known to have no end.
+      seeks: whether `open` can start at any batch without reading the earlier ones.
       form: the shapes of the batches.
-      seeded: seed -> what to open in place of `open`, where the draws of a pass are a
-        function of seed and pass; None where the data alone decides.
-      examples: the same data as single examples, where only its items tell whether
-        they are batches; else None.
-      again: what to write where it is used up; empty for the usual advice.
-      info: what the dataset says about itself.
+      seeded: seed -> a replacement of `open` whose random draws depend on seed and pass
+        only; None if flaxfit's seed has no effect on the data.
+      examples: the same data as single examples, if its items must be read to know
+        whether they are batches or examples; else None.
+      reuse_advice: what to write if the data is used up; empty for the usual advice.
+      info: metadata of the dataset.
     """
 
     kind: str
@@ -98,16 +99,16 @@ class Stream:
     form: BatchForm = BatchForm()
     seeded: Callable[[Sequence[int]], Open] | None = None
     examples: Any = None
-    again: str = ""
+    reuse_advice: str = ""
     info: DatasetInfo = NO_INFO
 
 
 class PaddedTail(NamedTuple):
-    """A raw batch that is filled up with rows of other batches, as arrays are.
+    """The last raw batch of a pass, filled up with the first rows of the pass.
 
     Attributes:
-      raw: the batch.
-      rows: how many of its rows are no fill.
+      raw: the batch, with these rows at its end.
+      rows: how many of its rows are real.
     """
 
     raw: Any
@@ -115,10 +116,10 @@ class PaddedTail(NamedTuple):
 
 
 class Wrapped(Iterator[Any]):
-    """An iterator whose items are taken by a function; in all else it is that iterator.
+    """Takes the items of an iterator by a function; forwards all other attributes.
 
     Args:
-      iterator: the iterator.
+      iterator: the iterator to wrap.
       take: iterator -> its next item.
     """
 
@@ -132,27 +133,27 @@ class Wrapped(Iterator[Any]):
     def __getattr__(self, name: str) -> Any:
         if name == "_iterator":  # while it is copied
             raise AttributeError(name)
-        # Where it stands, if it tells.
+        # For the methods that save its position, if it has them.
         return getattr(self._iterator, name)
 
 
 def has_state(iterator: Any) -> bool:
-    """Whether an iterator tells where it stands, as Grain's or torchdata's do."""
+    """Whether an iterator can save its position, as those of Grain and torchdata."""
     return _methods(iterator) is not None
 
 
 def get_state(iterator: Any) -> Any:
-    """Returns where an iterator stands, in plain values; None if it does not tell."""
+    """Returns an iterator's position as plain values, None if it has no such state."""
     methods = _methods(iterator)
     state = methods and getattr(iterator, methods[0])()
     return state if _is_plain(state) else None
 
 
 def set_state(iterator: Any, state: Any) -> None:
-    """Sets an iterator to a state that `get_state` returned."""
+    """Moves an iterator to the position that `get_state` returned."""
     methods = _methods(iterator)
     if methods is None:
-        raise TypeError(f"a {type(iterator).__name__} cannot be set to a state")
+        raise TypeError(f"a {type(iterator).__name__} cannot restore a saved position")
     getattr(iterator, methods[1])(state)
 
 

@@ -1,4 +1,4 @@
-"""Runs a function ahead of time in threads or processes, in order and bounded."""
+"""Maps a function over tasks in threads or processes that work ahead, in order."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -16,15 +16,15 @@ _Queue: TypeAlias = "SimpleQueue[tuple[Any, Future[Any]] | None]"
 
 @dataclass(eq=False)
 class OrderedMap:
-    """One function applied to many tasks, by this thread, by others or by processes.
+    """Applies one function to many tasks, in the calling thread, threads or processes.
 
-    Threads and processes work ahead: results and tasks in flight are at most twice
-    their number. Processes are kept for the next call and end with the map.
+    Workers work ahead: at most two tasks per worker are submitted and not yet yielded.
+    Processes stay for the next call, and end with this object.
 
     Args:
-      function: task -> result; pickled for processes.
-      threads: the number of threads.
-      processes: the number of processes, in place of threads.
+      function: task -> result; it is pickled for processes.
+      threads: the number of threads; 0 for the calling thread.
+      processes: the number of processes, instead of threads.
     """
 
     function: Callable[[Any], Any]
@@ -33,13 +33,13 @@ class OrderedMap:
     _idle: Processes | None = field(default=None, init=False)
 
     def __call__(self, tasks: Iterable[Any]) -> Iterator[Any]:
-        """Yields the result of every task, in their order.
+        """Yields the result of every task, in the order of the tasks.
 
-        Closing the iterator early cancels the tasks that wait.
+        Closing the iterator early drops the waiting tasks, and kills the processes.
 
         Raises:
-          Exception: what a task, or reading the tasks, raised, after all results
-            before it.
+          Exception: an error of a task, or of reading `tasks`, after the results of
+            all earlier tasks.
           ImportError, UsageTypeError, RuntimeError: see `Processes`.
         """
         if self.processes:
@@ -49,7 +49,7 @@ class OrderedMap:
         return (self.function(task) for task in tasks)
 
     def _in_processes(self, tasks: Iterable[Any]) -> Iterator[Any]:
-        # A second pass at the same time finds none idle and starts its own.
+        # A second pass at the same time finds no idle processes and starts its own.
         processes, self._idle = self._idle, None
         if processes is None:
             processes = Processes(self.function, self.processes)
@@ -59,8 +59,8 @@ class OrderedMap:
             processes.close()
             if isinstance(error, BrokenExecutor):
                 error.add_note(
-                    "If memory ran out, write fewer processes: each holds a copy of "
-                    "the items. processes=0 runs the same code in this process."
+                    "If memory ran out, use fewer processes: each holds a copy of the "
+                    "items. processes=0 runs the same code in this process."
                 )
             raise
         self._idle = processes
@@ -70,8 +70,8 @@ def _in_threads(
     function: Callable[[Any], Any], tasks: Iterable[Any], threads: int
 ) -> Iterator[Any]:
     todo: _Queue = SimpleQueue()
-    # Not a ThreadPoolExecutor: its threads are no daemons, so the program could not end
-    # while one hangs in a loader.
+    # Not a ThreadPoolExecutor: its threads are not daemons, so one that hangs in a
+    # loader would keep the program from ending.
     for number in range(threads):
         name = f"flaxfit-worker-{number}"
         Thread(target=_work, args=(function, todo), name=name, daemon=True).start()
@@ -98,13 +98,13 @@ def _work(function: Callable[[Any], Any], todo: _Queue) -> None:
             future.set_result(function(task))
         except BaseException as error:
             future.set_exception(error)
-        del given, task, future  # waiting for the next must not keep them alive
+        del given, task, future  # or they stay alive while this waits for the next
 
 
 def _in_order(
     tasks: Iterable[Any], submit: Callable[[Any], "Future[Any]"], most: int
 ) -> Iterator[Any]:
-    """Yields the results of tasks; at most `most` are submitted at once."""
+    """Yields the results of tasks; submits up to `most` tasks ahead."""
     waiting: deque[Future[Any]] = deque()
     remaining = iter(tasks)
     ended = False

@@ -1,1 +1,1 @@
-"""Operations on host arrays: conversion, checks, weights, padding."""
+"""Operations on host arrays: conversion, checks, weights and padding."""

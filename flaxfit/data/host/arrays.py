@@ -1,4 +1,4 @@
-"""Host arrays: converts, narrows, fills and names raw values. Knows no models."""
+"""Converts, narrows, pads and names host arrays. Knows no models."""
 
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -17,8 +17,8 @@ from flaxfit.data.host.torch_tensors import as_numpy, is_tensor
 def fill(batch: Batch, size: int) -> Batch:
     """Fills a short batch up to `size` rows with its own rows at weight 0.
 
-    Real rows, not zeros: BatchNorm then sees real data only. Arrays on a device stay
-    there.
+    With real rows instead of zeros, BatchNorm sees real data only. Arrays on a device
+    stay there.
     """
     rows = len(batch.weights)
     if rows >= size:
@@ -32,9 +32,9 @@ def fill(batch: Batch, size: int) -> Batch:
 
 
 def copy_host_arrays(nest: Any) -> Any:
-    """Returns a nesting with copies of its NumPy arrays; jax arrays cannot change.
+    """Returns a nesting with copies of its NumPy arrays; jax arrays are immutable.
 
-    Looks into batches, tuples, lists and dicts; other values are returned as they are.
+    Copies inside batches, tuples, lists and dicts; returns other values unchanged.
     """
     if isinstance(nest, np.ndarray):
         return nest.copy()
@@ -53,26 +53,27 @@ def copy_host_arrays(nest: Any) -> Any:
 def as_host(nest: PyTree, *, but_device: bool = False) -> PyTree:
     """Returns a nesting with every array-like in it as a NumPy array.
 
-    jax arrays come to the host, lists of numbers become one array, anything with
-    `__array__` (pandas, torch) is asked for it. dtypes stay as they are.
+    jax arrays are copied to the host, a list of numbers becomes one array, and other
+    array-likes (pandas, torch) are converted. dtypes are kept.
 
     Args:
       nest: array-likes in any nesting.
-      but_device: leave jax arrays on their device. Those that are committed to one
-        come to the host nevertheless, as they would have every program compiled a
-        second time, or run on that device.
+      but_device: leave jax arrays on their device. Committed arrays are copied to the
+        host nevertheless: with them, programs would be compiled again, or run on the
+        device they are committed to.
 
     Raises:
-      DataError: a list of numbers whose rows differ in length.
+      DataError: a list of numbers whose rows differ in length, a masked array with
+        hidden values, or a sparse or nested tensor of torch.
     """
     if isinstance(nest, Mapping):
-        # Not by jax.tree.map, which would sort the keys that messages list.
+        # jax.tree.map would sort the keys, which messages list.
         return {key: as_host(v, but_device=but_device) for key, v in nest.items()}
     return jax.tree.map(lambda leaf: as_array(leaf, but_device), nest, is_leaf=_is_leaf)
 
 
 def is_array(value: object) -> bool:
-    """Whether `value` stands for one array: it has a shape, or lists scalars."""
+    """Whether `value` is one array: an array-like, or a list of scalars or of lists."""
     if isinstance(value, list):
         first = value[0] if value else 0.0
         return is_scalar(first) or (isinstance(first, list) and is_array(first))
@@ -91,7 +92,7 @@ def is_scalar(value: object) -> bool:
 
 
 def is_nest(value: object) -> bool:
-    """Whether `value` is arrays in any nesting, at least one."""
+    """Whether `value` is at least one array, in any nesting."""
     if isinstance(value, Mapping):
         parts = [part for part in value.values() if part is not None]
         return bool(parts) and all(map(is_nest, parts))
@@ -103,11 +104,11 @@ def is_nest(value: object) -> bool:
 
 
 def narrow(nest: PyTree, *, keep_mapped: bool = False) -> PyTree:
-    """Returns a nesting of NumPy arrays in the dtypes jax computes in.
+    """Returns a nesting of arrays in the dtypes that jax computes in.
 
-    Without 64-bit mode that is float32 for float64 and int32 for int64. With
-    `keep_mapped`, arrays mapped from a file stay as they are, to be narrowed batch by
-    batch instead of read as a whole.
+    Without 64-bit mode, float64 becomes float32 and int64 becomes int32. With
+    `keep_mapped`, arrays mapped from a file stay as they are: they are narrowed batch
+    by batch instead of being read as a whole.
 
     Raises:
       DataError: an integer that the narrower dtype cannot hold.
@@ -127,19 +128,22 @@ def narrow(nest: PyTree, *, keep_mapped: bool = False) -> PyTree:
 
 
 def named_leaves(nest: PyTree) -> list[tuple[str, Any]]:
-    """Returns every leaf with its path, in words a user knows: `x/image`, `y`."""
+    """Returns `(path, leaf)` of every leaf, with paths as in messages: `x/image`."""
     if isinstance(nest, Batch):
         inputs: Any = nest.inputs
         if isinstance(inputs, tuple) and len(inputs) == 1:
             inputs = inputs[0]
-        # In this order: jax sorts the keys of a plain dict.
+        # An OrderedDict, as jax sorts the keys of a plain dict.
         nest = OrderedDict(x=inputs, y=nest.targets, weights=nest.weights)
     flat, _ = jax.tree_util.tree_flatten_with_path(nest)
     return [(path_text(path) or "x", leaf) for path, leaf in flat]
 
 
 def call_text(arguments: str) -> str:
-    """Returns how data is given to the running call, or to an argument of `fit`."""
+    """Returns the code that passes `arguments` to the running call, for messages.
+
+    In checks of `validation_data` that is the argument, else the call.
+    """
     name = caller()
     if name == "validation_data":
         return f"{name}=({arguments})" if "," in arguments else f"{name}={arguments}"
@@ -147,7 +151,7 @@ def call_text(arguments: str) -> str:
 
 
 def _is_leaf(value: object) -> bool:
-    # jax warns of iterables that are no pytrees, unless they are declared leaves.
+    # jax warns of iterables that are not pytrees, unless they are declared leaves.
     return is_array(value) or (
         jax.tree_util.default_registry.flatten_one_level(value) is None
     )
@@ -155,19 +159,19 @@ def _is_leaf(value: object) -> bool:
 
 def as_array(leaf: Any, but_device: bool = False) -> Any:
     """Returns an array-like as a NumPy array; see `as_host`."""
-    # A memmap keeps its type, so that `narrow` can tell it is one.
+    # A memmap keeps its type, which `narrow` checks.
     if type(leaf) is np.ndarray or isinstance(leaf, np.memmap):
         return leaf
     if but_device and isinstance(leaf, jax.Array) and not leaf.committed:
-        # A weak type, as `jnp.full(shape, 1.0)` has, would be compiled for again.
+        # A weakly typed array, as `jnp.full(shape, 1.0)`, would compile once more.
         return strongly_typed(leaf) if leaf.weak_type else leaf
     if isinstance(leaf, Mapping):
         return as_host(leaf, but_device=but_device)
     if isinstance(leaf, np.ma.MaskedArray) and np.ma.is_masked(leaf):
         raise DataError(
-            f"a masked array hides {np.ma.count_masked(leaf)} of its values, and "
-            "training would see what is below the mask. Write x.filled(0), and "
-            "sample_weight for rows that do not count."
+            f"a masked array hides {np.ma.count_masked(leaf)} of its values, but "
+            "training would use them. Write x.filled(0), and give rows that must not "
+            "count the sample_weight 0."
         )
     if is_tensor(leaf):
         return as_numpy(leaf)
@@ -177,19 +181,21 @@ def as_array(leaf: Any, but_device: bool = False) -> Any:
         if not isinstance(leaf, list):
             raise
         raise DataError(
-            f"a list of {len(leaf)} rows that differ in length is no array. Pad "
+            f"a list of {len(leaf)} rows that differ in length is not an array. Pad "
             "them to one length, then write np.array(rows)."
         ) from error
 
 
 def native(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Returns the dtype that jax computes in."""
+    """Returns the dtype that jax uses for `dtype`, in native byte order."""
     wanted: np.dtype[Any] = jax.dtypes.canonicalize_dtype(dtype)
     return wanted.newbyteorder("=")
 
 
 def as_dtype(name: str, leaf: HostArray, dtype: np.dtype[Any]) -> HostArray:
-    """Returns an array, called `name` in messages, in a dtype of the same kind.
+    """Returns an array as another dtype of the same kind.
+
+    `name` is the array's name in messages.
 
     Raises:
       DataError: an integer that the dtype cannot hold.
@@ -202,9 +208,9 @@ def as_dtype(name: str, leaf: HostArray, dtype: np.dtype[Any]) -> HostArray:
         if low < limits.min or high > limits.max:
             worst = high if high > limits.max else low
             raise DataError(
-                f"{name} is {leaf.dtype} and holds {worst}, which {dtype} cannot "
+                f"{name} is {leaf.dtype} and holds {worst}, which {dtype} cannot hold "
                 f"({limits.min} to {limits.max}); jax would cut it off silently. "
-                "Renumber the values, or turn 64-bit mode on before anything else: "
+                "Renumber the values, or turn on 64-bit mode before anything else: "
                 "jax.config.update('jax_enable_x64', True)"
             )
     with np.errstate(over="ignore"):
@@ -212,5 +218,5 @@ def as_dtype(name: str, leaf: HostArray, dtype: np.dtype[Any]) -> HostArray:
 
 
 def on_device(nest: PyTree) -> bool:
-    """Whether any array of a nesting is one of jax."""
+    """Whether any array of a nesting is a jax array."""
     return any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(nest))

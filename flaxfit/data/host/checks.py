@@ -1,4 +1,4 @@
-"""Checks host arrays before compilation: rows, dtypes, NaN and weights."""
+"""Checks host arrays before compilation: lengths, dtypes, NaN, weights and tokens."""
 
 import dataclasses
 import operator
@@ -23,8 +23,8 @@ def check_lengths(nest: PyTree) -> int:
     """Returns the number of rows that all arrays `[rows, ...]` of a nesting share.
 
     Raises:
-      DataError: arrays of different length, no rows or no array at all, a single
-        value without batch axis, text or objects instead of numbers.
+      DataError: arrays of different length, no rows, no inputs, a single value without
+        a batch axis, or text or objects instead of numbers.
     """
     leaves = jax.tree.leaves(nest)
     inputs = nest.inputs if isinstance(nest, Batch) else nest
@@ -40,8 +40,8 @@ def check_lengths(nest: PyTree) -> int:
         if np.ndim(leaf) == 0:
             raise DataError(
                 f"{name} is a single value (shape ()): every array needs a leading "
-                "batch axis. Give single examples with a batch size, as in "
-                "fit(dataset, batch_size=32), or make a batch: "
+                "batch axis. Pass single examples with a batch size, "
+                "fit(dataset, batch_size=32), or make a batch, "
                 "np.stack([x for x, _ in examples])."
             )
     lengths = {len(leaf) for _, leaf in named}
@@ -51,9 +51,9 @@ def check_lengths(nest: PyTree) -> int:
             name, leaf = named[-1]
             listed = f"{listed}, ... {name}: {len(leaf)}"
         raise DataError(
-            f"arrays of different length: {listed}. Every array holds one row per "
-            "example, so cut them to the same number of rows; a list of examples is "
-            "made an array by np.stack(x); batches of graphs are given as "
+            f"arrays of different length: {listed}. Every array needs one row per "
+            "example: cut them to the same number of rows. For a list of examples "
+            "write np.stack(x), for batches of graphs "
             "flaxfit.data.Batches(batches, size=...)."
         )
     if lengths == {0}:
@@ -65,13 +65,13 @@ def check_lengths(nest: PyTree) -> int:
 
 
 def check_sized(batch: Batch, given: Any) -> int:
-    """Returns the rows of a batch whose inputs are arrays of any shapes.
+    """Returns the number of examples of a batch whose inputs have any shapes.
 
-    `given` are the rows, as a user's function returned them.
+    `given` is this number, as returned by the user's function `size`.
 
     Raises:
-      DataError: it returned no whole number of at least 1, or another one than there
-        are targets or weights; text or objects, or no inputs at all.
+      DataError: `given` is not an integer of at least 1, or not the number of targets
+        or weights; text or objects instead of numbers, or no inputs.
     """
     try:
         size = operator.index(given if isinstance(given, int) else given.item())
@@ -90,17 +90,17 @@ def check_sized(batch: Batch, given: Any) -> int:
         if of_rows and np.shape(leaf)[:1] != (size,):
             raise DataError(
                 f"the function size returned {size}, but {name} has shape "
-                f"{np.shape(leaf)}: targets, weights and outputs hold one row for each "
-                "of them."
+                f"{np.shape(leaf)}: targets, weights and outputs need one row per "
+                "example."
             )
     return size
 
 
 def check_values(batch: Batch) -> None:
-    """Checks inputs and targets: what is NaN here is NaN in every result.
+    """Checks that inputs and targets are finite.
 
-    Targets of weight 0 may hold anything: they do not count. Arrays mapped from a file
-    are passed over: all of the file would be read.
+    Targets of weight 0 may have any value. Arrays mapped from a file are not checked,
+    as the whole file would have to be read.
 
     Raises:
       DataError: NaN or infinity in inputs, or in targets whose weight is not 0.
@@ -108,7 +108,7 @@ def check_values(batch: Batch) -> None:
     for name, leaf in named_leaves(batch.replace(weights=None)):
         if not jnp.issubdtype(leaf.dtype, np.inexact) or isinstance(leaf, np.memmap):
             continue
-        # One pass without a second array: a sum is finite only if all of it is.
+        # Needs no second array: a sum is only finite if all of its terms are.
         with np.errstate(over="ignore", invalid="ignore"):
             if np.isfinite(leaf.sum()):
                 continue
@@ -119,7 +119,7 @@ def check_values(batch: Batch) -> None:
             place = tuple(int(i) for i in np.argwhere(bad)[0])
             raise DataError(
                 f"{name} holds {leaf[place]} at row {place[0]}: one such value makes "
-                "the loss and then every parameter NaN. Drop such rows or replace the "
+                "the loss and then every parameter NaN. Drop these rows or replace the "
                 "values, e.g. np.nan_to_num(x); a target of weight 0 does not count."
             )
 
@@ -127,7 +127,7 @@ def check_values(batch: Batch) -> None:
 def check_weights(weights: HostArray, *, all_zero: bool = False) -> None:
     """Checks sample weights `float32[rows, ...]`.
 
-    With `all_zero` they may all be 0, as in one batch of many.
+    With `all_zero`, all of them may be 0, as in a single batch.
 
     Raises:
       DataError: NaN, infinity, negative weights, or nothing but zeros.
@@ -136,8 +136,8 @@ def check_weights(weights: HostArray, *, all_zero: bool = False) -> None:
     if not right.all():
         row = int(np.argwhere(~right)[0][0])
         raise DataError(
-            f"weights hold {weights[row]} at row {row}; weights are at least 0 and "
-            "finite, 0 leaves an example out."
+            f"weights hold {weights[row]} at row {row}; weights must be finite and at "
+            "least 0, where 0 leaves an example out."
         )
     if not all_zero and not weights.any():
         raise DataError(
@@ -147,12 +147,13 @@ def check_weights(weights: HostArray, *, all_zero: bool = False) -> None:
 
 
 def check_tokens(batch: Batch, vocabularies: Mapping[str, int]) -> None:
-    """Checks inputs that are looked up in a table of embeddings.
+    """Checks inputs that are tokens, looked up in an embedding table.
 
-    `vocabularies` maps the path of an input in `batch.inputs` to the table's rows.
+    `vocabularies` maps the path of an input in `batch.inputs` to the number of rows of
+    its table.
 
     Raises:
-      DataError: a number that the table has no row for.
+      DataError: a token without a row in the table.
     """
     if not vocabularies:
         return
@@ -166,14 +167,14 @@ def check_tokens(batch: Batch, vocabularies: Mapping[str, int]) -> None:
             continue
         place = tuple(int(i) for i in np.argwhere((tokens < 0) | (tokens >= rows))[0])
         advice = (
-            f"For padding write np.maximum({name}, 0), and mask those places."
+            f"For padding write np.maximum({name}, 0), and mask these places."
             if tokens[place] < 0
             else f"Write nn.Embed({tokens.max() + 1}, ...), or correct the tokens."
         )
         raise DataError(
             f"{name} holds the token {tokens[place]} at row {place[0]}; the model's "
-            f"nn.Embed has {rows} rows, 0..{rows - 1}, and gives NaN or another "
-            f"token's row for others. {advice}"
+            f"nn.Embed has {rows} rows, 0..{rows - 1}, and returns NaN or the row of "
+            f"another token for others. {advice}"
         )
 
 
@@ -197,29 +198,28 @@ def _check_dtype(name: str, leaf: Any) -> None:
         return
     if dtype == np.object_ and np.ndim(leaf) == 0:
         value = np.asarray(leaf).item()
-        advice = f"write np.asarray({name}), or {name}.toarray() where it is sparse."
+        advice = f"write np.asarray({name}), or {name}.toarray() if it is sparse."
         if dataclasses.is_dataclass(value):
-            advice = "give a dict, or tell jax: jax.tree_util.register_dataclass."
+            advice = "give a dict, or use jax.tree_util.register_dataclass."
         raise DataError(f"{name} is a {type(value).__name__}, not an array: {advice}")
     missing = map(_is_missing, leaf) if dtype == np.object_ else ()
     row = next((row for row, is_missing in enumerate(missing) if is_missing), None)
     if row is not None:
         raise DataError(
-            f"{name} has no value at row {row} (None): it would make the loss NaN. "
-            "Leave such rows out, dataset.filter(lambda row: row[key] is not None), or "
-            "give them a value and weight 0. A column that the model does not need can "
-            "be left out: Trainer(model, inputs=...)."
+            f"{name} has no value at row {row} (None), which would make the loss NaN. "
+            "Leave these rows out, dataset.filter(lambda row: row[key] is not None), "
+            "or give them a value and weight 0. To leave out a column that the model "
+            "does not need, write Trainer(model, inputs=...)."
         )
     if dtype.kind in "OUST":
         hint = (
-            f"For numbers write {name}.astype('float32'); classes by name: "
-            "np.unique(labels, return_inverse=True)[1]; rows of different length: "
-            "pad them."
+            f"For numbers write {name}.astype('float32'); for class names "
+            "np.unique(labels, return_inverse=True)[1]; pad rows of different length."
         )
     else:
-        hint = f"Turn it into numbers jax knows, e.g. {name}.astype('float32')."
+        hint = f"Convert it to a dtype of jax, e.g. {name}.astype('float32')."
     raise DataError(
         f"{name} has dtype {dtype}, shape {np.shape(leaf)}: only numbers can be "
-        f"trained on. {hint} A column that the model does not need can be left "
-        "out: Trainer(model, inputs=...)."
+        f"trained on. {hint} To leave out a column that the model does not need, "
+        "write Trainer(model, inputs=...)."
     )

@@ -15,15 +15,15 @@ from flaxfit.data.host.torch_tensors import is_tensor, stack_tensors
 def collate(
     examples: Sequence[Any], join: Callable[[Sequence[Any]], HostArray] | None = None
 ) -> Any:
-    """Returns a raw batch of examples that are nested alike.
+    """Returns a raw batch of examples of the same nesting.
 
     Args:
       examples: at least one pytree of arrays, numbers and text.
-      join: the values of a leaf -> their array, in place of `stack`.
+      join: values of a leaf -> array, instead of `stack`.
 
     Returns:
-      The same nesting of arrays `[len(examples), ...]`; a leaf whose examples differ
-      in shape is an array of objects.
+      The same nesting of arrays `[len(examples), ...]`; a leaf whose values differ in
+      shape becomes an array of objects.
 
     Raises:
       DataError: examples of different nesting.
@@ -33,16 +33,16 @@ def collate(
     same = all(type(example) is kind for example in examples)
     if not same and not all(map(is_scalar, examples)):
         raise DataError(
-            "examples differ in kind: "
-            f"{', '.join(sorted({type(e).__name__ for e in examples}))}. Every example "
-            "needs the same nesting."
+            "examples differ in type: "
+            f"{', '.join(sorted({type(e).__name__ for e in examples}))}. All examples "
+            "need the same nesting."
         )
     if isinstance(first, Mapping):
         for other in examples:
             if other.keys() != first.keys():
                 raise DataError(
                     f"examples differ in their keys: {', '.join(map(str, first))} and "
-                    f"{', '.join(map(str, other))}. Every example needs the same ones."
+                    f"{', '.join(map(str, other))}. All examples need the same keys."
                 )
         return {key: collate([e[key] for e in examples], join) for key in first}
     if isinstance(first, tuple | list) and not is_list_of_numbers(first):
@@ -50,7 +50,7 @@ def collate(
             if len(other) != len(first):
                 raise DataError(
                     f"examples differ in length: a {kind.__name__} of {len(first)} and "
-                    f"one of {len(other)} parts."
+                    f"one of {len(other)} parts. All examples need the same nesting."
                 )
         parts = [collate(part, join) for part in zip(*examples, strict=True)]
         return kind(*parts) if hasattr(first, "_fields") else kind(parts)
@@ -63,7 +63,7 @@ def collate(
     leaves, structure = jax.tree.flatten(first)
     others = (jax.tree.flatten(each)[1] for each in examples)
     if any(bool(other != structure) for other in others):  # type: ignore[operator]
-        raise DataError(f"examples differ in nesting: {structure} is the first one's.")
+        raise DataError(f"examples differ in nesting: the first one has {structure}.")
     if len(leaves) == 1 and leaves[0] is first:
         return join(examples)
     columns = zip(*(jax.tree.leaves(each) for each in examples), strict=True)
@@ -71,7 +71,7 @@ def collate(
 
 
 def stack(values: Sequence[Any]) -> HostArray:
-    """Returns `[len(values), ...]`, in a dtype that holds all of them."""
+    """Returns `[len(values), ...]`; an array of objects if the shapes differ."""
     if isinstance(values[0], bool | int | float | str | bytes | np.generic):
         return np.array(values)
     if is_tensor(values[0]) and (whole := stack_tensors(values)) is not None:
@@ -94,10 +94,10 @@ def stack(values: Sequence[Any]) -> HostArray:
 
 
 def looks_single(item: Any) -> bool:
-    """Whether an item is one example, and no batch of them.
+    """Whether an item is a single example, and not a batch.
 
-    It is where a part of it is a single value, or its parts differ in length: a batch
-    has one row for each example in all of its parts.
+    It is one if a part of it is a single value, or if its parts differ in length: all
+    parts of a batch have one row per example.
     """
     if isinstance(item, Mapping):
         item = tuple(item.values())
@@ -113,7 +113,7 @@ def looks_single(item: Any) -> bool:
 
 
 def is_list_of_numbers(value: Any) -> bool:
-    """Whether a list stands for one array."""
+    """Whether a value is a list, nested or not, of numbers: one array."""
     return isinstance(value, list) and all(
         is_scalar(each) or is_list_of_numbers(each) for each in value
     )

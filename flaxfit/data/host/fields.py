@@ -9,7 +9,7 @@ from flaxfit.data.host.collate import is_list_of_numbers
 
 
 def parts_of(host: Any) -> dict[Any, Any]:
-    """Returns the parts of an example or a raw batch by key or position."""
+    """Returns the parts of an example or raw batch, by key or position."""
     if isinstance(host, Mapping):
         return dict(host)
     if hasattr(host, "_asdict"):
@@ -24,7 +24,10 @@ def rebuilt(
     join: Callable[[Any, Sequence[Any]], PyTree],
     like: Any,
 ) -> Any:
-    """Returns `join(part, its values)` of every part, nested like `like`."""
+    """Returns `join(part, values)` for every part, nested like `like`.
+
+    `values` are the values of the part in each of `parts`.
+    """
     joined = {part: join(part, [each[part] for each in parts]) for part in parts[0]}
     if isinstance(like, Mapping):
         return joined
@@ -36,19 +39,19 @@ def rebuilt(
 
 
 def with_entry(nest: Any, key: str, value: Any) -> Any:
-    """Returns a dict, or a tuple that begins with one, with an entry more.
+    """Adds an entry to a dict, or to the dict at the start of a tuple; returns a copy.
 
     Raises:
-      DataError: there is no dict, or it has such an entry.
+      DataError: there is no dict, or it already has the key.
     """
     if isinstance(nest, tuple | list) and len(nest) and isinstance(nest[0], Mapping):
         return (with_entry(nest[0], key, value), *nest[1:])
     if not isinstance(nest, Mapping):
         raise DataError(
-            f"mask={key!r} is the key of the mask in a dict, and this is a "
+            f"mask={key!r} needs dicts to put the mask into, but the data is a "
             f"{type(nest).__name__}. Let load return dicts: "
             '{"tokens": tokens, "label": label}.'
         )
     if key in nest:
-        raise DataError(f"there is a {key!r} already: leave mask={key!r} out.")
+        raise DataError(f"the data has a key {key!r} already: leave mask={key!r} out.")
     return {**nest, key: value}

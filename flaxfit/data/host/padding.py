@@ -1,7 +1,7 @@
 """Pads rows of different length to a few lengths and builds their masks.
 
-The lengths to pad to are called buckets: each of them is compiled for once. What is
-padded travels as `PaddedBatch` until targets are separated from inputs.
+The lengths to pad to are called buckets; programs are compiled once per bucket. A
+padded batch is a `PaddedBatch` until targets are separated from inputs.
 """
 
 from bisect import bisect_left
@@ -20,18 +20,18 @@ from flaxfit.data.host.arrays import as_array, as_host
 from flaxfit.data.host.collate import collate, stack
 from flaxfit.data.host.fields import parts_of, rebuilt, with_entry
 
-# In place of the names of parts.
+# The key of `Padding.lengths` that stands for all parts.
 EVERY_PART = None
 
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """A raw batch that was padded; not a pytree, so that jax does not take it for one.
+    """A raw batch that was padded; it is not a pytree.
 
     Attributes:
-      raw: the batch.
-      real: nested like it: of a padded array `bool[rows, length]`, False where it is
-        padding, and of any other `bool[rows]`.
+      raw: the padded batch.
+      real: a mask for every array, nested like `raw`: `bool[rows, length]` for a padded
+        array, False for padding, and `bool[rows]` for any other.
     """
 
     raw: Any
@@ -40,19 +40,19 @@ class PaddedBatch:
 
 @dataclass(frozen=True)
 class Padding:
-    """To which lengths what is padded.
+    """How the parts of examples or batches are padded.
 
-    A part is an entry of a dict, or the position in a tuple; its padded axis is the
-    first one of an example and the second one of a batch.
+    A part is the key of a dict or the position in a tuple. The padded axis is the first
+    axis of an example, and the second axis of a batch.
 
     Attributes:
-      lengths: part -> its length in every bucket; None stands for all parts that have
-        such an axis, which then is of the same length in all of them.
-      values: part -> what it is padded with.
-      value: what other parts are padded with.
-      truncate: whether what is too long for the last bucket is cut off.
-      masks: key under which the real places go into a dict batch -> their part, None
-        where all parts have the same ones.
+      lengths: part -> its length in every bucket. The part None stands for all parts
+        that have a padded axis, which must have the same length in all of them.
+      values: part -> the value it is padded with.
+      value: the value for all other parts.
+      truncate: whether parts are cut off at the length of the last bucket.
+      masks: key of a mask in a dict batch -> its part, None if the mask is the same for
+        all parts.
     """
 
     lengths: Mapping[Any, tuple[int, ...]]
@@ -63,14 +63,14 @@ class Padding:
 
     @property
     def buckets(self) -> int:
-        """How many buckets there are."""
+        """The number of buckets."""
         return len(next(iter(self.lengths.values())))
 
     def bucket_of(self, row: int, example: Any) -> int:
-        """Returns the smallest bucket that the example number `row` fits in.
+        """Returns the smallest bucket for an example; `row` is its number in messages.
 
         Raises:
-          DataError: it is too long, or it cannot be padded.
+          DataError: the example is too long, or it cannot be padded.
         """
         place = f"item {row}"
         counts = self._counts(parts_of(_hosted(example)), 0, place)
@@ -82,8 +82,8 @@ class Padding:
         `lengths` is `int[total]`, or part -> `int[total]`.
 
         Raises:
-          ValueError: another number of lengths, or other parts.
-          DataError: one is too long.
+          ValueError: the number of lengths or their parts do not match.
+          DataError: an example is too long.
         """
         given = lengths if isinstance(lengths, Mapping) else None
         if given is not None and given.keys() != self.lengths.keys():
@@ -109,12 +109,12 @@ class Padding:
         return buckets
 
     def collate(self, examples: Sequence[Any], rows: Sequence[int]) -> PaddedBatch:
-        """Returns a batch, padded to the smallest bucket that holds all examples.
+        """Returns a batch, padded to the smallest bucket that fits all examples.
 
-        `rows` are their indices, for messages.
+        `rows` are their numbers in messages.
 
         Raises:
-          DataError: one is too long, cannot be padded, or is nested in another way.
+          DataError: an example is too long, cannot be padded, or has another nesting.
         """
         hosts = [_hosted(example) for example in examples]
         parts, counts, bucket = [parts_of(host) for host in hosts], [], 0
@@ -128,25 +128,25 @@ class Padding:
             if count.keys() != counts[0].keys():
                 raise DataError(
                     f"item {row} has an axis to pad in {', '.join(map(repr, count))}, "
-                    f"item {rows[0]} in {', '.join(map(repr, counts[0]))}: examples "
-                    "are nested alike."
+                    f"item {rows[0]} in {', '.join(map(repr, counts[0]))}: all "
+                    "examples need the same nesting."
                 )
 
         def join(part: Any, values: Sequence[Any]) -> PyTree:
             if part not in counts[0]:
                 return collate(values)
-            length, fill = self._length_and_fill(part, bucket)
-            return collate(values, partial(_pad_and_stack, length=length, fill=fill))
+            length, value = self._length_and_value(part, bucket)
+            return collate(values, partial(_pad_and_stack, length=length, value=value))
 
         raw = rebuilt(parts, join, hosts[0])
         real = {part: np.array([count[part] for count in counts]) for part in counts[0]}
         return self._with_masks(raw, real, bucket)
 
     def pad_batch(self, raw: Any) -> PaddedBatch:
-        """Returns a batch whose rows have one length, padded to the next bucket.
+        """Returns a batch, padded along its second axis to the smallest bucket.
 
         Raises:
-          DataError: it is too long, or it cannot be padded.
+          DataError: the batch is too long, or it cannot be padded.
         """
         host = as_host(raw)
         parts = parts_of(host)
@@ -156,8 +156,10 @@ class Padding:
         def pad(part: Any, values: Sequence[Any]) -> PyTree:
             if part not in counts:
                 return values[0]
-            length, fill = self._length_and_fill(part, bucket)
-            return jax.tree.map(partial(_pad_rows, length=length, fill=fill), values[0])
+            length, value = self._length_and_value(part, bucket)
+            return jax.tree.map(
+                partial(_pad_rows, length=length, value=value), values[0]
+            )
 
         padded = rebuilt([parts], pad, host)
         leaves = [leaf for part in counts for leaf in _leaves(parts[part])]
@@ -168,9 +170,9 @@ class Padding:
     def in_buckets(
         self, examples: Iterable[tuple[int, Any]], batch_size: int
     ) -> Iterator[PaddedBatch]:
-        """Yields batches of examples of one bucket each, as soon as they are full.
+        """Yields batches of examples from one bucket each, as soon as they are full.
 
-        `examples` are index and example; the last batch of a bucket may be short.
+        `examples` yields `(row, example)`; the last batch of a bucket may be short.
         """
         waiting: list[list[tuple[Any, int]]] = [[] for _ in range(self.buckets)]
         for row, example in examples:
@@ -185,7 +187,7 @@ class Padding:
     def _with_masks(
         self, raw: Any, counts: Mapping[Any, HostArray], bucket: int
     ) -> PaddedBatch:
-        """Returns a batch that was padded; `counts` are the lengths before it."""
+        """Returns a padded batch with its masks; `counts` are the original lengths."""
         masks = {
             part: np.arange(self._ends(part)[bucket]) < count[:, None]
             for part, count in counts.items()
@@ -208,7 +210,7 @@ class Padding:
     def _counts(
         self, parts: Mapping[Any, Any], axis: int, place: str
     ) -> dict[Any, int]:
-        """Returns the length of every part that is to be padded."""
+        """Returns the length of every part to pad."""
         lengths = {
             part: {leaf.shape[axis] for leaf in _leaves(nest) if _has_axis(leaf, axis)}
             for part, nest in parts.items()
@@ -239,7 +241,7 @@ class Padding:
     def _ends(self, part: Any) -> tuple[int, ...]:
         return self.lengths.get(part) or self.lengths[EVERY_PART]
 
-    def _length_and_fill(self, part: Any, bucket: int) -> tuple[int, Any]:
+    def _length_and_value(self, part: Any, bucket: int) -> tuple[int, Any]:
         return self._ends(part)[bucket], self.values.get(part, self.value)
 
     def _too_long(self, part: Any, length: int, place: str) -> DataError:
@@ -249,22 +251,22 @@ class Padding:
         if EVERY_PART not in self.lengths:
             what, line = f" in {part!r}", f"{{{part!r}: {line}}}"
         return DataError(
-            f"{place} has the length {length}{what}, and the longest bucket of "
+            f"{place} has the length {length}{what}, but the longest bucket of "
             f"pad_to={written(self.lengths)} is {ends[-1]}. Write pad_to={line}, or "
-            "truncate=True to cut off what is too long."
+            "truncate=True to cut off longer ones."
         )
 
 
 def plan_buckets(
     order: HostArray, buckets: HostArray, batch_size: int
 ) -> list[HostArray]:
-    """Returns the rows of every batch of a pass, as `Padding.in_buckets` makes them.
+    """Returns the rows of every batch of a pass, in the order of `Padding.in_buckets`.
 
     Args:
       order: the rows of the pass, `int[examples]`.
-      buckets: the bucket of every row, `int[examples]`; of rows beyond, those of the
-        pass before.
-      batch_size: rows of a batch; the last ones of the buckets may be shorter.
+      buckets: the bucket of every row, `int[examples]`; rows beyond its length, as in
+        later passes of Grain, start again at its first.
+      batch_size: rows of a batch; the last batch of a bucket may be shorter.
     """
     found: list[tuple[int, HostArray]] = []
     for bucket in np.unique(buckets):
@@ -278,12 +280,12 @@ def plan_buckets(
 
 
 def raw_of(raw: Any) -> Any:
-    """Returns a raw batch, padded or not, as a user would have it."""
+    """Returns a raw batch without its `PaddedBatch`, if it has one."""
     return raw.raw if isinstance(raw, PaddedBatch) else raw
 
 
 def written(lengths: Mapping[Any, tuple[int, ...]]) -> str:
-    """Returns lengths as a user writes them in `pad_to`."""
+    """Returns lengths as text, as a user writes them in `pad_to`."""
     texts = {
         part: str(ends[0] if len(set(ends)) == 1 else list(ends))
         for part, ends in lengths.items()
@@ -297,13 +299,13 @@ def _one_mask(key: str, masks: Mapping[Any, HostArray]) -> HostArray:
     first = next(iter(masks.values()))
     if not all(np.array_equal(first, mask) for mask in masks.values()):
         raise DataError(
-            f"mask={key!r}, but {' and '.join(map(repr, masks))} differ in length. Say "
-            f"of which part it is: mask={{{key!r}: {next(iter(masks))!r}}}."
+            f"mask={key!r}, but {' and '.join(map(repr, masks))} differ in length. "
+            f"Name the part of the mask: mask={{{key!r}: {next(iter(masks))!r}}}."
         )
     return first
 
 
-def _pad_and_stack(values: Sequence[Any], *, length: int, fill: Any) -> HostArray:
+def _pad_and_stack(values: Sequence[Any], *, length: int, value: Any) -> HostArray:
     """Returns `[len(values), length, ...]` of arrays `[any length, ...]`."""
     arrays = [as_array(each) for each in values]
     if not _has_axis(arrays[0], 0):
@@ -311,23 +313,23 @@ def _pad_and_stack(values: Sequence[Any], *, length: int, fill: Any) -> HostArra
     if len({array.shape[1:] for array in arrays}) > 1:
         shapes = ", ".join(sorted({str(array.shape) for array in arrays}))
         raise DataError(
-            f"examples of the shapes {shapes}: only their first axis is padded, and "
-            "the others have to be alike."
+            f"examples of the shapes {shapes}: only the first axis is padded, and all "
+            "other axes must have the same length."
         )
     # An empty list has no dtype of its own.
     dtypes = {array.dtype for array in arrays if array.size} or {arrays[0].dtype}
     shape = (len(arrays), length, *arrays[0].shape[1:])
-    padded = _filled(shape, np.result_type(*dtypes), fill)
+    padded = _filled(shape, np.result_type(*dtypes), value)
     for row, array in zip(padded, arrays, strict=True):
         row[: len(array)] = array[:length]
     return padded
 
 
-def _pad_rows(leaf: HostArray, *, length: int, fill: Any) -> HostArray:
+def _pad_rows(leaf: HostArray, *, length: int, value: Any) -> HostArray:
     """Returns `[rows, length, ...]` of an array `[rows, any length, ...]`."""
     if not _has_axis(leaf, 1):
         return leaf
-    padded = _filled((len(leaf), length, *leaf.shape[2:]), leaf.dtype, fill)
+    padded = _filled((len(leaf), length, *leaf.shape[2:]), leaf.dtype, value)
     padded[:, : leaf.shape[1]] = leaf[:, :length]
     return padded
 
@@ -340,14 +342,14 @@ def _filled(shape: tuple[int, ...], dtype: Any, value: Any) -> HostArray:
             raise ValueError(value)
     except (TypeError, ValueError, OverflowError) as error:
         raise DataError(
-            f"pad_value={value!r} for {np.dtype(dtype)}, which cannot hold it. Write "
+            f"pad_value={value!r}, which {np.dtype(dtype)} cannot hold. Write "
             "pad_value=0, or pad_value={part: value}."
         ) from error
     return np.full(shape, held, dtype)
 
 
 def _hosted(example: Any) -> Any:
-    """Returns an example on the host; one that is there is not looked through."""
+    """Returns an example on the host, at once if its parts are NumPy values."""
     parts = parts_of(example).values()
     here = all(isinstance(part, np.ndarray | np.generic | int) for part in parts)
     return example if here else as_host(example)
@@ -365,7 +367,7 @@ def _uneven(place: str, found: Mapping[Any, set[int]], ends: tuple[int, ...]) ->
     text = written({EVERY_PART: ends})
     if not found:
         return (
-            f"{place} has nothing to pad: every part of it is a single value. Leave "
+            f"{place} has nothing to pad: its parts are single values or text. Leave "
             f"pad_to={text} out."
         )
     listed = ", ".join(
@@ -373,22 +375,22 @@ def _uneven(place: str, found: Mapping[Any, set[int]], ends: tuple[int, ...]) ->
         for part, one in found.items()
     )
     return (
-        f"{place} has parts of different length, {listed}, and pad_to={text} is for "
-        "all of them. Name the parts that are to be padded: "
-        f"pad_to={{{next(iter(found))!r}: {text}}}."
+        f"{place} has parts of different length, {listed}, but pad_to={text} applies "
+        f"to all of them. Name the parts to pad: pad_to={{{next(iter(found))!r}: "
+        f"{text}}}."
     )
 
 
 def _unpaddable(place: str, part: Any, one: set[int], parts: list[Any]) -> str:
     if part not in parts:
         return (
-            f"pad_to names the part {part!r}, and {place} has "
-            f"{', '.join(map(repr, parts))}. Name a key of it, or a position in a "
-            "tuple."
+            f"pad_to names the part {part!r}, but {place} has "
+            f"{', '.join(map(repr, parts))}. Name a key of its dict, or a position in "
+            "its tuple."
         )
     if not one:
         return f"{part!r} of {place} has no axis to pad: leave it out of pad_to."
     return (
         f"{part!r} of {place} has arrays of the lengths "
-        f"{', '.join(map(str, sorted(one)))}: what is padded together has one length."
+        f"{', '.join(map(str, sorted(one)))}: all arrays of a part need one length."
     )

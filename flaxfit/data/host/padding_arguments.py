@@ -13,18 +13,18 @@ from flaxfit.data.host.padding import EVERY_PART, Padding, written
 def as_padding(
     pad_to: Any, pad_value: Any = 0, truncate: Any = False, mask: Any = None
 ) -> Padding | None:
-    """Returns what the arguments of `Examples` and `Batches` ask for, or None.
+    """Returns the padding that arguments of `Examples` or `Batches` describe, or None.
 
     Raises:
-      TypeError: an argument of another kind.
-      ValueError: lengths that cannot be, or an argument that needs `pad_to`.
+      TypeError: an argument of the wrong type.
+      ValueError: invalid lengths, or an argument that needs `pad_to`.
     """
     truncate = boolean("truncate", truncate)
     if pad_to is None:
         for name, given in (("truncate", truncate or None), ("mask", mask)):
             if given is not None:
                 raise ValueError(
-                    f"{name}={given!r} is about rows that are padded: write "
+                    f"{name}={given!r} has no effect without padding: write "
                     f"pad_to=[32, 64, 128], {name}={given!r}."
                 )
         return None
@@ -33,8 +33,8 @@ def as_padding(
     several = {len(ends) for ends in lengths.values() if len(ends) > 1}
     if not lengths or len(several) > 1:
         raise ValueError(
-            f"pad_to={pad_to!r}: the parts of an example go into one bucket together, "
-            "so give each of them a list of equally many lengths, or one length."
+            f"pad_to={pad_to!r}: all parts of an example share one bucket, so give "
+            "each part a list with the same number of lengths, or a single length."
         )
     buckets = several.pop() if several else 1
     lengths = {
@@ -69,7 +69,7 @@ def _as_masks(mask: Any, lengths: Mapping[Any, Any]) -> dict[str, Any]:
         return {} if mask is None else {mask: None}
     if not isinstance(mask, Mapping) or not all(isinstance(key, str) for key in mask):
         raise TypeError(
-            f"mask={mask!r}: write the key under which the model is given the mask, "
+            f"mask={mask!r}: expected the key under which the model receives the mask, "
             'mask="attention_mask".'
         )
     for key, part in mask.items():

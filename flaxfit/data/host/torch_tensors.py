@@ -13,12 +13,15 @@ from flaxfit._core.types import HostArray
 
 
 def is_tensor(value: object) -> bool:
-    """Whether a value is a tensor of torch, which is not imported."""
+    """Whether a value is a tensor of torch; does not import torch."""
     return comes_from(value, "torch", "Tensor")
 
 
 def stack_tensors(tensors: Sequence[Any]) -> HostArray | None:
-    """Returns tensors as `[len(tensors), ...]`; None where they differ in form."""
+    """Returns tensors as `[len(tensors), ...]`.
+
+    None if not all are tensors of one shape, dtype and device.
+    """
     if any(not is_tensor(each) or each.is_nested for each in tensors):
         return None
     if len({(each.shape, each.dtype, each.device) for each in tensors}) > 1:
@@ -27,24 +30,24 @@ def stack_tensors(tensors: Sequence[Any]) -> HostArray | None:
 
 
 def as_numpy(tensor: Any) -> HostArray:
-    """Returns a tensor of any device as an array of its dtype, bfloat16 among them.
+    """Returns a tensor on any device as an array of its dtype, including bfloat16.
 
     Raises:
       DataError: a sparse or nested tensor.
     """
     if tensor.is_nested:
         raise DataError(
-            "a nested tensor of torch has rows of different length, and is no array. "
-            "Write torch.nested.to_padded_tensor(x, 0.0), and weights for what is "
-            "padding."
+            "a nested tensor of torch has rows of different length and is not an "
+            "array. Write torch.nested.to_padded_tensor(x, 0.0), and give padding "
+            "weight 0."
         )
     if str(tensor.layout) != "torch.strided":
         raise DataError(
-            f"a tensor of layout {tensor.layout} is sparse, and is no array. Write "
+            f"a tensor of layout {tensor.layout} is sparse, not an array. Write "
             "x.to_dense() where the batches are made."
         )
     tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
-    # NumPy has no such floats of its own, and torch does not know jax's.
+    # NumPy has no bfloat16 or float8, and torch does not know those of ml_dtypes.
     float_type = getattr(ml_dtypes, str(tensor.dtype).removeprefix("torch."), None)
     if float_type is None:
         array: HostArray = tensor.numpy()

@@ -17,12 +17,13 @@ from flaxfit.data.host.arrays import named_leaves
 
 
 def with_weights(batch: Batch, rows: int | None = None) -> Batch:
-    """Returns the batch with `float32[rows, ...]` weights, 1 where it has none.
+    """Returns the batch with `float32[rows, ...]` weights, all 1 if it has none.
 
-    `rows` is needed where the arrays are not of equal length. On a device they stay.
+    `rows` is needed if the arrays differ in length. Weights on a device stay there.
 
     Raises:
-      DataError: weights whose shape is not the leading part of every target's.
+      DataError: the shape of the weights is not the leading part of that of every
+        target.
     """
     if batch.weights is None:
         rows = len(jax.tree.leaves(batch)[0]) if rows is None else rows
@@ -30,14 +31,14 @@ def with_weights(batch: Batch, rows: int | None = None) -> Batch:
     if not isinstance(batch.weights, np.ndarray | jax.Array):
         raise DataError(
             f"weights are a {type(batch.weights).__name__}: give one array of shape "
-            "[rows] or [rows, ...], it counts for every output."
+            "[rows] or [rows, ...], which applies to every output."
         )
     weights = batch.weights.astype(np.float32, copy=False)
     for name, target in named_leaves(Batch((), batch.targets, None)):
         if weights.shape != target.shape[: weights.ndim]:
             raise DataError(
                 f"weights have shape {weights.shape}, {name} has {target.shape}: "
-                "weights hold one number per row, or one per element of the targets' "
+                "weights need one number per row, or one per element of the targets' "
                 "leading axes. Write weights.reshape(len(weights)) for one per row."
             )
     return batch.replace(weights=weights)
@@ -51,10 +52,11 @@ def apply_mask(
     Args:
       batch: host arrays; `weights` may be None.
       real: `PaddedBatch.real` of the targets.
-      weigh: gives a batch weights by its targets; it is shown real targets only.
+      weigh: batch -> batch with weights by its targets. It receives real targets only:
+        a real value replaces each value of padding.
 
     Raises:
-      DataError: some targets are padded, and others are not, or in other places.
+      DataError: targets are not all padded in the same places.
     """
     masks = jax.tree.leaves(real)
     mask = next((mask for mask in masks if mask.ndim == 2), None)
@@ -62,8 +64,8 @@ def apply_mask(
         return batch if weigh is None else weigh(batch)
     if not all(np.array_equal(mask, other) for other in masks):
         raise DataError(
-            "some of the targets are padded and others are not, or to another length, "
-            "and one array of weights counts for all of them. Pad all of them alike, "
+            "the targets are not all padded in the same places, but one array of "
+            "weights applies to all of them. Pad all of them alike, "
             "pad_to={...}, or leave padding out of the loss by a label, "
             'Loss("softmax_cross_entropy_with_integer_labels", ignore_label=-1) and '
             "pad_value=-1."
@@ -75,7 +77,7 @@ def apply_mask(
     if batch.weights is not None:
         given = np.asarray(batch.weights, np.float32)
         if not given.ndim or given.shape[:2] != mask.shape[: given.ndim]:
-            return batch  # whose weights are refused where all weights are checked
+            return batch  # a later check refuses these weights
         if given.ndim == 1:
             given = given[:, None]
         weights = np.where(append_axes(mask, given.ndim), given, np.float32(0))
@@ -83,7 +85,7 @@ def apply_mask(
 
 
 def _without_padding(target: Any, mask: HostArray) -> HostArray:
-    """Returns the target with a real value of its own in place of padding."""
+    """Returns the target with padding replaced by one of its real values."""
     target = np.asarray(target)
     places = np.argwhere(mask)
     if not len(places):
@@ -94,14 +96,14 @@ def _without_padding(target: Any, mask: HostArray) -> HostArray:
 class ClassWeighting:
     """Weights every example by the class of its target.
 
-    What the first targets are, one-hot rows or classes, all later ones of the source
-    have to be: a single batch can look like the other by chance.
+    The first targets decide whether all targets are one-hot rows or classes, as a later
+    batch of classes can look one-hot by chance.
 
     Args:
-      class_weight: class to weight; a class that is missing weighs 1.
+      class_weight: class -> weight; missing classes have weight 1.
 
     Raises:
-      ValueError: a key is not a class or a value not a weight.
+      ValueError: a key is not a class, or a value is not a weight.
     """
 
     def __init__(self, class_weight: Mapping[Any, float]) -> None:
@@ -112,12 +114,12 @@ class ClassWeighting:
         """Returns the batch with `float32[rows, ...]` weights.
 
         Args:
-          batch: arrays; one target: classes `[rows, ...]`, or one-hot
-            `[rows, ..., classes]`. A target on a device is read back.
+          batch: a batch of arrays with one target, of classes `[rows, ...]` or one-hot
+            rows `[rows, ..., classes]`. A target on a device is read back.
 
         Raises:
-          ValueError: weights are given twice, there is no or more than one target,
-            or it holds no classes.
+          ValueError: the batch has weights other than 1, not exactly one target, or a
+            target without classes.
         """
         if batch.weights is not None and np.any(np.asarray(batch.weights) != 1):
             raise ValueError(
@@ -128,7 +130,7 @@ class ClassWeighting:
         targets = jax.tree.leaves(batch.targets)
         if len(targets) != 1:
             raise ValueError(
-                f"class_weight needs exactly one target, there are {len(targets)}. "
+                f"class_weight needs exactly one target, but there are {len(targets)}. "
                 "Give the weights per example instead: fit(x, y, "
                 "sample_weight=weights)."
             )
@@ -151,10 +153,9 @@ class ClassWeighting:
                 if not one_hot.all():
                     row = int(np.argwhere(~one_hot)[0][0])
                     raise ValueError(
-                        "class_weight took the targets for one-hot, as all rows of the "
-                        f"first batch were, but row {row} of {describe(target)} is "
-                        "not. Leave class_weight out, and let the data yield (x, y, "
-                        "weights)."
+                        "class_weight expects one-hot targets, as in the first batch, "
+                        f"but row {row} of {describe(target)} is not one-hot. Leave "
+                        "class_weight out, and let the data yield (x, y, weights)."
                     )
                 return np.asarray(target.argmax(axis=-1))
         labels = target.astype(np.int64)
@@ -185,9 +186,9 @@ def _read_class_weight(class_weight: Any) -> tuple[HostArray, HostArray]:
 
 
 def _refuse_several_labels(target: HostArray) -> None:
-    """Refuses `[rows, ..., n]` that is not one-hot and may not be one class each."""
+    """Raises ValueError for targets `[rows, ..., n]` that may not be classes."""
     floating = jnp.issubdtype(target.dtype, np.inexact)
-    # In pictures, 0 and 1 are two classes; in `[rows, n]` also labels of one row.
+    # 0 and 1 are classes in an image, but may be several labels per row in `[rows, n]`.
     binary = target.ndim == 2 and target.min() >= 0 and target.max() <= 1
     if not floating and not binary:
         return
@@ -205,7 +206,7 @@ def _refuse_several_labels(target: HostArray) -> None:
 
 
 def _one_hot_rows(target: HostArray) -> HostArray:
-    """Returns which rows `[..., classes]` are a 1 among 0s, `bool[...]`."""
+    """Returns which rows of `[..., classes]` have a single 1 among 0s, `bool[...]`."""
     binary = ((target == 0) | (target == 1)).all(axis=-1)
     ones: HostArray = binary & ((target == 1).sum(axis=-1) == 1)
     return ones

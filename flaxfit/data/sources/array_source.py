@@ -1,4 +1,4 @@
-"""A source of batches from arrays in memory or memory-mapped files."""
+"""A source of batches from arrays in memory or in memory-mapped files."""
 
 import math
 import warnings
@@ -21,21 +21,20 @@ class ArraySource:
     """Batches cut out of whole arrays, in order or by a seeded permutation.
 
     Args:
-      data: all examples, host arrays `[examples, ...]` of equal length;
-        `weights` may be None, then every example weighs 1.
-      batch_size: rows of every batch. More than there are examples fills every batch
-        up, and the fill counts in batch statistics: for training cap it.
-      shuffle: whether each pass has an order of its own.
-      seed: decides the orders, together with the index of the pass.
-      info: what the data says of itself.
+      data: all examples, host arrays `[examples, ...]` of equal length; every example
+        has weight 1 if `weights` is None.
+      batch_size: rows of every batch. If larger than the number of examples, the rows
+        that pad the batch count in batch statistics: cap it for training.
+      shuffle: whether each pass has a new order.
+      seed: determines the orders, together with the number of the pass.
+      info: metadata of the data.
 
     Attributes:
       in_memory: whether no array is mapped from a file.
-      nbytes: the bytes of all examples; those mapped from a file may be narrowed.
+      nbytes: the bytes of all examples, before arrays mapped from a file are narrowed.
 
-    Batches are copies: steps in flight read them while a callback may
-    already write into the arrays they were cut from. Later batches then hold what it
-    wrote.
+    Batches are copies: a callback may write into the arrays while steps in flight still
+    read the batches. Only later batches then have the new values.
     """
 
     kind = "arrays"
@@ -69,7 +68,7 @@ class ArraySource:
 
     @property
     def example(self) -> Batch:
-        """The first rows in their given order."""
+        """The first rows as a batch, not shuffled."""
         rows = np.arange(min(self.num_examples, self.batch_size))
         return self._cut(batches_of_pass(rows, self.batch_size)[0])
 
@@ -80,7 +79,7 @@ class ArraySource:
     def batches(
         self, pass_index: int, start: int = 0, bookmark: Any = None
     ) -> Iterator[Batch]:
-        """Yields the batches of one pass, the same for the same `pass_index`."""
+        """Yields the batches of one pass; `pass_index` determines their order."""
         del bookmark
         for coded in self.order(pass_index)[start:]:
             yield self._cut(coded)
@@ -94,13 +93,13 @@ class ArraySource:
 
     @property
     def counted(self) -> HostArray | None:
-        """Which examples have any weight, `bool[examples]`; None if all have."""
+        """Which examples have a weight above 0, `bool[examples]`; None if all have."""
         weights = self._data.weights
         counted = (weights != 0).reshape(len(weights), -1).any(axis=1)
         return None if counted.all() else counted
 
     def padded(self, rows: int) -> Batch:
-        """Returns a copy of all examples in arrays `[rows, ...]`; the rest is void."""
+        """Returns a copy of all examples in arrays `[rows, ...]`; the rest is unset."""
 
         def copy(leaf: HostArray) -> HostArray:
             wide = empty_array((rows, *leaf.shape[1:]), leaf.dtype)
@@ -113,21 +112,21 @@ class ArraySource:
     def stack(
         self, first: int, count: int, capacity: int, *, own: bool
     ) -> tuple[Batch, tuple[int, ...]]:
-        """Returns batches in the given order of the examples, in one go.
+        """Returns several adjacent batches of the unshuffled examples, stacked.
 
         Args:
           first: the number of the first batch.
-          count: how many batches.
-          capacity: how many there is room for; what is beyond `count` is void.
-          own: whether they must be copies, to be kept.
+          count: the number of batches.
+          capacity: the length of the arrays; values beyond `count` are unset.
+          own: whether the result must be a copy.
 
         Returns:
-          Arrays `[capacity, batch, ...]`, and how many rows of each batch are no fill.
+          Arrays `[capacity, batch, ...]`, and the number of real rows of each batch.
         """
         start, stop = first * self.batch_size, (first + count) * self.batch_size
         real = min(stop, self.num_examples) - start
-        fill = np.arange(stop - start - real) % self.num_examples
-        whole = not own and count == capacity and not len(fill)
+        added = np.arange(stop - start - real) % self.num_examples
+        whole = not own and count == capacity and not len(added)
 
         def copy(leaf: HostArray) -> HostArray:
             shape = (capacity, self.batch_size, *leaf.shape[1:])
@@ -136,13 +135,13 @@ class ArraySource:
             stacked = empty_array(shape, leaf.dtype)
             rows = stacked.reshape(-1, *leaf.shape[1:])
             rows[:real] = leaf[start : start + real]
-            rows[real : real + len(fill)] = leaf[fill]
+            rows[real : real + len(added)] = leaf[added]
             return stacked
 
         batches: Batch = jax.tree.map(copy, self._data)
         weights = batches.weights
-        if len(fill):
-            weights.reshape(-1, *weights.shape[2:])[real : real + len(fill)] = 0.0
+        if len(added):
+            weights.reshape(-1, *weights.shape[2:])[real : real + len(added)] = 0.0
         ends = np.minimum((np.arange(count) + 1) * self.batch_size, real)
         examples = np.diff(ends, prepend=0)
         return batches, tuple(examples.tolist())
@@ -161,7 +160,7 @@ class ArraySource:
 
 
 def split_validation(data: Batch, fraction: float) -> tuple[Batch, Batch]:
-    """Splits the last `fraction` of the examples off, before any shuffling.
+    """Splits off the last `fraction` of the examples, before any shuffling.
 
     Returns `(train, validation)`, views of `data`; see `train_rows`.
     """
@@ -178,7 +177,7 @@ def split_validation(data: Batch, fraction: float) -> tuple[Batch, Batch]:
 
 
 def train_rows(total: int, fraction: float) -> int:
-    """Returns how many of `total` examples are for training, as many as in Keras.
+    """Returns how many of `total` examples are for training, the same as in Keras.
 
     Raises:
       ValueError: `fraction` is out of range or leaves one side empty.
@@ -198,9 +197,9 @@ def train_rows(total: int, fraction: float) -> int:
 
 
 def warn_if_sorted(data: Batch, advice: str) -> None:
-    """Warns where the targets are classes in their order.
+    """Warns if the targets are classes in sorted order.
 
-    `advice` is what to write to shuffle such data.
+    `advice` says how to shuffle the data.
     """
     for name, leaf in named_leaves(Batch((), data.targets, None)):
         labels = leaf.reshape(-1) if leaf.size == len(leaf) else leaf
@@ -225,8 +224,8 @@ def _rows(leaf: HostArray, rows: HostArray, shuffled: bool) -> HostArray:
     first, last = int(rows[0]), int(rows[-1])
     if not shuffled and last - first == len(rows) - 1:
         return leaf[first : last + 1].copy()
-    # take() copies row by row, twice as fast as an index where rows are long, but
-    # would first copy all of an array that is not contiguous.
+    # take() copies long rows twice as fast as indexing does, but would first copy all
+    # of an array that is not contiguous.
     if leaf.ndim == 1 or not leaf.flags.c_contiguous:
         return leaf[rows]
     return leaf.take(rows, axis=0)

@@ -11,11 +11,11 @@ class BatchSource(Protocol):
     """Batches of fixed shape on the host, pass after pass.
 
     Attributes:
-      info: what is known about the dataset.
-      batch_size: rows of a batch, fill included.
-      pad: whether a short batch is filled up with real rows at weight 0; without,
-        it is as short as it comes.
-      reuses_buffers: whether batches hold only until the next one is asked for.
+      info: metadata of the dataset.
+      batch_size: rows of a batch, padding included.
+      pad: whether a short batch is filled up with real rows at weight 0; if not, it
+        stays short.
+      reuses_buffers: whether a batch is only valid until the next one is requested.
     """
 
     info: DatasetInfo
@@ -25,50 +25,51 @@ class BatchSource(Protocol):
 
     @property
     def kind(self) -> str:
-        """What it is, in words: `"arrays"`, `"torch DataLoader"`."""
+        """The kind of data in words: `"arrays"`, `"torch DataLoader"`."""
 
     @property
     def shapes(self) -> int:
-        """How many shapes batches may have besides their rows."""
+        """The number of shapes that batches may have beyond the batch axis."""
 
     @property
     def one_shot(self) -> bool:
-        """Whether it can be read only once."""
+        """Whether the source can be read only once."""
 
     @property
     def seeks(self) -> bool:
-        """Whether `batches` begins anywhere without reading what is before."""
+        """Whether `batches` can start at any batch without reading earlier ones."""
 
     @property
     def num_batches(self) -> int | None:
-        """Batches in one pass, None where only reading tells."""
+        """Batches in one pass, None if unknown before reading."""
 
     @property
     def num_examples(self) -> int | None:
-        """Examples in one pass without fill, None where only reading tells."""
+        """Examples in one pass without padding, None if unknown before reading."""
 
     @property
     def bookmark(self) -> Mapping[str, Any] | None:
-        """Where an iterator that has a state stood lately; see `StreamSource`."""
+        """The latest saved position of an iterator; see `StreamSource.bookmark`."""
 
     @property
     def example(self) -> Batch:
-        """The first batch, read ahead; the first pass still yields it."""
+        """The first batch, read in advance; the first pass still yields it."""
 
     def check(self, check_values: Callable[[Batch], None]) -> None:
-        """Checks the values before the first pass, of a stream also during each pass.
+        """Checks the values before the first pass; of a stream also during each pass.
 
         Args:
-          check_values: raises DataError for wrong values of a batch.
+          check_values: raises DataError if a batch has invalid values.
         """
 
     def batches(
         self, pass_index: int, start: int = 0, bookmark: Mapping[str, Any] | None = None
     ) -> Iterator[Batch]:
-        """Yields the batches of one pass from number `start` on.
+        """Yields the batches of one pass, from batch number `start` on.
 
-        `pass_index` decides the order; a bookmark of that pass shortens the way.
+        `pass_index` determines the order; a bookmark of that pass avoids reading all
+        batches before `start`.
 
-        Where the source reuses buffers, their memory may be the loader's: what is not
-        copied before the next batch is asked for may change under a step.
+        If the source reuses buffers, a batch may be the loader's memory: copy it before
+        the next batch is requested, or it may change while a step reads it.
         """

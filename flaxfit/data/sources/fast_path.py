@@ -1,7 +1,7 @@
 """A fast path for raw batches of the same structure as the first.
 
-Nearly all that is found out about a batch is the same for the next. Of one with the
-same nesting, dtypes and shapes of rows, little is left to do.
+A batch with the nesting, dtypes and row shapes of the first one needs no binding and
+few checks: its arrays are taken from the same places.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from flaxfit.data.host.arrays import as_dtype, native
 
 
 class BatchTemplate(NamedTuple):
-    """How a raw batch is made a batch, if it is like the one this was learned from.
+    """Converts raw batches of the same form as the one this was learned from.
 
     Attributes:
-      nesting: that of the raw batch.
-      kinds: axes, shape of a row and dtype of every raw array.
-      parts: of every array of the batch, the place of the raw one that it is, and its
-        dtype.
+      nesting: the nesting of the raw batch.
+      kinds: number of axes, shape of a row and dtype of every raw array.
+      parts: for every array of the batch, the index of its raw array and the dtype to
+        convert it to.
       batch: the nesting of the batch without weights.
     """
 
@@ -34,7 +34,7 @@ class BatchTemplate(NamedTuple):
     def make(self, raw: Any) -> Batch | None:
         """Returns the batch, with weights of 1; it may share the memory of `raw`.
 
-        None for a raw batch that is not alike, or not right.
+        None if the raw batch has another form or is invalid.
         """
         leaves, nesting = jax.tree.flatten(raw)
         if nesting != self.nesting:
@@ -57,15 +57,15 @@ class BatchTemplate(NamedTuple):
 
 
 def learn(raw: Any, read: Callable[[Any], Batch]) -> BatchTemplate | None:
-    """Learns from a raw batch how those like it are read.
+    """Learns from a raw batch how to read others of the same form.
 
     Args:
-      raw: a batch that was found right.
-      read: raw batch -> `Batch`, by structure and names alone.
+      raw: a batch that passed all checks.
+      read: raw batch -> `Batch`, by structure and names only.
 
     Returns:
-      The recipe; None where `read` does more than to arrange NumPy arrays, or there
-      are weights, whose values are checked.
+      The template; None if `read` does more than rearrange NumPy arrays, or if there
+      are weights, whose values must be checked in every batch.
     """
     leaves, nesting = jax.tree.flatten(raw)
     if not all(type(leaf) is np.ndarray and leaf.ndim for leaf in leaves):
@@ -74,7 +74,7 @@ def learn(raw: Any, read: Callable[[Any], Batch]) -> BatchTemplate | None:
     arranged, batch = jax.tree.flatten(given)
     places = {id(leaf): place for place, leaf in enumerate(leaves)}
     if len(places) < len(leaves):
-        return None  # one array in two places, which need not be so in the next batch
+        return None  # one array in two places; the next batch may have two arrays
     if given.weights is not None or any(id(leaf) not in places for leaf in arranged):
         return None
     return BatchTemplate(

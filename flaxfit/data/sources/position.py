@@ -18,22 +18,22 @@ _SECONDS_BETWEEN_MARKS = 0.05
 
 
 class Position(NamedTuple):
-    """Where a fit stands in its data.
+    """The position of a fit in its data.
 
     Attributes:
-      epoch: the epochs of the fit that are over.
-      batch: the batches of the running epoch that were trained on.
+      epoch: the number of finished epochs of the fit.
+      batch: the number of batches of the running epoch that were trained on.
     """
 
     epoch: int = 0
     batch: int = 0
 
     def in_passes(self, steps: int | None, length: int | None) -> tuple[int, int]:
-        """Returns the pass over the data, and the batch of it to continue with.
+        """Returns the pass over the data, and the number of its next batch.
 
         Args:
-          steps: batches of an epoch that does not go by passes, else None.
-          length: batches of a pass, None if that is unknown.
+          steps: batches of an epoch, None if an epoch is a pass.
+          length: batches of a pass, None if unknown.
         """
         if steps is None:
             return self.epoch, self.batch
@@ -41,14 +41,14 @@ class Position(NamedTuple):
 
 
 class IteratorMark:
-    """The state of an iterator, saved now and then while a source reads it.
+    """The state of an iterator, saved from time to time while a source reads it.
 
     Args:
-      stream: what is read; if it seeks, no state is needed.
+      stream: the stream of the source; if it seeks, no state is needed.
 
     Attributes:
-      latest: `{"pass": …, "number": …, "state": …}`, the state after that many batches;
-        None where the iterator has none.
+      latest: `{"pass": …, "number": …, "state": …}`, the state after `number` batches
+        of the pass; None if there is no saved state.
     """
 
     def __init__(self, stream: Stream) -> None:
@@ -72,15 +72,15 @@ class IteratorMark:
 
 
 class IteratorCheckpoints:
-    """Where an iterator that has a state of its own stood, at positions of a fit.
+    """Saved states of a data iterator, each with its position in the fit.
 
-    The data is read ahead of the steps in another thread, so its state now is not that
-    of the last batch trained on. States are noted now and then: from one of them on,
-    the batches up to a position are read again, and left out.
+    Another thread reads ahead of the steps, so the iterator's current state is not that
+    of the last batch trained on. States are therefore noted from time to time. A
+    position is reached from the last state before it: batches between are skipped.
 
     Args:
       source: the data.
-      saved: what `at` returned in an earlier process.
+      saved: the result of `at` in an earlier process.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class IteratorCheckpoints:
             self._marks.append((Position(saved["epoch"], saved["batch"]), saved))
 
     def note(self, position: Position) -> None:
-        """Notes where the source stands; called after each batch, as it is read."""
+        """Notes the source's bookmark, if it is new; called after each batch read."""
         mark = self._source.bookmark
         if mark is None or mark is self._latest:
             return
@@ -102,26 +102,26 @@ class IteratorCheckpoints:
         with self._lock:
             self._marks.append((position, mark))
             if len(self._marks) > _MOST_BOOKMARKS:
-                # Those in the past are seldom needed: it only is further from there.
+                # Older marks are seldom needed; without one, more batches are skipped.
                 del self._marks[1 : _MOST_BOOKMARKS // 2 : 2]
 
     def leave_out(self) -> None:
-        """Takes no note of where the source stands: it is at no position of the fit."""
+        """Ignores the source's current bookmark: a skipped batch has no position."""
         self._latest = self._source.bookmark
 
     def begin(self, position: Position) -> dict[str, Any] | None:
-        """Returns `at(position)`, from where the data is read again.
+        """Returns `at(position)`, to read the data again from there.
 
-        What was noted beyond it, by a reading ahead that is over, is forgotten.
+        Marks beyond it, which an earlier run noted while reading ahead, are dropped.
         """
         with self._lock:
             self._marks = [mark for mark in self._marks if mark[0] <= position]
         return self.at(position)
 
     def at(self, position: Position) -> dict[str, Any] | None:
-        """Returns the last bookmark up to a position, None where there is none.
+        """Returns the last bookmark up to a position, or None.
 
-        Those before it are forgotten: a fit does not go back beyond a checkpoint.
+        Earlier ones are dropped: a fit does not go back before a checkpoint.
         """
         with self._lock:
             past = sum(where <= position for where, _ in self._marks)
@@ -138,13 +138,13 @@ def epochs_of(
     position: Position,
     bookmarks: IteratorCheckpoints | None = None,
 ) -> Iterator[Iterator[Batch]]:
-    """Yields the batches of each epoch: a pass each, or `steps` of endless passes.
+    """Yields an iterator over the batches of each epoch.
 
     Args:
       source: the data.
-      steps: batches of an epoch, from endless passes; None for one pass.
+      steps: batches of an epoch, from one pass after the other; None for one pass.
       position: where to begin.
-      bookmarks: how to get there, and where to note how to get there again.
+      bookmarks: saved states, to reach the position; new ones are noted in it.
     """
     bookmarks = bookmarks or IteratorCheckpoints(source)
     mark = bookmarks.begin(position)
@@ -152,14 +152,14 @@ def epochs_of(
     skipped = 0
     if steps is None:
         if mark is not None and mark["epoch"] != position.epoch:
-            mark = None  # a pass begins, as any other
+            mark = None  # the position is in a later pass
     elif mark is not None:
         first, start = mark["pass"], mark["number"]
         since = (position.epoch - mark["epoch"]) * steps
         skipped = since + position.batch - mark["batch"]
     elif source.num_batches is None and not source.one_shot:
-        # Only reading tells where a pass of unknown length ends; an iterator has but
-        # one.
+        # The end of a pass of unknown length must be found by reading; an iterator has
+        # only one pass.
         start, skipped = 0, start
     passes = chain(
         [source.batches(first, start, mark)], map(source.batches, count(first + 1))
@@ -178,7 +178,7 @@ def epochs_of(
 def _noting(
     bookmarks: IteratorCheckpoints, position: Position, batches: Iterator[Batch]
 ) -> Iterator[Batch]:
-    """Yields the batches of an epoch, the first of them after `position`."""
+    """Yields the batches of an epoch from `position` on, and notes bookmarks."""
     for number, batch in enumerate(batches, position.batch + 1):
         bookmarks.note(Position(position.epoch, number))
         yield batch

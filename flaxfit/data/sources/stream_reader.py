@@ -1,4 +1,4 @@
-"""Reads the raw batches of a `Stream`; what goes wrong is told with its place."""
+"""Reads the raw batches of a `Stream`; errors name the batch and the pass."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,22 +27,22 @@ class StreamReader:
 
     def __init__(self, stream: Stream, read: Callable[[Any], Batch]) -> None:
         self.stream = stream
-        # The caller's name now: later passes are read in a thread, or for another call.
+        # Kept, because later passes are read in a thread, or during another call.
         self.caller = caller()
         self._read = read
         self._template: BatchTemplate | None = None
 
     def learn(self, raw: Any) -> None:
-        """Reads batches like `raw` in a faster way from here on."""
+        """Makes `made_like_first` convert batches of the same form as `raw`."""
         if self.stream.form.size is None:
             self._template = learn(raw, self._read)
 
     def made_like_first(self, raw: Any) -> Batch | None:
-        """Returns the batch, None if it has to be converted and compared."""
+        """Returns the batch, None if `convert` and a comparison are needed."""
         return None if self._template is None else self._template.make(raw)
 
     def open(self, pass_index: int, start: int) -> Iterator[Any]:
-        """Returns the raw batches of a pass from number `start` on."""
+        """Returns the raw batches of a pass, from batch number `start` on."""
         try:
             with calling(self.caller):
                 return self.stream.open(pass_index, start)
@@ -55,15 +55,15 @@ class StreamReader:
     def next(self, iterator: Iterator[Any], place: str) -> Any:
         """Returns the next raw batch, or `END`."""
         try:
-            # A later pass is read outside of the call that the data was given to.
+            # Later passes are read outside the call that the data was passed to.
             with calling(self.caller):
                 return next(iterator, END)
         except Exception as error:
             error.add_note(f"while reading {place}")
             if "already executing" in str(error):
                 error.add_note(
-                    "An earlier fit still reads from it in the background. Wait for "
-                    "it, or write Trainer(model, prefetch=0)."
+                    "An earlier fit still reads from this generator in the background. "
+                    "Wait for the fit to end, or write Trainer(model, prefetch=0)."
                 )
             raise
 
@@ -76,7 +76,7 @@ class StreamReader:
                 check_lengths(given) if size is None else check_sized(given, size(raw))
             )
             batch = with_weights(narrow(given), rows)
-            # Of weights on a device only the first are read back.
+            # Weights on a device are read back for the first batch only.
             if first or isinstance(batch.weights, np.ndarray):
                 check_weights(np.asarray(batch.weights), all_zero=True)
             return batch
@@ -89,35 +89,35 @@ class StreamReader:
     def skip(
         self, iterator: Iterator[Any], number: int, start: int, pass_index: int
     ) -> None:
-        """Reads the batches from `number` to before `start`, and drops them.
+        """Reads and drops the batches from `number` up to `start`, exclusive.
 
         Raises:
-          DataError: there are fewer.
+          DataError: the pass ends before.
         """
         for skipped in range(number, start):
             if self.next(iterator, place_of(skipped, pass_index)) is END:
                 raise DataError(
                     f"the {self.stream.kind} given to {self.caller} ends after "
-                    f"{skipped} batches, but {start} of them were trained on before "
-                    "this run was interrupted",
+                    f"{skipped} batches, but {start} were trained on before this run "
+                    "was interrupted",
                     self.reusable(),
                 )
 
     def reusable(self) -> str:
-        """Returns the line to write in place of what can be read only once."""
+        """Returns the advice for data that can be read only once."""
         with calling(self.caller):
             function, iterator = call_text("make_batches"), call_text("make_batches()")
-        return self.stream.again or (
-            "Pass something that can be read again and again: a list, a loader, or the "
-            f"function that makes the batches, {function} not {iterator}."
+        return self.stream.reuse_advice or (
+            "Pass data that can be read repeatedly: a list, a loader, or the function "
+            f"that makes the batches, {function} not {iterator}."
         )
 
 
 def place_of(number: int, pass_index: int) -> str:
-    """Returns how messages call a batch."""
+    """Returns the name of a batch in messages."""
     return f"batch {number} of pass {pass_index}"
 
 
 def parted(given: Any) -> tuple[Any, int | None]:
-    """Returns a raw batch, and how many of its rows are no fill, None for all."""
+    """Returns a raw batch, and the number of its real rows, None for all."""
     return given if isinstance(given, PaddedTail) else (given, None)

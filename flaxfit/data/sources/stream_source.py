@@ -1,11 +1,10 @@
 """A source that reads, checks and pads the raw batches of a `Stream`.
 
-The first batch is read when the source is made, and yielded again by the first pass:
-looking ahead loses nothing.
+The first batch is read when the source is made; the first pass still yields it.
 
-A loader may fill one buffer again and again, while earlier steps still run. So a batch
-is valid only until the next one is read, and a consumer that keeps it copies it. The
-first batch is copied here.
+A loader may reuse one buffer while earlier steps still run. So a batch is only valid
+until the next one is read, and a consumer that keeps it must copy it. The first batch
+is copied here.
 """
 
 import warnings
@@ -42,16 +41,16 @@ class StreamSource:
       stream: the raw batches.
       read: raw batch -> `Batch` of NumPy and jax arrays, see `as_host`; `weights` may
         be None.
-      describe: first raw batch -> what is known about the data.
-      steps: the number of steps asked for; an iterator that ends before is an error.
-      multiple_of: rounds the rows of a batch up, where the stream knows how many
-        examples there are.
-      structural: whether `read` depends on structure and names alone, so that it does
-        the same with every batch.
+      describe: first raw batch -> metadata of the data.
+      steps: the number of steps requested; an iterator that ends before is an error.
+      multiple_of: the rows of a batch are rounded up to a multiple of it, if the stream
+        knows the number of examples.
+      structural: whether `read` depends on structure and names only, and so treats
+        every batch alike.
 
     Raises:
       DataError: there is no batch, or the first one cannot be read.
-      TypeError: a function that needs arguments or returns no iterable.
+      TypeError: a function that returns no iterable.
     """
 
     reuses_buffers = True
@@ -70,7 +69,7 @@ class StreamSource:
         self._reader = StreamReader(stream, read)
         self._check: Callable[[Batch], None] | None = None
         self._steps = steps
-        # Over all passes, for messages. A caller that evaluates again restarts at 0.
+        # Counts over all passes, for messages: each evaluation restarts at pass 0.
         self._yielded = self._passes = 0
         self._mark = IteratorMark(stream)
         iterator = self._reader.open(0, 0)
@@ -83,8 +82,8 @@ class StreamSource:
             )
         self._mark.note(iterator, 0, 1)
         raw, rows = parted(given)
-        # Arrays on a device stay there, as those of all later batches do.
-        ahead = self._without_fill(self._reader.convert(raw, place, first=True), rows)
+        # Arrays on a device stay there, as in all later batches.
+        ahead = self._mask_padding(self._reader.convert(raw, place, first=True), rows)
         first = copy_host_arrays(as_host(ahead))
         self.info = describe(raw)
         if structural:
@@ -101,12 +100,12 @@ class StreamSource:
 
     @property
     def kind(self) -> str:
-        """What is read, in words."""
+        """The kind of data in words."""
         return self._reader.stream.kind
 
     @property
     def shapes(self) -> int:
-        """How many shapes batches may have besides their rows."""
+        """The number of shapes that batches may have beyond the batch axis."""
         return self._reader.stream.form.shapes
 
     @property
@@ -116,32 +115,32 @@ class StreamSource:
 
     @property
     def seeks(self) -> bool:
-        """Whether a pass begins anywhere without reading what is before."""
+        """Whether a pass can start at any batch without reading earlier ones."""
         return self._reader.stream.seeks
 
     @property
     def num_batches(self) -> int | None:
-        """Batches in one pass, None where only reading tells."""
+        """Batches in one pass, None if unknown before reading."""
         return self._reader.stream.num_batches
 
     @property
     def num_examples(self) -> int | None:
-        """Examples in one pass without fill, None where only reading tells."""
+        """Examples in one pass without padding, None if unknown before reading."""
         return self._reader.stream.num_examples
 
     @property
     def bookmark(self) -> Mapping[str, Any] | None:
         """The latest saved state of an iterator, as plain values; see `IteratorMark`.
 
-        `batches` continues from it. None where the iterator has no state.
+        `batches` continues from it. None if the iterator has no state.
         """
         return self._mark.latest
 
     def check(self, check_values: Callable[[Batch], None]) -> None:
-        """Checks the first batch; later ones are checked before they are padded.
+        """Checks the first batch now, and later ones before they are padded.
 
-        Reading from a device takes time: of values there only those of the first batch
-        are checked.
+        Reading back from a device takes time, so arrays there are only checked in the
+        first batch.
         """
         check_values(self.example)
         self._check = check_values
@@ -149,13 +148,13 @@ class StreamSource:
     def batches(
         self, pass_index: int, start: int = 0, bookmark: Mapping[str, Any] | None = None
     ) -> Iterator[Batch]:
-        """Yields the batches of one pass; the data determines the order.
+        """Yields the batches of one pass, in the order of the stream.
 
-        Batches before number `start`, or between a bookmark and it, are read and
-        skipped, except by streams that seek.
+        Batches before `start`, or from the bookmark to `start`, are read and skipped,
+        unless the stream seeks.
 
         Raises:
-          DataError: there is no more data, an iterator ends before the steps asked for,
+          DataError: the pass has no batch, an iterator ends before the requested steps,
             or a batch differs from the first one in structure, dtype or shape beyond
             the batch axis.
         """
@@ -176,7 +175,7 @@ class StreamSource:
         else:
             number = start if self.seeks else 0
             iterator = self._reader.open(pass_index, number)
-        del ahead  # or the first batch would stay in memory for the whole pass
+        del ahead  # else the first batch would stay in memory for the whole pass
         self._reader.skip(iterator, number, start, named)
         number = max(number, start)
         while True:
@@ -190,27 +189,26 @@ class StreamSource:
             if made is None:
                 made = self._reader.convert(raw, place)
                 self._likeness.compare(made, place)
-            batch = self._without_fill(made, rows)
+            batch = self._mask_padding(made, rows)
             yield self._finished(batch, place)
             number += 1
-        # A caller with a step limit stops earlier, so reaching this point means that
-        # the iterator ran out.
+        # A caller with a step limit stops earlier: here the iterator has run out.
         if number == 0 or (self.one_shot and self._steps is not None):
             raise self._used_up(named)
 
-    def _without_fill(self, batch: Batch, rows: int | None) -> Batch:
-        """Returns the batch with weight 0 for what is beyond `rows`, or without it."""
+    def _mask_padding(self, batch: Batch, rows: int | None) -> Batch:
+        """Returns the batch with weight 0 after row `rows`; cut there if not padded."""
         if rows is None:
             return batch
         if not self.pad:
             real: Batch = jax.tree.map(lambda leaf: leaf[:rows], batch)
             return real
-        weights = batch.weights.copy()  # it may be the loader's
+        weights = batch.weights.copy()  # the array may be the loader's
         weights[rows:] = 0.0
         return batch.replace(weights=weights)
 
     def _finished(self, batch: Batch, place: str) -> Batch:
-        """Returns a batch checked and padded."""
+        """Returns a batch after its checks, padded."""
         if self._check is not None:
             try:
                 self._check(self._on_host(batch))
@@ -227,7 +225,7 @@ class StreamSource:
         return fill(batch, self.batch_size) if self.pad else batch
 
     def _on_host(self, batch: Batch) -> Batch:
-        """Returns the batch with the first one's values for those on a device."""
+        """Returns the batch with arrays on a device replaced by those of the first."""
         first = self.example
         if on_device(batch.inputs):
             batch = batch.replace(inputs=first.inputs)
@@ -240,7 +238,7 @@ class StreamSource:
         if self.one_shot:
             given = (
                 f"the iterator given to {self._reader.caller} is used up, after "
-                f"{self._yielded} batches in all, but there is more to do{steps}"
+                f"{self._yielded} batches in all, but more are needed{steps}"
             )
         else:
             given = (
@@ -251,7 +249,7 @@ class StreamSource:
 
 
 class _Likeness:
-    """Compares batches with the first one; `example` is it, padded."""
+    """Compares batches with the first one; `example` is the first one, padded."""
 
     def __init__(self, form: BatchForm, first: Batch, example: Batch) -> None:
         self._form = form
@@ -261,10 +259,10 @@ class _Likeness:
         self._warned = False
 
     def compare(self, batch: Batch, place: str) -> None:
-        """Checks a batch; warns of new shapes where they are allowed.
+        """Checks a batch; warns of new shapes if any shapes are allowed.
 
         Raises:
-          DataError: it differs from the first one.
+          DataError: the batch differs from the first one.
         """
         known, sized = len(self._shapes), self._form.size is not None
         self._shapes.add(self._shapes_of(batch))
@@ -273,17 +271,17 @@ class _Likeness:
             raise DataError(f"{place} {_difference(batch, self._example)}")
         if sized and len(self._shapes) > known:
             self._warn(
-                f"{place} has other shapes than those before: every batch of new "
-                "shapes compiles once more. Pad all of them to one shape, at weight 0 "
-                "for what is padding."
+                f"{place} has other shapes than earlier batches: each new shape "
+                "compiles once more. Pad all batches to the same shapes, and give "
+                "padding weight 0."
             )
 
     def warn_of_growth(self, place: str, rows: int, before: int) -> None:
-        """Warns once of a batch that is larger than those before."""
+        """Warns once of a batch that is larger than all earlier ones."""
         self._warn(
-            f"{place} has {rows} rows, the ones before had {before}: every larger "
-            "batch compiles once more. Let the first batch be the largest, or yield "
-            "batches of one size."
+            f"{place} has {rows} rows, earlier batches had {before}: each larger batch "
+            "compiles once more. Let the first batch be the largest, or yield batches "
+            "of one size."
         )
 
     def _warn(self, text: str) -> None:
@@ -292,19 +290,19 @@ class _Likeness:
             self._warned = True
 
     def _shapes_of(self, batch: Batch) -> tuple[tuple[int, ...], ...]:
-        """Returns the shapes that a program is compiled for, without the rows."""
+        """Returns the shapes a program is compiled for, without the batch axis."""
         first = 0 if self._form.size is not None else 1
         return tuple(leaf.shape[first:] for leaf in jax.tree.leaves(batch))
 
 
 def _signature(batch: Batch) -> tuple[Any, ...]:
-    """Returns what must be the same for all batches."""
+    """Returns the structure, axes and dtypes, which all batches must share."""
     leaves, structure = jax.tree.flatten(batch)
     return structure, [(leaf.ndim, leaf.dtype) for leaf in leaves]
 
 
 def _difference(batch: Batch, first: Batch) -> str:
-    """Says where two batches differ, both sides."""
+    """Returns text that says how a batch differs from the first one."""
     now, then = (
         {
             name: LeafSpec(("batch", *leaf.shape[1:]), str(leaf.dtype))

@@ -224,10 +224,10 @@ def write_as_npy(path):
     [
         ("gone.npz", lambda p: None, "no file 'gone.npz'"),
         ("folder.npy", lambda p: p.mkdir(), "no file 'folder.npy'"),
-        ("a.npy", lambda p: p.write_bytes(b""), "cannot be read as an .npy.*np.save"),
-        ("a.npy", lambda p: p.write_text("version https://git-lfs"), "as an .npy file"),
-        ("a.npz", lambda p: p.write_text("<html>"), "cannot be read as an .npz"),
-        ("a.npz", write_as_npy, "is no archive of arrays"),
+        ("a.npy", lambda p: p.write_bytes(b""), "cannot be read as a .npy.*np.save"),
+        ("a.npy", lambda p: p.write_text("version https://git-lfs"), "as a .npy file"),
+        ("a.npz", lambda p: p.write_text("<html>"), "cannot be read as a .npz"),
+        ("a.npz", write_as_npy, "is not an archive of arrays"),
         ("a.npz", lambda p: np.savez(p), "holds no array"),
         (
             "a.npy",
@@ -254,7 +254,7 @@ def test_a_file_that_was_cut_off_or_written_over(name, folder):
     whole = (folder / name).read_bytes()
     for damaged in (whole[:-100], whole[:40], b"\0" * 200 + whole[200:]):
         (folder / name).write_bytes(damaged)
-        with pytest.raises(DataError, match=r"cannot be read as an \.np"):
+        with pytest.raises(DataError, match=r"cannot be read as a \.np"):
             adapt(name)
 
 
@@ -424,7 +424,7 @@ def test_errors_name_the_rows():
         def __getitem__(self, rows):
             return super().__getitem__(rows)[:1]
 
-    with pytest.raises(DataError, match=r"gave float32\[1,4\] for its rows 0 to 9"):
+    with pytest.raises(DataError, match=r"returned float32\[1,4\] for its rows 0 to 9"):
         as_source(Short(X), Y, binding=ONE, batch_size=10)
 
 

@@ -218,7 +218,7 @@ def test_hidden_files_are_passed_over_and_others_warned_of(folder):
     (folder / ".cache").mkdir()
     assert len(image_folder(folder, (8, 8))) == 60
     (folder / "one" / "notes.txt").touch()
-    with pytest.warns(UserWarning, match=r"^1 file in .* left out.*notes.txt'$"):
+    with pytest.warns(UserWarning, match=r"^left 1 file out of.*notes.txt'$"):
         assert len(image_folder(folder, (8, 8))) == 60
 
 
@@ -232,7 +232,7 @@ def test_pictures_are_found_at_any_depth(folder):
 @pytest.mark.parametrize(
     ("change", "arguments", "text"),
     [
-        (lambda f: save(f / "a.png", PIXELS[0]), {}, "'a.png', beside the folders"),
+        (lambda f: save(f / "a.png", PIXELS[0]), {}, "'a.png', next to folders"),
         (
             lambda f: (f / "four").mkdir(),
             {},
@@ -243,7 +243,7 @@ def test_pictures_are_found_at_any_depth(folder):
         (None, {"classes": []}, "name every class once"),
         (None, {"size": 8}, r"size=8: expected \(height, width\)"),
         (None, {"size": (8, 0)}, r"size\[1\]=0"),
-        (None, {"channels": 2}, "channels=2: 3 is RGB"),
+        (None, {"channels": 2}, "channels=2: expected 3 for RGB"),
         (None, {"threads": 1, "processes": 1}, "give one of them"),
     ],
 )

@@ -188,7 +188,7 @@ def test_batches_are_told_from_examples(spec, batched):
             r"has ragged tensors, .*\(x\.to_tensor\(\), y\)",
         ),
         (SparseTensorSpec(None, 3), r"has sparse tensors, .*tf\.sparse\.to_dense"),
-        (DatasetSpec(), r"elements of a DatasetSpec: .*dataset\.flat_map"),
+        (DatasetSpec(), r"elements with a DatasetSpec: .*dataset\.flat_map"),
     ],
 )
 def test_elements_that_are_no_arrays(spec, message):

@@ -286,14 +286,18 @@ def test_one_source_is_read_by_many_threads_and_by_processes(data_dir):
         ("mnits", ValueError, "no dataset 'mnits': .*Did you mean 'mnist'"),
         ("a b", ValueError, "no dataset 'a b': .*A str is the name of a dataset"),
         ("", ValueError, "no dataset ''"),
-        ("test", ValueError, "A split goes behind the name .*: 'mnist/test'"),
-        ("few_digits/tset", ValueError, rf"'tset' is no split of it: {HAS}.*'test'\?"),
-        ("few_digits/train[5]", ValueError, r"written 'few_digits/train\[:90%\]'"),
+        ("test", ValueError, "Write a split after the name .*: 'mnist/test'"),
+        ("few_digits/tset", ValueError, rf"there is no split 'tset': {HAS}.*'test'\?"),
+        (
+            "few_digits/train[5]",
+            ValueError,
+            r"Write parts as 'few_digits/train\[:90%\]'",
+        ),
         ("few_digits/train[:9000]", ValueError, "incompatible with 300 examples"),
         ("few_digits/train[:0%]", DataError, rf"no examples in .*: {HAS}"),
         ("few_digits/train[9:3]", DataError, "no examples in the split"),
         ("few_digits:2.0.0", ValueError, r"at version 2\.0\.0, only: 1\.0\.0"),
-        ("few_patients/larg", ValueError, "no config of few_patients.*mean 'large'"),
+        ("few_patients/larg", ValueError, "not a config of few_patients.*mean 'large'"),
         ("few_patients/larg/train", ValueError, "Its configs are small, large"),
         ("/no/such/folder", ValueError, "'/no/such/folder' does not exist"),
         ("./no.csv", ValueError, r"'\./no\.csv' does not exist"),
@@ -360,7 +364,7 @@ def test_errors_come_through_the_trainer(data_dir):
     trainer = Trainer(Classifier())
     with pytest.raises(ValueError, match="validation_data='few_digits/validation'"):
         trainer.fit(dataset, validation_data=dataset)
-    with pytest.raises(ValueError, match="y is given beside a few_digits/train"):
+    with pytest.raises(ValueError, match="y is given together with a few_digits/train"):
         trainer.fit(dataset, np.zeros(300, int))
 
 
@@ -373,7 +377,7 @@ def test_an_unprepared_dataset_is_prepared_once(tmp_path, capsys):
     source = source_of("few_digits/test", tmp_path)
     assert source.num_examples == 60
     shown = capsys.readouterr().out
-    assert f"few_digits:1.0.0 is not prepared in {tmp_path}: TFDS does" in shown
+    assert f"few_digits:1.0.0 is not prepared in {tmp_path}: TFDS prepares" in shown
     assert list(tmp_path.glob("few_digits/1.0.0/*test.array_record*"))
     assert source_of("few_digits/test", tmp_path).num_examples == 60
     assert capsys.readouterr().out == ""

@@ -264,7 +264,7 @@ def refuses_two_readers(loader):
     source = source_of(loader)
     other = source_of(loader, name="validation_data")
     next(other.batches(1))
-    text = r"read by two at once, and one of them is fit: .* a DataLoader of its own"
+    text = "fit and another call read the same .* at once.*Use a separate DataLoader"
     with pytest.raises(DataError, match=text):
         rows(source)
 
@@ -328,12 +328,12 @@ def test_what_a_loader_is_not_given():
     loader = data.DataLoader(Rows(), batch_size=4)
     with pytest.raises(ValueError, match=r"batch_size=8 is given, .*fit\(dataset\)"):
         source_of(loader, batch_size=8)
-    with pytest.raises(ValueError, match="y is given beside a torch DataLoader"):
+    with pytest.raises(ValueError, match="y is given together with a torch DataLoader"):
         source_of(loader, y=Y)
     with pytest.raises(TypeError, match=r"Examples\(\.\.\.\) of a torch DataLoader"):
         source_of(Examples(loader))
     with pytest.raises(
-        ValueError, match=r"not a dataset \(torch DataLoader\): pass the rest of"
+        ValueError, match=r"not a dataset \(torch DataLoader\): write validation_data="
     ):
         Trainer(Linear()).fit(loader, validation_split=0.2)
 

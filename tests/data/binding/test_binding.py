@@ -205,10 +205,10 @@ def test_unused(binding, raw, unused):
             OPTIONAL,
             {"input_ids": 1, "attention_maks": 4},
             r"x has the keys input_ids, attention_maks, .* takes input_ids, "
-            r"attention_mask and knows no 'attention_maks'\. Did you mean "
+            r"attention_mask and has no 'attention_maks'\. Did you mean "
             r"'attention_mask'\? .*inputs=\['input_ids'\]",
         ),
-        (ONE, {"x": 1, "z": 2}, r"takes x and knows no 'z'\. Rename"),
+        (ONE, {"x": 1, "z": 2}, r"takes x and has no 'z'\. Rename"),
     ],
 )
 def test_a_dict_of_inputs_holds_nothing_else(binding, x, message):

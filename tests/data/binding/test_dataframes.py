@@ -168,7 +168,7 @@ def test_inputs_by_name():
     assert batch.inputs["right"].dtype == np.int32
     with pytest.raises(DataError, match=r"inputs=\{'left': 'a', 'right': 'b'\}"):
         batch_of(DF, binding=TWO)
-    with pytest.raises(DataError, match=r"inputs='x'\) for that column alone"):
+    with pytest.raises(DataError, match=r"inputs='x'\) for that column, or"):
         batch_of(DF.rename(columns={"a": "x"}))
 
 
@@ -372,11 +372,11 @@ def test_lines_to_write_work():
         ((pd.DataFrame([[1]], columns=[("a", "b")]),), DataError, "a column named"),
         ((DF[:0],), DataError, "no examples"),
         ((pl.from_pandas(DF).lazy(),), TypeError, r"Write df\.collect\(\)"),
-        (({"x": DF, "label": Y},), DataError, "holds a DataFrame beside other inputs"),
-        (((DF, DF), Y), DataError, "holds a DataFrame beside other inputs"),
+        (({"x": DF, "label": Y},), DataError, "holds a DataFrame inside a tuple"),
+        (((DF, DF), Y), DataError, "holds a DataFrame inside a tuple"),
         ((DF[["label"]],), DataError, "no column left for the inputs"),
-        ((DF, DF["label"]), DataError, "the column 'label' of x is y"),
-        ((DF, Y), DataError, "the column 'label' of x is y"),
+        ((DF, DF["label"]), DataError, "the column 'label' of x equals y"),
+        ((DF, Y), DataError, "the column 'label' of x equals y"),
         ((pl.from_pandas(DF), pl.from_pandas(DF)["label"]), DataError, "'label' of x"),
         ((DF[["a"]], DF["label"][::-1]), DataError, r"Write y\.loc\[x\.index\]"),
         ((DF[["a"]], Y, DF["label"][::-1]), DataError, r"Write sample_weight\.loc"),

@@ -323,7 +323,10 @@ def test_no_batches(data):
     [
         (lambda: (X, Y), r"returned a tuple; .* fit\(x, y\)"),
         (lambda: 3, "returned a int"),
-        (lambda n: make_batches(), r"needs some .*Write lambda: <lambda>\(\.\.\.\)"),
+        (
+            lambda n: make_batches(),
+            r"requires arguments .*Write lambda: <lambda>\(\.\.\.\)",
+        ),
     ],
 )
 def test_functions_that_do_not_fit(data, message):
@@ -432,7 +435,9 @@ def test_class_weight_holds_every_batch_to_what_the_first_was():
     one_hot = np.eye(3, dtype=np.int32)[[0, 1, 2, 1]]
     several = np.array([[0, 1, 0], [1, 1, 0], [0, 0, 1], [0, 0, 1]])
     source = source_of([(X[:4], one_hot), (X[:4], several)], class_weight={1: 5.0})
-    with pytest.raises(ValueError, match=r"one-hot, .* first batch were, but row 1"):
+    with pytest.raises(
+        ValueError, match=r"one-hot targets, as in the first batch, but row 1"
+    ):
         list(source.batches(0))
     # Classes by place, of which a later batch looks one-hot by chance.
     tokens = np.array([[0, 2, 1], [1, 1, 0], [0, 0, 1], [0, 0, 1]])
@@ -456,8 +461,8 @@ def test_values_of_the_first_batch_are_checked():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"y": Y}, "y is given beside a generator"),
-        ({"sample_weight": Y}, "sample_weight is given beside a generator"),
+        ({"y": Y}, "y is given together with a generator"),
+        ({"sample_weight": Y}, "sample_weight is given together with a generator"),
         ({"batch_size": 4}, r"batch_size=4 is given, but .* write fit\(dataset\)"),
     ],
 )
@@ -661,11 +666,15 @@ def test_many_lists_are_not_all_named():
 
 def test_single_examples_that_look_like_batches_are_told_a_way_out():
     pairs = [(np.zeros((6, 6, 1)), np.zeros((6, 6), int))] * 4
-    with pytest.raises(ValueError, match=r"as it seems.*fit\(Examples\(dataset\)\)"):
+    with pytest.raises(
+        ValueError, match=r"seems to yield batches.*fit\(Examples\(dataset\)\)"
+    ):
         source_of(pairs, batch_size=2)
     assert source_of(Examples(pairs), batch_size=2).num_examples == 4
     dataset = iter(pairs)
-    with pytest.raises(ValueError, match=r"brings its targets.*np\.asarray\(column\)"):
+    with pytest.raises(
+        ValueError, match=r"must contain its targets.*np\.asarray\(column\)"
+    ):
         as_source(dataset, Y, binding=ONE)
 
 
@@ -699,6 +708,6 @@ def test_rows_of_different_length_are_refused_at_once():
 
     ragged = np.empty(2, object)
     ragged[:] = [np.zeros(n).view(Counted) for n in (3, 4)]
-    with pytest.raises(DataError, match="rows of different length: pad"):
+    with pytest.raises(DataError, match="pad rows of different length"):
         source_of((ragged, np.zeros(2)))
     assert not asked  # no element is looked at

@@ -224,7 +224,7 @@ def test_a_process_that_is_killed():
     mapped = OrderedMap(lambda task: os.kill(os.getpid(), task), processes=2)
     with pytest.raises(RuntimeError, match=r"SIGKILL") as caught:
         list(mapped([signal.SIGKILL] * 3))
-    assert "write fewer processes" in caught.value.__notes__[0]
+    assert "use fewer processes" in caught.value.__notes__[0]
     assert wait_until(lambda: not alive())
 
 
@@ -287,7 +287,7 @@ def test_results_and_errors_that_cannot_be_pickled():
 
     with pytest.raises(TypeError, match="cannot pickle") as caught:
         list(OrderedMap(locked, processes=1)([0]))
-    assert "sending what was loaded back" in caught.value.__notes__[0]
+    assert "sending a loaded batch back" in caught.value.__notes__[0]
     with pytest.raises(RuntimeError, match="KeyError: 'gone'"):
         list(OrderedMap(locked, processes=1)([1]))
 

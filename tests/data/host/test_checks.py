@@ -35,7 +35,10 @@ def test_rows_are_counted():
         (Batch((np.array(["a", "b"]),), None, None), "x has dtype <U1.*return_inv"),
         (Batch((X.astype(object),), None, None), r"x has dtype object, .*'float32'"),
         (Batch((X.astype("M8[s]"),), None, None), "dtype datetime64.*'float32'"),
-        (Batch((X.astype(np.longdouble),), None, None), "x has dtype float.*jax knows"),
+        (
+            Batch((X.astype(np.longdouble),), None, None),
+            "x has dtype float.*to a dtype of jax",
+        ),
         (np.float32(1), "x is a single value"),
     ],
 )

@@ -307,7 +307,7 @@ def test_targets_padded_with_what_is_no_class():
 def test_targets_of_both_kinds_are_refused():
     items = [{"tokens": x, "label": y[0], "tags": y} for x, y in ITEMS]
     binding = Binding(CallSpec(("tokens",), (), ("tokens",)), targets=("label", "tags"))
-    with pytest.raises(DataError, match=r"batch 0 .*some of the targets are padded"):
+    with pytest.raises(DataError, match=r"batch 0 .*the targets are not all padded"):
         as_source(Examples(items, pad_to=BUCKETS), binding=binding)
 
 
@@ -400,22 +400,26 @@ def test_inputs_that_a_dataset_names_do_not_leave_the_mask_out():
     [
         ({"pad_to": 16}, DataError, r"item \d+ has the length \d+.*pad_to=\d+, or"),
         ({"pad_to": [8, 16]}, DataError, r"pad_to=\[8, 16, \d+\], or truncate=True"),
-        ({"pad_to": {0: 24, 2: 24}}, DataError, "names the part 2, and item 0 has 0"),
+        ({"pad_to": {0: 24, 2: 24}}, DataError, "names the part 2, but item 0 has 0"),
         ({"pad_to": {"a": 24}}, DataError, "names the part 'a'"),
-        ({"pad_to": 24, "mask": "m"}, DataError, "key of the mask in a dict"),
-        ({"pad_to": 24, "pad_value": 0.5}, DataError, "0.5 for int32"),
-        ({"pad_to": 24, "pad_value": np.nan}, DataError, "nan for int32"),
+        ({"pad_to": 24, "mask": "m"}, DataError, "needs dicts to put the mask into"),
+        ({"pad_to": 24, "pad_value": 0.5}, DataError, "0.5, which int32 cannot hold"),
+        (
+            {"pad_to": 24, "pad_value": np.nan},
+            DataError,
+            "nan, which int32 cannot hold",
+        ),
         ({"pad_to": []}, ValueError, "Expected a length"),
         ({"pad_to": [8, 4]}, ValueError, "ascending"),
         ({"pad_to": 0}, ValueError, "at least 1"),
         ({"pad_to": "max"}, ValueError, "Expected a length"),
-        ({"pad_to": {0: [4, 8], 1: [4, 8, 9]}}, ValueError, "equally many"),
-        ({"pad_to": {}}, ValueError, "equally many"),
+        ({"pad_to": {0: [4, 8], 1: [4, 8, 9]}}, ValueError, "same number of lengths"),
+        ({"pad_to": {}}, ValueError, "same number of lengths"),
         ({"pad_to": 24, "mask": 3}, TypeError, "attention_mask"),
         ({"pad_to": {0: 24}, "mask": {"m": 1}}, ValueError, "1 is not padded"),
         ({"pad_to": 24, "truncate": 1}, TypeError, "True or False"),
-        ({"truncate": True}, ValueError, "about rows that are padded"),
-        ({"mask": "m"}, ValueError, "about rows that are padded"),
+        ({"truncate": True}, ValueError, "no effect without padding"),
+        ({"mask": "m"}, ValueError, "no effect without padding"),
         ({"lengths": LENGTHS}, ValueError, "without pad_to"),
         ({"pad_to": 24, "collate": list}, ValueError, "leave one of them"),
         ({"pad_to": 24, "lengths": LENGTHS[:9]}, ValueError, "int64.9. for 60 items"),
@@ -438,7 +442,7 @@ def test_errors_say_what_to_write(options, error, match):
         ((1.0, 2.0), 8, "nothing to pad"),
         ({"x": 1.0}, {"x": 8}, "'x' of item 0 has no axis"),
         ({"x": (np.ones(3), np.ones(4))}, {"x": 8}, "lengths 3, 4"),
-        ({"x": np.ones(3), "mask": 1}, 8, "a 'mask' already"),
+        ({"x": np.ones(3), "mask": 1}, 8, "a key 'mask' already"),
     ],
 )
 def test_examples_that_cannot_be_padded(item, pad_to, match):
@@ -449,9 +453,9 @@ def test_examples_that_cannot_be_padded(item, pad_to, match):
 
 def test_examples_that_differ():
     padding = as_padding(8)
-    with pytest.raises(DataError, match=r"only their first axis"):
+    with pytest.raises(DataError, match=r"only the first axis"):
         padding.collate([np.ones((3, 2)), np.ones((3, 4))], [0, 1])
-    with pytest.raises(DataError, match="differ in kind"):
+    with pytest.raises(DataError, match="differ in type"):
         padding.collate([(np.ones(3),), [np.ones(3)]], [0, 1])
     with pytest.raises(DataError, match="differ in their keys"):
         padding.collate([{"a": np.ones(3)}, {"b": np.ones(3)}], [0, 1])
@@ -461,7 +465,7 @@ def test_examples_that_differ():
 
 
 def test_lengths_of_items_without_index():
-    with pytest.raises(ValueError, match="no index"):
+    with pytest.raises(ValueError, match="needs items with random access"):
         source_of(Examples(lambda: iter(ITEMS), pad_to=24, lengths=LENGTHS))
 
 

@@ -227,8 +227,8 @@ def test_class_weight_per_token():
         (Y, [1.0], {}, r"class_weight=\[1.0\]: expected a dict"),
         (Y, {}, {}, "expected a dict"),
         (Y + 0.5, {1: 2.0}, {}, "values such as 0.5.*sample_weight"),
-        ((Y, Y), {1: 2.0}, {}, "exactly one target, there are 2"),
-        (None, {1: 2.0}, {}, "exactly one target, there are 0"),
+        ((Y, Y), {1: 2.0}, {}, "exactly one target, but there are 2"),
+        (None, {1: 2.0}, {}, "exactly one target, but there are 0"),
         (Y, {1: 2.0}, {"sample_weight": Y}, "both class_weight and sample weights"),
     ],
 )
@@ -282,7 +282,7 @@ def test_as_source_refuses_data(data, error, message):
 def test_weights_are_given_once():
     with pytest.raises(ValueError, match="sample_weight is given twice"):
         as_source((X, Y, Y), sample_weight=Y, binding=ONE)
-    with pytest.raises(ValueError, match="a Batch has its y inside"):
+    with pytest.raises(ValueError, match="a Batch contains its y"):
         as_source(Batch((X,), Y, None), Y, binding=ONE)
 
 
