@@ -85,7 +85,8 @@ def test_axes_of_a_mesh_are_made_automatic():
 @pytest.mark.parametrize("count", [0, -1, 9])
 def test_a_number_there_is_not(count):
     with pytest.raises(
-        ValueError, match=rf"devices={count}: there are 8 \(cpu\). Write devices=8"
+        ValueError,
+        match=rf"devices={count}, but there are 8 cpu devices. Write devices=8",
     ):
         Trainer(Net(), devices=count)
 
@@ -94,12 +95,12 @@ def test_a_number_there_is_not(count):
     "wrong", ["cpu", True, 1.5, [], (), [0, 1], {"a": 1}, DEVICES[0]]
 )
 def test_what_is_no_devices(wrong):
-    with pytest.raises(TypeError, match=r"devices=.*write their number, devices=1"):
+    with pytest.raises(TypeError, match=r"devices=.*write a number, devices=1"):
         Trainer(Net(), devices=wrong)
 
 
 def test_a_device_named_twice():
-    with pytest.raises(ValueError, match=r"devices=.*name every device once"):
+    with pytest.raises(ValueError, match=r"devices=.*list every device only once"):
         Trainer(Net(), devices=[DEVICES[0], DEVICES[0]])
 
 
