@@ -51,7 +51,7 @@ class CompileListener(Protocol):
         """Called when a program is about to be compiled."""
 
     def compiled(self, program: "Program", seconds: float) -> None:
-        """Called after the compile, and the dispatch of the first call if there is one."""
+        """Called after the compile, and after the first call's dispatch, if any."""
 
 
 _LISTENER: ContextVar[CompileListener | None] = ContextVar("listener", default=None)
