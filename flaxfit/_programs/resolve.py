@@ -73,7 +73,7 @@ class ResolvedTask(NamedTuple):
 
     Attributes:
       adapted: the model and what was detected about it.
-      task: what the steps are built from.
+      task: the parts that the steps are built from.
       programs: the programs of the steps, compiled at their first calls.
       placement: the devices that the programs run on.
       template: the shapes of the state.

@@ -46,8 +46,8 @@ class ClassRatio(flax.struct.PyTreeNode):
     as with scikit-learn's `zero_division=0`.
 
     Attributes:
-      ratio: `float32[classes]` in each field: `total` is the weight of what is right,
-        out of `count`.
+      ratio: `float32[classes]` in each field: the weight in `total` is correct, out of
+        the weight in `count`.
       seen: `bool[classes]`.
     """
 

@@ -120,8 +120,8 @@ class Trainer:
         collections left out are initialized.
       train_flag: how the model distinguishes training from evaluation: the name of an
         argument or attribute, `"not <name>"` if True means evaluation, `"layers"` to
-        set every BatchNorm and Dropout that leaves it unset, None if the model does
-        not, or a function `(module, train) -> module`.
+        set every BatchNorm and Dropout that leaves it unset, None if both modes are
+        the same, or a function `(module, train) -> module`.
       collections: the names of the mutable collections to carry.
       rngs: the names of the RNG streams to supply.
       inputs: which parts of a dict batch or table the model is called with: a key, a

@@ -501,8 +501,8 @@ def test_a_batch_that_devices_do_not_divide_uses_fewer_and_says_so(
     out = capsys.readouterr().out
     assert " · 6 \N{MULTIPLICATION SIGN} cpu" in out
     assert (
-        "6 of 8 devices are used, to divide batches of 30 evenly; batch_size=32 would use all"
-        in out
+        "6 of 8 devices are used, to divide batches of 30 evenly; batch_size=32 would "
+        "use all" in out
     )
     one = make(nn.Dense(3), devices=1)
     one.fit(X[:60], Y[:60], batch_size=30, verbose=0)
