@@ -168,5 +168,5 @@ def no_flag_error(module: nn.Module, moded_layers: Iterable[str]) -> DetectionEr
         "`deterministic=not train` to these layers",
         'Trainer(model, train_flag="name") for a flag of another name ("not name" if '
         'True means evaluation), train_flag="layers" to set it on every BatchNorm and '
-        "Dropout that leaves it unset, or train_flag=None for the same in both modes",
+        "Dropout that leaves it unset, or train_flag=None to run both modes alike",
     )

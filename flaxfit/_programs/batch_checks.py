@@ -82,8 +82,8 @@ def _objective_of(
 ) -> Objective:
     """Returns the objective for a batch's targets.
 
-    Targets of another kind (integers in place of floats or the reverse) are refused if
-    their loss would be another one, or if the loss or a metric does not accept them.
+    Targets of another kind (integers instead of floats or the reverse) are refused if
+    the loss would change, or if the loss or a metric does not accept them.
     """
     before, after = specs_of(resolved.example.targets), specs_of(batch.targets)
     rows = batch.weights.shape[0]

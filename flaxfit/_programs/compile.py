@@ -96,7 +96,7 @@ class Program:
         self.signatures: tuple[Any, ...] = ()
         self._wait = wait
         # Does not count traces. `analyze` needs a function of its own: jit caches
-        # traces by function, and a call that found one there would not be counted.
+        # traces by function, and a call that reused its trace would not be counted.
         self._function = partial(function, lambda *args: None)
         self._has_options = options.get("compiler_options") is not None
         self._options = options
@@ -395,7 +395,7 @@ def _accumulate(running: EpochAccumulators, logs: Logs) -> EpochAccumulators:
         after = before.merge(log)
         if isinstance(log, Average | Sum):
             return after  # merging with the zeros of an empty accumulator adds nothing
-        # For other metrics it may: there the first batch replaces the zeros.
+        # Merging zeros may change other metrics, so the first batch replaces them.
         return jax.tree.map(lambda new, old: jnp.where(first, new, old), log, after)
 
     return running.replace(

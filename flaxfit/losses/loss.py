@@ -116,7 +116,7 @@ class Loss:
     def values(self, outputs: PyTree, targets: PyTree) -> Array:
         """Returns the loss of every example or element, not yet weighted.
 
-        Outputs and targets of floats with less than 32 bits are converted to float32.
+        Outputs and targets of floats with fewer than 32 bits are converted to float32.
         """
         outputs, targets = full_precision(outputs), full_precision(targets)
         if self.ignore_label is not None:
@@ -148,7 +148,7 @@ def decision_threshold(loss: Loss | None, metric: str) -> float:
     """Returns the threshold above which a raw output is a positive decision.
 
     Raises:
-      UsageError: the output's loss does not determine it, or there is no loss.
+      UsageError: the output's loss has no threshold, or there is no loss.
     """
     if loss is not None and loss.threshold is not None:
         return loss.threshold
@@ -169,7 +169,7 @@ def decision_threshold(loss: Loss | None, metric: str) -> float:
 
 
 def full_precision(tree: PyTree) -> PyTree:
-    """Returns `tree` with floats of less than 32 bits converted to float32."""
+    """Returns `tree` with floats of fewer than 32 bits converted to float32."""
 
     def raise_(x: Any) -> Any:
         small = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4

@@ -59,7 +59,7 @@ def recompile_reason(program: Program) -> str | None:
 
 
 def _length_change(changed: Sequence[tuple[Any, Any]]) -> str | None:
-    """Returns a text if only the length of rows changed, the same in several arrays."""
+    """Returns a text if only the length of rows changed, equally in several arrays."""
     lengths = set()
     for before, now in changed:
         if before is None or before.dtype != now.dtype:

@@ -47,7 +47,7 @@ class RestoreRequest(NamedTuple):
 def ensure_state(
     store: TrainStateStore, programs: ProgramCache, example: Batch
 ) -> None:
-    """Stores a new state for batches like `example`, unless the stored one has trained.
+    """Stores a new state for batches like `example`, unless the stored one was trained.
 
     A state in the store is moved to the devices that are used now.
     """
