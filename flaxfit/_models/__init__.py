@@ -13,10 +13,10 @@ from flaxfit._models.base import Adapted, Detected, ModelFamily, Overrides
 
 
 def model_family(model: Any) -> ModelFamily:
-    """Returns how to adapt a linen module or a `Model`.
+    """Returns the functions that adapt a linen module or a `Model`.
 
     Raises:
-      TypeError: anything else, a class instead of an instance included.
+      TypeError: anything else, e.g. a class instead of an instance.
     """
     if isinstance(model, nn.Module):
         return ModelFamily(partial(linen.call_spec, model), partial(linen.adapt, model))
@@ -29,9 +29,9 @@ def model_family(model: Any) -> ModelFamily:
         )
     if any(base.__module__.startswith("flax.nnx") for base in type(model).__mro__):
         raise UsageTypeError(
-            f"{type(model).__name__} is a flax.nnx module, and this version trains "
+            f"{type(model).__name__} is a flax.nnx module, but this version trains "
             "flax.linen modules",
-            write="Trainer(flaxfit.Model(init, apply)), of two pure functions",
+            write="Trainer(flaxfit.Model(init, apply)) with two pure functions",
         )
     raise UsageTypeError(
         f"Trainer got a {type(model).__name__}; it takes a flax.linen module or "
@@ -50,6 +50,9 @@ def _adapt_functions(model: Model, inputs: Inputs, overrides: Overrides) -> Adap
         rngs=asked,
         eval_rngs=asked,
         train_flag="train=",
-        reasons={"rngs": "given as rngs=, or dropout", "train flag": "of Model.apply"},
+        reasons={
+            "rngs": "as given by rngs=, dropout by default",
+            "train flag": "an argument of Model.apply",
+        },
     )
     return Adapted(model, detected, lambda unused: "Model(init, apply)")

@@ -19,10 +19,10 @@ class Detected:
       carried: the collections that are carried from step to step.
       sown: the collections that a call only writes.
       rngs: the names of the RNG streams that training draws from or asks for.
-      eval_rngs: those that evaluation draws from.
-      train_flag: how training and evaluation differ, as the first line shows it.
-      axis_names: the mapped axes the model asks for, bound to an axis of size 1.
-      vocabularies: path of an input that is looked up in a table -> rows of the table.
+      eval_rngs: the names of the streams that evaluation draws from.
+      train_flag: the train flag, as the first line of `fit` shows it.
+      axis_names: the mapped axes that the model names; each gets an axis of size 1.
+      vocabularies: path of a token input -> the rows of its embedding table.
       reasons: the name of an item -> why it was detected, for `Trainer.check`.
     """
 
@@ -47,7 +47,7 @@ class Adapted(NamedTuple):
 
 @dataclass(frozen=True)
 class Overrides:
-    """Settings that the user gave in place of detection, `"auto"`; see `Trainer`."""
+    """The user's settings; `"auto"` stands for detection. See `Trainer`."""
 
     train_flag: str | Callable[[Any, bool], Any] | None = "auto"
     collections: str | Iterable[str] = "auto"
@@ -55,7 +55,7 @@ class Overrides:
 
 
 class ModelFamily(NamedTuple):
-    """The two functions that adapt a model, made for its library.
+    """The two functions that adapt one model.
 
     Attributes:
       call_spec: returns the inputs of the model's call.
@@ -71,8 +71,8 @@ def stream_rngs(
 ) -> dict[str, Array]:
     """Returns a key for every stream: `fold_in(fold_in(rng, crc32(name)), step)`.
 
-    So a stream added later changes none of the others, and no key has to be carried
-    from step to step.
+    Without `step`, it is the inner key. A stream added later changes no other stream,
+    and no key has to be carried from step to step.
     """
     keys = {n: jax.random.fold_in(rng, zlib.crc32(n.encode())) for n in names}
     if step is None:

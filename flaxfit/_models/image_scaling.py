@@ -8,7 +8,7 @@ from flaxfit._models.base import Adapted
 
 
 def scale_images(inputs: Inputs) -> Inputs:
-    """Returns inputs in which every image is `float32`, its bytes divided by 255.
+    """Returns the inputs with every image divided by 255, as `float32`.
 
     An image is `uint8[batch, height, width, ...]`; other inputs stay as they are.
     """
@@ -21,7 +21,7 @@ def has_images(inputs: Inputs) -> bool:
 
 
 def with_scaled_images(adapted: Adapted) -> Adapted:
-    """Returns the model, which now scales images before it is called with them."""
+    """Returns the model with its images scaled before every call."""
     model = adapted.model
 
     def init(rng: Array, inputs: Inputs) -> tuple[PyTree, dict[str, PyTree]]:

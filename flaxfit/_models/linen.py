@@ -26,16 +26,16 @@ from flaxfit._models.linen_flag import (
 )
 from flaxfit._models.linen_summary import layer_table
 
-# By convention never state, although a `sow` that reduces keeps its shape as well.
+# These are never state by convention, though a `sow` that reduces keeps its shape too.
 NEVER_CARRIED = frozenset({"losses", "metrics", "intermediates", "perturbations"})
 _MAX_TRACES = 32
 
 
 @dataclass
 class Findings:
-    """What the abstract traces have found so far, by the names of `Detected`.
+    """The findings of the abstract traces so far, named as in `Detected`.
 
-    `moded_layers` are the types of layers that need a train flag.
+    `moded_layers` holds the types of layers that need a train flag.
     """
 
     rngs: set[str] = field(default_factory=set)
@@ -46,7 +46,7 @@ class Findings:
 
 
 def call_spec(module: nn.Module, overrides: Overrides) -> CallSpec:
-    """Returns the inputs `module.__call__` takes, without its train flag."""
+    """Returns the inputs that `module.__call__` takes, without its train flags."""
     parameters = parameters_of(module)
     flags = {name for name, _ in find_train_flag(module, overrides).arguments}
     kinds = inspect.Parameter
@@ -67,10 +67,11 @@ def call_spec(module: nn.Module, overrides: Overrides) -> CallSpec:
 def adapt(module: nn.Module, inputs: Inputs, overrides: Overrides) -> Adapted:
     """Returns the module as pure functions, with everything detected.
 
-    Of the inputs, one batch as the module is called with, shapes are enough.
+    `inputs` is one batch, as the module is called with it; shapes are enough.
 
     Raises:
-      DetectionError: BatchNorm or Dropout without a train flag.
+      DetectionError: BatchNorm or Dropout without a train flag, or a flag or
+        collection in `overrides` that the module does not have.
     """
     flag = find_train_flag(module, overrides)
     found = Findings()
@@ -135,7 +136,7 @@ def _make_model(
 
 def _bind_axes(function: Callable[[], Any], axis_names: tuple[str, ...]) -> Any:
     # Modules written for pmap name a mapped axis. An axis of size 1 changes no
-    # number: under jit, statistics are global already.
+    # result: under jit, statistics are global already.
     for name in axis_names:
         mapped = jax.vmap(
             lambda unused, inner=function: inner(), axis_name=name, out_axes=None
@@ -160,8 +161,8 @@ def _apply(
     rngs: Mapping[str, Any],
 ) -> tuple[PyTree, dict[str, PyTree]]:
     with in_mode(module, inputs, flag, train) as (target, args, named):
-        # Mutable in evaluation too: BatchNorm under `nn.scan` needs it, and a
-        # module may count its calls. The evaluation step drops the result.
+        # Collections are mutable in evaluation too: BatchNorm under `nn.scan` needs
+        # it, and a module may count its calls. The eval step drops the updates.
         outputs, updated = target.apply(
             variables,
             *args,
@@ -175,9 +176,9 @@ def _apply(
 def _trace_until_known(
     module: nn.Module, inputs: Inputs, flag: TrainFlag, found: Findings
 ) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
-    """Traces init, train and eval abstractly, until no trace finds anything new.
+    """Traces init, train and eval abstractly until a trace finds nothing new.
 
-    Each error of a trace names a stream or an axis to supply to the next one.
+    An error names a stream or an axis to supply in the next trace.
     """
 
     def trace(inputs: Inputs) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
@@ -193,14 +194,14 @@ def _trace_until_known(
             return updated
 
         with nn.intercept_methods(_note_layers(found, inputs)):
-            # Only init gets a stream "params": elsewhere it would stand in for streams
-            # that are missing, e.g. give all rows of an `nn.vmap` one mask.
+            # Only init gets a "params" stream: in a call, Flax would use it for any
+            # missing stream, e.g. give all rows of an `nn.vmap` the same mask.
             streams = dict.fromkeys((*found.rngs, "params"), key)
             initial = _bind_axes(lambda: _init(module, flag, inputs, streams), axes)
             variables = {n: v for n, v in initial.items() if n not in NEVER_CARRIED}
             after_train = call(True, found.rngs, asked=found.rngs)
-            # In evaluation a stream that is only asked for is not supplied: the model
-            # may tell training from evaluation by it.
+            # In evaluation, a stream that the model only asks for is not supplied: the
+            # model may be using it to detect training.
             call(False, found.eval_rngs, asked=set())
         return initial, after_train
 
@@ -213,9 +214,9 @@ def _trace_until_known(
             names = found.axis_names
             names.append(_new_name(r"unbound axis name:? (\w+)", error, names))
         except flax.errors.InvalidRngError as error:
-            # A missing stream was noted, unless a function inside of a lifted transform
-            # draws from it. A supplied stream is missing where such a transform drops
-            # it: that is an error of the model.
+            # A missing stream was already noted, unless a function inside a lifted
+            # transform draws from it. If the transform drops a stream that was
+            # supplied, that is an error of the model.
             if known == (found.rngs, found.eval_rngs):
                 both = found.rngs & found.eval_rngs
                 name = _new_name(r'PRNG for "(.+)"', error, both)
@@ -226,21 +227,21 @@ def _trace_until_known(
                 raise no_flag_error(module, found.moded_layers) from error
             raise
         else:
-            # With a stream supplied, the model may draw from others.
+            # With the new streams supplied, the model may draw from further ones.
             if known == (found.rngs, found.eval_rngs):
                 return traced
     raise DetectionError(  # pragma: no cover - more streams than anyone names
         f"{type(module).__name__} asks for more than {_MAX_TRACES} RNG streams and "
         "axis names",
-        write="Trainer(model, rngs=[...]), which names the streams",
+        write="Trainer(model, rngs=[...]) with the names of the streams",
     )
 
 
 def _note_streams(drawn: set[str], asked: set[str]) -> Callable[..., Any]:
-    """Notes the streams a call draws from (`make_rng`) or asks for (`has_rng`).
+    """Notes the streams that a call draws from (`make_rng`) or asks for (`has_rng`).
 
-    It misses a function inside of a lifted transform that asks the module it is given
-    before it calls a method of it.
+    It misses both in a function inside a lifted transform, until that function has
+    called a method of the module it is given.
     """
 
     def note(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -269,10 +270,10 @@ def _new_name(pattern: str, error: Exception, known: Any) -> str:
 
 
 def _note_layers(found: Findings, inputs: Inputs) -> Callable[..., Any]:
-    """Notes layers that need a train flag, and `nn.Embed`s of unchanged inputs.
+    """Notes layers that need a train flag, and `nn.Embed`s called on an input itself.
 
-    For a token beyond its table an `nn.Embed` silently returns NaN, for a negative one
-    a row from the end. With the table's size known, the data can be checked.
+    `nn.Embed` silently returns NaN for a token beyond its table, and a row from the end
+    for a negative token. If the table's size is known, the data can be checked.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(inputs)
 
@@ -323,7 +324,7 @@ def _reasons(
     return {
         "collections": "init makes them, and a call returns them in the same form"
         if carried
-        else "init makes nothing but params that a call returns in the same form",
+        else "besides params, init makes nothing that a call returns in the same form",
         "sown": "a call writes them: losses are added to the loss, metrics logged"
         if sown
         else "a call writes no other collection",

@@ -12,7 +12,7 @@ from flaxfit._core.errors import DetectionError
 from flaxfit._core.types import Inputs
 from flaxfit._models.base import Overrides
 
-# Name -> whether True means evaluation, in the order of the search.
+# Name -> whether True means evaluation; names are tried in this order.
 FLAGS: Mapping[str, bool] = MappingProxyType(
     {
         "train": False,
@@ -25,13 +25,13 @@ FLAGS: Mapping[str, bool] = MappingProxyType(
 
 
 class TrainFlag(NamedTuple):
-    """How to put one module into training or evaluation.
+    """How to put one module into training or evaluation mode.
 
     Attributes:
       name: the flag's name, for messages.
       arguments: call arguments to set, each with whether True means evaluation.
-      attributes: module attributes to set, likewise.
-      cleared: attributes to set to None because the argument decides.
+      attributes: module attributes to set, in the same form.
+      cleared: attributes to set to None because an argument of that name is set.
       layers: whether to set the flag on the layers that leave it unset.
       function: the user's function `(module, train) -> module`.
     """
@@ -45,10 +45,10 @@ class TrainFlag(NamedTuple):
 
 
 def find_train_flag(module: nn.Module, overrides: Overrides) -> TrainFlag:
-    """Returns how the module tells training from evaluation.
+    """Returns how the module distinguishes training from evaluation.
 
     Raises:
-      DetectionError: a flag that the user named is neither argument nor attribute.
+      DetectionError: the flag that the user named is not an argument or attribute.
     """
     asked = overrides.train_flag
     if callable(asked):
@@ -71,13 +71,14 @@ def find_train_flag(module: nn.Module, overrides: Overrides) -> TrainFlag:
         in_call = [name] if name in parameters or (takes_any and not on_module) else []
         if not in_call and not on_module:
             raise DetectionError(
-                f"train_flag={asked!r}: {type(module).__name__} has no such argument "
-                f"of __call__ ({', '.join(parameters) or 'no arguments'}) and no such "
-                "attribute",
-                write="the name it has, train_flag=None if it has none, or "
-                "train_flag=lambda module, train: module.clone(...)",
+                f"train_flag={asked!r}: {type(module).__name__}.__call__ has no such "
+                f"argument (it takes {', '.join(parameters) or 'none'}), and the "
+                "module has no such attribute",
+                write="train_flag='name' with the name of its flag, train_flag=None if "
+                "it has none, or train_flag=lambda module, train: module.clone(...)",
             )
-    # Every flag found is set; one left unset could contradict the others.
+    # Further arguments are set unless they default to None: they could contradict the
+    # first one.
     arguments = [
         n for i, n in enumerate(in_call) if not i or parameters[n].default is not None
     ]
@@ -87,7 +88,7 @@ def find_train_flag(module: nn.Module, overrides: Overrides) -> TrainFlag:
         ", ".join(names) or "none",
         arguments=tuple((n, inverted[n]) for n in arguments),
         attributes=tuple((n, inverted[n]) for n in attributes),
-        # `nn.merge_param` refuses a flag given as both.
+        # `nn.merge_param` refuses a flag given as an argument and as an attribute.
         cleared=tuple(
             n
             for n in arguments
@@ -107,7 +108,7 @@ def parameters_of(module: nn.Module) -> dict[str, inspect.Parameter]:
 def in_mode(
     module: nn.Module, inputs: Inputs, flag: TrainFlag, train: bool
 ) -> Iterator[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
-    """Yields the module in a mode, and the arguments to call it with."""
+    """Yields the module in the given mode, and the arguments to call it with."""
     if flag.function is not None:
         target = flag.function(module, train)
         yield target, *_call_arguments(target, inputs, {})
@@ -142,11 +143,11 @@ def _unset_flag(module: nn.Module) -> str | None:
 def _call_arguments(
     module: nn.Module, inputs: Inputs, flags: dict[str, bool]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Returns the positional and named arguments of a call, its flags included."""
+    """Returns the positional and named arguments of a call, including its flags."""
     if isinstance(inputs, dict):
         return (), {**inputs, **flags}
-    # Flags that come next go by position: `nn.remat(..., static_argnums=...)` can keep
-    # only a positional argument out of the trace.
+    # Flags that directly follow the inputs are passed by position, because
+    # `nn.remat(..., static_argnums=...)` can make only positional arguments static.
     args, named = list(inputs), dict(flags)
     for parameter in list(parameters_of(module).values())[len(args) :]:
         by_position = parameter.kind is not inspect.Parameter.KEYWORD_ONLY
@@ -162,10 +163,10 @@ def no_flag_error(module: nn.Module, moded_layers: Iterable[str]) -> DetectionEr
     return DetectionError(
         f"{type(module).__name__} contains {layers}, but nothing tells training from "
         f"evaluation: its __call__ has none of the arguments {', '.join(FLAGS)}, and "
-        "the module no such attribute",
-        "Add `train: bool` to __call__ and pass `use_running_average=not train`, "
-        "`deterministic=not train` on",
+        "the module has no such attribute",
+        "Add `train: bool` to __call__, and pass `use_running_average=not train` or "
+        "`deterministic=not train` to these layers",
         'Trainer(model, train_flag="name") for a flag of another name ("not name" if '
         'True means evaluation), train_flag="layers" to set it on every BatchNorm and '
-        "Dropout that leaves it unset, or train_flag=None to run alike in both modes",
+        "Dropout that leaves it unset, or train_flag=None to run both modes alike",
     )

@@ -9,7 +9,7 @@ import jax
 from flaxfit._core.tree_specs import describe
 from flaxfit._core.types import Inputs, PyTree
 
-_MAX_OUTPUTS = 1  # arrays shown of a nested output
+_MAX_OUTPUTS = 1  # the number of arrays shown for a nested output
 _NUMBERS_FROM = 3  # the first column that holds numbers
 
 
@@ -22,7 +22,7 @@ def layer_table(init: Callable[[Inputs], Mapping[str, PyTree]], inputs: Inputs) 
     """Returns a table of the layers, found by an abstract trace.
 
     Args:
-      init: makes the variables, `{"params": ..., ...}`; a column for each collection.
+      init: makes the variables, `{"params": ..., ...}`; each collection is a column.
       inputs: the inputs of the call; shapes are enough.
     """
     layers: dict[tuple[str, ...], _Layer] = {}
@@ -30,7 +30,7 @@ def layer_table(init: Callable[[Inputs], Mapping[str, PyTree]], inputs: Inputs) 
     def record(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         name, module = context.method_name, context.module
         shown = name == "__call__" or not name.startswith(("_", "setup"))
-        if shown:  # the outer layer before the layers inside
+        if shown:  # an outer layer comes before its inner layers
             layers.setdefault(module.path, _Layer(type(module).__name__, ""))
         outputs = next_fun(*args, **kwargs)
         if shown:
@@ -57,7 +57,7 @@ def layer_table(init: Callable[[Inputs], Mapping[str, PyTree]], inputs: Inputs) 
 
 
 def _sizes(tree: PyTree, layers: Mapping[tuple[str, ...], _Layer]) -> dict[Any, int]:
-    """Returns how many numbers each layer holds, without those of its inner layers."""
+    """Returns how many numbers each layer holds, not counting its inner layers."""
     sizes: dict[Any, int] = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         path = tuple(str(k.key) for k in keys if isinstance(k, jax.tree_util.DictKey))

@@ -1,4 +1,4 @@
-"""Checks that a batch fits the programs that were built for an earlier one."""
+"""Checks that a batch fits the programs that were built for an earlier batch."""
 
 from collections.abc import Mapping
 from typing import TypeAlias
@@ -22,15 +22,16 @@ def check_batch(
     *,
     inputs_only: bool = False,
 ) -> None:
-    """Checks that a batch is like the one that the task was resolved from.
+    """Checks that a batch fits a task that was resolved from another batch.
 
-    Inputs of integers are accepted where floats were given before: the model is called
-    with them, and compiled for them. Targets may be of either kind as long as loss and
-    metrics are the same for both. Rows and the lengths of axes may differ.
+    Integer inputs are accepted after float inputs: the model is compiled again for
+    them. Targets may be integers or floats as long as the loss stays the same and all
+    metrics accept them. The number of rows and the lengths of other axes may differ.
 
     Raises:
-      DataError: other inputs or targets, by name, dtype or number of axes.
-      ValueError: targets that do not fit the outputs.
+      DataError: the inputs or targets have other names, dtypes or numbers of axes, or
+        need other parameters or another loss.
+      ValueError: the targets do not fit the outputs.
       Exception: any error that the model raises for inputs of these shapes.
     """
     batch, example = shapes_of(batch), resolved.example
@@ -45,8 +46,8 @@ def check_batch(
     if specs_of(params) != specs_of(resolved.template.params):
         raise DataError(
             f"Got inputs {listed(specs_of(inputs))}, which need other parameters than "
-            f"{listed(specs_of(example.inputs))} did, for which this trainer was built",
-            "Give it such inputs, or make a new Trainer",
+            f"{listed(specs_of(example.inputs))}, for which this trainer was built",
+            "Pass inputs of those shapes, or make a new Trainer",
         )
     if not inputs_only:
         objective = _objective_of(resolved, settings, outputs, batch)
@@ -71,7 +72,8 @@ def _alike(name: str, before: _Specs, after: _Specs) -> bool:
 def _unlike(name: str, before: _Specs, after: _Specs) -> DataError:
     return DataError(
         f"Got {name} {listed(after)}; this trainer was built for {listed(before)}",
-        f"{_reshaping(name, before, after)}Give it such {name}, or make a new Trainer",
+        f"{_reshaping(name, before, after)}Pass {name} like those, or make a new "
+        "Trainer",
     )
 
 
@@ -80,8 +82,8 @@ def _objective_of(
 ) -> Objective:
     """Returns the objective for a batch's targets.
 
-    Targets of another kind are refused if there is no loss for them, another one, or a
-    metric is missing.
+    Targets of another kind (integers instead of floats or the reverse) are refused if
+    the loss would change, or if the loss or a metric does not accept them.
     """
     before, after = specs_of(resolved.example.targets), specs_of(batch.targets)
     rows = batch.weights.shape[0]
@@ -105,7 +107,7 @@ def _objective_of(
 
 
 def _reshaping(name: str, before: _Specs, after: _Specs) -> str:
-    """Returns the line to write if one axis too many or too few is the only problem."""
+    """Returns the line to write if targets are missing, or one axis is wrong."""
     if not after:
         return "Pass (x, y). "
     more = {

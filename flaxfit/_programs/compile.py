@@ -24,18 +24,18 @@ _HOST_CALLBACKS = frozenset(
 _CONVOLUTION = "conv_general_dilated"
 Step = TypeVar("Step", bound=Callable[..., Any])
 NoteTrace: TypeAlias = Callable[..., None]
-"""Called by a program's function with its arguments, which it does when traced."""
+"""A program's function calls this with its arguments, to record that it is traced."""
 
 
 class EpochAccumulators(flax.struct.PyTreeNode):
     """The accumulators of one epoch, on the device.
 
     Attributes:
-      index: `int32[]`, batches so far.
-      logs: the accumulators over them; meaningless while `index` is 0.
-      bad: `int32[]`, the number in the epoch of the first batch whose loss was not
-        finite, -1 while there was none.
-      skipped: `int32[]`, batches of the epoch that are not in `logs`.
+      index: `int32[]`, the number of batches in `logs`.
+      logs: the accumulators of these batches; meaningless while `index` is 0.
+      bad: `int32[]`, the position in the epoch of the first bad batch, -1 if none; see
+        `nonfinite` of `compile_programs`.
+      skipped: `int32[]`, the number of batches of the epoch that are not in `logs`.
     """
 
     index: Array
@@ -45,13 +45,13 @@ class EpochAccumulators(flax.struct.PyTreeNode):
 
 
 class CompileListener(Protocol):
-    """Receives the compiles of all programs while `listening`."""
+    """Is notified of the compiles of all programs inside `listening`."""
 
     def compiling(self, program: "Program") -> None:
         """Called when a program is about to be compiled."""
 
     def compiled(self, program: "Program", seconds: float) -> None:
-        """Called after the compile, once the first call was dispatched."""
+        """Called after the compile, and after the first call's dispatch, if any."""
 
 
 _LISTENER: ContextVar[CompileListener | None] = ContextVar("listener", default=None)
@@ -59,7 +59,7 @@ _LISTENER: ContextVar[CompileListener | None] = ContextVar("listener", default=N
 
 @contextlib.contextmanager
 def listening(listener: CompileListener | None) -> Iterator[None]:
-    """Reports every compile inside to `listener`; None for no reports."""
+    """Reports compiles in the `with` block to `listener`; None turns reports off."""
     token = _LISTENER.set(listener)
     try:
         yield
@@ -72,10 +72,10 @@ class Program:
 
     Args:
       name: shown to the user, e.g. `"train step"`.
-      function: takes a `NoteTrace` before the arguments of a call, and calls it with
-        them. A wrapper that does so would be one more frame in every traceback.
-      wait: whether a call returns only when it has finished.
-      **options: of `jax.jit`.
+      function: takes a `NoteTrace` before the arguments of a call, and passes them to
+        it. (A wrapper that did this would add a frame to every traceback.)
+      wait: whether a call blocks until its results are ready.
+      **options: passed to `jax.jit`.
 
     Attributes:
       name: as given.
@@ -95,8 +95,8 @@ class Program:
         self.traces = 0
         self.signatures: tuple[Any, ...] = ()
         self._wait = wait
-        # Not counted. jit caches traces by function: what `analyze` traces must not be
-        # found by a later call, whose trace would then not be counted.
+        # Does not count traces. `analyze` needs a function of its own: jit caches
+        # traces by function, and a call that reused its trace would not be counted.
         self._function = partial(function, lambda *args: None)
         self._has_options = options.get("compiler_options") is not None
         self._options = options
@@ -110,7 +110,7 @@ class Program:
                 listener.compiling(self)
 
     def __call__(self, *args: Any) -> Any:
-        """Runs the program; dispatch is asynchronous unless it must be waited for."""
+        """Runs the program; returns before it has finished unless `wait` was set."""
         if self._has_options and any(map(_is_traced, jax.tree.leaves(args))):
             # jit refuses compiler options inside another jit.
             return self._function(*args)
@@ -121,7 +121,7 @@ class Program:
         return jax.block_until_ready(result) if self._wait else result
 
     def compile(self, *args: Any) -> float:
-        """Compiles for such arguments without running; returns the seconds it took."""
+        """Compiles for these arguments without running; returns the seconds taken."""
         traces, started = self.traces, time.perf_counter()
         self._jitted.lower(*args).compile()
         seconds = time.perf_counter() - started
@@ -130,10 +130,10 @@ class Program:
         return seconds
 
     def analyze(self, *args: Any) -> dict[str, float]:
-        """Compiles ahead of time and returns FLOPs and bytes of one call.
+        """Compiles ahead of time and returns the FLOPs and bytes of one call.
 
-        Keys: `flops`, and `bytes` of device memory: arguments, results and
-        temporaries, donated ones counted once. A key is missing where the backend
+        Keys: `flops`, and `bytes`, the device memory of arguments, results and
+        temporaries, with donated buffers counted once. A key is missing if the backend
         does not report it.
         """
         compiled = jax.jit(self._function, **self._options).lower(*args).compile()
@@ -156,7 +156,7 @@ class Program:
         Nothing is compiled.
 
         Args:
-          shapes: of a call, by `shapes_of_call`.
+          shapes: the arguments of a call, from `shapes_of_call`.
         """
         lowered = jax.jit(self._function, **self._options).lower(*shapes)
         cost = lowered.cost_analysis() or {}
@@ -167,7 +167,7 @@ class Program:
 
     @contextlib.contextmanager
     def uncounted(self) -> Iterator[None]:
-        """Neither counts nor reports compiles inside."""
+        """Compiles in the `with` block are neither counted nor reported."""
         before = self.traces, self.signatures
         try:
             with listening(None):
@@ -190,19 +190,19 @@ class Steps(NamedTuple):
 class Programs(NamedTuple):
     """All programs of a trainer, one per phase.
 
-    Those that loop take a chunk and run its batches `start … start + count - 1`: one
+    A program that takes a chunk runs its batches `start … start + count - 1`: one
     compile serves any number of steps. With `one_step_per_call`, `count` must be 1.
 
     Attributes:
       init: `(rng, inputs, variables) -> state`.
       train: `(state, running, chunk, start, count) -> (state, running)`; the state
         is donated.
-      step: `(state, batch) -> (state, logs)`, nothing donated: the public step.
+      step: `(state, batch) -> (state, logs)`, the public step; nothing is donated.
       evaluate: `(state, running, chunk, start, count) -> running`.
-      predict: `(state, chunk, start, count, first) -> outputs`; `[capacity, ...]`
-        of a `Stack` unless `one_step_per_call`. `first` is the number of the batch
-        `start`.
-      intermediates: the same for the sown `intermediates`.
+      predict: `(state, chunk, start, count, first) -> outputs`. For a `Stack` they are
+        `[capacity, ...]`, unless `one_step_per_call`. `first` is the number in the
+        pass of the batch at `start`.
+      intermediates: like `predict`, for the sown `intermediates`.
       gradient: `(state, batch) -> (loss, gradients)`, for `check`.
       one_step_per_call: whether a call runs exactly one step.
     """
@@ -220,8 +220,8 @@ class Programs(NamedTuple):
 class Preflight(NamedTuple):
     """The result of tracing a step, before anything is compiled.
 
-    Besides the shapes of its logs: whether it calls back into Python, and whether there
-    are convolutions in it.
+    Holds the shapes of its logs, whether it calls back into Python, and whether it
+    contains convolutions.
     """
 
     logs: PyTree
@@ -232,24 +232,24 @@ class Preflight(NamedTuple):
 def compile_programs(
     steps: Steps, placement: Placement, traced: Preflight, *, nonfinite: str
 ) -> Programs:
-    """Returns the programs; nothing is compiled before its first call.
+    """Returns the programs; each is compiled at its first call.
 
     Args:
       steps: the pure functions.
-      placement: the devices; the state stays on them as it is.
-      traced: the step that matters most, of training if it is possible.
-      nonfinite: how a batch is handled whose loss is NaN or infinite: `"ignore"` does
-        nothing; `"stop"` and `"rollback"` end the call with it; `"skip"` leaves it
-        out, and also one that makes a parameter NaN or infinite.
+      placement: the devices; each holds the whole state.
+      traced: the preflight of the train step, or of the predict step without targets.
+      nonfinite: how a batch with a NaN or infinite loss is handled: `"ignore"` does
+        nothing; `"stop"` and `"rollback"` end the call after it; `"skip"` leaves it
+        out, and also a batch that makes a parameter NaN or infinite.
     """
     on_cpu = placement.devices[0].platform == "cpu"
-    # XLA for CPUs brings convolutions into their fast form only outside of loops;
-    # inside they take about ten times as long. And of several steps with callbacks into
-    # Python, all results would be lost when one fails.
+    # On CPUs, XLA uses its fast convolutions only outside of loops; inside they take
+    # about ten times as long. And if a callback into Python failed in a loop, the
+    # results of all its steps would be lost.
     calls_host = traced.calls_host
     single = calls_host or (traced.convolves and on_cpu)
-    # It runs once, so compiling fast is worth more than running fast; the resulting
-    # bits are the same.
+    # `init` runs once, so compiling fast is worth more than running fast; the results
+    # are the same to the last bit.
     run_once = {"xla_backend_optimization_level": 1} if on_cpu else None
     whole = placement.replicated
     return Programs(
@@ -259,8 +259,8 @@ def compile_programs(
         train=Program(
             "train step",
             _train_loop(steps.train, single, nonfinite),
-            # An error in a callback into Python is raised after the call, when a
-            # donated state is gone. So nothing is donated, and the call is waited for.
+            # An error in a callback into Python is raised after the dispatch, when a
+            # donated state is gone. So nothing is donated, and the call blocks.
             donate_argnums=() if calls_host else (0,),
             out_shardings=whole,
             wait=calls_host,
@@ -279,7 +279,7 @@ def compile_programs(
 
 
 def noting(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a step without a loop as a function for `Program`."""
+    """Returns a function for `Program` that runs `step` once, without a loop."""
 
     def run(note_trace: NoteTrace, *args: Any) -> Any:
         note_trace(*args)
@@ -310,14 +310,14 @@ def _train_loop(train_step: TrainStep, single: bool, nonfinite: str) -> Any:
         if single or isinstance(chunk, Batch):
             return _record(nonfinite, first, *train_step(state, batch_at(chunk, start)))
 
-        def goes_on(carry: _Carry) -> Any:
+        def cond(carry: _Carry) -> Any:
             more = carry.index < start + count
             return more & (carry.running.bad < 0) if ends_at_nonfinite else more
 
-        # `count` is a value of the program, not a part of it: a loop with a static
-        # bound would be compiled again for every number of steps.
+        # `count` is traced, not static: a loop with a static bound would be compiled
+        # again for every number of steps.
         last = jax.lax.while_loop(
-            goes_on,
+            cond,
             lambda carry: _Carry(
                 carry.index + 1,
                 *_record(
@@ -394,8 +394,8 @@ def _accumulate(running: EpochAccumulators, logs: Logs) -> EpochAccumulators:
     def merged(log: Any, before: Any) -> Any:
         after = before.merge(log)
         if isinstance(log, Average | Sum):
-            return after  # an epoch starts from zeros, which are neutral for these
-        # Not every metric has a neutral element: the first batch replaces the zeros.
+            return after  # merging with the zeros of an empty accumulator adds nothing
+        # Merging zeros may change other metrics, so the first batch replaces them.
         return jax.tree.map(lambda new, old: jnp.where(first, new, old), log, after)
 
     return running.replace(
@@ -409,7 +409,7 @@ def _record(
 ) -> tuple[TrainState, EpochAccumulators]:
     """Returns the state and the accumulators after a step.
 
-    A loss that is not finite is noted in the accumulators; see `nonfinite`.
+    A loss that is not finite is recorded; see `nonfinite` of `compile_programs`.
     """
     old, running = before.state, before.running
     after = state, _accumulate(running, logs)
@@ -418,10 +418,10 @@ def _record(
     good = _all_finite(logs.get("loss"))
     number = running.index + running.skipped
     if nonfinite == "skip":
-        # Only here: choosing takes a pass over the state, and XLA then rounds an update
-        # differently in the last bit.
+        # Parameters are checked only here: selecting reads the whole state again, and
+        # makes XLA round an update differently in the last bit.
         good &= _all_finite(state.params)
-        # The step count continues, so that the next batch gets other random numbers.
+        # The step still counts, so that the next batch gets other random numbers.
         kept = old.replace(step=state.step), running
         after = jax.tree.map(
             lambda new, old: (
@@ -447,7 +447,7 @@ def _all_finite(tree: PyTree) -> Array:
 
 
 def empty_accumulators(logs: PyTree, placement: Placement) -> EpochAccumulators:
-    """Returns the start of an epoch for `logs` of these shapes."""
+    """Returns the accumulators that an epoch starts with, for the shapes `logs`."""
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), logs)
     numbers: Any = np.array([0, -1, 0], np.int32)
     empty = EpochAccumulators(numbers[0], zeros, numbers[1], numbers[2])
@@ -459,7 +459,7 @@ def _is_traced(leaf: Any) -> bool:
 
 
 def shapes_of_call(*args: Any) -> tuple[Any, ...]:
-    """Returns the arguments of a call with shapes in place of arrays."""
+    """Returns the arguments of a call, with each array replaced by its shape."""
 
     def shape(leaf: Any) -> Any:
         if isinstance(leaf, int):
@@ -471,16 +471,16 @@ def shapes_of_call(*args: Any) -> tuple[Any, ...]:
 
 
 def traced_once(step: Step) -> Step:
-    """Returns the step; all programs share one trace of it for batches of one shape."""
+    """Returns the step; programs that use it share one trace per batch shape."""
     cached: Any = jax.jit(step, inline=True)
     return cached
 
 
 def preflight(step: Callable[..., Any], *args: Any) -> Preflight:
-    """Traces `step(*args)` without computing.
+    """Traces `step(*args)` without running it.
 
     Args:
-      step: a train step `-> (state, logs)`, an eval step `-> logs`, or any other.
+      step: a train step `-> (state, logs)`, an eval step `-> logs` or a predict step.
       *args: arrays or shapes.
     """
     jaxpr, shapes = jax.make_jaxpr(step, return_shape=True)(*args)

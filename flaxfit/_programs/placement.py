@@ -17,19 +17,19 @@ from flaxfit._core.validation import is_integer
 from flaxfit._programs.chunks import Chunk, Stack
 
 _AXIS = "data"
-# Where the free memory is unknown.
+# Used if the free memory is unknown.
 _ASSUMED_FREE_BYTES = 2**31
 
 
 class Placement(NamedTuple):
     """Data-parallel training on some devices.
 
-    Each of them holds the whole state, and its share of the rows of every batch.
+    Each device holds the whole state and its share of the rows of every batch.
 
     Attributes:
-      devices: those to train on.
-      mesh: a mesh of them; all its axes divide the rows of a batch.
-      chosen: whether the user chose them, so that their number must not change.
+      devices: the devices to train on.
+      mesh: a mesh of the devices; the rows of a batch are split over all its axes.
+      chosen: whether the user chose the devices; their number must then not change.
     """
 
     devices: tuple[Any, ...]
@@ -41,18 +41,19 @@ class Placement(NamedTuple):
 
     @property
     def replicated(self) -> NamedSharding:
-        """The sharding of arrays of which every device holds a whole copy."""
+        """The sharding of arrays that are copied to every device."""
         return self._sharding()
 
     def for_rows(self, rows: int, most: int | None = None) -> "Placement":
         """Returns the placement for training on batches of `rows`.
 
-        A batch is never padded for the devices: batch statistics would then depend on
-        their number. So only as many devices are used as divide it. The number of
-        examples is `most`, if known.
+        A batch is never padded to fit the devices: batch statistics would depend on
+        the number of devices. Instead, the largest number of devices that divides
+        `rows` is used. `most` is the number of examples, if known.
 
         Raises:
-          UsageError: the user chose the devices, and they do not divide the batch.
+          UsageError: the user chose the devices, and their number does not divide
+            `rows`.
         """
         count = len(self.devices)
         if rows % count == 0:
@@ -68,19 +69,19 @@ class Placement(NamedTuple):
         return _on(self.devices[:fewer])
 
     def put(self, tree: PyTree) -> PyTree:
-        """Returns a copy of the arrays on every device, in new buffers."""
+        """Returns the arrays copied to every device, in new buffers."""
 
         def put(leaf: Any) -> Any:
             if isinstance(leaf, jax.Array):
-                # When jax copies to more devices, `may_alias=False` still shares the
-                # buffers that are there already.
+                # When jax copies an array to more devices, it shares the existing
+                # buffer even with `may_alias=False`.
                 return jax.device_put(copy_array(leaf), self.replicated)
             return jax.device_put(leaf, self.replicated, may_alias=False)
 
         return jax.tree.map(put, tree)
 
     def put_host(self, host: HostArray, like: Any = None) -> jax.Array:
-        """Returns an array of the host, copied to every device."""
+        """Returns a host array copied to every device."""
         del like
         return jax.device_put(host, self.replicated)
 
@@ -94,11 +95,11 @@ class Placement(NamedTuple):
         return jax.tree.map(put, tree)
 
     def put_chunk(self, chunk: Chunk) -> Chunk:
-        """Returns a chunk's batches on the devices, their rows divided among them.
+        """Returns a chunk on the devices, with the rows of its batches divided.
 
         Every device gets the whole batches if their rows cannot be divided evenly, or
-        if their inputs have no rows. The arrays may be shared with the device: they
-        must not be written to again.
+        if some arrays have no rows. A device may use the memory of the given arrays, so
+        they must not be written to again.
         """
         if isinstance(chunk, Batch):
             return self._put_rows(chunk, len(chunk.weights), ())
@@ -109,9 +110,9 @@ class Placement(NamedTuple):
         return chunk.replace(order=order)
 
     def room_for(self, size: int, share: float) -> Literal["whole", "divided"] | None:
-        """Returns how data fits on the devices: whole on each, by rows, or not.
+        """Returns how data fits: whole on each device, divided by rows, or None.
 
-        Its `size` is in bytes; it may take a `share` of the free memory.
+        `size` is in bytes; the data may take this `share` of the free memory.
         """
         room = share * free_memory(self.devices)
         if size <= room:
@@ -119,15 +120,15 @@ class Placement(NamedTuple):
         return "divided" if size <= room * len(self.devices) else None
 
     def put_data(self, data: PyTree, how: Literal["whole", "divided"]) -> PyTree:
-        """Returns arrays `[rows, ...]` on the devices, as `room_for` said.
+        """Returns arrays `[rows, ...]` on the devices; `how` is from `room_for`.
 
-        The arrays may be shared with the device: they must not be written to again.
+        A device may use the memory of the arrays: they must not be written to again.
         """
         spec = (self.mesh.axis_names,) if how == "divided" else ()
         return jax.device_put(data, self._sharding(*spec))
 
     def rounded(self, rows: int) -> int:
-        """Returns the next number of rows that can be divided among the devices."""
+        """Returns `rows` rounded up to a multiple of the number of devices."""
         return -(-rows // len(self.devices)) * len(self.devices)
 
     def _put_rows(self, tree: PyTree, rows: int, leading: tuple[None, ...]) -> PyTree:
@@ -140,7 +141,7 @@ class Placement(NamedTuple):
 
 
 def has_rows(batch: Batch) -> bool:
-    """Whether all arrays of a batch have its rows; those of a graph do not."""
+    """Whether the first axis of every array is the batch; not so for graphs."""
     return _have_rows(batch, batch.weights.shape[0], 0)
 
 
@@ -149,14 +150,14 @@ def _have_rows(tree: PyTree, rows: int, axis: int) -> bool:
 
 
 def find_placement(devices: Any = None) -> Placement:
-    """Returns where to train.
+    """Returns the placement on the devices to train on.
 
     Args:
-      devices: None for all local devices (or for `jax_default_device` alone, where
-        it is set), their number, a list of them, or a `jax.sharding.Mesh`.
+      devices: None for all local devices (only `jax_default_device`, if it is set), a
+        number or a list of devices, or a `jax.sharding.Mesh`.
 
     Raises:
-      UsageError: more devices than there are, or none.
+      UsageError: zero devices, more than there are, or a device listed twice.
       UsageTypeError: another type.
     """
     if devices is None:
@@ -167,7 +168,7 @@ def find_placement(devices: Any = None) -> Placement:
             return _on((default,))
         return _on(tuple(jax.local_devices()))
     if isinstance(devices, Mesh):
-        # With explicit axes, Flax's layers would have to give shardings themselves.
+        # With explicit axes, Flax's layers would have to specify output shardings.
         shape = devices.devices.shape
         auto = Mesh(devices.devices, devices.axis_names, (AxisType.Auto,) * len(shape))
         return Placement(tuple(devices.devices.flat), auto, chosen=True)
@@ -175,25 +176,26 @@ def find_placement(devices: Any = None) -> Placement:
         there = jax.local_devices()
         if not 1 <= devices <= len(there):
             raise UsageError(
-                f"devices={devices}: there are {len(there)} ({there[0].platform})",
-                write=f"devices={len(there)}, or leave it out for all of them",
+                f"devices={devices}, but there are {len(there)} {there[0].platform} "
+                "devices",
+                write=f"devices={len(there)}, or leave it out to use all of them",
             )
         return _on(tuple(there[:devices]), chosen=True)
     if isinstance(devices, Sequence) and not isinstance(devices, str) and devices:
         if all(isinstance(device, jax.Device) for device in devices):
             if len(set(devices)) < len(devices):
-                raise UsageError(f"devices={devices!r}: name every device once")
+                raise UsageError(f"devices={devices!r}: list every device only once")
             return _on(tuple(devices), chosen=True)
     raise UsageTypeError(
-        f"devices={devices!r}: write their number, devices=1; a list, "
-        "devices=jax.devices()[:2]; a jax.sharding.Mesh; or None for all"
+        f"devices={devices!r}: write a number, devices=1; a list, "
+        "devices=jax.devices()[:2]; a jax.sharding.Mesh; or None for all devices"
     )
 
 
 def free_memory(devices: Sequence[Any]) -> int:
-    """Returns the bytes that are free on each of the devices.
+    """Returns the number of bytes that are free on every device.
 
-    The host's memory is shared among the devices of a CPU.
+    CPU devices share the host's memory equally.
     """
     stats = [device.memory_stats() for device in devices]
     known = [s for s in stats if s and "bytes_limit" in s]
@@ -201,7 +203,7 @@ def free_memory(devices: Sequence[Any]) -> int:
         return min(int(s["bytes_limit"]) - int(s["bytes_in_use"]) for s in known)
     try:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not on every system
+    except (AttributeError, ValueError, OSError):  # not available on every system
         free = _ASSUMED_FREE_BYTES
     return min(free, _container_memory()) // len(devices)
 
@@ -228,9 +230,9 @@ def _on(devices: tuple[Any, ...], *, chosen: bool = False) -> Placement:
 
 
 def even_size(rows: int, devices: int, most: int | None) -> int:
-    """Returns a batch size near `rows` that `devices` divide, 0 if there is none.
+    """Returns a batch size near `rows` that `devices` divides, 0 if there is none.
 
-    No batch exceeds the number of examples, `most`, where that is known.
+    It does not exceed `most`, the number of examples, if that is known.
     """
     size = -(-rows // devices) * devices
     return size if most is None or size <= most else size - devices

@@ -40,8 +40,8 @@ _PHASES = (
     ("eval", "evaluate"),
     ("predict", "predict"),
 )
-# Programs that are kept when only the targets, or only the length of the training,
-# become known.
+# Programs to keep when only targets become known, or only the length of the training
+# changes.
 _WITHOUT_TARGETS = ("predict", "intermediates")
 _WITHOUT_OPTIMIZER = (*_WITHOUT_TARGETS, "evaluate", "gradient")
 
@@ -51,7 +51,7 @@ class Outputs(NamedTuple):
 
     Attributes:
       shapes: their shapes and dtypes.
-      batched: for each leaf whether its first axis is the batch.
+      batched: for each leaf, whether its first axis is the batch.
       nbytes: the bytes of all leaves.
     """
 
@@ -69,7 +69,7 @@ class ProgramCache:
       placement: all devices that may be used.
 
     Attributes:
-      settings: as given, but `scale_images` is decided by the first data.
+      settings: as given, with `scale_images="auto"` decided by the first data.
       all_devices: all devices that may be used.
       placement: the devices that are used now.
     """
@@ -86,18 +86,18 @@ class ProgramCache:
         # Signatures already validated: checking again would trace the model again.
         self._fitting: set[Hashable] = set()
         self._outputs: dict[Hashable, Outputs] = {}
-        # Compiles of programs that were replaced.
+        # Phase -> the number of compiles of programs that were replaced.
         self._past: Counter[str] = Counter()
 
     @property
     def scaled(self) -> bool:
-        """Whether images among the inputs are scaled on the device."""
+        """Whether image inputs are scaled on the device."""
         return self.settings.scale_images is True
 
-    def learn(self, pictures: bool) -> None:
-        """Decides whether inputs are scaled: if the `uint8` ones are `pictures`."""
+    def learn(self, images: bool) -> None:
+        """Decides `scale_images="auto"`: scales if the `uint8` inputs are `images`."""
         if self._asked_to_scale == "auto":
-            self.settings = replace(self.settings, scale_images=pictures)
+            self.settings = replace(self.settings, scale_images=images)
 
     @property
     def is_resolved(self) -> bool:
@@ -106,7 +106,7 @@ class ProgramCache:
 
     @property
     def spare_devices(self) -> int:
-        """How many devices are idle, as the batch size does not divide among all."""
+        """How many devices are idle because not all of them divide the batch size."""
         return len(self.all_devices.devices) - len(self.placement.devices)
 
     @property
@@ -119,7 +119,7 @@ class ProgramCache:
         """The resolved task.
 
         Raises:
-          UsageError: there was no data yet to resolve it from.
+          UsageError: there was no data yet to resolve the task from.
         """
         if self._resolved is None:
             raise UsageError(NO_DATA_YET)
@@ -142,13 +142,13 @@ class ProgramCache:
         allow_rebuild: bool = False,
         placement: Placement | None = None,
     ) -> ResolvedTask:
-        """Returns the resolved task for such batches, rebuilt only where necessary.
+        """Returns the task for batches like `example`, rebuilt only if necessary.
 
         Args:
           example: one of the batches.
           total_steps: the step at which training will end, if known.
-          allow_rebuild: whether a different batch may replace the current task, as
-            nothing was trained yet.
+          allow_rebuild: whether an example that does not fit the current task may
+            replace it; allowed until something was trained.
           placement: the devices to use from now on, None for the current ones.
 
         Raises:
@@ -185,7 +185,7 @@ class ProgramCache:
         """Checks that the length of the training is known if it is needed.
 
         Raises:
-          UsageError: it is not, and the learning rate is a function of it.
+          UsageError: the length is unknown, and the learning rate depends on it.
         """
         if total_steps is None and self.plans_ahead:
             raise UsageError(UNKNOWN_TOTAL_STEPS)
@@ -193,7 +193,7 @@ class ProgramCache:
     def build_for_inputs(
         self, example: Batch, *, allow_rebuild: bool = False
     ) -> ResolvedTask:
-        """Returns the resolved task; without a loss if there never were targets."""
+        """Returns the resolved task, without a loss if no targets were seen yet."""
         if self._resolved is None or not self._fits(example, allow_rebuild, True):
             settings = replace(self.settings, loss=None, metrics=None)
             self._install(
@@ -213,7 +213,7 @@ class ProgramCache:
         old = self._resolved
         if old is not None:
             if old.programs.one_step_per_call != resolved.programs.one_step_per_call:
-                keep = ()  # the old ones return outputs of other shapes
+                keep = ()  # old programs return outputs of other shapes
             kept = {name: getattr(old.programs, name) for name in keep}
             resolved = resolved._replace(programs=resolved.programs._replace(**kept))
             for phase, name in _PHASES:
@@ -228,8 +228,8 @@ class ProgramCache:
     def outputs_of(self, inputs: Inputs) -> PyTree:
         """Returns the shapes of the model's outputs for `inputs`; nothing is built.
 
-        Returns None if the model raises: building it for these inputs raises again, and
-        there the error is explained.
+        Returns None if the model raises: a build for these inputs raises the same error
+        later, and explains it.
         """
         inputs, resolved = shapes_of(inputs), self._resolved
         try:
@@ -242,7 +242,7 @@ class ProgramCache:
             return None
 
     def find_outputs(self, batch: Batch, *, sown: bool) -> Outputs:
-        """Returns the outputs for such a batch; see `_predicted_outputs`."""
+        """Returns the outputs for batches like `batch`; see `_predicted_outputs`."""
         key = (sown, *form_of((batch.inputs, batch.weights)))
         if key not in self._outputs:
             self._outputs[key] = _predicted_outputs(self.resolved, batch, sown=sown)
@@ -274,8 +274,8 @@ class ProgramCache:
         """Checks the values of inputs and targets on the host.
 
         Raises:
-          DataError: tokens or labels out of range, NaN in targets, or weights where
-            the loss takes none.
+          DataError: tokens or labels are out of range, targets are NaN, or weights are
+            given to a loss that takes none.
         """
         resolved, objective = self.resolved, self.resolved.task.objective
         check_tokens(batch, resolved.adapted.detected.vocabularies)
@@ -292,11 +292,11 @@ class ProgramCache:
 
 
 def _predicted_outputs(resolved: ResolvedTask, batch: Batch, *, sown: bool) -> Outputs:
-    """Returns the outputs for such a batch.
+    """Returns the outputs for batches like `batch`.
 
     An axis as long as the batch may also be time or layers. So a batch with one more
-    row is traced: only the batch axis grows with it. With `sown`, `intermediates` are
-    predicted, and some may have no batch axis; otherwise that is an error.
+    row is traced as well: only the batch axis grows with it. With `sown`, the outputs
+    are `intermediates`, which may lack a batch axis; without it, that is an error.
     """
     inputs, rows = shapes_of(batch.inputs), batch.weights.shape[0]
     step = make_predict_step(resolved.task, "intermediates" if sown else None)
@@ -308,8 +308,8 @@ def _predicted_outputs(resolved: ResolvedTask, batch: Batch, *, sown: bool) -> O
     whole = shapes(inputs)
     outputs = jax.tree.leaves(whole)
     batched = [one.shape[:1] == (rows,) for one in outputs]
-    # Skipped when the outputs are already invalid: a model of one example may fail on
-    # more rows. And inputs without rows, such as graphs, cannot be made longer.
+    # Skipped if the outputs are invalid anyway: a model for one example may fail on
+    # more rows. And inputs without rows, such as graphs, cannot get one more.
     if (sown or all(batched)) and has_rows(batch.replace(targets=None)):
         grown = jax.tree.leaves(shapes(add_row(inputs, rows)))
         batched = [

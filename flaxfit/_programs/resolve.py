@@ -1,4 +1,4 @@
-"""Resolves settings and one batch to a model, losses, metrics and programs."""
+"""Resolves settings and one batch into a model, losses, metrics and programs."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -35,14 +35,14 @@ from flaxfit.losses.objective import resolve_objective
 from flaxfit.metrics.resolve import resolve_metrics
 from flaxfit.optimizers.resolve import resolve_optimizer
 
-# Stands for an unknown length where nothing is trained. Schedules with warm-up and
-# decay raise for a short one.
+# The number of training steps assumed if it is unknown. It is large because schedules
+# with warm-up and decay raise for small ones.
 _UNKNOWN_LENGTH = 1_000_000
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The arguments of `Trainer`, names not yet resolved."""
+    """The arguments of `Trainer`, with names not yet resolved."""
 
     loss: Any
     loss_weights: Any
@@ -59,9 +59,9 @@ class Settings:
 
 
 class LogShapes(NamedTuple):
-    """The shapes of the logs of a training and of an evaluation step.
+    """The shapes of the logs of a train step and of an eval step.
 
-    They may differ: a model may sow other values in evaluation.
+    They may differ: a model may sow different values in evaluation.
     """
 
     train: PyTree
@@ -69,21 +69,21 @@ class LogShapes(NamedTuple):
 
 
 class ResolvedTask(NamedTuple):
-    """Everything resolved for one trainer, once, from the first batch it sees.
+    """Everything that a trainer resolves from an example batch.
 
     Attributes:
       adapted: the model and what was detected about it.
-      task: what the steps are built from.
-      programs: the compiled steps.
-      placement: the devices they run on.
+      task: the parts that the steps are built from.
+      programs: the programs of the steps, compiled at their first calls.
+      placement: the devices that the programs run on.
       template: the shapes of the state.
-      variables: the variables to start from, sown ones left out.
+      variables: the user's variables to start from, without sown collections.
       outputs: the shapes of the model's outputs.
-      example: the shapes of the batch it was resolved from.
+      example: the shapes of the example batch, with images scaled if `scaled`.
       logs: the shapes of the logs.
-      total_steps: what the optimizer was resolved for, None if that is not known.
-      complete: whether there is a loss; without targets one can only predict.
-      scaled: whether images among the inputs are scaled on the device.
+      total_steps: the number of steps the optimizer was resolved for, None if unknown.
+      complete: whether the loss was resolved; if not, only prediction is possible.
+      scaled: whether image inputs are scaled on the device.
     """
 
     adapted: Adapted
@@ -108,7 +108,7 @@ class ResolvedTask(NamedTuple):
         return empty_accumulators(self.logs.evaluation, self.placement)
 
     def history_names(self, *, validated: bool) -> list[str]:
-        """Returns the names the History of a fit will have, in its order."""
+        """Returns the names that the History of a fit will have, in order."""
         names = list(self.task.order(self.logs.train))
         if validated:
             names += [f"val_{name}" for name in self.task.order(self.logs.evaluation)]
@@ -126,15 +126,15 @@ def resolve(
     known: Adapted | None = None,
     complete: bool = True,
 ) -> ResolvedTask:
-    """Detects, resolves and wires everything for batches like `example`.
+    """Detects and resolves everything for batches like `example`.
 
-    Nothing is compiled: the model is only traced. What is `known` was detected before
-    and is used again. Without `complete` it does without targets, and so without
-    training.
+    Nothing is compiled; the model is only traced. `known` is an earlier detection to
+    use again. Unless `complete`, no targets are needed, and the result can only
+    predict.
 
     Raises:
       DetectionError: the train flag or the loss cannot be detected.
-      ValueError: names, shapes or options that do not fit.
+      ValueError: a name, a shape or an option is wrong.
     """
     example = shapes_of(example)
     key = jax.eval_shape(lambda: jax.random.key(settings.seed))
@@ -205,8 +205,8 @@ def _make_task(
 
 
 def _make_steps(task: Task, settings: Settings) -> Steps:
-    # Those that are traced here and again by a program share the trace: tracing a
-    # large model takes seconds.
+    # `preflight` traces the first three steps, and programs trace them again; they
+    # share one trace, since tracing a large model takes seconds.
     return Steps(
         init=traced_once(make_init(task)),
         train=traced_once(settings.make_train_step(task)),
@@ -231,7 +231,7 @@ def trace_outputs(adapted: Adapted, inputs: Inputs) -> PyTree:
 
 @contextlib.contextmanager
 def noted(inputs: Inputs) -> Iterator[None]:
-    """Notes the inputs a model was traced on in an error that it raises."""
+    """Adds a note with the traced inputs to an error that the model raises."""
     try:
         yield
     except DetectionError:
@@ -244,12 +244,12 @@ def noted(inputs: Inputs) -> Iterator[None]:
 def _starting_variables(
     settings: Settings, adapted: Adapted, template: TrainState
 ) -> dict[str, PyTree]:
-    """Returns the user's variables, checked against those of the model."""
+    """Returns the user's variables after a check against those of the model."""
     made = {"params": template.params, **template.collections}
     variables = {
         name: tree
         for name, tree in settings.variables.items()
-        if name not in adapted.detected.sown  # `module.init` returns these as well
+        if name not in adapted.detected.sown  # `module.init` returns sown ones as well
     }
     if variables and not made.keys() & variables.keys():
         raise UsageError(
@@ -264,7 +264,7 @@ def _starting_variables(
             found = diff(specs_of(made[name]), specs_of(tree))
             lines += difference_lines(found, line)
         else:
-            lines.append(f"  {name}: the model has {', '.join(made)}")
+            lines.append(f"  {name}: the model has only {', '.join(made)}")
     if lines:
         raise UsageError(
             "Trainer(variables=...) does not fit the model:\n" + "\n".join(lines)

@@ -13,7 +13,7 @@ class Sown(NamedTuple):
     """One value that a module sowed.
 
     Attributes:
-      path: the modules' names and the value's own, `"block_0/balance"`.
+      path: the names of its modules, then its own, e.g. `"block_0/balance"`.
       value: the array.
       per_example: whether its first axis is the batch.
     """
@@ -31,8 +31,8 @@ def read_sown(
 ) -> list[Sown]:
     """Returns the values of one sown collection, in the order of their paths.
 
-    `grown` returns the shapes of `sown` for a batch with one more row than `rows`: it
-    tells the batch axis from a stack of equally many layers.
+    `grown` returns the shapes of `sown` for a batch with one more row than `rows`. They
+    distinguish the batch axis from a stack of as many layers.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(sown.get(collection, {}))
     shapes: list[Any] = [None] * len(leaves)
@@ -51,8 +51,8 @@ def read_sown(
 def mean_of_losses(sown: list[Sown], weights: Array) -> Average | None:
     """Returns the mean of all sown losses together, None if there are none.
 
-    A value per example is averaged over the examples. Any other is taken as it is;
-    several numbers (a stack of layers) are summed.
+    A value per example is averaged over the examples; any other is used unchanged. The
+    numbers of one value (e.g. one for each layer of a stack) are summed.
     """
     means = [_mean(one, weights, jnp.sum) for one in sown]
     if not means:
@@ -63,9 +63,10 @@ def mean_of_losses(sown: list[Sown], weights: Array) -> Average | None:
 def means_of_metrics(
     sown: list[Sown], weights: Array, taken: Mapping[str, Any]
 ) -> dict[str, Average]:
-    """Returns log name -> mean: the value's own name, or its path if that is taken.
+    """Returns log name -> mean. The log name is the value's own name.
 
-    If the path is taken too, or reserved by History, the name is `"metrics/<path>"`.
+    If the name is taken, ambiguous or reserved by History, the log name is the path; if
+    the path is taken too, it is `"metrics/<path>"`.
     """
     by_path: dict[str, Average] = {}
     for one in sown:

@@ -1,4 +1,4 @@
-"""Pure builders of the init, train, eval and predict steps. Nothing is jitted here."""
+"""Makes the pure init, train, eval and predict steps. Nothing is jitted here."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -43,11 +43,11 @@ class Task(NamedTuple):
 
     Attributes:
       model: the pure functions of the model.
-      objective: the losses over its outputs.
+      objective: the losses of the model's outputs.
       metrics: log name -> metric, in the order given.
-      optimizer: the optax transformation and how to read it.
+      optimizer: the optax transformation, and functions that read its state.
       rngs: the names of the RNG streams to supply in training.
-      eval_rngs: those to supply in evaluation and prediction.
+      eval_rngs: the names of those to supply in evaluation and prediction.
     """
 
     model: Model
@@ -58,7 +58,7 @@ class Task(NamedTuple):
     eval_rngs: tuple[str, ...]
 
     def order(self, logs: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns `logs` in the order of History; jit hands them out sorted."""
+        """Returns `logs` in the order of History; jit returns them sorted by name."""
         first = ("loss", *self.objective.log_names, *self.metrics)
         names = dict.fromkeys([n for n in first if n in logs] + sorted(logs))
         return {name: logs[name] for name in names}
@@ -69,7 +69,7 @@ def make_init(task: Task) -> InitStep:
 
     Parameters equal those of `module.init(rng, *inputs)` up to the last bit, which XLA
     may round differently in another program; the same trainer always gets the same
-    ones. `variables`, `{"params": ...}`, replaces whole collections.
+    parameters. `variables`, e.g. `{"params": ...}`, replace whole collections.
     """
 
     def init(rng: Array, inputs: Inputs, variables: Mapping[str, PyTree]) -> TrainState:
@@ -92,7 +92,7 @@ def make_init(task: Task) -> InitStep:
 def make_train_step(task: Task) -> TrainStep:
     """Returns `(state, batch) -> (state, logs)`: one update of the training state.
 
-    The logs are what this batch adds, as accumulators: `logs["loss"].compute()`.
+    The logs are accumulators of this batch alone: `logs["loss"].compute()`.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Logs]:
@@ -129,10 +129,10 @@ def make_train_step(task: Task) -> TrainStep:
 
 
 def make_eval_step(task: Task) -> EvalStep:
-    """Returns `(state, batch, index) -> logs`; it reads the state and changes nothing.
+    """Returns `(state, batch, index) -> logs`; the state is only read.
 
-    `index`, `int32[]`, is the batch's number: what the model draws at random in
-    evaluation depends on it alone.
+    `index`, `int32[]`, is the number of the batch: random numbers in evaluation depend
+    only on it and on `state.rng`.
     """
 
     def eval_step(state: TrainState, batch: Batch, index: Array) -> Logs:
@@ -145,7 +145,7 @@ def make_eval_step(task: Task) -> EvalStep:
 def make_predict_step(task: Task, sown: str | None = None) -> PredictStep:
     """Returns `(state, inputs, index) -> outputs`.
 
-    With `sown`, the name of a collection, it returns that collection instead.
+    With `sown`, the name of a collection, the step returns that collection instead.
     """
 
     def predict_step(state: TrainState, inputs: Inputs, index: Array) -> PyTree:
@@ -156,7 +156,7 @@ def make_predict_step(task: Task, sown: str | None = None) -> PredictStep:
 
 
 def make_gradient(task: Task) -> Callable[[TrainState, Batch], tuple[Array, PyTree]]:
-    """Returns `(state, batch) -> (loss, gradients)`, as a train step would see them."""
+    """Returns `(state, batch) -> (loss, gradients)`, as in the next train step."""
 
     def gradient(state: TrainState, batch: Batch) -> tuple[Array, PyTree]:
         rngs = stream_rngs(state.rng, task.rngs, state.step)
@@ -188,7 +188,7 @@ def _forward(
         train=False,
         rngs=stream_rngs(rng, task.eval_rngs, index),
     )
-    del unused  # evaluation never writes
+    del unused  # evaluation never updates collections
     return outputs, sown
 
 
@@ -225,7 +225,7 @@ def _measure(
     *,
     train: bool,
 ) -> tuple[Array, Logs]:
-    """Returns the loss of a batch and what it adds to the logs."""
+    """Returns the loss and the logs of a batch."""
     grown = partial(_sown_of_one_row_more, task, state, batch, train=train)
     weights = jnp.asarray(batch.weights)
     losses = task.objective.term_averages(outputs, batch.targets, batch.weights)
@@ -236,7 +236,7 @@ def _measure(
         scaled[_SOWN] = sown_mean
     if not scaled and train:
         raise UsageError(
-            "There is no loss to train on: loss=None and the model sows none",
+            "There is no loss to train on: loss=None, and the model sows no losses",
             write='Trainer(model, loss="...") or self.sow("losses", "name", value)',
         )
     logs: Logs = {}
@@ -272,6 +272,6 @@ def _sown_of_one_row_more(
 
 
 def _like(new: PyTree, old: PyTree) -> PyTree:
-    # The state keeps its dtypes, whatever precision a step computes in. Other ones
-    # would compile the next step again.
+    # The state keeps its dtypes, whatever precision a step computes in. With other
+    # dtypes, the next step would be compiled again.
     return jax.tree.map(lambda n, o: strongly_typed(n, o.dtype), new, old)

@@ -1,4 +1,4 @@
-"""The named losses: one row each, with all facts about it."""
+"""The named losses: a table with all facts about each loss."""
 
 import functools
 import math
@@ -22,9 +22,9 @@ Kind: TypeAlias = Literal[
 ]
 """What outputs and targets mean to a loss.
 
-`integer`: a score per class and the class's number. `distribution`: a score and
-a probability per class. `binary`: a logit and 0 or 1. `margin`: a score and -1 or
-1. `regression`: a number and a number. `vector`: a vector and a vector.
+`integer`: a score per class; the number of the class. `distribution`: a score per
+class; a probability per class. `binary`: a logit; 0 or 1. `margin`: a score; -1 or 1.
+`regression`: a number each. `vector`: a vector each. `custom`: unknown.
 """
 
 
@@ -52,7 +52,7 @@ class LossSpec(NamedTuple):
 
 
 def squared_error(outputs: Array, targets: Array) -> Array:
-    """Returns `|outputs - targets|²` for every element, real for complex ones."""
+    """Returns `|outputs - targets|²` for every element, also of complex arrays."""
     if jnp.iscomplexobj(outputs) or jnp.iscomplexobj(targets):
         difference = outputs - targets
         return jnp.square(difference.real) + jnp.square(difference.imag)
@@ -159,12 +159,12 @@ ALIASES = MappingProxyType(
 
 
 def loss_names() -> tuple[str, ...]:
-    """Returns every name a loss can be given by, aliases last."""
+    """Returns all names of losses, aliases last."""
     return (*LOSSES, *ALIASES)
 
 
 def look_up(fn: LossFn | str) -> tuple[str | None, LossSpec]:
-    """Returns the name of a loss, None for a custom function, and its facts."""
+    """Returns the name of a loss (None for a custom function) and its facts."""
     if isinstance(fn, str):
         name = ALIASES.get(fn.lower(), fn.lower())
         if name not in LOSSES:
@@ -189,7 +189,7 @@ def look_up(fn: LossFn | str) -> tuple[str | None, LossSpec]:
 
 
 def _known_name(fn: LossFn) -> str | None:
-    """Returns the name of a function in the table, also of a `functools.partial`."""
+    """Returns the name of a function in the table, or of a `partial` of one."""
     for name, spec in LOSSES.items():
         if fn is spec.fn:
             return name
@@ -203,8 +203,8 @@ def _known_name(fn: LossFn) -> str | None:
 def _unknown_name(name: str) -> UsageError:
     if callable(getattr(optax.losses, name, None)):
         return UsageError(
-            f"optax.losses.{name} does not give one value per example for (outputs, "
-            "targets), so it has no name here",
+            f"optax.losses.{name} does not return one value per example for (outputs, "
+            "targets), so it cannot be given by name",
             "Pass a function that calls it",
             "Trainer(model, loss=lambda outputs, targets: ...)",
         )

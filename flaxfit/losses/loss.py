@@ -1,6 +1,6 @@
 """The loss of one output: its values per example and its weights.
 
-Knows neither several outputs, nor data, nor the reduction to one number.
+Knows nothing of several outputs, of data or of the reduction to one number.
 """
 
 from collections.abc import Sequence
@@ -23,27 +23,27 @@ from flaxfit.losses.catalog import LOSSES, Kind, LossFn, LossSpec, look_up
 class Loss:
     """The loss of one output.
 
-    Outputs are logits: every loss with `softmax` or `sigmoid` in its name applies
-    it itself, so the model must not (there is no `from_logits`). The
+    Outputs are logits: a loss with `softmax` or `sigmoid` in its name applies that
+    function itself, so the model must not (there is no `from_logits`). The
     `kl_divergence` family takes log-probabilities.
 
     Args:
       fn: a function `(outputs, targets) -> float[batch, ...]`, one value per example
-        or element, or the name of one in `optax.losses`, or Keras's name for it. The
-        loss is the weighted mean of the values.
-      label_smoothing: in `[0, 1)`: this much of every label is spread over all classes;
-        for softmax cross-entropy and `sigmoid_binary_cross_entropy`.
-      ignore_label: the integer, often -100, that marks targets of weight 0.
-      threshold: a raw output above it is a positive decision. "auto" is 0 for losses of
-        logits and scores, 0.5 for regression, None for softmax. For a custom function
-        it is None too: metrics that need decisions, such as accuracy, then ask for it.
-      name: shown in the first line of `fit`; the function's name by default.
+        or element; the name of a function in `optax.losses`; or Keras's name of one.
+        The loss is the weighted mean of the values.
+      label_smoothing: the fraction of every label, in `[0, 1)`, to spread over all
+        classes; for softmax cross-entropy and `sigmoid_binary_cross_entropy`.
+      ignore_label: the integer, often -100, that marks targets to give weight 0.
+      threshold: a raw output above it is a positive decision. `"auto"` is 0 for binary
+        logits and scores of -1 and 1, 0.5 for regression, and else None: metrics that
+        need a threshold, such as accuracy with a custom function, then ask for it.
+      name: shown in the first lines of `fit`; the function's name by default.
 
-    All of them are attributes, with a function for a name and a value for `"auto"`.
+    All arguments are attributes; a name becomes a function, and `"auto"` a value.
 
     Raises:
-      ValueError: an unknown name; a label smoothing out of range, or for a loss
-        without labels to smooth.
+      ValueError: an unknown name; a label smoothing that is out of range, or given
+        for a loss without labels to smooth.
       TypeError: neither a function nor a name; or a function whose arguments are
         named as in Keras, `(y_true, y_pred)`.
 
@@ -84,7 +84,7 @@ class Loss:
 
     @property
     def kind(self) -> Kind:
-        """What outputs and targets mean to it."""
+        """What outputs and targets mean to the loss."""
         return self.spec.kind
 
     @property
@@ -93,7 +93,7 @@ class Loss:
         return self.kind == "integer"
 
     def num_classes(self, outputs_shape: Sequence[int]) -> int | None:
-        """Returns the number of classes that outputs of this shape are scores of."""
+        """Returns the number of classes for outputs of this shape, None if none."""
         classes = self.kind in ("integer", "distribution")
         return outputs_shape[-1] if classes else None
 
@@ -103,10 +103,10 @@ class Loss:
         return None if chance is None else chance(outputs_shape[-1])
 
     def weights(self, targets: PyTree, weights: Array) -> Array:
-        """Returns `weights` with 0 for targets that are ignored.
+        """Returns `weights` with 0 for ignored targets.
 
-        Without an `ignore_label` it is `weights` itself, `float32[batch]` up to
-        `float32[batch, ...]`, else it has the shape of the targets, `int[batch, ...]`.
+        Without an `ignore_label` this is `weights` itself, `float32[batch]` up to
+        `float32[batch, ...]`; with one, it has the shape of `targets`.
         """
         if self.ignore_label is None:
             return weights
@@ -116,7 +116,7 @@ class Loss:
     def values(self, outputs: PyTree, targets: PyTree) -> Array:
         """Returns the loss of every example or element, not yet weighted.
 
-        Outputs, `float[batch, ...]`, of less than 32 bits are raised to float32.
+        Outputs and targets of floats with fewer than 32 bits are converted to float32.
         """
         outputs, targets = full_precision(outputs), full_precision(targets)
         if self.ignore_label is not None:
@@ -148,7 +148,7 @@ def decision_threshold(loss: Loss | None, metric: str) -> float:
     """Returns the threshold above which a raw output is a positive decision.
 
     Raises:
-      UsageError: the output's loss does not determine it, or there is no loss.
+      UsageError: the output's loss has no threshold, or there is no loss.
     """
     if loss is not None and loss.threshold is not None:
         return loss.threshold
@@ -156,7 +156,7 @@ def decision_threshold(loss: Loss | None, metric: str) -> float:
         problem = "an output without a loss has none"
         line = "metrics={'name': lambda outputs, targets: (outputs > 0) == targets}"
     elif loss.kind == "custom":
-        problem = f"the outputs may mean anything to the loss {loss.name}"
+        problem = f"the custom loss {loss.name} does not define one"
         called = "f" if loss.name == "<lambda>" else loss.name
         line = f"loss=Loss({called}, threshold=0.0) if they are logits, "
         line += "threshold=0.5 if probabilities"
@@ -169,7 +169,7 @@ def decision_threshold(loss: Loss | None, metric: str) -> float:
 
 
 def full_precision(tree: PyTree) -> PyTree:
-    """Returns `tree` with floats of less than 32 bits raised to float32."""
+    """Returns `tree` with floats of fewer than 32 bits converted to float32."""
 
     def raise_(x: Any) -> Any:
         small = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4

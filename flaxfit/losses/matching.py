@@ -36,7 +36,7 @@ def pick_targets(targets: PyTree, path: OutputPath) -> PyTree:
     """Returns the targets of the output at `path`; one array serves all outputs.
 
     Raises:
-      ValueError: targets in a nesting without such an entry.
+      ValueError: the targets are nested, but have no entry at `path`.
     """
     below = targets
     for key in path:
@@ -79,8 +79,8 @@ def is_named(tree: PyTree) -> bool:
 def main_output(outputs: PyTree, targets: PyTree) -> OutputPath | None:
     """Returns the path of the one output that a single array of targets belongs to.
 
-    It is the output itself, its only entry, or the entry `"logits"` of a dict;
-    None if there is no such output.
+    It is `outputs` itself, its only entry, or its entry `"logits"`; None if there is no
+    such output.
     """
     if is_array(outputs):
         return ()
@@ -102,13 +102,13 @@ def where(path: OutputPath) -> str:
 def pair_losses(
     spec: LossArgument, outputs: PyTree, targets: PyTree, path: OutputPath = ()
 ) -> Iterator[tuple[OutputPath, Loss]]:
-    """Yields an output's path and its loss, for every output below `path` with a loss.
+    """Yields the path and the loss of every output below `path` that has a loss.
 
-    Outputs and targets are shapes and dtypes, those below `path` as well.
+    `spec`, and the shapes and dtypes `outputs` and `targets`, are those below `path`.
 
     Raises:
-      DetectionError: "auto" and no rule fits.
-      ValueError: names, keys or lengths that do not fit.
+      DetectionError: no rule of "auto" fits.
+      ValueError: names, keys or lengths do not fit the outputs.
     """
     if spec is None:
         return
@@ -179,7 +179,9 @@ def _no_rule(outputs: PyTree, targets: PyTree, path: OutputPath) -> DetectionErr
     advice: Advice | None = None
     keys = children(outputs)
     if is_named(outputs) and children(targets):
-        advice = Advice("Nest the targets like the outputs, in a dict by their names")
+        advice = Advice(
+            "Nest the targets like the outputs, in a dict of the same names"
+        )
     elif is_array(outputs):
         advice = advise("auto", outputs, targets) if is_array(targets) else None
     elif not keys:
@@ -203,8 +205,8 @@ def _no_rule(outputs: PyTree, targets: PyTree, path: OutputPath) -> DetectionErr
 def _no_targets(name: str) -> tuple[str, str, str]:
     return (
         f"There are no targets for loss={name!r}",
-        "A model that sows its losses takes loss=None; a function (outputs, targets) "
-        "may need none",
+        "Only loss=None (for a model that sows its losses) and functions (outputs, "
+        "targets) work without targets",
         "fit(x, y), or give a dataset of (x, y)",
     )
 
@@ -234,7 +236,7 @@ def _targets_below(
 def _check_keys(spec: Any, outputs: PyTree, path: OutputPath) -> None:
     entries = children(outputs)
     if is_array(outputs) or is_named(spec) != is_named(outputs):
-        form = f"a {type(outputs).__name__} of {list(entries)}: nest the losses alike"
+        form = f"a {type(outputs).__name__} of {list(entries)}: nest the losses like it"
         if is_array(outputs):
             form = "one array: give one loss, loss='auto'"
         raise UsageError(
@@ -246,15 +248,15 @@ def _check_keys(spec: Any, outputs: PyTree, path: OutputPath) -> None:
     elif len(spec) != len(entries):
         raise UsageError(
             f"Got {len(spec)} losses for {len(entries)} outputs{where(path)}",
-            "Give one per output, None for an output without a loss",
+            "Give one loss per output, None for an output without a loss",
         )
 
 
 def check_known(given: Iterable[Any], entries: Mapping[Any, Any], of: str) -> None:
-    """Checks that every key of a dict of losses or weights is an output's.
+    """Checks that every key of a dict of losses or weights names an output.
 
     Raises:
-      UsageError: with the nearest names.
+      UsageError: a key does not; the message has the nearest names.
     """
     for key in given:
         if key not in entries:

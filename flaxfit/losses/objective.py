@@ -1,6 +1,6 @@
 """The total loss over all outputs of a model.
 
-A single loss is in `loss`; only `check_targets` reads data.
+`loss` has the loss of one output. Only `check_targets` reads data.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ from flaxfit.losses.target_checks import check_shapes, check_values, refuse_pair
 class Term(NamedTuple):
     """The loss of the output at `path`, and its factor in the sum.
 
-    With `scalar_loss` it gives one number for a whole batch.
+    With `scalar_loss`, the loss is one number for a whole batch.
     """
 
     path: OutputPath
@@ -74,7 +74,7 @@ class Objective:
 
     @property
     def scales(self) -> dict[str, float]:
-        """The terms' factors, under the names `term_averages` gives them."""
+        """Name -> factor of every term, with the names of `term_averages`."""
         return {self._term_name(term.path): term.scale for term in self.terms}
 
     @property
@@ -89,16 +89,16 @@ class Objective:
         return next((term.loss for term in self.terms if term.path == path), None)
 
     def loss_around(self, path: OutputPath) -> Loss | None:
-        """Returns the loss of the output at `path`, or of the nesting it is in."""
+        """Returns the loss at `path`, or of the innermost nesting around it."""
         around = [term for term in self.terms if term.path == path[: len(term.path)]]
         return max(around, key=lambda term: len(term.path)).loss if around else None
 
     def objective_weights(
         self, path: OutputPath, targets: PyTree, weights: Array
     ) -> Array:
-        """Returns `weights` for the output at `path`, 0 where its loss ignores.
+        """Returns `weights` for the output at `path`, 0 for targets its loss ignores.
 
-        `targets` is the whole nesting; see `Loss.weights`.
+        `targets` are those of all outputs; see `Loss.weights`.
         """
         loss = self.loss_at(path)
         if loss is None:
@@ -108,10 +108,10 @@ class Objective:
     def term_averages(
         self, outputs: PyTree, targets: PyTree, weights: Array
     ) -> dict[str, Average]:
-        """Returns the mean loss of every term by its output's name, without its scale.
+        """Returns output name -> mean loss, for every term without its scale.
 
         A single term has the name `""`. `weights` are `float32[batch]` up to
-        `float32[batch, ...]`; a term with `scalar_loss` counts rows: they must be 1.
+        `float32[batch, ...]`; for a term with `scalar_loss` they must all be 1.
 
         Raises:
           ValueError: weights have more axes than the values of a loss.
@@ -160,7 +160,7 @@ def resolve_objective(
     targets: PyTree,
     rows: int,
 ) -> Objective:
-    """Pairs the losses asked for with the outputs of a model.
+    """Pairs the requested losses with the outputs of a model.
 
     A custom function takes all outputs and targets as they are. A name takes one
     array; if there are several outputs, it applies to each of them.
@@ -168,18 +168,18 @@ def resolve_objective(
     Args:
       loss: see `Trainer`; None in a dict or list is for an output without a loss.
       loss_weights: see `Trainer`.
-      outputs: the shapes and dtypes of what the model returns, for `rows` examples.
+      outputs: the shapes and dtypes of the model's outputs, for `rows` examples.
       targets: the shapes and dtypes of the targets, or None.
       rows: the number of examples in that batch.
 
     Raises:
-      DetectionError: "auto" and no rule fits.
+      DetectionError: no rule of "auto" fits.
       ValueError: an unknown name or output, shapes that do not fit, or outputs whose
         losses would share a name in the logs.
-      TypeError: a loss weight that is no number, a function that takes
+      TypeError: a loss weight that is not a number, or a function that takes
         `(targets, outputs)`.
     """
-    # NumPy's numbers are numbers too, and so is what jax makes of them.
+    # Scalars of NumPy and jax are numbers too.
     loss_weights = jax.tree.map(
         lambda x: np.asarray(x).tolist() if is_array(x) else x, loss_weights
     )
@@ -206,10 +206,10 @@ def check_targets(
 ) -> None:
     """Checks the values of targets on the host: range of labels, NaN.
 
-    Outputs may be shapes; without `weights`, `float[batch, ...]`, all count alike.
+    Outputs may be shapes. Without `weights`, `float[batch, ...]`, all targets count.
 
     Raises:
-      DataError: the value, its row, and the line to write.
+      DataError: with the wrong value, its row, and the line to write.
     """
     for path, loss, _, _ in objective.terms:
         chosen = pick_targets(targets, path)
@@ -220,9 +220,9 @@ def check_targets(
 def _check_log_names(names: Sequence[str]) -> None:
     for name in names:
         if name.startswith("val_"):
-            problem = "which is a name for validation data"
+            problem = "a name reserved for validation"
         elif names.count(name) > 1:
-            problem = "as would the loss of another one"
+            problem = "as would the loss of another output"
         else:
             continue
         output = name.removesuffix("_loss")
@@ -264,13 +264,13 @@ def _scale(loss_weights: Any, path: OutputPath) -> float:
 def _is_scalar(
     loss: Loss, outputs: PyTree, targets: PyTree, place: str, rows: int
 ) -> bool:
-    """Traces the loss abstractly and returns whether it gives a single number."""
+    """Traces the loss abstractly; returns whether it is one number per batch."""
     structs = shapes_of((outputs, targets))
     if loss.ignore_label is not None and not is_array(targets):
         raise UsageError(
             f"ignore_label of {loss.name}{place} needs one array of targets, not "
             f"{describe(targets)}",
-            "Leave targets out in the function instead",
+            "Ignore targets inside the loss function instead",
         )
     shapes = f"outputs {describe(outputs)} and targets {describe(targets)}"
     try:

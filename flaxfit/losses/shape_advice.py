@@ -9,7 +9,7 @@ from flaxfit._core.tree_specs import holds_integers
 from flaxfit.losses.catalog import Kind
 
 Rule: TypeAlias = Literal["labels", "auto", "equal"]
-"""`labels`: class numbers. `auto`: no loss was found. `equal`: equal shapes."""
+"""`labels`: for class numbers. `auto`: no loss was found. `equal`: equal shapes."""
 
 _ELEMENTWISE: frozenset[Kind] = frozenset({"binary", "margin", "regression"})
 
@@ -22,7 +22,7 @@ class Advice(NamedTuple):
 
 
 class _Pair(NamedTuple):
-    """Shapes of outputs and targets; whether targets are integers, or too complex."""
+    """The shapes; whether targets are integers, or complex while outputs are real."""
 
     outputs: tuple[int, ...]
     targets: tuple[int, ...]
@@ -103,9 +103,9 @@ _TABLE: tuple[tuple[Rule, Callable[[_Pair], bool], str, str], ...] = (
 
 
 def advise(kind: Kind | Literal["auto"], outputs: Any, targets: Any) -> Advice | None:
-    """Returns advice if one output and its targets do not fit a loss, None if they do.
+    """Returns advice if one output and its targets do not fit a loss, None otherwise.
 
-    Only shapes and dtypes count. The kind is `"auto"` where no loss was found.
+    Only shapes and dtypes count. `kind` is `"auto"` if no loss was found.
     """
     rule = {"integer": "labels", "auto": "auto"}.get(kind, "equal")
     pair = _Pair(

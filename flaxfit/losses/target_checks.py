@@ -25,14 +25,14 @@ def refuse_pairs(
 ) -> None:
     """Refuses values that grow with the batch along more than one axis.
 
-    (batch, 1) against (batch,) broadcasts to (batch, batch) silently. The values are
-    what a custom `function` returned for outputs and targets; only shapes count.
+    (batch, 1) against (batch,) broadcasts to (batch, batch) silently. `values` are the
+    results of a custom `function` for `given`, outputs and targets. Only shapes count.
     """
     if len(values.shape) < 2:
         return
     try:
         grown = jax.eval_shape(function, *add_row(given, values.shape[0]))
-    except Exception:  # It only works for one batch size, which tells nothing.
+    except Exception:  # It works for one batch size only, so there is nothing to check.
         return
     if grown.shape[1:] != values.shape[1:]:
         raise UsageError(
@@ -69,10 +69,10 @@ def check_shapes(loss: Loss, outputs: PyTree, targets: PyTree, where: str) -> No
 def check_values(
     loss: Loss, outputs: Any, targets: Any, where: str, weights: Any = None
 ) -> None:
-    """Checks the values of targets on the host; of the outputs only the shape counts.
+    """Checks the values of targets on the host; only the shape of `outputs` is used.
 
     Raises:
-      DataError: labels out of range, NaN in targets, or no class in a one-hot row.
+      DataError: values out of range, NaN, or a one-hot row without a class.
     """
     targets = np.asarray(targets)
     if targets.size == 0:
@@ -80,13 +80,13 @@ def check_values(
     if loss.integer_targets:
         _check_labels(loss, outputs.shape[-1], targets, where)
         return
-    # NaN passes through min and max, so two cheap passes see everything.
+    # NaN propagates through min and max, so two cheap passes find everything.
     low, high = targets.min(), targets.max()
     if np.isnan(low):
         row = _first_row(np.isnan(targets))
         raise DataError(
             f"The targets{where} hold NaN at row {row}",
-            "Drop such rows, or give them sample_weight 0 and a number",
+            "Drop these rows, or give them a number as target and sample_weight 0",
         )
     if loss.kind in _RANGES:
         _check_range(loss, targets, (low, high), where)
@@ -120,7 +120,7 @@ def _check_labels(loss: Loss, classes: int, targets: Any, where: str) -> None:
 
 
 def _check_distribution(loss: Loss, targets: Any, where: str, weights: Any) -> None:
-    """Refuses rows that one_hot makes of labels out of range: their loss would be 0."""
+    """Refuses one_hot's rows for labels out of range, whose loss would be 0."""
     negative = (targets < 0).any(axis=-1)
     empty = targets.sum(axis=-1) == 0
     if weights is not None and np.ndim(weights) <= empty.ndim:
@@ -133,7 +133,7 @@ def _check_distribution(loss: Loss, targets: Any, where: str, weights: Any) -> N
         f"The targets{where} hold {held} at row {_first_row(bad)}; {loss.name} takes "
         "one-hot rows or probabilities of classes",
         "one_hot returns such a row for a label out of range: pass the labels "
-        "themselves, y.astype('int32'), or give rows that do not count sample_weight 0",
+        "themselves, y.astype('int32'), or give sample_weight 0 to rows to leave out",
     )
 
 

@@ -1,3 +1,3 @@
-"""Streaming metrics by name, function or object of clu and metrax."""
+"""Streaming metrics by name, function, or object of clu or metrax."""
 
 __all__: list[str] = []

@@ -1,4 +1,4 @@
-"""Accumulators beyond a mean: functions of it, confusion counts, the ROC curve.
+"""Accumulators beyond a mean: functions of a mean, confusion counts, the ROC curve.
 
 They work on weights and counts, without models, losses or names.
 """
@@ -24,7 +24,7 @@ class FunctionOfMean(flax.struct.PyTreeNode):
 
     Attributes:
       mean: the mean.
-      function: applied to its value.
+      function: applied to the value of the mean.
     """
 
     mean: Average
@@ -46,8 +46,8 @@ class ClassRatio(flax.struct.PyTreeNode):
     as with scikit-learn's `zero_division=0`.
 
     Attributes:
-      ratio: `float32[classes]` in each field: of the weights in `count`, those in
-        `total` are right.
+      ratio: `float32[classes]` in each field: the weight in `total` is correct, out of
+        the weight in `count`.
       seen: `bool[classes]`.
     """
 
@@ -60,8 +60,8 @@ class ClassRatio(flax.struct.PyTreeNode):
     ) -> Self:
         """Makes the ratios from weights summed per class, `float32[classes]` each.
 
-        `hits` are those decided for the class and right, `decided` all decided for it,
-        `actual` all of the class.
+        `hits` are the correct decisions for the class, `decided` all decisions for it,
+        `actual` all targets of the class.
         """
         total, count = {
             "precision": (hits, decided),
@@ -75,7 +75,7 @@ class ClassRatio(flax.struct.PyTreeNode):
         return type(self)(self.ratio.merge(other.ratio), self.seen | other.seen)
 
     def compute(self) -> Array:
-        """Returns the mean over the classes seen, NaN if there is none."""
+        """Returns the mean over the classes seen, NaN if none was seen."""
         ratios = jnp.where(self.ratio.count > 0, self.ratio.compute(), 0.0)
         return jnp.sum(jnp.where(self.seen, ratios, 0.0)) / jnp.sum(self.seen)
 
@@ -122,8 +122,8 @@ def class_ratio(
 class RocCurve(flax.struct.PyTreeNode):
     """Weights of negatives and positives by score, for the area under the ROC curve.
 
-    Scores are counted in bins that are even around 0 and a constant fraction of the
-    score beyond, so the scale of logits hardly matters.
+    Scores are counted in bins. Near 0 all bins are equally wide; further out their
+    width is proportional to the score, so the scale of logits hardly matters.
 
     Attributes:
       counts: `float32[bins]` in each field: `total` positives, `count` negatives.
@@ -160,7 +160,7 @@ class RocCurve(flax.struct.PyTreeNode):
     def compute(self) -> Array:
         """Returns the area, ties counted half; NaN without both classes.
 
-        That is the chance that a positive scores above a negative,
+        The area is the probability that a positive scores above a negative,
         https://en.wikipedia.org/wiki/Receiver_operating_characteristic.
         """
         positives = self.counts.total + self.counts.total_residual

@@ -1,4 +1,4 @@
-"""The named metrics: one row each, with its function and its direction."""
+"""The named metrics: a table with the function and the direction of each metric."""
 
 import dataclasses
 import functools
@@ -26,10 +26,10 @@ from flaxfit.metrics.accumulators import (
 )
 
 Update: TypeAlias = Callable[[Array, Array, Array], Accumulator]
-"""`(outputs, targets, weights) -> Accumulator`, of one output."""
+"""`(outputs, targets, weights) -> Accumulator`, for one output."""
 
 TargetKind: TypeAlias = Literal["label", "one_hot", "binary"]
-"""A target is the number of a class, a one-hot vector, or yes or no."""
+"""A target is the number of a class, a one-hot vector, or 0 or 1."""
 
 
 class Given(NamedTuple):
@@ -49,17 +49,17 @@ class Given(NamedTuple):
 
 
 class MetricSpec(NamedTuple):
-    """All facts about a named metric: how it is built, and which values are better."""
+    """All facts about a named metric: how to build it, and which values are better."""
 
     build: Callable[[Given], Update]
     direction: Literal["min", "max"]
 
 
 def named_update(given: Given) -> Update:
-    """Returns the metric of a name, also in Keras's short form, for one output.
+    """Returns the metric of a name or alias, for one output.
 
     Raises:
-      UsageError: an unknown name, or one that does not fit the loss or shapes.
+      UsageError: the name is unknown, or the metric does not fit the loss or shapes.
     """
     spec = find_metric(given.name)
     if spec is None:
@@ -76,7 +76,7 @@ def named_update(given: Given) -> Update:
 
 
 def find_metric(name: str) -> MetricSpec | None:
-    """Returns the row of a metric by its name, in any case, or by an alias."""
+    """Returns the facts about a metric by name (in any case) or alias, if known."""
     known = ALIASES.get(name.lower(), name.lower())
     top = _TOP_K.fullmatch(known)
     if top:
@@ -148,8 +148,8 @@ def _perplexity(given: Given) -> Update:
     entropy = loss is not None and loss.num_classes(shape) is not None
     if loss is None or not entropy or loss.chance_loss(shape) is None:
         raise UsageError(
-            f"{given.name!r} is the exponential of a softmax cross-entropy, not of "
-            f"{loss.name if loss else 'no loss'}",
+            f"{given.name!r} is the exponential of a softmax cross-entropy, but the "
+            f"output has {f'the loss {loss.name}' if loss else 'no loss'}",
             write="Trainer(model, loss='softmax_cross_entropy_with_integer_labels')",
         )
     # Smoothing is for training; perplexity measures the probability of the labels.
@@ -233,7 +233,7 @@ _TOP_K = re.compile(r"top_([1-9]\d*)_accuracy")
 
 
 def _target_kind(given: Given) -> TargetKind:
-    """Returns what a target is, by the shapes and the kind of the loss."""
+    """Returns the kind of the targets, by the shapes and the kind of the loss."""
     shape, labels = tuple(given.outputs.shape), tuple(given.targets.shape)
     kind = given.loss.kind if given.loss is not None else "custom"
     integers = holds_integers(given.targets)
@@ -245,15 +245,15 @@ def _target_kind(given: Given) -> TargetKind:
     if kind != "custom" or integers or len(shape) == 1 or shape[-1] == 1:
         return "binary"
     raise UsageError(
-        f"Targets {describe(given.targets)} may be one-hot or several labels each, "
-        f"which {given.name!r} needs to know",
+        f"Targets {describe(given.targets)} may be one-hot or several labels each, and "
+        f"{given.name!r} needs to know which",
         write="loss='softmax_cross_entropy' or 'sigmoid_binary_cross_entropy', the "
         "metric 'binary_accuracy', or a function (outputs, targets) -> float[batch]",
     )
 
 
 def _labels(targets: Array, kind: TargetKind) -> Array:
-    """Returns the number of the class of every target."""
+    """Returns the class number of every target."""
     return targets if kind == "label" else jnp.argmax(targets, axis=-1)
 
 

@@ -1,6 +1,6 @@
 """Adapts metrics with clu's interface: clu's, metrax's and custom ones.
 
-Recognized by their methods; none of these libraries is imported.
+Metrics are recognized by their methods; none of these libraries is imported.
 """
 
 import functools
@@ -35,7 +35,7 @@ def is_foreign(metric: Any) -> bool:
 
 
 def is_collection(metric: Any) -> bool:
-    """Returns whether `metric` is several in one, as clu's `Collection`."""
+    """Returns whether `metric` is a collection of metrics, like clu's `Collection`."""
     return callable(getattr(metric, "single_from_model_output", None))
 
 
@@ -53,16 +53,16 @@ def snake_case(name: str) -> str:
 
 
 def adapt_metric(metric: Any, name: str, loss: Loss | None) -> Update:
-    """Returns a function of one batch around a metric with clu's interface.
+    """Returns a metric with clu's interface as a function of one batch.
 
-    Its `from_model_output` gets those of these arguments that it has parameters for:
+    Its `from_model_output` gets the following arguments, if it has parameters for them:
     - `logits`, `outputs`, `values`: the model's outputs;
-    - `predictions`: probabilities for a loss of logits, raw outputs for any other
+    - `predictions`: probabilities for a loss of classes, raw outputs for any other
       loss. An accuracy, which compares them with the labels, gets decisions; a
-      metric with a parameter `from_logits` gets logits;
+      metric with a parameter `from_logits` gets the logits of a softmax loss;
     - `labels`, `targets`;
     - `sample_weights`, `weights`: in the targets' shape;
-    - `mask`: where the weights are not 0;
+    - `mask`: whether each weight is not 0;
     - `loss`: the loss of every example.
 
     A metric without parameters for weights or mask never sees a row of weight 0: a
@@ -74,8 +74,8 @@ def adapt_metric(metric: Any, name: str, loss: Loss | None) -> Update:
       loss: the loss of the same output, if it has one.
 
     Raises:
-      UsageError: it needs an argument that flaxfit cannot give, or decisions where
-        the loss does not determine a threshold.
+      UsageError: the metric needs an argument that flaxfit cannot give, or decisions
+        although the loss does not determine a threshold.
     """
     parameters = inspect.signature(metric.from_model_output).parameters
     _check_parameters(metric, name, parameters)
@@ -99,12 +99,12 @@ def adapt_metric(metric: Any, name: str, loss: Loss | None) -> Update:
 
 
 def _check_merge(batch: Any, name: str) -> None:
-    """Checks that an accumulator stays as it is when it is merged."""
+    """Checks that an accumulator keeps its shapes and dtypes when it is merged."""
     problem = UsageError(
         f"The metric {name!r} grows when it is merged, so compiled steps "
         "cannot carry it",
-        "Compute it from trainer.predict(x) after fit, or keep arrays of fixed shape "
-        "in the accumulator",
+        "Compute the metric from trainer.predict(x) after fit, or keep arrays of fixed "
+        "shape in the accumulator",
     )
     try:
         merged = jax.eval_shape(lambda a: a.merge(a), batch)
@@ -115,11 +115,11 @@ def _check_merge(batch: Any, name: str) -> None:
 
 
 def _check_compute(batch: Any, name: str) -> None:
-    """Checks, where it can be traced, that the value is one number."""
+    """Checks that the value is one number, if `compute` can be traced."""
     try:
         value = jax.eval_shape(lambda a: a.compute(), batch)
     except (jax.errors.JAXTypeError, IndexError):
-        return  # It computes on the host, where it cannot be checked ahead.
+        return  # It computes on the host, so it cannot be checked in advance.
     except Exception as err:
         raise UsageError(
             f"compute() of the metric {name!r} fails: {err}",
@@ -127,8 +127,8 @@ def _check_compute(batch: Any, name: str) -> None:
         ) from err
     if getattr(value, "shape", None) != ():
         raise UsageError(
-            f"compute() of the metric {name!r} gives {value}, not one number",
-            "Override it in a subclass",
+            f"compute() of the metric {name!r} returns {value}, not one number",
+            "Override compute in a subclass",
             "def compute(self): return super().compute().mean()",
         )
 
@@ -191,7 +191,7 @@ def _predictions(
     outputs: Array,
     targets: Array,
 ) -> tuple[Array, bool]:
-    """Returns what a metric of `predictions` takes, and whether it is logits."""
+    """Returns the `predictions` for a metric, and whether they are logits."""
     owner = metric if isinstance(metric, type) else type(metric)
     if any("Accuracy" in base.__name__ for base in owner.__mro__):
         return _decisions(owner.__name__, loss, outputs, targets), False
@@ -216,7 +216,7 @@ def _predictions(
 
 
 def _decisions(name: str, loss: Loss | None, outputs: Array, targets: Array) -> Array:
-    """Returns what equals the targets where the model is right."""
+    """Returns decisions, which equal the targets if the model is right."""
     kind = loss.kind if loss is not None else "custom"
     if holds_integers(targets) and outputs.ndim == targets.ndim + 1:
         return jnp.argmax(outputs, axis=-1)

@@ -1,6 +1,6 @@
 """Resolves requested metrics to streaming accumulators.
 
-Named metrics are in `builtin`, those of clu and metrax in `clu_adapter`.
+Named metrics are in `builtin`, metrics of clu and metrax in `clu_adapter`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -45,7 +45,7 @@ _RESERVED = ("loss", "learning_rate")
 
 
 class _Request(NamedTuple):
-    """One requested metric; `name` and `path` are None where they were not given."""
+    """One requested metric; `name` and `path` are None if they were not given."""
 
     metric: Any
     name: str | None = None
@@ -59,23 +59,23 @@ def resolve_metrics(
 
     A name or an object with clu's interface applies to every output with a loss, and
     is logged as `"<output>_<metric>"` if there are several. A function gets all
-    outputs and targets. All of them respect weights and the labels a loss ignores.
+    outputs and targets. All metrics respect weights and the labels a loss ignores.
 
     Args:
-      metrics: None; or a name, a function `(outputs, targets) -> float[batch, ...]`, a
-        class with clu's interface; or a list of these; or a dict of these, whose keys
-        are the outputs' names or else the names to log.
-      objective: the losses: thresholds, labels to ignore.
-      outputs: the shapes and dtypes of what the model returns, for `rows` examples.
+      metrics: None; a name, a function `(outputs, targets) -> float[batch, ...]` or a
+        class with clu's interface; a list of these; or a dict of these, whose keys are
+        either all names of outputs, or all names to log.
+      objective: the losses, which give thresholds and labels to ignore.
+      outputs: the shapes and dtypes of the model's outputs, for `rows` examples.
       targets: the shapes and dtypes of the targets.
       rows: the number of examples.
 
     Returns:
-      By the name to log, in the order requested.
+      Log name -> metric, in the order requested.
 
     Raises:
       ValueError: an unknown name or output, shapes that do not fit, a function that
-        returns one number for a batch, a metric that grows.
+        returns one number for a batch, a metric that grows when it is merged.
       TypeError: not a metric, or a function that takes `(targets, outputs)`.
     """
     resolved: dict[str, MetricFn] = {}
@@ -91,7 +91,7 @@ def resolve_metrics(
 
 
 def metric_direction(name: str) -> str | None:
-    """Returns whether less or more is better: `"min"`, `"max"`, None if unknown.
+    """Returns whether lower (`"min"`) or higher (`"max"`) is better, None if unknown.
 
     The name of an output or `val_` may come before the metric's name.
 
@@ -103,7 +103,7 @@ def metric_direction(name: str) -> str | None:
     endings = ["_".join(parts[i:]) for i in range(len(parts))]
     for spec in filter(None, map(find_metric, endings)):
         return spec.direction
-    # Custom functions are often named so: "pixel_error".
+    # Custom functions often have such names, e.g. "pixel_error".
     return "min" if parts[-1] in ("loss", "error") else None
 
 
@@ -119,7 +119,8 @@ def _requests(metrics: Any, outputs: PyTree) -> Iterator[_Request]:
         if known and strangers:
             near = did_you_mean(str(strangers[0]), [str(e) for e in entries])
             raise UsageError(
-                f"metrics has the outputs {known} and also {strangers}.{near}",
+                f"metrics has the keys {known}, which are outputs, and {strangers}, "
+                f"which are not.{near}",
                 f"Use only outputs as keys, {list(entries)}, or only names to log",
             )
         for key, value in metrics.items():
@@ -202,7 +203,7 @@ def _function_metric(
     path: OutputPath,
     objective: Objective,
 ) -> MetricFn:
-    # A single loss decides which targets count, whatever output it belongs to.
+    # A single loss decides which targets count, whichever output it belongs to.
     counted = objective.terms[0].path if objective.single and not path else path
 
     def metric(outputs: PyTree, targets: PyTree, weights: Array) -> Accumulator:
@@ -210,7 +211,7 @@ def _function_metric(
         values = function(*chosen)
         _check_values(name, function, chosen, values, weights.shape[0])
         spread = objective.objective_weights(counted, targets, weights)
-        # One value per sequence cannot leave out tokens; the function has to.
+        # With one value per sequence, the function itself has to leave out tokens.
         fits = spread.ndim <= values.ndim
         return weighted_mean(values, spread if fits else weights, name)
 

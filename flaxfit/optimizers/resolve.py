@@ -1,7 +1,7 @@
-"""Resolves names, factories and optax objects to one transformation.
+"""Resolves a name, a function or an optax object into one transformation.
 
-Every option is optax's code. This module adds that the learning rate can be read, and
-that the state of every optimizer can be carried through one compiled loop.
+All options are optax's code. This module makes the learning rate readable, and the
+state of every optimizer fit for one compiled loop.
 """
 
 import functools
@@ -27,7 +27,7 @@ UNKNOWN_TOTAL_STEPS = (
 )
 _DEFAULT_RATE = 1e-3
 _RATE = "learning_rate"
-# Without a rate optax's adadelta climbs; 1 is the paper's (arXiv:1212.5701).
+# Without a rate, optax's adadelta ascends; 1 is the paper's rate (arXiv:1212.5701).
 _OWN_RATES = MappingProxyType({"adadelta": 1.0})
 
 
@@ -35,14 +35,14 @@ class Optimizer(NamedTuple):
     """An optimizer, ready for a step.
 
     Attributes:
-      name: what to call it in the display.
+      name: its name in the display.
       tx: takes `update(grads, opt_state, params, value=..., grad=..., value_fn=...,
-        grad_fn=...)` whether or not the optimizer needs them. The state that comes
-        back has the dtypes and weak types of the state that went in.
-      learning_rate: `opt_state -> scalar`, the rate last used, or None where the
-        state holds none. Of several, the first in the state's order.
-      evaluation_params: `(opt_state, params) -> params` to evaluate with; other
-        ones than `params` only for `optax.contrib.schedule_free`.
+        grad_fn=...)` whether or not the optimizer needs them. The state keeps its
+        dtypes and weak types.
+      learning_rate: `opt_state -> scalar`, the rate last used, or None if the state
+        holds none. If it holds several, the first one.
+      evaluation_params: `(opt_state, params) -> params` to evaluate with; they differ
+        from `params` only for `optax.contrib.schedule_free`.
     """
 
     name: str
@@ -66,19 +66,19 @@ def resolve_optimizer(
     Args:
       optimizer: a name, in any case; a function, or a `functools.partial` of one; or a
         finished `optax.GradientTransformation`.
-      learning_rate: a function of `total_steps` is known by the name of its parameter.
+      learning_rate: a function of `total_steps` is recognized by the parameter's name.
       total_steps: the length of the training in steps (batches), if it is known.
-      weight_decay: given to the optimizer under that name.
+      weight_decay: passed to the optimizer under that name.
       clip_norm: as in `optax.clip_by_global_norm`.
-      accumulate_steps: as in `optax.MultiSteps`. Schedules count updates, and
-        `total_steps` is divided.
-      freeze: `"encoder"` or `"encoder/**"` is all of it, `"*/bias"` every bias; `*`
-        matches slashes too.
+      accumulate_steps: as in `optax.MultiSteps`. Schedules then count updates, and
+        `total_steps` is divided by it.
+      freeze: `"encoder"` or `"encoder/**"` for the whole encoder, `"*/bias"` for every
+        bias; `*` matches slashes too.
 
     Raises:
       ValueError: an unknown name, an option out of range or one that the optimizer
         does not have. `tx.init` raises it for a pattern that matches nothing.
-      TypeError: an argument of a wrong kind.
+      TypeError: an argument of the wrong type.
     """
     every = integer(
         "accumulate_steps", 1 if accumulate_steps is None else accumulate_steps
@@ -107,7 +107,7 @@ def resolve_optimizer(
 
 
 def needs_total_steps(learning_rate: Any) -> bool:
-    """Tells whether `learning_rate` is a function of `total_steps`."""
+    """Returns whether `learning_rate` is a function of `total_steps`."""
     return callable(learning_rate) and "total_steps" in _parameters(learning_rate)
 
 
@@ -155,7 +155,7 @@ def _as_rate(rate: Any, updates: int | None) -> Any:
         raise UsageError(
             f"learning_rate is a schedule that returns {value}", "Expected one number"
         )
-    # An integer schedule is no float to optax, and would stay an integer.
+    # optax does not convert the integers of a schedule to floats.
     return lambda count: rate(count) * 1.0
 
 
@@ -163,7 +163,7 @@ def _as_rate(rate: Any, updates: int | None) -> Any:
 
 
 def _is_factory(function: Any) -> bool:
-    """Tells an optimizer from the other functions of optax."""
+    """Returns whether a function of optax makes an optimizer."""
     if inspect.isclass(function) or not callable(function):
         return False
     first = next(iter(_parameters(function)), "")
@@ -180,7 +180,7 @@ def _known() -> Iterator[str]:
 
 
 def _as_factory(optimizer: Any) -> tuple[str, Callable[..., Any]]:
-    """Returns name and function of an optimizer given by either."""
+    """Returns the name and the function of an optimizer, given either of them."""
     if not isinstance(optimizer, str):
         if not callable(optimizer) or inspect.isclass(optimizer):
             raise UsageTypeError(
@@ -192,14 +192,14 @@ def _as_factory(optimizer: Any) -> tuple[str, Callable[..., Any]]:
         name = getattr(function, "__name__", type(function).__name__)
         return name, _by_keyword(optimizer)
     name, known = optimizer.lower(), set(_known())
-    # Not getattr: it warns about the names optax has moved to optax.contrib.
+    # Not getattr, which warns about names that optax has moved to optax.contrib.
     found: Any = vars(optax).get(name) or vars(optax.contrib).get(name)
     if name in known:
         return name, found
     if callable(found):
         raise UsageError(
             f"optimizer={optimizer!r} is a function of optax but not an optimizer",
-            "Give a finished transformation",
+            "Pass a finished transformation",
             "optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))",
         )
     raise UsageError(
@@ -210,7 +210,7 @@ def _as_factory(optimizer: Any) -> tuple[str, Callable[..., Any]]:
 
 
 def _by_keyword(factory: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a partial that names the learning rate it was given by position."""
+    """Returns a partial with its positional arguments, e.g. the rate, given by name."""
     if not isinstance(factory, functools.partial) or not factory.args:
         return factory
     names = list(_parameters(factory.func))
@@ -235,7 +235,7 @@ def _build(
             raise UsageError(f"{name} has no weight_decay", write="optimizer='adamw'")
         values["weight_decay"] = number("weight_decay", weight_decay)
     if "key" in parameters and parameters["key"].default is None:
-        # optax warns where noise has no key, and means to require one.
+        # optax warns if noise has no key, and plans to require one.
         values["key"] = jax.random.key(0)
     rate = _choose_rate(name, factory, rate)
     if rate is not None:
@@ -252,7 +252,7 @@ def _build(
 
 
 def _choose_rate(name: str, factory: Callable[..., Any], rate: Any) -> Any:
-    """Returns the rate given, the factory's own, or None where it has none."""
+    """Returns the given rate, the factory's own, or None if it takes none."""
     parameter = _parameters(factory).get(_RATE)
     if rate is None:
         if parameter is None:
@@ -268,7 +268,8 @@ def _choose_rate(name: str, factory: Callable[..., Any], rate: Any) -> Any:
         )
     if _RATE in getattr(factory, "keywords", {}):
         raise UsageError(
-            f"The learning_rate is given twice, to {name} and beside it",
+            f"The learning rate is given twice, in optimizer={name} and by "
+            "learning_rate=",
             write=f"optimizer={name}, learning_rate=...",
         )
     return rate

@@ -1,6 +1,6 @@
 """Optax transformations around an optimizer, and readers of their state.
 
-Knows nothing of names or arguments; every transformation itself is optax's.
+Knows nothing of names or arguments. All transformations themselves are optax's.
 """
 
 import fnmatch
@@ -25,7 +25,7 @@ Tx: TypeAlias = optax.GradientTransformationExtraArgs
 
 
 def with_extra_args(tx: Any) -> Tx:
-    """Returns `tx` taking value, grad, value_fn and grad_fn, needed or not."""
+    """Returns `tx` so that `update` accepts value, grad, value_fn and grad_fn."""
     if isinstance(tx, optax.MultiSteps):
         inner = optax.GradientTransformationExtraArgs(tx.init, tx.update)
     else:
@@ -39,7 +39,7 @@ def with_extra_args(tx: Any) -> Tx:
         value_fn = extra.get("value_fn")
         if value_fn is not None and "obj_fn" not in extra:
             # A line search refuses extra arguments that `value_fn` does not take;
-            # sophia knows `value_fn` under the name of `obj_fn`.
+            # sophia expects `value_fn` under the name `obj_fn`.
             def lenient(params: PyTree, grad_fn: Any = None, obj_fn: Any = None) -> Any:
                 del grad_fn, obj_fn
                 return value_fn(params)
@@ -56,8 +56,8 @@ def with_injected_rate(rebuild: Callable[[Any], Tx], rate: Any) -> Tx:
     """Returns the optimizer with its learning rate as a hyperparameter in the state."""
 
     def inject(params: PyTree) -> Tx:
-        # optax would make the rate of a complex parameter complex, and with it the
-        # updates of the real parameters beside it.
+        # With a complex parameter, optax would make the rate complex, and so the
+        # updates of real parameters too.
         highest = jnp.zeros((), jnp.result_type(*_dtypes(params), float))
         return optax.inject_hyperparams(rebuild, hyperparam_dtype=highest.real.dtype)(
             learning_rate=rate
@@ -91,7 +91,7 @@ def accumulate(tx: Tx, every: int) -> Tx:
 
 
 def freeze_matching(tx: Tx, patterns: tuple[str, ...]) -> Tx:
-    """Returns `tx` for the parameters that match none of `patterns`."""
+    """Returns `tx` applied only to parameters that match none of `patterns`."""
     inner = optax.partition(
         {"train": tx, "freeze": optax.set_to_zero()},
         functools.partial(_freeze_labels, patterns=patterns),
@@ -101,7 +101,7 @@ def freeze_matching(tx: Tx, patterns: tuple[str, ...]) -> Tx:
     def update(
         updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any
     ) -> tuple[PyTree, PyTree]:
-        # The optimizer sees only the trained parameters, the functions need all.
+        # The optimizer sees only the trained parameters, but the functions need all.
         value_fn, grad_fn = extra.get("value_fn"), extra.get("grad_fn")
         if value_fn is not None:
             extra["value_fn"] = lambda part: value_fn(_merge(part, params))
@@ -139,11 +139,11 @@ def _freeze_labels(params: PyTree, patterns: tuple[str, ...]) -> PyTree:
 
 
 def keep_dtypes(tx: Tx) -> Tx:
-    """Returns `tx` with a state that can be donated and carried through a loop."""
+    """Returns `tx` with a state that can be donated, and carried through a loop."""
 
     def init(params: PyTree) -> PyTree:
-        # Some optimizers store the initial parameters, an array twice, or a constant
-        # of the module. A step donates the state, so each leaf needs its own buffer.
+        # Some optimizers store the initial parameters, one array twice, or a constant
+        # of their module. A step donates the state, so each leaf needs its own buffer.
         return jax.tree.map(
             lambda leaf: jnp.copy(strongly_typed(leaf)), tx.init(params)
         )
@@ -152,7 +152,7 @@ def keep_dtypes(tx: Tx) -> Tx:
         updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any
     ) -> tuple[PyTree, PyTree]:
         updates, new_state = tx.update(updates, state, params, **extra)
-        # With mixed dtypes, some optimizers return other dtypes than they were given.
+        # For parameters of mixed dtypes, some optimizers change dtypes of the state.
         return updates, jax.tree.map(
             lambda new, old: strongly_typed(new, jnp.asarray(old).dtype),
             new_state,
@@ -193,7 +193,7 @@ def _holds_rate(node: Any) -> bool:
 
 
 def with_rates_of(opt_state: PyTree, other: PyTree) -> PyTree:
-    """Returns `opt_state` with the learning rates of a state of the same structure."""
+    """Returns `opt_state` with the learning rates of `other`, of the same structure."""
 
     def replace(node: Any, source: Any) -> Any:
         if not _holds_rate(node):
@@ -218,7 +218,7 @@ def read_learning_rate(opt_state: PyTree) -> Array | None:
 
 
 def evaluation_params(opt_state: PyTree, params: PyTree) -> PyTree:
-    """Returns the averaged parameters of `schedule_free`, else `params`."""
+    """Returns the averaged parameters for `schedule_free`, otherwise `params`."""
 
     def is_schedule_free(node: Any) -> bool:
         return isinstance(node, optax.contrib.ScheduleFreeState)

@@ -18,7 +18,7 @@ def checked_settings(given: Mapping[str, Any]) -> Settings:
     """Returns the settings from the arguments of `Trainer` by name.
 
     Raises:
-      ValueError: a wrong value.
+      ValueError: a value is wrong.
     """
     policies = ("stop", "skip", "rollback", "ignore")
     return Settings(
@@ -47,8 +47,8 @@ def _as_variables(variables: Any) -> dict[str, PyTree]:
         return {}
     if not isinstance(variables, Mapping):
         raise TypeError(
-            f"variables is a {type(variables).__name__}; it takes collections by name, "
-            f"as module.init returns them: variables={{'params': params}}."
+            f"variables is a {type(variables).__name__}; give collections by name, as "
+            f"module.init returns them: variables={{'params': params}}."
         )
-    # FrozenDicts inside would have everything recompiled once a state is restored.
+    # Inner FrozenDicts would make all programs compile again after a restore.
     return dict(flax.core.unfreeze(dict(variables)))

@@ -27,7 +27,7 @@ _TIMES = "\N{MULTIPLICATION SIGN}"
 
 
 class Text(str):
-    """A string that a notebook or a prompt shows as printed, without quotes."""
+    """A string that a notebook or a prompt shows as `print` does, without quotes."""
 
     __slots__ = ()
 
@@ -70,9 +70,10 @@ def first_lines(
     spare_devices: int,
     class_names: Sequence[str],
 ) -> list[str]:
-    """Returns the lines that `fit` begins with: model, training, and special data.
+    """Returns the lines that `fit` begins with: model, training, unusual data.
 
-    `state` is the state before the first step; `spare_devices` are not used.
+    `state` is the state before the first step; `spare_devices` is the number of idle
+    devices.
     """
     detected, inputs = resolved.adapted.detected, resolved.example.inputs
     about_model = _detected_texts(detected)
@@ -103,20 +104,20 @@ def first_lines(
         everything = used + spare_devices
         size = even_size(source.batch_size, everything, source.num_examples)
         lines.append(
-            f"{used} of {everything} devices are used, as they divide batches of "
-            f"{source.batch_size}"
-            + (f"; all would with batch_size={size}" if size else "")
+            f"{used} of {everything} devices are used, to divide batches of "
+            f"{source.batch_size} evenly"
+            + (f"; batch_size={size} would use all" if size else "")
         )
     if resolved.task.objective.scalar_loss and _has_tail(source):
         lines.append(
             "the loss returns one number per batch, so the last, shorter batch is not "
-            "padded but compiled for separately"
+            "padded, and a second program is compiled for it"
         )
     return lines
 
 
 def listed_classes(names: Sequence[str]) -> str:
-    """Returns the names of classes, only the first ones if there are many."""
+    """Returns the names of the classes, or the first ones if there are many."""
     shown = ", ".join(names[:_MOST_CLASSES])
     return shown if len(names) <= _MOST_CLASSES else f"{shown}, … ({len(names)})"
 
@@ -127,7 +128,7 @@ def make_report(
     source: BatchSource,
     class_names: Sequence[str],
 ) -> CheckReport:
-    """Computes the report on the first batch; does not change the state."""
+    """Makes a report from the first batch; does not change the state."""
     detected, task, example = resolved.adapted.detected, resolved.task, source.example
     loss, gradients = read(resolved.programs.gradient(state, example))
     zero = tuple(
@@ -190,7 +191,7 @@ def _named(texts: Mapping[str, str]) -> list[str]:
 def _probability_warning(
     resolved: ResolvedTask, state: TrainState, example: Batch
 ) -> str:
-    """Warns of outputs that look like probabilities though their loss takes logits."""
+    """Returns a warning if outputs for a loss of logits look like probabilities."""
     terms = [
         term for term in resolved.task.objective.terms if term.loss.spec.takes_logits
     ]

@@ -1,6 +1,6 @@
 """Turns on JAX's persistent compilation cache, a setting of the process.
 
-jax has no other way than `jax.config` to say where compiled programs are kept.
+Only `jax.config` can set the folder in which jax keeps compiled programs.
 """
 
 import os
@@ -16,17 +16,17 @@ _OFF = ("", "0", "false", "no", "off")
 
 
 def use_compilation_cache(where: Any) -> None:
-    """Has compiled programs kept in a folder, for this and all later processes.
+    """Keeps compiled programs in a folder, for this and all later processes.
 
-    Programs that compile in less than a second are kept as well, which jax by itself
-    does not do.
+    Programs that compile in less than a second are kept as well, unlike by jax's
+    default.
 
     Args:
-      where: a folder; True for the default one; False for none; None for what the
-        environment variable says, in the same words.
+      where: a folder; True for the default one; False to change nothing; None for the
+        value of `$FLAXFIT_COMPILATION_CACHE`, a folder or e.g. "1" or "0".
 
     Raises:
-      TypeError: something else.
+      TypeError: another type.
     """
     if where is None:
         where = os.environ.get(_VARIABLE, "").strip()
@@ -45,6 +45,6 @@ def use_compilation_cache(where: Any) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
     if jax.config.jax_compilation_cache_dir != folder:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", folder)
-        compilation_cache.reset_cache()  # or a folder that was in use would stay so
+        compilation_cache.reset_cache()  # otherwise jax keeps using the earlier folder
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

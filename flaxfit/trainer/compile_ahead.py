@@ -1,4 +1,4 @@
-"""Compiles the programs for a dataset before it is used."""
+"""Compiles the programs for a dataset before the dataset is used."""
 
 import numpy as np
 
@@ -50,7 +50,7 @@ def compile_ahead(
 
 
 def _source_of(batch: Batch, rows: int) -> BatchSource:
-    """Returns one batch as a source of batches of `rows`."""
+    """Returns one batch as a source whose batches have this number of `rows`."""
     if has_rows(batch):
         return ArraySource(batch, rows)
     stream = Stream(

@@ -22,7 +22,7 @@ class CompileReport:
 
     display: Display
     clock: Clock | None = None
-    # A data loader may predict in another thread: those compiles are not reported.
+    # A data loader may predict in another thread; compiles there are not reported.
     thread: int = field(default_factory=threading.get_ident)
 
     def compiling(self, program: Program) -> None:
@@ -32,25 +32,25 @@ class CompileReport:
         self.display.note(f"compiling {program.name}…")
 
     def compiled(self, program: Program, seconds: float) -> None:
-        """Shows how long a compile took and, if it is not the first one, its reason."""
+        """Shows how long a compile took, and the reason if it is not the first one."""
         if threading.get_ident() != self.thread:
             return
         if self.clock is not None:
             self.clock.move(seconds, "compiling")
-        again = why_again(program)
+        reason = recompile_reason(program)
         if program.name != "init":
-            text = f"compiling {program.name}{' again' * bool(again)}… {seconds:.1f} s"
-            self.display.say(f"{text}: {again}" if again else text)
+            text = f"compiling {program.name}{' again' * bool(reason)}… {seconds:.1f} s"
+            self.display.say(f"{text}: {reason}" if reason else text)
 
 
-def why_again(program: Program) -> str | None:
+def recompile_reason(program: Program) -> str | None:
     """Returns what changed since the previous compile, None for the first one."""
     if len(program.signatures) < 2:
         return None
     (before, data_before), (now, data_now) = map(_parts, program.signatures)
     changed = {name for name, one in now.items() if before.get(name) != one}
-    if length := _other_length([(before.get(name), now[name]) for name in changed]):
-        return length
+    if text := _length_change([(before.get(name), now[name]) for name in changed]):
+        return text
     specs = ({n: LeafSpec.of(x) for n, x in one.items()} for one in (before, now))
     texts = difference_lines(diff(*specs), "{path} is {given}, was {wanted}")
     if data_now != data_before:
@@ -58,8 +58,8 @@ def why_again(program: Program) -> str | None:
     return "; ".join(texts) or "the devices or the state changed"
 
 
-def _other_length(changed: Sequence[tuple[Any, Any]]) -> str | None:
-    """Returns a text if only the length of rows changed, and in several arrays."""
+def _length_change(changed: Sequence[tuple[Any, Any]]) -> str | None:
+    """Returns a text if only the length of rows changed, equally in several arrays."""
     lengths = set()
     for before, now in changed:
         if before is None or before.dtype != now.dtype:
@@ -76,7 +76,7 @@ def _other_length(changed: Sequence[tuple[Any, Any]]) -> str | None:
 
 
 def _parts(signature: tuple[Any, ...]) -> tuple[dict[str, Any], str]:
-    """Returns the arrays of one batch by name, and a text about how they are stored."""
+    """Returns the arrays of one batch by name, and a text on the form of the data."""
     for argument in signature:
         if isinstance(argument, Batch | Stack | DeviceDataset):
             batch = jax.eval_shape(lambda chunk: batch_at(chunk, 0), argument)

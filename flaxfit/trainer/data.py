@@ -1,4 +1,4 @@
-"""How one trainer reads data, and what it remembers of the data it has seen."""
+"""How one trainer reads data, and what it remembers about earlier data."""
 
 import warnings
 from collections.abc import Callable
@@ -35,12 +35,12 @@ from flaxfit.trainer.fit_options import FitOptions
 
 @dataclass(frozen=True)
 class DataSchema:
-    """What a trainer remembers of the data it was trained on.
+    """What a trainer remembers about the data it was trained on.
 
     Attributes:
-      batch_size: rows of a batch where none are given: those of the last fit.
-      class_names: the names of the classes 0, 1, …; empty where there are none.
-      columns: the columns of the first tables, None if the data was no table.
+      batch_size: the batch size of the last fit, used if none is given.
+      class_names: the names of the classes 0, 1, …; empty if there are none.
+      columns: the columns of the first table, None if the data was not a table.
     """
 
     batch_size: int = DEFAULT_BATCH_SIZE
@@ -50,13 +50,13 @@ class DataSchema:
 
 @dataclass(eq=False)
 class DataAdapter:
-    """Makes sources of data for one trainer, later data like the first.
+    """Makes the data sources of one trainer; later data is read like the first.
 
     Attributes:
       programs: the trainer's programs.
-      has_learned: whether a state was trained or loaded.
-      given: how a raw batch is read, as far as the user has said.
-      schema: what is remembered of the data.
+      has_learned: whether a state was trained or loaded, or a fit is running.
+      given: the binding according to the user's arguments.
+      schema: what is remembered about earlier data.
     """
 
     programs: ProgramCache
@@ -66,7 +66,7 @@ class DataAdapter:
 
     @property
     def binding(self) -> Binding:
-        """How data is read: tables like the first, once something was trained."""
+        """How data is read: like the first tables, once something was trained."""
         return self._binding if self.has_learned() else self.given
 
     @property
@@ -78,7 +78,7 @@ class DataAdapter:
         self.schema = replace(self.schema, **changes)
 
     def read_like(self, saved: Checkpoint) -> Binding:
-        """Reads data as the trainer of a checkpoint did; returns how."""
+        """Reads later data like the trainer of a checkpoint; returns the binding."""
         self.remember(
             columns=Columns.from_plain(saved.meta.get("columns")),
             class_names=tuple(saved.meta.get("class_names", ())),
@@ -88,10 +88,10 @@ class DataAdapter:
     def learn(self, source: BatchSource | InMemoryData, *, allow_rebuild: bool) -> None:
         """Remembers what the data says about itself, before programs are built.
 
-        Unless `allow_rebuild`, it has to agree with what is known already.
+        Unless `allow_rebuild`, the data must have the classes that are known already.
 
         Raises:
-          DataError: its classes are not those the trainer was trained on.
+          DataError: the data has other classes than the trainer was trained on.
         """
         if not allow_rebuild:
             self.refuse_other_classes(source)
@@ -102,18 +102,18 @@ class DataAdapter:
         self.remember(class_names=names, columns=info.columns)
 
     def refuse_other_classes(self, source: BatchSource | InMemoryData) -> None:
-        """Refuses data whose labels mean something else than before.
+        """Refuses data whose labels have another meaning than before.
 
         Raises:
-          DataError: its classes are not those the trainer was trained on.
+          DataError: the data has other classes than the trainer was trained on.
         """
         names, known = source.info.class_names, self.schema.class_names
         if names and known and names != known:
             raise DataError(
-                f"The data has the classes {listed_classes(names)}, and this trainer "
-                f"was trained on {listed_classes(known)}: a label would be another "
-                "class. Give data with the same classes in the same order, or make a "
-                "new Trainer."
+                f"The data has the classes {listed_classes(names)}, but this trainer "
+                f"was trained on {listed_classes(known)}: the same label would be "
+                "another class. Give data with the same classes in the same order, or "
+                "make a new Trainer."
             )
 
     def open_training(
@@ -124,7 +124,7 @@ class DataAdapter:
         options: FitOptions,
         origin: ResumePoint,
     ) -> tuple[BatchSource, Dataset | None]:
-        """Returns the training data, and what `validation_split` holds out of it."""
+        """Returns the training data, and the data that `validation_split` holds out."""
         binding, held_out = self.binding, None
         if origin.saved is not None:
             binding = self.read_like(origin.saved)
@@ -162,9 +162,9 @@ class DataAdapter:
     ) -> BatchSource:
         """Returns a source of data that is not trained on.
 
-        Where `options` leave the batch size open, it is that of the last fit. Batches
-        are `divided` among the devices or not. If it is validation data `of_fit`, its
-        columns are read like those of the training data, even if nothing was trained.
+        Without a batch size in `options`, that of the last fit is used. `divided` makes
+        batches divide evenly among the devices. Validation data `of_fit` is read with
+        the columns of the training data, even if nothing was trained yet.
         """
         options = replace(
             options,
@@ -174,21 +174,21 @@ class DataAdapter:
         return batch_source(dataset, self._binding if of_fit else self.binding, options)
 
     def raw_batch(self, raw: Any) -> Batch:
-        """Returns the batch of a custom loop, of arrays on the device or traced.
+        """Returns a batch for a custom loop; its arrays may be on the device or traced.
 
         Raises:
-          TypeError: it holds something else than arrays.
+          TypeError: the batch holds something that is not an array.
           DataError: arrays of different lengths.
         """
         batch = raw if isinstance(raw, Batch) else self._binding.split(raw)
         for leaf in jax.tree.leaves(batch):
             if not hasattr(leaf, "dtype"):
                 raise TypeError(
-                    f"The batch holds a {type(leaf).__name__} in place of an array; "
+                    f"The batch holds a {type(leaf).__name__} instead of an array; "
                     f"write trainer.init((x, y)) with NumPy or jax arrays."
                 )
         if isinstance(raw, Batch) and batch.weights is not None and not has_rows(batch):
-            # A batch of graphs: only what is no input has rows.
+            # A batch of graphs: only its targets and weights have rows.
             check_sized(batch, batch.weights.shape[0])
             return batch
         rows = check_lengths(batch)
@@ -200,9 +200,9 @@ class DataAdapter:
 def check_passes(
     dataset: Dataset, steps: int | None, argument: str, *, epochs: int = 1
 ) -> None:
-    """Refuses an iterator for several epochs, and data without an end.
+    """Refuses an iterator for several epochs, and endless data.
 
-    With `steps`, which the user gives as `argument`, both are fine.
+    With `steps`, the value of the user's argument named `argument`, both are accepted.
     """
     if steps is not None:
         return
@@ -210,50 +210,51 @@ def check_passes(
         raise DataError(
             f"{caller()} got an iterator, which ends after one pass, for {epochs} "
             "epochs. Give something that can be iterated again, e.g. a list of "
-            "batches, or the function that makes it: make_batches and not "
-            f"make_batches(); or say how many batches an epoch takes: {argument}=100."
+            "batches, or the function that makes the iterator: make_batches, not "
+            f"make_batches(); or give the number of batches per epoch: {argument}=100."
         )
     if dataset.endless:
         raise DataError(
             f"the {dataset.kind} given to {caller()} has no end: write {argument}=100 "
-            "for 100 batches, or leave the repeat() out where the dataset is made."
+            "for 100 batches, or make the dataset without repeat()."
         )
 
 
 def refuse_to_use_up(dataset: Dataset) -> None:
-    """Refuses an iterator where its first batch is only looked at."""
+    """Refuses an iterator for a call that would only inspect its first batch."""
     if dataset.one_shot:
         raise DataError(
-            f"{caller()} got an iterator, and would use up its first batch. Write "
+            f"{caller()} got an iterator and would use up its first batch. Write "
             f"trainer.{caller()}(x, y) with that batch, or give the function that "
             "makes the iterator."
         )
 
 
 def refuse_to_go_back(dataset: Dataset) -> None:
-    """Refuses an iterator where batches are to be read again."""
+    """Refuses an iterator if batches may have to be read again."""
     if dataset.one_shot:
         raise DataError(
-            'nonfinite="rollback" reads the data again from a bad batch on, and fit '
-            "got an iterator, which cannot go back. Give the function that makes it, "
-            'make_batches and not make_batches(), or write Trainer(nonfinite="skip").'
+            'nonfinite="rollback" opens the data again after a bad batch, but fit got '
+            "an iterator, which cannot go back. Give the function that makes the "
+            "iterator, make_batches, not make_batches(), or write "
+            'Trainer(nonfinite="skip").'
         )
 
 
 def refuse_assumed_split(dataset: Dataset) -> None:
-    """Refuses a dataset by name alone: the split to evaluate on has to be named."""
+    """Refuses a dataset given by name without a split, which only `fit` assumes."""
     info = dataset.info if isinstance(dataset, ExampleSet) else None
     if info is not None and info.assumed_split:
         raise UsageError(info.assumed_split)
 
 
 def warn_of_order(dataset: Dataset) -> None:
-    """Warns where outputs come in another order than the dataset's."""
+    """Warns if outputs will come in another order than the dataset's."""
     info = dataset.info if isinstance(dataset, Stream) else None
     if info is not None and info.shuffles:
         warnings.warn(
-            f"{caller()} got a DataLoader(..., shuffle=True): the outputs come in its "
-            "order, which is not the dataset's. Write DataLoader(..., shuffle=False), "
+            f"{caller()} got a DataLoader(..., shuffle=True): the outputs come in the "
+            "loader's order, not the dataset's. Write DataLoader(..., shuffle=False), "
             f"or give the dataset: {call_text('dataset')}.",
             UserWarning,
             stacklevel=2,

@@ -1,4 +1,4 @@
-"""The arguments of `fit` that say how often and in what order data is read."""
+"""The arguments of `fit`, checked: epochs, data order, validation, run directory."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from flaxfit.data.sources.base import BatchSource
 
 @dataclass(frozen=True)
 class ValidationOptions:
-    """The arguments `validation_...` of `Trainer.fit`, checked.
+    """The `validation_...` arguments of `Trainer.fit`, checked.
 
     Attributes:
-      happens_at: whether to validate after an epoch, counted from 0.
+      happens_at: epoch, counted from 0 -> whether to validate after it.
     """
 
     data: Any
@@ -47,8 +47,9 @@ class FitOptions:
     """The arguments of `Trainer.fit`, checked; most have the same name.
 
     Attributes:
-      steps: batches of an epoch, from endless passes; None for one pass.
-      validation: when and on what to validate.
+      steps: the number of batches in an epoch, over any number of passes; None for
+        epochs of one pass.
+      validation: the arguments about validation.
       run: the arguments about the run directory.
     """
 
@@ -68,7 +69,7 @@ class FitOptions:
         """Returns the options from the arguments of `fit` by name.
 
         Raises:
-          ValueError: a wrong value, or two that exclude each other.
+          ValueError: a value is wrong, or two arguments exclude each other.
         """
         run = {n: given[n] for n in ("run_dir", "save_every", "resume", "monitor")}
         return cls(
@@ -85,7 +86,7 @@ class FitOptions:
         )
 
     def epochs_from(self, origin: ResumePoint) -> range:
-        """Returns the epochs of the whole run, those before a resumption included."""
+        """Returns the epochs of the whole run, including those before a resumption."""
         return range(origin.first_epoch, max(self.epochs, origin.first_epoch))
 
     def total_steps(self, source: BatchSource, origin: ResumePoint) -> int | None:
@@ -95,7 +96,7 @@ class FitOptions:
 
 
 def _epoch_filter(frequency: int | Iterable[int]) -> Callable[[int], bool]:
-    """Returns whether to validate after an epoch (from 0); see `validation_freq`."""
+    """Returns epoch (from 0) -> whether to validate after it; see `validation_freq`."""
     if isinstance(frequency, Iterable) and not isinstance(frequency, str):
         after = frozenset(integer("validation_freq", epoch) for epoch in frequency)
         return lambda epoch: epoch + 1 in after

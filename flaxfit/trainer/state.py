@@ -47,9 +47,9 @@ class RestoreRequest(NamedTuple):
 def ensure_state(
     store: TrainStateStore, programs: ProgramCache, example: Batch
 ) -> None:
-    """Puts a state for batches like `example` into the store, unless it has trained.
+    """Stores a new state for batches like `example`, unless the stored one was trained.
 
-    The state is moved to the devices that are used now.
+    A state in the store is moved to the devices that are used now.
     """
     placement, template = programs.placement, programs.resolved.template
     with store.lock:
@@ -59,7 +59,7 @@ def ensure_state(
                 store.put(placement.put(state), fresh=not store.has_trained)
         if store.has_trained:
             return
-        # Until something was trained, data of other shapes replaces the state.
+        # Until something was trained, data of other shapes makes a new state.
         if store.empty or shapes_of(store.peek()) != template:
             store.put(programs.fresh_state(example), fresh=True)
 
@@ -67,12 +67,12 @@ def ensure_state(
 def resumed_state(
     programs: ProgramCache, origin: ResumePoint, config: Mapping[str, Any]
 ) -> TrainState | None:
-    """Returns the state of the checkpoint a fit resumes, None for a new run.
+    """Returns the state of the checkpoint that a fit resumes, None for a new run.
 
-    `config` are the trainer's arguments now, as a file holds them.
+    `config` has the trainer's current arguments, in the form in which files hold them.
 
     Raises:
-      CheckpointError: it does not fit the model.
+      CheckpointError: the state does not fit the model.
     """
     if origin.saved is None:
         return None
@@ -86,12 +86,12 @@ def resumed_state(
 def restored_state(
     programs: ProgramCache, request: RestoreRequest, current: TrainState | None
 ) -> tuple[TrainState, RestoreReport]:
-    """Returns the state of a file, on the devices and in buffers of its own.
+    """Returns the state of a file, on the devices and in its own buffers.
 
-    The parts that are not taken from the file are those of the `current` state.
+    Parts that are not taken from the file are taken from the `current` state.
 
     Raises:
-      CheckpointError: it does not fit the model.
+      CheckpointError: the file's state does not fit the model.
     """
     resolved, saved = programs.resolved, request.saved
     weights = request.weights_only
@@ -129,7 +129,7 @@ def as_state(
     """Returns the state of a snapshot or a file.
 
     Raises:
-      CheckpointError: it does not fit the model.
+      CheckpointError: the state does not fit the model.
     """
     return _read_state(resolved, raw_state, where)[0]
 
@@ -161,23 +161,23 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Reads a checkpoint, or the newest one of a run directory.
 
     Raises:
-      CheckpointError: there is none.
+      CheckpointError: there is no checkpoint, or it cannot be read.
     """
     if not os.path.isdir(path):
         return checkpoint.load(path)
     if (found := newest(Path(path))) is None:
         raise CheckpointError(
-            f"{os.fspath(path)!r} is a folder without a checkpoint; give the file that "
-            "was saved, or a run directory."
+            f"{os.fspath(path)!r} is a folder without a checkpoint; give the file of a "
+            "checkpoint, or a run directory."
         )
     return found
 
 
 def open_variables(path: str | os.PathLike[str]) -> Checkpoint:
-    """Reads a checkpoint, or the variables of a file of plain Flax.
+    """Reads a checkpoint, or the variables in a file written by Flax itself.
 
     Raises:
-      CheckpointError: it is neither.
+      CheckpointError: the file is neither.
     """
     try:
         return open_checkpoint(path)

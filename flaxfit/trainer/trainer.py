@@ -78,7 +78,7 @@ from flaxfit.trainer.state import (
     with_new_rate,
 )
 
-# Arguments that say how to run: they belong to a machine and are not saved.
+# Arguments that depend on the machine; they are not saved.
 _EXECUTION = (
     "devices",
     "steps_per_call",
@@ -88,15 +88,15 @@ _EXECUTION = (
 )
 
 _LAST_EXAMPLES = (
-    "in the last examples, which validation_split took; row 0 is the first of them"
+    "in the examples held out by validation_split; row 0 is the first of them"
 )
 
 
 class Trainer:
     """Trains, evaluates and runs a Flax module.
 
-    Everything but the model is detected from the model and the data, and can be given
-    instead. `trainer.check(data)` shows what was detected and why.
+    All arguments but the model are detected from the model and the data, or have a
+    default. `trainer.check(data)` shows what was detected and why.
 
     Args:
       model: a `flax.linen` module, or `flaxfit.Model(init, apply)`.
@@ -108,55 +108,54 @@ class Trainer:
         rate such as `optax.adamw`, or an optax transformation.
       learning_rate: a float, a schedule `step -> float`, or a function of
         `total_steps` that returns either; None for the optimizer's own default, or
-        0.001 where it has none.
+        0.001 if it has none.
       metrics: names, functions `(outputs, targets) -> float[batch]`, objects of clu
-        or metrax; a list, or a dict with names of your own.
-      seed: decides parameters, dropout and the order of the data.
-      weight_decay: passed on to the optimizer.
+        or metrax; a list, or a dict with your own names as keys.
+      seed: determines the parameters, dropout and the order of the data.
+      weight_decay: passed to the optimizer.
       clip_norm: clips gradients to this global norm.
       accumulate_steps: averages the gradients of this many steps into one update.
-      freeze: patterns of parameter paths that stay as they are, e.g. `"encoder/*"`.
+      freeze: patterns of the paths of parameters not to train, e.g. `"encoder/*"`.
       variables: variables to start from, e.g. `{"params": …, "batch_stats": …}`;
         collections left out are initialized.
-      train_flag: how the model tells training from evaluation: the name of the
-        argument or attribute, `"not <name>"` where True means evaluation,
-        `"layers"` to set every BatchNorm and Dropout that leaves it unset, None if
-        nothing does, or a function `(module, train) -> module`.
+      train_flag: how the model distinguishes training from evaluation: the name of an
+        argument or attribute, `"not <name>"` if True means evaluation, `"layers"` to
+        set every BatchNorm and Dropout that leaves it unset, None if both modes are
+        the same, or a function `(module, train) -> module`.
       collections: the names of the mutable collections to carry.
       rngs: the names of the RNG streams to supply.
-      inputs: what of a dict batch or table the model is called with: a key, a list of
-        keys, a dict argument -> key, or a function of the batch. A list of columns is
-        one matrix, where the model takes one input.
+      inputs: which parts of a dict batch or table the model is called with: a key, a
+        list of keys, a dict argument -> key, or a function of the batch. For a model
+        with one input, a list of columns becomes one matrix.
       targets: the key or keys of a dict batch, or columns, that hold the targets.
       make_train_step: `(task) -> train_step` in place of
         `flaxfit.make_train_step`, for a custom training step.
-      nonfinite: what `fit` does when the loss of a batch is NaN or infinite: `"stop"`,
-        with the last checkpoint of the `run_dir` where there is one; `"rollback"` goes
-        back to that checkpoint, and on with the next batch; `"skip"` leaves the batch
-        out, as well as one that makes a parameter so, which takes a pass over the
-        state in every step; `"ignore"` continues.
+      nonfinite: what `fit` does if the loss of a batch is NaN or infinite: `"stop"`
+        ends the fit, and restores the last checkpoint of the `run_dir` if there is one;
+        `"rollback"` restores it and continues with the next batch; `"skip"` leaves the
+        batch out, and also a batch that makes a parameter NaN or infinite, which takes
+        a pass over the state in every step; `"ignore"` continues.
       scale_images: whether pictures, inputs of `uint8[batch, height, width, ...]`, are
-        divided by 255 on the device before the model is called. `"auto"` does so where
-        the first data says that they are pictures: TFDS, Hugging Face and image
-        folders do, plain arrays do not.
-      devices: what to train on, data-parallel: None for all local devices, as many as
-        divide the batch (or `jax_default_device` alone, where it is set); their
-        number, a list of them, or a `jax.sharding.Mesh`, whose devices all have to
-        divide it.
-      steps_per_call: steps of one call of the compiled program, as far as 4 MiB of
-        batches go. `"auto"` goes by the clock, and by what callbacks need.
-        Convolutions on a CPU run one by one.
-      device_data: the share of the free device memory that arrays may take; those
-        that fit lie there for the whole `fit`. 0 for none.
+        divided by 255 on the device before the model is called. `"auto"` does so if
+        the first data is known to be pictures: from TFDS, Hugging Face and image
+        folders, but not plain arrays.
+      devices: the devices to train on, data-parallel. None for as many local devices
+        as divide the batch (or only `jax_default_device`, if it is set). A number or
+        list of devices, or a `jax.sharding.Mesh`: all of them must divide the batch.
+      steps_per_call: the number of steps in one call of the compiled program, limited
+        to 4 MiB of batches. `"auto"` tunes it by measured times and the needs of
+        callbacks. Convolutions on a CPU always run one step per call.
+      device_data: the share of the free device memory that arrays may take; arrays
+        that fit stay there for the whole `fit`. 0 for none.
       prefetch: how many calls ahead of the steps a background thread reads and
-        transfers data that is not on the device. 0 reads in your thread, no batch
-        before it is needed.
+        transfers data that is not on the device. 0 reads in your thread, each batch
+        only when it is needed.
       compilation_cache: a folder in which jax keeps compiled programs for the next
         process, True for `~/.cache/flaxfit`; `$FLAXFIT_COMPILATION_CACHE` if None.
-        It holds for the whole process.
+        This setting applies to the whole process.
 
-    The last five decide how fast it is, and change no result beyond rounding; a saved
-    trainer does not hold them.
+    The last five arguments affect speed, and no result beyond rounding; they are not
+    saved with the trainer.
 
     Example:
       >>> import flax.linen as nn, numpy as np
@@ -214,11 +213,11 @@ class Trainer:
             prefetch=integer("prefetch", prefetch, least=0),
         )
         self._store = TrainStateStore()
-        # A file's state that waits until the model's inputs are known.
+        # A file's state, to be restored once the model's inputs are known.
         self._pending: RestoreRequest | None = None
         # The clocks of the fits in progress: a callback may call this trainer.
         self._clocks: list[Clock] = []
-        # The last run this trainer took part in, and the version of the state after it.
+        # The last run of this trainer, and the version of the state after it.
         self._last_run: tuple[str, int] | None = None
         binding = Binding(
             family.call_spec(settings.overrides),
@@ -257,63 +256,64 @@ class Trainer:
     ) -> History:
         """Trains the model; a second call continues from where the first ended.
 
-        Argument names and meaning are Keras's. Where Keras is silently wrong this
-        differs: weights and losses are averaged over examples, not batches; the
-        last, shorter batch is filled with real rows at weight 0; an iterator that
-        runs dry is an error; the order of the data follows the seed and differs by
-        epoch and by call.
+        The arguments have Keras's names and meanings. Results differ where Keras is
+        silently wrong: losses are averaged over examples, not batches; the last,
+        shorter batch is filled with real rows of weight 0; an iterator that ends early
+        is an error; the order of the data depends on the seed, the epoch and the step
+        at which the call starts.
 
         Args:
           x: arrays in any nesting, `(x, y)`, `(x, y, weights)`, a dict of arrays, or
             files and arrays read by slices; a table of pandas, polars or pyarrow, whose
-            columns are inputs by the names of the model's call, or one matrix; a
-            dataset of TFDS (by name, too), Grain, torch, Hugging Face or `tf.data`;
+            columns are inputs by the argument names of the model's call, or one matrix;
+            a dataset of TFDS (or its name), Grain, torch, Hugging Face or `tf.data`;
             anything with `len(x)` and `x[0]`; an iterable, a function that returns one,
-            or an iterator, of batches or, where `batch_size` is given, of examples;
+            or an iterator, of batches or, if `batch_size` is given, of examples;
             `flaxfit.data.Examples`, `Batches` and `image_folder`.
           y: targets, for arrays.
-          batch_size: rows of a batch, for arrays and single examples; 32. Never more
-            than there are.
+          batch_size: rows of a batch, for arrays and single examples; by default 32.
+            Never more than the number of examples.
           epochs: the epoch to end at (the number of epochs, from `initial_epoch` 0).
-          verbose: 0 nothing, 1 a bar per epoch, 2 a line per epoch, `"auto"`.
+          verbose: 0 nothing, 1 a bar per epoch, 2 a line per epoch; `"auto"` is 1 in a
+            terminal or notebook, else 2.
           callbacks: see `Callback`.
           validation_split: the last fraction of the arrays, or of examples with
             random access, taken before shuffling.
           validation_data: `(x, y)`, `(x, y, weights)` or any dataset.
           shuffle: whether arrays, and examples with random access, are shuffled
             before each epoch. Other datasets bring their own order.
-          class_weight: class -> weight of its examples in training; 1 if missing.
+          class_weight: class -> weight of its examples in training, 1 if left out.
           sample_weight: `float[examples]`, or one for every element of the targets.
-          initial_epoch: the epoch to begin at.
-          steps_per_epoch: an epoch then has exactly that many steps: the data
-            continues from where it was, and starts again, reshuffled, when it ends.
-          validation_steps: validate on this many batches. An iterator continues
-            where it was, and must have as many for each validation.
-          validation_batch_size: rows of a validation batch; `batch_size`.
+          initial_epoch: the epoch to begin at, counted from 0.
+          steps_per_epoch: the exact number of steps in an epoch. Each epoch continues
+            where the last one ended; when the data ends, it starts again, reshuffled.
+          validation_steps: validate on this many batches. An iterator continues where
+            it was, and must have enough batches for all validations.
+          validation_batch_size: rows of a validation batch; by default `batch_size`.
           validation_freq: validate every this many epochs, or after these epochs,
             counted from 1.
           run_dir: a folder for the last two checkpoints, the best one
-            (`best.msgpack`), the history and a log. The same line, run again, continues
-            exactly where it stopped, or does nothing more when it was finished.
-          save_every: a checkpoint within an epoch every this many steps, or every
-            `"30s"`, `"5m"`, `"1h"`; those after every epoch do not need it.
-          resume: `"auto"` resumes what is in `run_dir`, or begins; `"must"` has to
-            find something; `"never"` starts over, and moves what was there into
+            (`best.msgpack`), the history and a log. The same call, run again, continues
+            exactly where the run stopped, or does nothing if it was finished.
+          save_every: saves checkpoints within an epoch too, every this many steps, or
+            every `"30s"`, `"5m"`, `"1h"`. The end of an epoch always saves one.
+          resume: `"auto"` resumes the run in `run_dir`, or begins one; `"must"` fails
+            if there is no run; `"never"` starts over, and moves an earlier run to
             `run_dir/old-1`; a path resumes that checkpoint.
-          monitor: the log that decides which epoch is the best; `val_loss`, or `loss`
-            without a validation.
+          monitor: the log that decides which epoch is the best; by default `val_loss`,
+            or `loss` without validation.
 
         Returns:
-          The `History`, of a resumed run from its first epoch on. After Ctrl-C too, of
-          the epochs that were finished; the trainer then holds the last finished step.
-          A second Ctrl-C raises.
+          The `History`; for a resumed run, from its first epoch on. After Ctrl-C, it
+          has the finished epochs, and the trainer holds the last finished step. A
+          second Ctrl-C raises.
 
         Raises:
           ValueError: arguments or data that cannot work (`DataError`), before the
-            first step; the message holds the line to write instead.
-          CheckpointError: `run_dir` cannot be used, or what is in it does not fit.
-          TypeError: data of a kind that is not understood.
-          SystemExit: SIGTERM came: the training was saved in `run_dir`, and the
+            first step; the message has the line to write instead.
+          CheckpointError: `run_dir` cannot be used, or its checkpoint does not fit.
+          TypeError: data of an unknown kind.
+          SystemExit: after SIGTERM. The training was saved in `run_dir`, and the
             process ends with status 143.
         """
         # ---- Check: nothing is read or changed before every argument is right.
@@ -365,23 +365,23 @@ class Trainer:
         verbose: int | str = "auto",
         **keras: Any,
     ) -> dict[str, float]:
-        """Compiles what `fit`, `evaluate` and `predict` need for this data, ahead.
+        """Compiles the programs of `fit`, `evaluate` and `predict` for this data.
 
-        There is no need to: they compile at their first step. Nothing is trained.
+        This is optional: they compile at their first step. Nothing is trained.
 
         Args:
-          x: the data, as for `fit`, but no iterator: it would lose a batch.
+          x: the data, as for `fit`, but not an iterator, which would lose a batch.
           y: targets, for arrays.
           batch_size: as for `fit`.
-          epochs: as for `fit`; only a learning rate that depends on the length of the
-            training needs it.
+          epochs: as for `fit`; needed only by a learning rate that depends on the
+            length of the training.
           steps_per_epoch: as for `fit`.
           verbose: 0 to show nothing.
-          **keras: refused, with a hint, for those who know Keras's `compile`.
+          **keras: arguments of Keras's `compile` are refused with a hint.
 
         Returns:
-          `{"train": …, "eval": …, "predict": …}`, seconds; near 0 for what was
-          compiled already.
+          `{"train": …, "eval": …, "predict": …}`, in seconds; near 0 for programs that
+          were compiled already.
 
         Raises:
           TypeError: no data, or arguments of Keras's `compile`.
@@ -430,7 +430,7 @@ class Trainer:
     ) -> dict[str, Any]:
         """Makes one optimizer step on one batch of any size.
 
-        A size not seen before is compiled for.
+        A new size is compiled for.
 
         Args:
           x: arrays in any nesting, or `(x, y)`, `(x, y, weights)` or a dict.
@@ -440,7 +440,7 @@ class Trainer:
           return_dict: as for `evaluate`.
 
         Returns:
-          The loss and metrics of this batch before the step, as floats.
+          The loss and metrics of this batch before the update, as floats.
         """
         refuse_list(return_dict)
         with calling("train_on_batch"):
@@ -477,13 +477,14 @@ class Trainer:
         The values are means over examples: they do not depend on `batch_size`.
 
         Args:
-          x: what `fit` takes.
+          x: the data, as for `fit`.
           y: targets, for arrays.
-          batch_size: rows of a batch, for arrays; that of the last `fit`, or 32.
-          verbose: 0 nothing, 1 a bar; `"auto"` a bar where someone watches.
+          batch_size: rows of a batch, for arrays; by default that of the last `fit`, or
+            32.
+          verbose: 0 nothing, 1 a bar; `"auto"` a bar in a terminal or notebook.
           sample_weight: `float[examples]`, or one for every element of the targets.
-          steps: use only the first batches, this many.
-          return_dict: for those who know Keras; there is nothing but a dict.
+          steps: use only this many batches.
+          return_dict: as in Keras, but only True is accepted.
 
         Returns:
           `{"loss": …, "accuracy": …}`, floats.
@@ -547,28 +548,28 @@ class Trainer:
     ) -> PyTree:
         """Returns the model's outputs for all examples, in their order.
 
-        The outputs of a few calls are on the device at a time; with `out` there are no
-        more of them in memory either. For data without an end see `predict_batches`.
+        Only the outputs of a few calls are on the device at a time; with `out`, the
+        same is true of host memory. For endless data see `predict_batches`.
 
         Args:
-          x: inputs in any nesting, or any dataset; of its `(x, y)` batches the
-            targets are dropped.
-          batch_size: rows of a batch, for arrays and for examples; that of the last
-            `fit`, or 32.
-          verbose: 0 nothing, 1 a bar; `"auto"` a bar where someone watches.
-          steps: use only the first batches, this many.
-          out: arrays `[examples, ...]` to write into, nested as the outputs are: in
-            memory, memory-mapped (`np.lib.format.open_memmap`), of zarr, HDF5.
+          x: inputs in any nesting, or any dataset; if it yields `(x, y)`, the targets
+            are dropped.
+          batch_size: rows of a batch, for arrays and for examples; by default that of
+            the last `fit`, or 32.
+          verbose: 0 nothing, 1 a bar; `"auto"` a bar in a terminal or notebook.
+          steps: use only this many batches.
+          out: arrays `[examples, ...]` to write into, nested like the outputs: in
+            memory, memory-mapped (`np.lib.format.open_memmap`), of zarr or HDF5.
 
         Returns:
           NumPy arrays `[examples, ...]` in the nesting of the model's output; `out`
-          where it is given.
+          if it is given.
 
         Raises:
           TypeError: an `out` that cannot be written into.
-          ValueError: as `fit`; an output without a batch axis; an `out` of another
+          ValueError: as for `fit`; an output without a batch axis; an `out` of another
             nesting, shape, length or kind of numbers than the outputs. It is raised
-            before anything is computed, unless only reading tells the length.
+            before anything is computed, unless the length of the data is unknown.
         """
         display = make_progress(verbose)
         with calling("predict"), listening(CompileReport(display)):
@@ -586,32 +587,32 @@ class Trainer:
     def predict_batches(
         self, x: Any, *, batch_size: int | None = None, steps: int | None = None
     ) -> Generator[PyTree]:
-        """Returns an iterator over the outputs of one batch after the other.
+        """Returns an iterator over the outputs of the batches.
 
-        For data of any length, endless too: no more than a few batches are in memory.
-        All outputs are those of the state at the time of the call, whatever is trained
-        meanwhile. The data is read ahead: of an iterator more than was asked for,
-        unless `steps` says how much. Closing the iterator ends that.
+        For data of any length, even endless: only a few batches are in memory at a
+        time. All outputs are for the state at the time of the call, even if the trainer
+        trains meanwhile. Data is read ahead, so an iterator may lose more batches than
+        were used, unless `steps` is given. Closing the returned iterator stops that.
 
         Args:
-          x: what `predict` takes.
-          batch_size: as of `predict`.
-          steps: use only the first batches, this many.
+          x: the data, as for `predict`.
+          batch_size: as for `predict`.
+          steps: use only this many batches.
 
         Yields:
           NumPy arrays `[rows, ...]` in the nesting of the model's output, as many rows
           as the batch has.
 
         Raises:
-          ValueError: as `predict`; at once, and not with the first batch.
+          ValueError: as for `predict`; at the call, not at the first batch.
 
         Example:
           `for outputs in trainer.predict_batches(make_batches): file.write(outputs)`
         """
         with calling("predict_batches"):
             opened = self._open_prediction(x, batch_size, steps, may_be_endless=True)
-            # Read, not borrowed: a fit would copy a borrowed state in every step for as
-            # long as the iterator exists.
+            # Read, not borrowed: a fit would have to copy a borrowed state in every
+            # step while the iterator exists.
             return split_batches(opened.run(self._store.read(), copy=True))
 
     def predict_intermediates(
@@ -622,9 +623,9 @@ class Trainer:
         verbose: int | str = "auto",
         steps: int | None = None,
     ) -> PyTree:
-        """Returns what the model sows as `intermediates`, for all examples.
+        """Returns the `intermediates` that the model sows, for all examples.
 
-        Arguments are those of `predict`.
+        The arguments are those of `predict`.
 
         Returns:
           The nested dict of the collection, `{"layer": {"name": (array, …)}}`, as
@@ -646,7 +647,7 @@ class Trainer:
             warn_of_order(dataset)
             if dataset.one_shot:
                 raise UsageError(_several_text(dataset))
-            # All rows at once; a dataset brings its own batch.
+            # Arrays are one batch; a dataset has its own batches.
             size = sys.maxsize if isinstance(dataset, Arrays) else None
             options = BatchOptions(batch_size=size, inputs_only=True)
             source = self._data.source(dataset, options)
@@ -662,7 +663,7 @@ class Trainer:
         """Returns a fresh state for batches like `batch`, at step 0.
 
         Parameters equal those of `module.init(jax.random.key(seed), …)`, up to
-        rounding of the last bit. The trainer's own state is left alone.
+        rounding of the last bit. The trainer's own state does not change.
 
         Args:
           batch: `(x, y)`, `(x, y, weights)` or a dict of arrays, or a `Batch`.
@@ -675,12 +676,12 @@ class Trainer:
         return self._programs.fresh_state(batch)
 
     def train_step(self, state: TrainState, batch: Any) -> tuple[TrainState, Logs]:
-        """Makes one step, pure and jitted, for those who own their loop.
+        """Makes one pure, jitted step, for a custom training loop.
 
-        Nothing is donated; `jax.jit(trainer.train_step, donate_argnums=0)` does.
+        Nothing is donated; use `jax.jit(trainer.train_step, donate_argnums=0)` for it.
 
         Args:
-          state: from `init` or a step before.
+          state: from `init` or the previous step.
           batch: as for `init`.
 
         Returns:
@@ -706,12 +707,12 @@ class Trainer:
 
     @property
     def state(self) -> TrainState:
-        """The state after the last finished step; it stays valid whatever follows.
+        """The state after the last finished step; it stays valid during later training.
 
-        May be assigned: paths, shapes and dtypes are checked, values copied.
+        It may be assigned: paths, shapes and dtypes are checked, and values copied.
 
         Raises:
-          ValueError: there is none before the first data.
+          ValueError: there is no state before the first data.
         """
         self._require_state()
         return self._store.read()
@@ -724,9 +725,9 @@ class Trainer:
 
     @property
     def variables(self) -> dict[str, PyTree]:
-        """What `module.apply` takes: `{"params": …, "batch_stats": …}`.
+        """The variables for `module.apply`: `{"params": …, "batch_stats": …}`.
 
-        The parameters are those `evaluate` and `predict` use.
+        The parameters are those that `evaluate` and `predict` use.
         """
         state = self.state
         optimizer = self._programs.resolved.task.optimizer
@@ -745,7 +746,7 @@ class Trainer:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The names of the classes 0, 1, …, where the data had names for them."""
+        """The names of the classes 0, 1, …; empty if the data had no names for them."""
         return self._data.schema.class_names
 
     @property
@@ -779,9 +780,10 @@ class Trainer:
         Compiles one step to count its FLOPs and memory.
 
         Args:
-          x: the data, as for `fit`, but no iterator: it would lose a batch.
+          x: the data, as for `fit`, but not an iterator, which would lose a batch.
           y: targets, for arrays.
-          batch_size: rows of a batch, for arrays; that of the last `fit`, or 32.
+          batch_size: rows of a batch, for arrays; by default that of the last `fit`, or
+            32.
         """
         with calling("check"):
             dataset = open_dataset(x, y, batch_size=batch_size)
@@ -804,7 +806,7 @@ class Trainer:
     # --------------------------------------------------------------------- files
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the whole state into one file, all of it or nothing.
+        """Writes the whole state into one file, completely or not at all.
 
         `flax.serialization.from_bytes({"state": target}, data)` reads it as well.
 
@@ -840,12 +842,12 @@ class Trainer:
           strict: as for `restore`.
           params_only: as for `restore`.
           rename: as for `restore`.
-          **changes: arguments of `Trainer` to set; needed for those that were
+          **changes: arguments of `Trainer` to set; required for arguments that were
             functions or objects, which a file does not hold.
 
         Raises:
-          CheckpointError: not such a file, an argument that has to be given, or a
-            state that does not fit the model, every path that differs named.
+          CheckpointError: another kind of file, a required argument that is missing, or
+            a state that does not fit the model; the message has all paths that differ.
         """
         saved = open_checkpoint(path)
         execution = {n: changes.pop(n) for n in _EXECUTION if n in changes}
@@ -872,25 +874,25 @@ class Trainer:
         """Takes the state, or a part of it, from a file.
 
         Args:
-          path: as for `load`; with `params_only` also a file of plain
-            `flax.serialization.to_bytes`, of parameters, of variables or of a
+          path: as for `load`; with `params_only` also a file written by
+            `flax.serialization.to_bytes`, with parameters, variables or a
             `TrainState`.
-          strict: whether everything has to fit. Otherwise what does not is left as it
-            is, and the report says so.
-          params_only: take parameters and collections, what `module.apply` needs. The
-            optimizer and the step count start over. For another optimizer, or for
-            transfer learning.
-          rename: prefix of a path in the file -> the one in the model:
-            `{"encoder": "backbone"}`. None for the latter leaves that part of the
-            model as it is: `{"head": None}`.
+          strict: whether everything has to fit. If False, leaves that do not fit stay
+            as they are, and the report lists them.
+          params_only: take only the parameters and collections, which `module.apply`
+            needs; the optimizer and the step count start over. For another optimizer,
+            or for transfer learning.
+          rename: path prefix in the file -> path prefix in the model:
+            `{"encoder": "backbone"}`. None instead of the latter leaves that part of
+            the model as it is: `{"head": None}`.
 
         Returns:
-          What became of every leaf; `print` it.
+          A report on every leaf; `print` it.
 
         Raises:
-          CheckpointError: a file that cannot be read, or that does not fit; every path
-            that differs is named, and nothing is changed.
-          ValueError: the model has seen no data, and the file does not tell of any.
+          CheckpointError: the file cannot be read or does not fit; the message has all
+            paths that differ, and nothing is changed.
+          ValueError: neither the trainer nor the file knows the model's inputs.
 
         Example:
           `trainer.restore("pretrained.msgpack", params_only=True, rename={"head":
@@ -919,7 +921,7 @@ class Trainer:
 
     @property
     def _current_run(self) -> str | None:
-        """The run that the state is from, None if it was changed since."""
+        """The run that the state is from, None if the state was changed since."""
         if self._last_run is None:
             return None
         name, version = self._last_run
@@ -988,7 +990,7 @@ class Trainer:
             self._pending = None
             self._store.put(resumed)
         if programs.plans_ahead and origin.loop.get("total_steps") != total_steps:
-            # A constant rate is part of the state, computed for another length.
+            # The state has a constant rate, which was computed for another length.
             fresh = not self._store.has_trained
             state = with_new_rate(resolved, self._store.take())
             self._store.put(state, fresh=fresh)
@@ -1083,19 +1085,19 @@ class Trainer:
         placement: Placement | None = None,
         state: bool = True,
     ) -> ResolvedTask:
-        """Makes programs and state for data, each checked against the others.
+        """Makes programs and state for data, after checking that they fit together.
 
         Args:
           source: the data.
           total_steps: the step at which training will end, None if unknown.
-          inputs_only: whether to do without targets.
-          allow_rebuild: whether data of another form may replace the programs;
-            None for "as long as nothing was trained and no fit is running".
-          placement: the devices to use from now on, None for those used now.
+          inputs_only: whether targets are not needed.
+          allow_rebuild: whether data of another form may replace the programs; by
+            default, True until something was trained or a fit is running.
+          placement: the devices to use from now on, None for the current ones.
           state: whether to initialize a state as well.
 
         Raises:
-          ValueError: data that does not fit the model or what was trained.
+          ValueError: data that does not fit the model or earlier data.
         """
         if allow_rebuild is None:
             allow_rebuild = self._may_rebuild
@@ -1120,7 +1122,7 @@ class Trainer:
         return resolved
 
     def _placement_for(self, source: BatchSource) -> Placement | None:
-        """Returns the devices that divide the batches; None for those used now."""
+        """Returns the devices that divide the batches; None for the current ones."""
         if not has_rows(source.example):
             return None
         rows, now = source.batch_size, self._programs.placement
@@ -1129,7 +1131,7 @@ class Trainer:
             raise UsageError(
                 f"A fit of this trainer is running on {len(now.devices)} devices, "
                 f"which do not divide batch_size={rows}",
-                write=f"batch_size={now.rounded(rows)} inside of it",
+                write=f"batch_size={now.rounded(rows)} during the fit",
             )
         return placement
 
@@ -1186,7 +1188,7 @@ class Trainer:
             raise UsageError(NO_DATA_YET)
 
     def _ensure_state(self, example: Batch) -> None:
-        """Restores or initializes the state, unless there is one that was trained."""
+        """Restores or initializes the state, unless it was trained already."""
         self._restore_pending()
         ensure_state(self._store, self._programs, example)
 
@@ -1237,6 +1239,6 @@ def _finish(fit: FitContext) -> History:
 
 def _several_text(data: Dataset | BatchSource) -> str:
     return (
-        f"predict_on_batch takes one batch, and the {data.kind} given may have more. "
+        f"predict_on_batch takes one batch, but the given {data.kind} may have more. "
         "Write predict(dataset), or predict_on_batch(next(iter(dataset)))."
     )

@@ -295,7 +295,7 @@ DATASETS = [
          r"Give the weights per example instead: fit\(x, y, sample_weight=weights\)",
          "values"),
     Case("an iterator for two epochs", lambda t: t.fit(batches(), epochs=2), DataError,
-         r"make_batches and not make_batches\(\); or .*steps_per_epoch=100"),
+         r"make_batches, not make_batches\(\); or .*steps_per_epoch=100"),
     Case("a zip for two epochs", lambda t: t.fit(zip([X], [LABELS], strict=True),
          epochs=2), DataError, "fit got an iterator, which ends after one pass"),
     Case("a generator to validate on", lambda t: t.fit(X, LABELS, epochs=2, verbose=0,

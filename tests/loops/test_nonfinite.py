@@ -209,6 +209,6 @@ def test_going_back_needs_somewhere_to_go_back_to(tmp_path):
     trainer = Trainer(DropoutNet(), nonfinite="rollback")
     with pytest.raises(ValueError, match=r'Write fit\(\.\.\., run_dir="runs/a"\)'):
         fit(trainer)
-    with pytest.raises(ValueError, match="reads the data again from a bad batch"):
+    with pytest.raises(ValueError, match="opens the data again after a bad batch"):
         trainer.fit(iter([(X, Y)]), run_dir=tmp_path / "a", verbose=0)
     assert os.listdir(tmp_path / "a") == [".lock"]

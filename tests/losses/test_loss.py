@@ -101,7 +101,7 @@ def test_every_loss_of_optax_has_a_name_or_is_refused():
             Loss(name)
             known += 1
         except ValueError as err:
-            assert "does not give one value per example" in str(err)
+            assert "does not return one value per example" in str(err)
             refused = ("ctc", "make_", "ntxent", "smooth", "triplet", "multiclass_gen")
             assert name.startswith(refused)
     assert known >= 24
@@ -380,12 +380,16 @@ def test_a_function_with_optax_s_order_is_taken(arguments):
 def test_the_names_of_losses_in_the_logs_are_their_own():
     a = shaped((4, 2))
     for outputs in ({"val": a, "b": a}, {"val_x": a, "b": a}):
-        with pytest.raises(ValueError, match=r"as 'val.*_loss', which is .*'my_val"):
+        with pytest.raises(
+            ValueError, match=r"as 'val.*_loss', a name reserved .*'my_val"
+        ):
             resolve("mse", outputs, outputs)
     fine = {"value": a, "b": a}
     assert resolve("mse", fine, fine).log_names == ("value_loss", "b_loss")
     twice = {"a": {"b": a}, "a_b": a}
-    with pytest.raises(ValueError, match="'a_b_loss', as would the loss of another"):
+    with pytest.raises(
+        ValueError, match="'a_b_loss', as would the loss of another output"
+    ):
         resolve("mse", twice, twice)
 
 
@@ -417,7 +421,7 @@ def test_outputs_of_a_class_go_by_their_fields_names(kind):
     assert resolve("auto", o, kind(**targets)).log_names == both.log_names
     with pytest.raises(ValueError, match="Did you mean 'logits'"):
         resolve({"logit": INTEGER}, o, y)
-    with pytest.raises(DetectionError, match="in a dict by their names"):
+    with pytest.raises(DetectionError, match="in a dict of the same names"):
         resolve("auto", o, (y, targets["value"]))
 
 
@@ -440,7 +444,7 @@ def test_loss_weights_are_numbers_of_any_library(two):
     [
         ({"a": "mse", "bb": "mse"}, None, "no output 'bb'.*outputs are"),
         ({"aa": "mse"}, None, "Did you mean"),
-        (["mse", "mse"], None, "nest the losses alike"),
+        (["mse", "mse"], None, "nest the losses like it"),
         ({"a": None}, None, "no loss for any output"),
         ({"a": "mse"}, {"c": 1.0}, "no output 'c' for this loss weight"),
         ("mse", 0.5, "one number for several outputs"),

@@ -366,7 +366,7 @@ def test_wrong_metrics_for_the_loss():
     pair = {"a": o, "b": o}
     with pytest.raises(ValueError, match=r"Write metrics=\{'a': 'mae'\}"):
         resolve("mae", lambda o, t: o["a"], pair, t)
-    with pytest.raises(ValueError, match=r"also \['bb'\]"):
+    with pytest.raises(ValueError, match=r"and \['bb'\], which are not"):
         resolve({"a": "mae", "bb": "mae"}, "mse", pair, t)
 
 
@@ -468,7 +468,7 @@ def test_compute_is_tried_before_the_first_step():
     logits, y, _ = labels_data()
     with pytest.raises(ValueError, match=r"compute\(\) of the metric 'broken' fails"):
         resolve([Broken], INTEGER, logits, y)
-    with pytest.raises(ValueError, match=r"'several' gives.*not one number"):
+    with pytest.raises(ValueError, match=r"'several' returns.*not one number"):
         resolve([Several], INTEGER, logits, y)
     got = run(["accuracy", OnTheHost], INTEGER, logits, y)
     assert got["on_the_host"] == pytest.approx(got["accuracy"], rel=1e-6)

@@ -85,7 +85,8 @@ def test_axes_of_a_mesh_are_made_automatic():
 @pytest.mark.parametrize("count", [0, -1, 9])
 def test_a_number_there_is_not(count):
     with pytest.raises(
-        ValueError, match=rf"devices={count}: there are 8 \(cpu\). Write devices=8"
+        ValueError,
+        match=rf"devices={count}, but there are 8 cpu devices. Write devices=8",
     ):
         Trainer(Net(), devices=count)
 
@@ -94,12 +95,12 @@ def test_a_number_there_is_not(count):
     "wrong", ["cpu", True, 1.5, [], (), [0, 1], {"a": 1}, DEVICES[0]]
 )
 def test_what_is_no_devices(wrong):
-    with pytest.raises(TypeError, match=r"devices=.*write their number, devices=1"):
+    with pytest.raises(TypeError, match=r"devices=.*write a number, devices=1"):
         Trainer(Net(), devices=wrong)
 
 
 def test_a_device_named_twice():
-    with pytest.raises(ValueError, match=r"devices=.*name every device once"):
+    with pytest.raises(ValueError, match=r"devices=.*list every device only once"):
         Trainer(Net(), devices=[DEVICES[0], DEVICES[0]])
 
 
@@ -500,8 +501,8 @@ def test_a_batch_that_devices_do_not_divide_uses_fewer_and_says_so(
     out = capsys.readouterr().out
     assert " · 6 \N{MULTIPLICATION SIGN} cpu" in out
     assert (
-        "6 of 8 devices are used, as they divide batches of 30; all would with "
-        "batch_size=32" in out
+        "6 of 8 devices are used, to divide batches of 30 evenly; batch_size=32 would "
+        "use all" in out
     )
     one = make(nn.Dense(3), devices=1)
     one.fit(X[:60], Y[:60], batch_size=30, verbose=0)
@@ -537,8 +538,8 @@ def test_the_line_to_write_works_where_there_are_few_examples():
 def test_the_first_lines_advise_nothing_that_cannot_be(capsys, eight_devices):
     make(nn.Dense(3)).fit(X[:20], Y[:20], verbose=2)
     out = capsys.readouterr().out
-    assert "5 of 8 devices are used, as they divide batches of 20" in out
-    advised = int(re.search(r"all would with batch_size=(\d+)", out)[1])
+    assert "5 of 8 devices are used, to divide batches of 20 evenly" in out
+    advised = int(re.search(r"batch_size=(\d+) would use all", out)[1])
     assert advised <= 20
     assert advised % 8 == 0
 

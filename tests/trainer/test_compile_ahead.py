@@ -83,7 +83,7 @@ def test_a_rate_that_depends_on_the_length_takes_the_length():
         ((), {"optimizer": "adam", "loss": "mse"}, TypeError,
          r"compile\(optimizer=\.\.\., loss=\.\.\.\) has nothing to configure"),
         ((X, Y), {"metrics": ["accuracy"]}, TypeError, "nothing to configure here"),
-        ((make_batches(),), {}, DataError, "compile got an iterator, and would use up"),
+        ((make_batches(),), {}, DataError, "compile got an iterator and would use up"),
         ((X, Y[:3]), {}, DataError, "different length"),
     ],
 )  # fmt: skip

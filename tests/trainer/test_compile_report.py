@@ -13,7 +13,7 @@ from flaxfit._programs.chunks import DeviceDataset, Stack
 from flaxfit._programs.compile import Program, listening, noting
 from flaxfit._reporting.display import Display
 from flaxfit._reporting.timing import Clock
-from flaxfit.trainer.compile_report import CompileReport, why_again
+from flaxfit.trainer.compile_report import CompileReport, recompile_reason
 
 SECONDS = r"\d+\.\d s"
 
@@ -137,11 +137,11 @@ def test_verbose_0_says_nothing(capsys):
 )
 def test_the_cause_is_named_with_both_sides(before, now, why):
     program = Program("train step", lambda state, chunk: None)
-    assert why_again(program) is None
+    assert recompile_reason(program) is None
     program.signatures = (("state", before),)
-    assert why_again(program) is None
+    assert recompile_reason(program) is None
     program.signatures = (("state", before), ("state", now))
-    assert re.search(why, why_again(program))
+    assert re.search(why, recompile_reason(program))
 
 
 def test_a_batch_with_one_more_input_is_named():
@@ -149,7 +149,7 @@ def test_a_batch_with_one_more_input_is_named():
     one, two = batch(), batch()
     two = two.replace(inputs=(two.inputs[0], two.inputs[0]))
     program.signatures = ((one,), (two,))
-    assert "missing" in why_again(program)
+    assert "missing" in recompile_reason(program)
 
 
 class Shown(Display):
