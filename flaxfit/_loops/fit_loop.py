@@ -27,10 +27,10 @@ _OUT_OF_MEMORY = (
 
 
 def fit_loop(fit: FitContext) -> None:
-    """Trains until the last epoch, a callback's stop, a bad loss or a signal.
+    """Trains until all epochs are done, or a callback, a bad loss or a signal ends it.
 
     Even after an error, `fit.loop.history` holds the finished epochs, and `fit.store`
-    the state after the last finished step, or the one that a callback restored.
+    the state after the last finished step, or one that a callback or a rollback put.
     """
     loop, epochs = fit.loop, fit.data.epochs
     queue = fit.execution.queue(fit.resolved)

@@ -270,7 +270,7 @@ def _wrapped(text: str, columns: int) -> str:
 
 
 def format_value(value: Any) -> str:
-    """Returns a float with four decimals or digits, anything else as text."""
+    """Returns a float with 4 decimals, or 4 digits if small or large; else the text."""
     if isinstance(value, float):
         return f"{value:.4f}" if 1e-2 <= abs(value) < 1e4 else f"{value:.4g}"
     return str(value)

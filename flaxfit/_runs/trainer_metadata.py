@@ -94,10 +94,10 @@ def from_meta(
     missing = {name: v[_OBJECT] for name, v in kept.items() if _is_object(v)}
     if missing:
         given = ", ".join(f"{name}={text}" for name, text in missing.items())
-        again = ", ".join(f"{name}=..." for name in missing)
+        arguments = ", ".join(f"{name}=..." for name in missing)
         raise CheckpointError(
             f"{path!r} was saved by a Trainer with {given}, which a file cannot "
-            f"hold. Give it again: Trainer.load({path!r}, model, {again})."
+            f"hold. Give it again: Trainer.load({path!r}, model, {arguments})."
         )
     return {**saved, **changes}, example, batch_size
 

@@ -53,7 +53,7 @@ def write(
     arrays, scalars and None in them. An empty `extra` is left out of the file.
     """
     writer = _Writer(file)
-    writer.say(corruption.START[1] if extra else corruption.START[0])
+    writer.add(corruption.START[1] if extra else corruption.START[0])
     writer.value(meta)
     writer.mark()
     writer.value("state")
@@ -76,7 +76,7 @@ class _Writer:
         self._crc = 0
         self._table = bytearray()
 
-    def say(self, raw: bytes) -> None:
+    def add(self, raw: bytes) -> None:
         self._pending += raw
 
     def value(self, value: Any) -> None:
@@ -91,7 +91,7 @@ class _Writer:
         """Writes nested dicts; if `marked`, adds a checksum after every leaf."""
         if isinstance(node, dict):
             inside = marked and not is_key_node(node)  # a key is one leaf
-            self.say(self._map_head(len(node)))
+            self.add(self._map_head(len(node)))
             for name, child in node.items():
                 self.value(name)
                 self.tree(child, marked=inside)
@@ -107,10 +107,10 @@ class _Writer:
             self.mark()
 
     def end(self) -> None:
-        self.say(corruption.TABLE + _head(_BIN, len(self._table)) + self._table)
-        self.say(corruption.END)
+        self.add(corruption.TABLE + _head(_BIN, len(self._table)) + self._table)
+        self.add(corruption.END)
         self._flush()
-        self.say(self._crc.to_bytes(4, "big"))
+        self.add(self._crc.to_bytes(4, "big"))
         self._flush()
 
     def _array(self, array: HostArray) -> None:
@@ -118,9 +118,9 @@ class _Writer:
         nbytes = array.nbytes
         inner = b"\x93" + self._pack(list(array.shape))
         inner += self._pack(NAMES[array.dtype]) + _head(_BIN, nbytes)
-        self.say(_head(_EXT, len(inner) + nbytes) + b"\x01" + inner)
+        self.add(_head(_EXT, len(inner) + nbytes) + b"\x01" + inner)
         if nbytes <= _SMALL:
-            self.say(array.tobytes())
+            self.add(array.tobytes())
             return
         self._flush()
         for piece in pieces(array):
