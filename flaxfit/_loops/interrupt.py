@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
-TERMINATED = 128 + signal.SIGTERM  # the exit status a shell reports for it
+TERMINATED = 128 + signal.SIGTERM  # the exit status that a shell reports
 
 
 class Interrupt:

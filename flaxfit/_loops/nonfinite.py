@@ -14,7 +14,7 @@ from flaxfit._programs.compile import EpochAccumulators
 from flaxfit.callbacks.base import Outcome
 
 _SECONDS_BETWEEN_POLLS = 0.25
-_MOST_ROLLBACKS = 3  # to one checkpoint
+_MOST_ROLLBACKS = 3  # to the same checkpoint
 
 
 class NonFiniteGuard:
