@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 # Values that are pickled, and errors, name their public path, so that their pickles
-# outlive moves inside the package. `inspect` then cannot find the source of the class,
+# survive moves inside the package. `inspect` then cannot find the source of the class,
 # so all other classes, such as `Trainer`, keep the path of their module.
 for _value in (
     Average,

@@ -12,8 +12,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-      0 without findings, 1 if `verify` found damage or `diff` a difference, 2 if a file
-      cannot be read.
+      0 without findings, 1 if `verify` found a bad file or `diff` a difference, 2 if
+      `inspect` or `diff` cannot read a file.
     """
     given = _parser().parse_args(arguments)
     try:

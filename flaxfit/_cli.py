@@ -28,7 +28,7 @@ def inspect_text(path: str) -> str:
     """Returns a file's kind, versions, position and a table of its leaves.
 
     Raises:
-      CheckpointError: it cannot be read.
+      CheckpointError: the file cannot be read.
     """
     file = _open(path)
     lines = [path, f"  {file.kind}, {format_bytes(file.size)}"]
@@ -79,7 +79,7 @@ def verify_text(paths: Sequence[str]) -> tuple[str, bool]:
 
 
 def diff_text(one: str, other: str) -> tuple[str, bool]:
-    """Returns the differences of two files, and whether they are equal.
+    """Returns the differences between two files, and whether they are equal.
 
     Raises:
       CheckpointError: one of them cannot be read.
@@ -103,7 +103,7 @@ def _open(path: str) -> _File:
         leaves = _named(file_format.read_plain(data, path), ())
         return _File("plain flax.serialization file", len(data), {}, leaves)
     file = file_format.read(data, path)
-    kind = f"flaxfit checkpoint, format {file.meta.get('format')}, checksums right"
+    kind = f"flaxfit checkpoint, format {file.meta.get('format')}, checksums correct"
     leaves = {**_named(file.state, ()), **_named(file.extra, ("extra",))}
     return _File(kind, len(data), file.meta, leaves)
 
@@ -113,7 +113,7 @@ def _named(tree: Any, path: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _position(file: _File) -> str:
-    """Returns the step, and of a file of a fit the epochs (from 1); may be empty."""
+    """Returns the step and, in a file of `fit`, the epoch (from 1); may be empty."""
     step, loop = file.leaves.get("step"), file.meta.get("loop")
     texts = [] if step is None or np.size(step) != 1 else [f"step {int(step)}"]
     if isinstance(loop, dict):

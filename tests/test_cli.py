@@ -29,7 +29,7 @@ def test_inspect(tmp_path, capsys):
     assert main(["inspect", path]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == path
-    assert lines[1].startswith("  flaxfit checkpoint, format 1, checksums right, ")
+    assert lines[1].startswith("  flaxfit checkpoint, format 1, checksums correct, ")
     assert lines[2:] == [
         "  written by flaxfit 0.1.0, jax 0.10",
         "  step 7",

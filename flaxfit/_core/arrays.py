@@ -48,8 +48,8 @@ def copy_array(array: jax.Array, like: Any = None) -> jax.Array:
 
     Args:
       array: the values.
-      like: an array on whose devices the copy goes, `array` by default. If it is not
-        committed to its devices, the copy is not either.
+      like: the array to whose devices the copy goes, `array` by default. If `like` is
+        not committed to its devices, the copy is not either.
     """
     like = array if like is None else like
     # Without a sharding, a key would leave its devices.

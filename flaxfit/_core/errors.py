@@ -1,4 +1,4 @@
-"""Error types that a caller may catch, the name of the call, "did you mean" hints."""
+"""Error types that a caller may catch, the caller's name, and "did you mean" hints."""
 
 import difflib
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,7 @@ _caller: ContextVar[str] = ContextVar("caller", default="fit")
 
 @contextmanager
 def calling(name: str) -> Iterator[None]:
-    """Names the method, or the argument of `fit`, that messages inside speak of."""
+    """Sets the name of the method or argument for the messages raised inside."""
     token = _caller.set(name)
     try:
         yield
@@ -19,7 +19,7 @@ def calling(name: str) -> Iterator[None]:
 
 
 def caller() -> str:
-    """Returns the innermost name given to `calling`. For messages alone."""
+    """Returns the innermost name given to `calling`. Only for messages."""
     return _caller.get()
 
 
@@ -28,8 +28,8 @@ class UsageError(ValueError):
 
     Args:
       given: what was given, as a sentence; its period may be left out.
-      expected: what was expected, as a sentence; empty where `given` says it.
-      write: the code to write instead; empty where no single line is right.
+      expected: what was expected, as a sentence; empty if `given` says it.
+      write: the code to write instead; empty if no single line is right.
     """
 
     def __init__(self, given: str, expected: str = "", write: str = "") -> None:
@@ -59,7 +59,7 @@ class CheckpointCorruptError(CheckpointError):
     Attributes:
       path: the file.
       leaf: the path of the first damaged leaf, e.g. `"params/Dense_0/kernel"`; None
-        where the damage is elsewhere or cannot be located.
+        if the damage is elsewhere or cannot be located.
     """
 
     def __init__(self, *parts: str, path: str = "", leaf: str | None = None) -> None:
@@ -73,7 +73,7 @@ class DetectionError(UsageError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Returns `" Did you mean 'adam' or 'adamw'?"`, or `""` if nothing is near."""
+    """Returns `" Did you mean 'adam' or 'adamw'?"`, or `""` if nothing is similar."""
     near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.6)
     if not near:
         return ""

@@ -1,4 +1,4 @@
-"""Errors for habits from Keras that would fail here, or silently do something else."""
+"""Errors for Keras habits that would fail here, or silently do something else."""
 
 import functools
 import inspect
@@ -20,7 +20,7 @@ def refuse_list(return_dict: Any) -> None:
     """Checks Keras's `return_dict`.
 
     Raises:
-      UsageError: a list is asked for.
+      UsageError: it is not True.
     """
     if return_dict is not True:
         raise UsageError(
@@ -49,7 +49,7 @@ def check_argument_order(fn: Callable[..., Any], kind: str, write: str) -> None:
       write: the line to write instead, with `{name}` and `{call}` to be filled in.
 
     Raises:
-      UsageTypeError: the names of its arguments say so.
+      UsageTypeError: the names of its arguments are in that order.
     """
     first, second = _first_two_arguments(fn)
     # (y, t) and (y, _) have the outputs first.

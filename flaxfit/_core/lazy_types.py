@@ -2,7 +2,7 @@
 
 
 def comes_from(value: object, package: str, *names: str) -> bool:
-    """Whether a value is an instance of a package's class, which is not imported.
+    """Whether a value is an instance of a package's class, without importing it.
 
     Args:
       value: anything.

@@ -11,9 +11,9 @@ from flaxfit._core.types import TrainState, copy_state
 class TrainStateStore:
     """Owns the current `TrainState` and keeps every state that was read from it valid.
 
-    A train program consumes ("donates") the state it is given. A state that was read
-    may be kept by the reader, so the next `take` hands out a copy. Threads may share
-    a store: a loader may predict with the model that it feeds.
+    A train program consumes its input state, which is "donated" to it. A reader may
+    keep a state, so the next `take` returns a copy. Threads may share a store: a data
+    loader may predict with the model that is trained on its data.
 
     Attributes:
       lock: held while the state is replaced.
@@ -36,7 +36,7 @@ class TrainStateStore:
 
     @property
     def has_trained(self) -> bool:
-        """Whether the state holds more than a freshly initialized one."""
+        """Whether there is a state that is not freshly initialized."""
         return self._state is not None and not self._is_fresh
 
     @property
@@ -82,7 +82,7 @@ class TrainStateStore:
 
         Args:
           state: the state.
-          fresh: whether it was just initialized, so that nothing is lost with it.
+          fresh: whether it was just initialized, so that replacing it loses nothing.
         """
         with self.lock:
             self._state = state

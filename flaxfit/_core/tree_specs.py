@@ -1,4 +1,4 @@
-"""Shapes and dtypes of the leaves of a tree, and how two trees differ in them."""
+"""Shapes and dtypes of the leaves of a tree, and the differences between two trees."""
 
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, NamedTuple, Self
@@ -15,7 +15,7 @@ class LeafSpec(NamedTuple):
     """Shape and dtype of an array.
 
     Attributes:
-      shape: the length of each axis, or a name for one of any length.
+      shape: the length of each axis, or a name for an axis of any length.
       dtype: the name of the dtype.
     """
 
@@ -37,7 +37,7 @@ class LeafSpec(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """One path at which two trees differ; None where a tree does not have it."""
+    """One path at which two trees differ; None for a tree without that path."""
 
     path: Any
     wanted: LeafSpec | None
@@ -51,7 +51,7 @@ def specs_of(tree: PyTree) -> dict[str, LeafSpec]:
 
 
 def path_text(path: Any) -> str:
-    """Returns the text of a path of jax: `"Dense_0/kernel"`."""
+    """Returns jax's key path as text: `"Dense_0/kernel"`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
@@ -87,7 +87,7 @@ def holds_integers(array: Any) -> bool:
 def diff(
     wanted: Mapping[Any, LeafSpec], given: Mapping[Any, LeafSpec]
 ) -> list[Difference]:
-    """Returns the paths at which two trees differ, those of `wanted` first."""
+    """Returns the paths at which two trees differ, in the order of `wanted` first."""
     paths = dict.fromkeys([*wanted, *given])
     pairs = (Difference(path, wanted.get(path), given.get(path)) for path in paths)
     return [one for one in pairs if one.wanted != one.given]
@@ -96,12 +96,12 @@ def diff(
 def difference_lines(
     differences: Iterable[Difference], line: str, *, absent: str = "missing"
 ) -> list[str]:
-    """Returns a line for each difference, at most 20 and how many more there are.
+    """Returns a line for each difference: at most 20, then the number of the others.
 
     Args:
       differences: what `diff` returned.
       line: a template with `{path}`, `{wanted}` and `{given}`.
-      absent: stands for the spec where a tree does not have the path.
+      absent: the text for a tree without the path.
     """
     lines = [
         line.format(
@@ -120,8 +120,8 @@ def difference_lines(
 def add_row(tree: PyTree, rows: int) -> PyTree:
     """Returns the shapes of a batch with one more row than its `rows`.
 
-    An array whose first axis does not have `rows` entries keeps its shape. So do the
-    outputs of a model that do not depend on the batch, which tells the two apart.
+    An array whose first axis does not have `rows` entries keeps its shape. A model's
+    outputs for this batch show which of them have the batch as their first axis.
     """
 
     def longer(x: Any) -> jax.ShapeDtypeStruct:

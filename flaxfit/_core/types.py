@@ -43,8 +43,8 @@ class Batch(flax.struct.PyTreeNode):
     Attributes:
       inputs: a tuple (positional) or dict (by name), as the model is called.
       targets: any nesting of arrays `[batch, ...]`, or None.
-      weights: `float32[batch]` or, one for every element of the targets,
-        `float32[batch, ...]`: the sample weight, 0 for rows that pad the batch.
+      weights: the sample weights, `float32[batch]` or, for weights of single elements
+        of the targets, `float32[batch, ...]`; 0 for rows that pad the batch.
     """
 
     inputs: Inputs
@@ -91,7 +91,7 @@ class Apply(Protocol):
 
 
 class Model(NamedTuple):
-    """A model as two pure functions; bring one to train what is not Flax.
+    """A model as two pure functions; write one to train a model that is not Flax's.
 
     Attributes:
       init: `(rng, inputs) -> (params, collections)`.
@@ -106,7 +106,7 @@ class Accumulator(Protocol):
     """The value of a log on the device: merged over batches, computed once."""
 
     def merge(self, other: Self) -> Self:
-        """Returns both together."""
+        """Returns the accumulator of the data of both."""
 
     def compute(self) -> Any:
         """Returns the value as a scalar."""
@@ -126,7 +126,7 @@ def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
 def _add(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
     """Adds two sums, each with its rounding error."""
     total, error = _two_sum(a[0], b[0])
-    # Infinity minus infinity: the total itself already says what happened.
+    # The error would be infinity minus infinity; the total already shows the overflow.
     error = jnp.where(jnp.isfinite(total), a[1] + b[1] + error, 0.0)
     # The residual must stay small, or it would lose digits itself.
     total, error = _two_sum(total, error)
@@ -166,10 +166,10 @@ class Average(flax.struct.PyTreeNode):
 
         Args:
           values: `float[batch, ...]`.
-          weights: `float[batch]` up to `float[batch, ...]`: leading axes equal
-            those of `values`, each weight counts for every element below it.
+          weights: `float[batch]` up to `float[batch, ...]`: the leading axes equal
+            those of `values`, and each weight counts for every element below it.
 
-        Elements of weight 0 are left out, even where their value is NaN.
+        Elements of weight 0 are left out, even if their value is NaN.
         """
         values = values.astype(jnp.float32)
         weights = weights.astype(jnp.float32)
@@ -188,7 +188,7 @@ class Average(flax.struct.PyTreeNode):
         return type(self)(total, count, total_residual, count_residual)
 
     def compute(self) -> Array:
-        """Returns `total / count`, NaN where nothing was counted."""
+        """Returns `total / count`, NaN if nothing was counted."""
         total = self.total + self.total_residual
         return total / (self.count + self.count_residual)
 

@@ -1,7 +1,7 @@
 """Argument checks in one format: each returns the value, converted, or raises.
 
-Every check takes the name of the argument first and the value second. Where the value
-has the wrong type they raise `UsageTypeError`, otherwise `UsageError`.
+Every check takes the name of the argument first and the value second. It raises
+`UsageError`; for numbers and booleans of the wrong type, `UsageTypeError`.
 """
 
 import math
@@ -32,7 +32,7 @@ def integer(name: str, value: Any, *, least: int | None = 1, write: str = "") ->
     """
     try:
         number = operator.index(value) if is_integer(value) else None
-    except TypeError:  # An array that holds more than one number has `__index__`.
+    except TypeError:  # An array of several numbers has `__index__` too.
         number = None
     if number is None or (least is not None and number < least):
         expected = "a whole number" + ("" if least is None else f" of at least {least}")
@@ -55,7 +55,7 @@ def integer_or_auto(name: str, value: Any) -> int | None:
 
 
 def number(name: str, value: Any, *, zero: bool = True, signed: bool = False) -> float:
-    """Returns a finite number: at least 0, or above 0, or of any sign if `signed`."""
+    """Returns a finite number: at least 0, above 0 unless `zero`, any if `signed`."""
     least = "" if signed else " of at least 0"
     expected = f"a finite number{least}" if zero else "a positive number"
     found = _as_float(value)

@@ -19,8 +19,8 @@ class DeviceChunk(NamedTuple):
     Attributes:
       chunk: the batches.
       batches: how many of them are used.
-      examples: for each batch the rows that are not padding and, in training, have
-        any weight.
+      examples: for each batch, the number of rows that are neither padding nor, in
+        training, of weight 0.
     """
 
     chunk: Chunk
@@ -30,15 +30,15 @@ class DeviceChunk(NamedTuple):
 
 @dataclass
 class ChunkBuilder:
-    """Stacks batches; those on a device, or too large, form a chunk each.
+    """Stacks batches; a batch that is on a device, or too large, is a chunk by itself.
 
     Attributes:
-      placement: the devices.
+      placement: sends chunks to the devices.
       stacks: whether batches are stacked at all.
-      steps_per_call: the steps of a call, None to tune them by the clock.
+      steps_per_call: the steps of a call, None to tune them by timing.
       bytes_per_output: size of a batch's outputs on the device.
-      reuses_buffers: whether the source writes its next batch into the same memory:
-        then single batches are copied. A stack is a copy anyway.
+      reuses_buffers: whether the source writes its next batch into the same memory, so
+        that single batches must be copied. A stack is a copy anyway.
     """
 
     placement: Placement
@@ -89,7 +89,7 @@ class ChunkBuilder:
         return closed
 
     def send(self, closed: tuple[Any, list[int]]) -> DeviceChunk:
-        """Transfers what `close` returned; may be slow, so no lock is held."""
+        """Transfers a closed chunk; this may be slow, so call it without a lock."""
         chunk, examples = closed
         placed = self.placement.put_chunk(chunk)
         return DeviceChunk(placed, len(examples), tuple(examples))
@@ -109,7 +109,7 @@ class ChunkBuilder:
 
 
 def _count_examples(weights: HostArray | jax.Array) -> int:
-    """Counts the rows with any weight; on a device, where reading would wait, all."""
+    """Counts the rows with any weight; on a device all rows, as reading would wait."""
     if isinstance(weights, jax.Array):
         return len(weights)
     if weights.ndim == 1:

@@ -24,9 +24,10 @@ class FitData:
 
     Attributes:
       source: the training data.
-      steps: batches of an epoch, from endless passes; None for one pass.
-      epochs: `range(initial_epoch, epochs)`, of this process.
-      validate: evaluates a state, None if interrupted; None without validation data.
+      steps: batches of an epoch, from repeated passes; None for one pass.
+      epochs: the epochs to train, from the one at which this fit starts or resumes.
+      validate: evaluates a state, or returns None if interrupted; None without
+        validation data.
       validates_at: whether to validate after an epoch, counted from 0.
     """
 
@@ -45,11 +46,11 @@ class FitContext:
       resolved: the compiled programs and what they were built from.
       data: the data, and how often it is read.
       execution: how steps are grouped and data is fed.
-      session: the run: where it resumes, and where its checkpoints go.
+      session: resumes the run and saves its checkpoints.
       store: the state.
       loop: the mutable part, which callbacks see.
       display: shows the progress.
-      interrupt: tells of Ctrl-C and SIGTERM.
+      interrupt: whether Ctrl-C or SIGTERM came.
       nonfinite: how non-finite losses are handled; see `Trainer`.
       sizes: the shapes of the chunks that were trained on.
     """

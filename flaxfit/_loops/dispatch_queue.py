@@ -9,8 +9,8 @@ import jax
 from flaxfit._core.types import PyTree
 
 # Long enough to make the cost of a call negligible, short enough for Ctrl-C and a
-# progress bar. Not shorter: XLA allocates its memory again for every call, which for a
-# small Transformer on a CPU is a quarter of the time if a call is one step of 60 ms.
+# progress bar. Not shorter: XLA allocates its memory again for every call, which takes
+# a quarter of the time of a small Transformer on a CPU if a call is one step of 60 ms.
 _SECONDS_PER_CALL = 0.25
 # How far the host may run ahead of the call that is running: enough to keep the device
 # busy, and not so far that batches pile up in its memory.
@@ -26,9 +26,9 @@ class _Call(NamedTuple):
 
     Attributes:
       token: arrays that are ready when the call has finished.
-      result: what `finished` returns for it.
-      steps: the steps of the epoch up to its end.
-      began: when it was dispatched; infinity if its time says nothing.
+      result: the value for `finished`.
+      steps: the steps of the epoch up to the end of this call.
+      began: when it was dispatched; infinity if it is not timed.
     """
 
     token: Any
@@ -41,12 +41,12 @@ class DispatchQueue:
     """Tracks the calls in flight.
 
     Args:
-      steps_per_call: steps of every call; None to tune them by the clock.
+      steps_per_call: steps of every call; None to tune them by timing.
 
     Attributes:
       steps_per_call: the largest number of steps for the next call.
-      finished: the result of the last finished call, None at first, and the steps up
-        to it. Reading that result does not wait for the device.
+      finished: the result of the last finished call, None at first, and the epoch's
+        steps up to its end. Reading that result does not wait for the device.
     """
 
     def __init__(self, steps_per_call: int | None = None) -> None:
@@ -84,16 +84,17 @@ class DispatchQueue:
 
         Args:
           token: arrays that are ready when the call has finished.
-          result: what `finished` returns for it.
-          steps: its number of steps.
-          compiled: whether the program was compiled for it; then it is not timed.
+          result: the value for `finished` once the call has finished.
+          steps: the number of steps of the call.
+          compiled: whether the program was compiled for this call, which then is not
+            timed.
         """
         self._submitted += steps
         began = float("inf") if compiled else time.perf_counter()
         self._in_flight.append(_Call(token, result, self._submitted, began))
         ahead = self._calls_ahead()
         if len(self._in_flight) > ahead:
-            # On a CPU, waking per call would steal time from the computation.
+            # On a CPU, waking for every call would slow down the computation.
             self._retire(len(self._in_flight) - max(1, ahead // 2))
         self._retire_finished()
 

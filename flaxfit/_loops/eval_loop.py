@@ -24,12 +24,12 @@ def make_evaluation(
 ) -> Evaluate:
     """Returns a function that evaluates a state on one dataset.
 
-    It only reads the state, and returns the values, or None if interrupted.
+    The function only reads the state. It returns the values, or None if interrupted.
 
     Args:
       steps: the largest number of batches, None for all.
-      keep: whether it will be called several times.
-      interrupted: checked before every call.
+      keep: whether the function will be called several times.
+      interrupted: checked before every call of the program.
     """
     program, order = resolved.programs.evaluate, resolved.task.order
     screen, empty = display or Display(), resolved.empty_eval()

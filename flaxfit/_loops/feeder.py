@@ -28,20 +28,20 @@ from flaxfit.data.sources.array_source import ArraySource
 from flaxfit.data.sources.base import BatchSource
 from flaxfit.data.sources.position import IteratorCheckpoints, Position, epochs_of
 
-# Row counts are rounded up to an eighth of a power of two, so that data of nearly the
-# same size shares one compiled program.
+# Row counts are rounded up to a multiple of an eighth of a power of two, so that
+# datasets of nearly the same size share one compiled program.
 _ROUNDING_BITS = 4
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How a trainer runs its steps; none of it changes a result beyond rounding.
+    """How a trainer runs its steps; no option changes a result beyond rounding.
 
     Attributes:
-      steps_per_call: steps of one call of the train program, None to tune them by the
-        clock.
+      steps_per_call: steps of one call of the train program, None to tune them by
+        timing.
       device_data: the share of the free device memory that data may take.
-      prefetch: how many chunks a background thread prepares ahead; 0 for none.
+      prefetch: how many chunks a background thread prepares ahead; 0 for no thread.
     """
 
     steps_per_call: int | None = None
@@ -70,7 +70,7 @@ class Feed(Protocol):
     """Provides a loop with chunks, epoch by epoch."""
 
     def epoch(self) -> AbstractContextManager[Chunks]:
-        """Returns the chunks of the next epoch; leaving it ends its thread."""
+        """Returns the chunks of the next epoch; leaving the context ends its thread."""
 
 
 def open_feed(
@@ -87,9 +87,9 @@ def open_feed(
     """Returns the feed of a fit: `epochs` epochs from `position` on.
 
     Args:
-      steps: batches of an epoch, from endless passes; None for one pass.
-      bookmarks: saved positions of data that cannot be entered by a number.
-      stopped: whether to wait no longer.
+      steps: batches of an epoch, from repeated passes; None for one pass.
+      bookmarks: saved iterator states, for data that cannot start at a given batch.
+      stopped: True ends the wait for data.
     """
     placement = resolved.placement
     if isinstance(source, ArraySource) and source.pad and source.in_memory:
@@ -119,7 +119,7 @@ def open_pass(
     bytes_per_output: int = 0,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Feed:
-    """Returns the feed of an evaluation or prediction: batches in their order.
+    """Returns the feed of an evaluation or prediction: the batches in order.
 
     Each epoch of the feed starts at the beginning of the data.
 
@@ -127,9 +127,9 @@ def open_pass(
       steps: the largest number of batches, None for all.
       keep: whether the data is read several times, so that it may stay on the device.
       copy: whether chunks must be copies, because the caller may write into the
-        source's arrays before they are used.
+        source's arrays before the chunks are used.
       bytes_per_output: size of a batch's outputs on the device.
-      stopped: whether to wait no longer.
+      stopped: True ends the wait for data.
     """
     placement = resolved.placement
     if not (isinstance(source, ArraySource) and source.in_memory and source.pad):
@@ -153,10 +153,10 @@ def first_chunk(feed: Feed) -> Chunk:
 
 
 class _RowOrders:
-    """The rows of the batches of each epoch, from endless passes.
+    """The row numbers of the batches of each epoch, from repeated passes.
 
     An order is `int32[batches, batch]` of row numbers, see `DeviceDataset`. An epoch
-    may end within a pass; the next one then continues with its rest.
+    may end within a pass; the next epoch then takes the rest of that pass.
     """
 
     def __init__(
@@ -197,11 +197,11 @@ def _ordered_chunks(
 ) -> Iterator[DeviceChunk]:
     """Yields the chunks of an epoch of data that is on the device.
 
-    Only the order of its rows is sent there.
+    Only the order of the rows is sent to the device.
     """
     placement = resolved.placement
-    # A single call takes an order from the host as fast as from the device; many
-    # calls would each transfer it.
+    # A single call takes an order from the host as fast as from the device, but each
+    # of many calls would transfer the order again.
     put_order = resolved.programs.one_step_per_call or len(placement.devices) > 1
     for whole in orders.epoch():
         for first in range(0, len(whole), capacity):
@@ -226,10 +226,10 @@ def _stacks_of(
     steps: int | None,
     copy: bool,
 ) -> Iterator[DeviceChunk]:
-    """Yields stacks of arrays in their order, one at a time while the device computes.
+    """Yields stacks of batches in order, one at a time while the device computes.
 
-    Without `copy` a stack may be the user's own memory: then the caller has to finish
-    the pass before it returns to the user.
+    Without `copy` a stack may share the user's memory: the caller then has to finish
+    the pass before returning to the user.
     """
     batches = source.num_batches if steps is None else min(steps, source.num_batches)
     for first in range(0, batches, capacity):
@@ -243,7 +243,7 @@ class _DirectFeed:
 
     Args:
       chunks: yields the chunks of the next epoch.
-      keep: whether those of the first epoch stay on the device for the later ones.
+      keep: whether the chunks of the first epoch stay on the device for later epochs.
     """
 
     def __init__(
@@ -281,7 +281,7 @@ class _SequentialFeed:
         batches, prefetch = next(self.epochs), self.execution.prefetch
         builder = ChunkBuilder(
             self.placement,
-            # Batches of different lengths cannot be stacked, and gathering reads ahead.
+            # Only batches of one length can be stacked, and stacking reads ahead.
             self.source.pad and prefetch > 0,
             self.execution.steps_per_call,
             self.bytes_per_output,
@@ -323,10 +323,10 @@ def _rounded(rows: int) -> int:
 def timed(
     chunks: Chunks, queue: DispatchQueue, clock: Clock | None
 ) -> Iterator[DeviceChunk]:
-    """Yields the chunks; counts the waiting in which the device had nothing to do."""
+    """Yields the chunks; measures the waits in which the device had nothing to do."""
     while True:
         if not chunks.ready:
-            # The wait for data would be measured as time of the calls in flight.
+            # Otherwise the wait for data would count as time of the calls in flight.
             queue.wait_all()
         busy, began = queue.seconds_left, time.perf_counter()
         was_idle = queue.idle

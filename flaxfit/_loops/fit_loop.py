@@ -20,24 +20,23 @@ from flaxfit._reporting.display import epoch_display
 from flaxfit.callbacks.base import Outcome
 
 _OUT_OF_MEMORY = (
-    "The memory is too small for this step; the trainer holds the state before it. "
-    "Write a smaller batch_size= in fit, and Trainer(accumulate_steps=2) for updates "
-    "of the same size, or Trainer(device_data=0) to keep the data on the host."
+    "The device ran out of memory; the trainer holds the state before this step. Write "
+    "a smaller batch_size= in fit, with Trainer(accumulate_steps=2) for updates from "
+    "as many examples, or Trainer(device_data=0) to keep the data on the host."
 )
 
 
 def fit_loop(fit: FitContext) -> None:
-    """Trains until all epochs are done, a callback stops it, or a signal arrives.
+    """Trains until all epochs are done, or a callback, a bad loss or a signal ends it.
 
-    Whatever happens, `fit.loop.history` then holds the finished epochs, and `fit.store`
-    the state after the last finished step.
+    Even after an error, `fit.loop.history` holds the finished epochs, and `fit.store`
+    the state after the last finished step, or one that a callback or a rollback put.
     """
     loop, epochs = fit.loop, fit.data.epochs
     queue = fit.execution.queue(fit.resolved)
     guard = NonFiniteGuard(fit, queue)
     try:
-        # Callbacks start before they get their saved state back: `on_train_begin`
-        # resets it.
+        # `on_train_begin` resets the callbacks, so their saved state is loaded after.
         fit.callbacks.call("on_train_begin", loop)
         fit.session.resume(loop)
         _save(fit, queue, guard)
@@ -53,7 +52,7 @@ def fit_loop(fit: FitContext) -> None:
             if not finished:
                 break
     except BaseException as error:
-        # Report the first error; what follows from it becomes a note.
+        # Report this error; a later one of `on_train_end` becomes a note.
         loop.outcome = loop.outcome._replace(failure="interrupted")
         try:
             _end(fit, queue, guard)
@@ -71,7 +70,7 @@ def train_epoch(
     """Trains one epoch.
 
     Returns:
-      Whether it was finished, and the feed of the next epoch.
+      Whether the epoch was finished, and the feed for the next one.
     """
     loop, start = fit.loop, fit.loop.batch
     if loop.running is None:
@@ -83,7 +82,7 @@ def train_epoch(
     with epoch_display(fit.display, title, loop.steps_per_epoch) as shown:
         counted: list[int] = []  # examples of each batch
         complete = False
-        while not complete:  # once more after each rollback
+        while not complete:  # again after each rollback
             queue.begin(loop.batch)
             with feed.epoch() as chunks:
                 for chunk in timed(chunks, queue, loop.clock):
@@ -94,7 +93,7 @@ def train_epoch(
                     counted += chunk.examples[:done]
                     if guard.should_break:
                         break
-            # A callback's stop closes the epoch like its last step; a signal does not.
+            # After a callback's stop the epoch is closed as usual, after a signal not.
             if fit.interrupt.requested:
                 guard.check()
                 return False, feed
@@ -124,10 +123,10 @@ def dispatch(
     queue: DispatchQueue,
     guard: NonFiniteGuard,
 ) -> int:
-    """Trains on a chunk from batch `start` on in one call, and runs the batch hooks.
+    """Trains on batches of a chunk, from `start` on, in one call; runs batch hooks.
 
     Returns:
-      The number of steps of the call.
+      The number of steps taken.
     """
     loop, train, callbacks = fit.loop, fit.resolved.programs.train, fit.callbacks
     if callbacks.has("on_train_batch_begin"):
@@ -164,13 +163,13 @@ def dispatch(
 
 
 def _call_hooks(fit: FitContext, queue: DispatchQueue) -> None:
-    """Calls `on_train_batch_end` of the callbacks whose turn it is."""
+    """Calls `on_train_batch_end` of the callbacks that are due."""
     loop, callbacks = fit.loop, fit.callbacks
     if not callbacks.has_turn("on_train_batch_end", loop.step):
         return
     if callbacks.steps_to_hook(loop.step) is None:
-        # A hook after every call: without waiting, its time would count as the
-        # device's, and calls would grow.
+        # A hook runs after every call: without this wait, calls would go untimed and
+        # stay short.
         queue.wait_all()
     loop.defer_logs(partial(read_logs, loop.running, fit.resolved.task.order))
     callbacks.call("on_train_batch_end", loop)
@@ -181,11 +180,11 @@ def _call_hooks(fit: FitContext, queue: DispatchQueue) -> None:
 def _new_shapes(
     fit: FitContext, chunk: DeviceChunk, start: int, steps: int
 ) -> Iterator[bool]:
-    """Yields whether the call has new shapes; then keeps a copy of the state meanwhile.
+    """Yields whether the call has new shapes; if so, keeps a copy of the state.
 
-    Such a call may find the memory too small. The program has consumed the state by
-    then, so only the copy can be put back. The caller waits for the call, so that the
-    error is raised here and not by a later one.
+    A call with new shapes may run out of memory. The program has consumed the state by
+    then, so only the copy can be put back. The caller waits for the call inside this
+    context, so that the error is raised here and not by a later call.
     """
     loop, train, timing = fit.loop, fit.resolved.programs.train, fit.loop.history.timing
     # Cheaper than the whole signature, which this asks for at every call.
@@ -216,7 +215,7 @@ def _new_shapes(
 def _read_epoch(
     fit: FitContext, guard: NonFiniteGuard
 ) -> tuple[dict[str, Any], float | None]:
-    """Returns the epoch's values and the learning rate, in one read."""
+    """Returns the epoch's values and the learning rate, in one read of the device."""
     running, task = fit.loop.running, fit.resolved.task
     rate = task.optimizer.learning_rate(fit.store.peek().opt_state)
     counts, merged, logs, rate = read(
@@ -231,7 +230,7 @@ def _read_epoch(
 def _close_epoch(
     fit: FitContext, logs: dict[str, Any], rate: float | None, shown: dict[str, Any]
 ) -> bool:
-    """Validates and records the epoch; False if a signal interrupted that."""
+    """Validates and records the epoch; False if a signal interrupted the validation."""
     loop, data, callbacks = fit.loop, fit.data, fit.callbacks
     shown["logs"] = logs
     if not loop.stopped:  # else the epoch may be shorter than it would have been

@@ -1,4 +1,4 @@
-"""The only place in the loops that copies values from the device to the host."""
+"""Copies states, logs and outputs from the device to the host, for the loops."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from flaxfit._reporting.display import Display
 
 
 def read(tree: PyTree) -> PyTree:
-    """Copies device values to the host; waits until they are computed."""
+    """Copies device values to the host, after waiting for their computation."""
     return jax.device_get(tree)
 
 
@@ -39,7 +39,7 @@ def as_number(value: Any) -> Any:
 def show_progress(
     display: Display, queue: DispatchQueue, order: Callable[[Logs], Logs]
 ) -> None:
-    """Shows the progress of the device, up to the last finished call."""
+    """Shows the progress up to the last finished call."""
     running, done = queue.finished
     if running is not None:
         display.update(done, read_logs(running, order))

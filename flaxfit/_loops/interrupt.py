@@ -7,18 +7,18 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
-TERMINATED = 128 + signal.SIGTERM  # the exit status a shell reports for it
+TERMINATED = 128 + signal.SIGTERM  # the exit status that a shell reports
 
 
 class Interrupt:
-    """Turns SIGINT and SIGTERM into flags while it is entered; a second one raises.
+    """Turns SIGINT and SIGTERM into flags while entered; a second signal raises.
 
-    A KeyboardInterrupt raised between a step that has consumed the state and the
-    assignment of the new one would lose both. Off the main thread, or where a signal
-    is ignored, nothing is touched. The old handlers come back at the end.
+    A KeyboardInterrupt after a step has consumed the state, and before the new state is
+    assigned, would lose both. Off the main thread, or for an ignored signal, nothing
+    changes. Leaving restores the old handlers.
 
-    After SIGTERM, leaving raises `SystemExit(143)`; a handler that was set before
-    for it is called first, and decides if it does not return.
+    After SIGTERM, leaving raises `SystemExit(143)`. An earlier handler of SIGTERM is
+    called first and may raise something else.
     """
 
     def __init__(self) -> None:
@@ -28,27 +28,27 @@ class Interrupt:
 
     @property
     def requested(self) -> bool:
-        """Whether Ctrl-C was pressed, or SIGTERM came."""
+        """Whether a signal was received."""
         return bool(self._received)
 
     @property
     def insisted(self) -> bool:
-        """Whether it came again."""
+        """Whether a second signal was received."""
         return len(self._received) > 1
 
     @property
     def terminated(self) -> bool:
-        """Whether SIGTERM came, perhaps with Ctrl-C: the process is to end."""
+        """Whether SIGTERM was received, so that the process has to end."""
         return signal.SIGTERM in self._received
 
     @property
     def reason(self) -> str:
-        """What ended the training, for people."""
+        """The `stop_reason` of an interrupted fit."""
         return f"interrupted by {'SIGTERM' if self.terminated else 'Ctrl-C'}"
 
     @contextmanager
     def shield(self) -> Iterator[None]:
-        """Keeps a second signal out of what is inside; it raises right after."""
+        """Delays the exception of a second signal until the block has ended."""
         self._shielded = True
         try:
             yield

@@ -14,14 +14,14 @@ from flaxfit._programs.compile import EpochAccumulators
 from flaxfit.callbacks.base import Outcome
 
 _SECONDS_BETWEEN_POLLS = 0.25
-_MOST_ROLLBACKS = 3  # to one checkpoint
+_MOST_ROLLBACKS = 3  # to the same checkpoint
 
 
 class NonFiniteGuard:
-    """Detects a loss that is not finite, and stops, skips or rolls back.
+    """Detects a loss that is not finite; then stops, rolls back, or reports a skip.
 
-    The compiled program itself ends the call in which such a loss occurs and runs no
-    later steps. So the host may notice it late, and never has to wait for a step.
+    Before a stop or a rollback, the compiled program itself runs no step after such a
+    loss. So the host may notice the loss late, and never has to wait for a step.
 
     Attributes:
       rolled_back: whether a checkpoint was restored and the feed has to be reopened.
@@ -37,7 +37,7 @@ class NonFiniteGuard:
 
     @property
     def should_break(self) -> bool:
-        """Whether the running epoch has to dispatch no further step."""
+        """Whether the running epoch must not dispatch another step."""
         return self._fit.ending or self.rolled_back
 
     def poll(self) -> None:
@@ -58,7 +58,7 @@ class NonFiniteGuard:
             self.handle(*read(counts_of(running)))
 
     def handle(self, bad: Any, skipped: Any) -> None:
-        """Handles what `counts_of` returned, on the host."""
+        """Handles the result of `counts_of`, once it is on the host."""
         fit, loop = self._fit, self._fit.loop
         handled = self.rolled_back or loop.outcome.failure == "nonfinite"
         if bad < 0 or fit.nonfinite == "ignore" or handled:
@@ -101,7 +101,7 @@ class NonFiniteGuard:
             )
 
     def _restore_checkpoint(self) -> bool:
-        """Restores the last good checkpoint; False where there is none."""
+        """Restores the last checkpoint; returns False without a run directory."""
         fit, loop = self._fit, self._fit.loop
         found = fit.session.last_checkpoint()
         if found is None:
@@ -112,7 +112,7 @@ class NonFiniteGuard:
         fit.store.put(state)
         empty = fit.resolved.empty()
         running = running if epoch == loop.epoch and running is not None else empty
-        # The batches between the checkpoint and the bad one are not trained on again.
+        # Batches between the checkpoint and the bad batch are not trained on again.
         skipped = np.int32(loop.batch - int(read(running.index)))
         loop.running = running.replace(
             bad=empty.bad, skipped=jax.device_put(skipped, running.skipped.sharding)
@@ -122,7 +122,7 @@ class NonFiniteGuard:
 
 
 def counts_of(running: EpochAccumulators) -> tuple[Any, Any]:
-    """Returns the number of the first bad batch, or -1, and of the skipped batches."""
+    """Returns the index of the first bad batch, or -1, and how many were skipped."""
     return running.bad, running.skipped
 
 

@@ -16,15 +16,15 @@ class OutputWriter:
     """Writes outputs into arrays in memory, mapped from a file, or written by slices.
 
     Args:
-      out: arrays `[examples, ...]`, nested as the outputs are; anything that has a
-        shape, a dtype of NumPy's and takes `out[start:stop] = rows`.
+      out: arrays `[examples, ...]`, nested like the outputs; any objects with a shape
+        and a NumPy dtype that support `out[start:stop] = rows`.
       outputs: the outputs of one batch, with shapes and dtypes.
-      examples: how many there will be, None if only reading tells.
+      examples: how many there will be, None if unknown before reading.
 
     Raises:
-      TypeError: what cannot be written into.
-      ValueError: arrays nested otherwise, of another shape or length, of different
-        lengths, of a dtype that cannot hold the outputs, or that are read-only.
+      TypeError: an object that cannot be written into.
+      ValueError: arrays that are read-only, are nested differently, have another shape
+        or length, or have a dtype that cannot hold the outputs.
     """
 
     def __init__(self, out: PyTree, outputs: PyTree, examples: int | None) -> None:
@@ -34,20 +34,20 @@ class OutputWriter:
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"out is nested as {jax.tree.structure(out)}, the outputs as "
-                f"{jax.tree.structure(outputs)}: give one array for each of them."
+                f"{jax.tree.structure(outputs)}: give one array for each output."
             ) from error
         for target, output in zip(targets, jax.tree.leaves(outputs), strict=True):
             _check(target, output, examples)
         if len(lengths := {target.shape[0] for target in targets}) > 1:
             raise ValueError(
                 f"the arrays of out have {', '.join(map(str, sorted(lengths)))} rows: "
-                "give all of them one row for each example."
+                "give each of them one row per example."
             )
         self._out = out
         self._targets = targets
 
     def write(self, parts: Generator[Part]) -> PyTree:
-        """Writes what `Prediction.run` yields; returns the arrays.
+        """Writes the outputs that `Prediction.run` yields, and returns the arrays.
 
         Raises:
           ValueError: there are more examples than rows, or fewer.
@@ -59,8 +59,8 @@ class OutputWriter:
                     rows = sum(examples)
                     if done + rows > room:
                         raise ValueError(
-                            f"out has {room} rows, and there are more examples. Give "
-                            "more rows, or say how many batches: "
+                            f"out has {room} rows, but there are more examples. Give "
+                            "more rows, or limit the number of batches: "
                             f"steps={max(1, room // max(examples))}."
                         )
                     leaves = jax.tree.leaves(outputs)
@@ -72,8 +72,8 @@ class OutputWriter:
                     done += rows
             if done < room:
                 raise ValueError(
-                    f"out has {room} rows, and there were {done} examples: the rows "
-                    f"from {done} on are as they were. Give out[:{done}]."
+                    f"out has {room} rows, but there were {done} examples: the rows "
+                    f"from {done} on are unchanged. Give out[:{done}]."
                 )
         except Exception as error:
             error.add_note(f"the first {done} rows of out are written")
@@ -86,32 +86,32 @@ def _check(target: Any, output: Any, examples: int | None) -> None:
     shape = getattr(target, "shape", None)
     writable = hasattr(target, "__setitem__") and not isinstance(target, jax.Array)
     if shape is None or not writable:
-        given = f"{kind}, which cannot be written into by rows"
+        given = f"{kind}, which cannot be written into row by row"
         raise UsageTypeError(given, write=advice)
     flags = getattr(target, "flags", None)
     if getattr(target, "read_only", False) or not getattr(flags, "writeable", True):
         raise UsageError(
-            f"{kind} that is read-only: open it for writing, a memory-mapped array "
+            f"{kind} that is read-only: open it for writing, for example a memmap "
             "with mode='r+'"
         )
     if tuple(shape[1:]) != output.shape[1:] or not len(shape):
         wanted = ", ".join(["examples", *map(str, output.shape[1:])])
-        given = f"out has the shape {tuple(shape)}, and the outputs are {output.dtype}"
+        given = f"out has the shape {tuple(shape)}, but the outputs are {output.dtype}"
         raise UsageError(f"{given}[{wanted}]", write=advice)
     if examples is not None and shape[0] != examples:
         rows = f"out[:{examples}]" if shape[0] > examples else "more rows"
-        given = f"out has {shape[0]} rows, and there are {examples} examples"
+        given = f"out has {shape[0]} rows, but there are {examples} examples"
         raise UsageError(given, f"Give {rows}")
     try:
         dtype = np.dtype(getattr(target.dtype, "numpy_dtype", target.dtype))
     except (AttributeError, TypeError) as error:
-        expected = "Give its NumPy view, as out=out.numpy() of torch"
-        raise UsageTypeError(f"{kind}, whose dtype is not NumPy's", expected) from error
-    # Whole numbers that are too large would wrap around; others are rounded.
+        expected = "Give its NumPy view; for torch, out=out.numpy()"
+        raise UsageTypeError(f"{kind} without a NumPy dtype", expected) from error
+    # Integers that are too large would wrap around; floats are rounded.
     exact = np.issubdtype(dtype, np.integer)
     if not np.can_cast(output.dtype, dtype, "safe" if exact else "same_kind"):
-        given = f"out is {dtype}, and the outputs are {output.dtype}"
-        raise UsageError(f"{given}, which it cannot hold", write=advice)
+        given = f"out is {dtype}, which cannot hold the outputs"
+        raise UsageError(f"{given}: they are {output.dtype}", write=advice)
 
 
 def _advice(output: Any, examples: int | None) -> str:

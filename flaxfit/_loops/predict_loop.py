@@ -46,7 +46,7 @@ class Prediction:
 
     @property
     def examples(self) -> int | None:
-        """The number of examples to predict, None if only reading tells."""
+        """The number of examples to predict, None if unknown before reading."""
         source, steps = self.source, self.steps
         if steps is None or source.num_examples is None:
             return source.num_examples
@@ -60,8 +60,8 @@ class Prediction:
     ) -> Generator[Part]:
         """Yields the outputs of each call.
 
-        They are read while the next calls run, or while the data is waited for. The
-        state is only read. For `copy` see `open_pass`.
+        Outputs are copied to the host while the next call runs, or while waiting for
+        data. The state is only read. For `copy` see `open_pass`.
         """
         programs = self.resolved.programs
         predict = programs.intermediates if self.sown else programs.predict
@@ -93,8 +93,8 @@ class Prediction:
                     steps = min(queue.steps_per_call, chunk.batches - start)
                     traces = predict.traces
                     outputs = predict(state, chunk.chunk, start, steps, done)
-                    # Reading the call before waits only for that one: the device
-                    # already has the next.
+                    # Reading the previous call waits only for that one: the device
+                    # already has this call.
                     if pending is not None:
                         yield pending()
                     compiled = predict.traces != traces
@@ -118,7 +118,7 @@ class Prediction:
 def _read_outputs(
     outputs: PyTree, examples: tuple[int, ...], part: slice, stacked: bool
 ) -> Part:
-    chosen = part if stacked else None  # leaf[None] adds the axis
+    chosen = part if stacked else None  # leaf[None] adds the axis of the batches
     return jax.tree.map(lambda leaf: leaf[chosen], read(outputs)), examples
 
 
@@ -126,11 +126,11 @@ def join_batches(parts: Generator[Part], batched: Sequence[bool]) -> PyTree:
     """Joins the outputs of a prediction, without their padding.
 
     Args:
-      parts: what `Prediction.run` yields.
+      parts: the outputs that `Prediction.run` yields.
       batched: for each leaf whether its first axis is the batch; others are stacked.
 
     Raises:
-      DataError: rows of different shapes.
+      DataError: the rows of two batches differ in shape.
     """
     columns: list[list[Any]] = [[] for _ in batched]
     structure = None
@@ -141,10 +141,10 @@ def join_batches(parts: Generator[Part], batched: Sequence[bool]) -> PyTree:
                 if is_batch and column and column[0].shape[1:] != leaf.shape[2:]:
                     before, now = list(column[0].shape[1:]), list(leaf.shape[2:])
                     raise DataError(
-                        "predict joins the outputs of all batches, and their rows "
+                        "predict joins the outputs of all batches, but their rows "
                         f"differ in shape: {before} and {now}. Write for outputs in "
-                        "trainer.predict_batches(x), or pad all inputs to one length, "
-                        "pad_to=128."
+                        "trainer.predict_batches(x), or pad all inputs to one length "
+                        "with pad_to=128."
                     )
                 if is_batch:
                     column += real_rows(leaf, examples)
@@ -154,9 +154,9 @@ def join_batches(parts: Generator[Part], batched: Sequence[bool]) -> PyTree:
 
 
 def split_batches(parts: Generator[Part]) -> Generator[PyTree]:
-    """Yields the outputs of each batch, arrays `[rows, ...]` without its padding.
+    """Yields the outputs of each batch, arrays `[rows, ...]` without padding.
 
-    They are copies: keeping one keeps no other memory alive.
+    They are copies: keeping one does not keep any other memory alive.
     """
     with closing(parts):
         for outputs, examples in parts:
@@ -168,7 +168,7 @@ def split_batches(parts: Generator[Part]) -> Generator[PyTree]:
 
 
 def real_rows(leaf: HostArray, examples: tuple[int, ...]) -> list[HostArray]:
-    """Returns pieces of outputs `[batches, batch, ...]`: their rows without padding."""
+    """Returns outputs `[batches, batch, ...]` as pieces `[rows, ...]`, unpadded."""
     if sum(examples) == leaf.shape[0] * leaf.shape[1]:
         return [leaf.reshape(-1, *leaf.shape[2:])]
     return [one[:rows] for one, rows in zip(leaf, examples, strict=True)]

@@ -21,15 +21,15 @@ _SECONDS_BETWEEN_CHECKS = 0.1
 _SECONDS_TO_GATHER = 0.02
 _NOTE = (
     "The data was read ahead in a background thread; Trainer(model, prefetch=0) reads "
-    "it in yours."
+    "it in the caller's."
 )
 
 
 class _WakeEvent:
-    """Wakes one waiting thread; set beforehand, `wait` returns at once.
+    """Wakes one waiting thread; if it is set already, `wait` returns at once.
 
-    A bare lock survives Ctrl-C, unlike `threading.Condition`: an interrupt inside its
-    `wait` may return without the lock, which the `with` statement then releases.
+    A bare lock survives Ctrl-C, unlike `threading.Condition`, whose interrupted `wait`
+    may return without the lock that the `with` statement then releases.
     """
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class _Worker:
     """The work of the thread, and everything that both threads share.
 
     `lock` protects the open chunk, which the consumer may take before it is full. The
-    deque and the flags need none: each of their operations is atomic in CPython.
+    deque and the flags need no lock: each of their operations is atomic in CPython.
     """
 
     def __init__(
@@ -77,8 +77,8 @@ class _Worker:
         self.lock = threading.Lock()
         self.wake_consumer = _WakeEvent()
         self.ended = False
-        # When the open chunk got its first item, when any got its last, and the time
-        # between the last two items.
+        # When the open chunk got its first item, when the last item was added, and the
+        # time between the last two items.
         self._opened = 0.0
         self._added = 0.0
         self._interval = 0.0
@@ -86,7 +86,7 @@ class _Worker:
         self.signal = _CloseSignal()
 
     def work(self) -> None:
-        """Reads, gathers and sends until all is read or the consumer has closed."""
+        """Reads, gathers and sends all items, or until the consumer has closed."""
         error: BaseException | None = None
         try:
             for item in self._items:
@@ -96,7 +96,7 @@ class _Worker:
             error = caught
         finally:
             self._close_items()
-        # The error first: once `ended` is set the consumer may read it.
+        # `error` comes first: once `ended` is set, the consumer may read it.
         self.error, self.ended = error, True
         self.wake_consumer.set()
 
@@ -155,7 +155,7 @@ class Prefetch:
     Args:
       items: the batches; read in the thread.
       builder: gathers and sends them.
-      depth: how many chunks may wait.
+      depth: how many finished chunks may wait for the consumer.
       stopped: checked while the consumer waits; True ends its iteration.
     """
 
@@ -169,7 +169,7 @@ class Prefetch:
         worker = _Worker(items, builder, depth)
         self._worker = worker
         self._stopped = stopped
-        # Settings of jax and the caller's name are local to a thread: copy them.
+        # Settings of jax and the name of the call are local to a thread: copy them.
         context = contextvars.copy_context()
         x64 = jax.config.jax_enable_x64  # type: ignore[attr-defined]
         device = jax.config.jax_default_device  # type: ignore[attr-defined]
@@ -195,7 +195,7 @@ class Prefetch:
     def __next__(self) -> DeviceChunk:
         worker = self._worker
         while True:
-            # Read before the deque: a chunk appended in between would be lost.
+            # Read before the deque, or a chunk appended in between would be lost.
             ended = worker.ended
             wait = _SECONDS_BETWEEN_CHECKS
             with worker.lock:

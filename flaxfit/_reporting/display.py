@@ -19,7 +19,7 @@ _WIDE = 100  # from this many columns on, the bar is longer and shows steps per 
 class Display:
     """Shows the progress of a fit, an evaluation or a prediction.
 
-    This one is `verbose=0` and shows nothing; the others override its methods.
+    This base class is `verbose=0` and shows nothing; subclasses override its methods.
     """
 
     def say(self, text: str) -> None:
@@ -59,14 +59,14 @@ class EpochLine:
     ) -> str:
         """Returns the line, shortened to `columns` if they are not 0.
 
-        It includes the learning rate if that has changed since the last epoch and if
-        there is room for it.
+        The line includes the learning rate if it has changed since the last epoch and
+        if there is room.
         """
         rate = logs.get("learning_rate")
         plain = {n: v for n, v in logs.items() if n != "learning_rate"}
         rated = plain if self._rate in (None, rate) else logs
         self._rate = rate
-        title = self._title if finished else self._title + _SEPARATOR + "broken off"
+        title = self._title if finished else self._title + _SEPARATOR + "interrupted"
         seconds = f"{time.perf_counter() - self._began:.1f} s"
         both, start = (rated, plain), _joined(title, f"{done} steps", seconds)
         long = [_joined(start, format_logs(chosen)) for chosen in both]
@@ -95,7 +95,7 @@ class Lines(Display):
 
 
 class Bar(Display):
-    """`verbose=1`: a tqdm bar, in a terminal or a notebook, that ends as a line."""
+    """`verbose=1`: a tqdm bar, in a terminal or a notebook; at its end, a line."""
 
     def __init__(self) -> None:
         self._in_notebook = in_notebook()
@@ -167,7 +167,7 @@ class Bar(Display):
 
 
 def _encodable(text: str) -> str:
-    """Replaces the characters that stdout cannot encode: `print` would raise."""
+    """Replaces characters that stdout cannot encode, for which `print` would raise."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
         text.encode(encoding)
@@ -197,8 +197,8 @@ def make_display(verbose: int | str) -> Display:
 def make_progress(verbose: int | str) -> Display:
     """Returns the display of `evaluate` and `predict`.
 
-    It is that of `make_display`, but `"auto"` shows nothing outside of a terminal or a
-    notebook.
+    It is the one of `make_display`, except that `"auto"` shows nothing outside of a
+    terminal or a notebook.
     """
     display = make_display(verbose)
     return Display() if verbose == "auto" and isinstance(display, Lines) else display
@@ -270,7 +270,7 @@ def _wrapped(text: str, columns: int) -> str:
 
 
 def format_value(value: Any) -> str:
-    """Returns a number in four significant digits, anything else as text."""
+    """Returns a float with 4 decimals, or 4 digits if small or large; else the text."""
     if isinstance(value, float):
         return f"{value:.4f}" if 1e-2 <= abs(value) < 1e4 else f"{value:.4g}"
     return str(value)

@@ -75,7 +75,7 @@ class History:
         self.amend(logs)
 
     def amend(self, logs: Mapping[str, Any]) -> None:
-        """Sets values of the last epoch, also those that callbacks have added."""
+        """Sets values of the last epoch, including those that callbacks have added."""
         for name, value in logs.items():
             epochs = self._epochs.setdefault(name, [])
             values = self.history.setdefault(name, [])
@@ -146,8 +146,8 @@ class History:
     def _is_worth_a_panel(self, name: str) -> bool:
         """Whether a log is plotted in a panel of its own.
 
-        Not if it is no number, is plotted beside the training value, or is a constant
-        learning rate.
+        False if it is not a number, is plotted beside the training value, or is a
+        constant learning rate.
         """
         values = self.history[name]
         if not values or not all(map(_is_number, values)):

@@ -16,7 +16,7 @@ PHASES = (
     "callbacks",
     "saving",
 )
-# The remark on slow input needs this share of waiting, and a fit of this many seconds.
+# The remark on slow input needs this share of waiting in this many seconds of training.
 _MUCH_WAITING = 0.2
 _LONG_ENOUGH = 0.5
 
@@ -24,7 +24,7 @@ _LONG_ENOUGH = 0.5
 class Clock:
     """Splits the time of one thread among phases; nested phases count once.
 
-    What other threads do in the meantime is not counted.
+    The work of other threads is not counted.
     """
 
     def __init__(self) -> None:
@@ -70,11 +70,11 @@ class Timing:
     Attributes:
       seconds: phase -> seconds of each epoch. The phases are `compiling`,
         `waiting_for_data` (the device had nothing to do), `stepping`, `evaluating`,
-        `callbacks`, `saving` and `total`. Saving and callbacks after the end of an
-        epoch belong to the next one, the time before the first epoch to that.
+        `callbacks`, `saving` and `total`. Saving after an epoch counts for the next
+        epoch, and the time before the first epoch counts for the first.
       steps: training steps of each epoch.
       examples: training examples of each epoch, without padding and weights of 0.
-      flops_per_step: returns the FLOPs of a step of the compiled program.
+      flops_per_step: returns the FLOPs of a step; None before the first step.
       clock: measures the running epoch.
     """
 
@@ -108,7 +108,7 @@ class Timing:
         """FLOP/s of training in each epoch; None if the backend does not report them.
 
         Reading this counts the FLOPs in the step's program, which takes a moment.
-        Those of custom kernels are not included.
+        FLOPs of custom kernels are not included.
         """
         flops = self.flops_per_step and self.flops_per_step()
         return None if flops is None else [flops * r for r in self.steps_per_second]

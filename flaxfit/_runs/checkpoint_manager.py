@@ -16,7 +16,7 @@ BEST = "best.msgpack"
 HISTORY = "history.json"
 LOG = "log.jsonl"
 _STEPS = "step-*.msgpack"
-# With one alone, damage to it would be the end.
+# With only one, damage to it would lose the run.
 _KEEP = 2
 
 
@@ -26,10 +26,10 @@ def step_file(folder: Path, step: int) -> Path:
 
 
 def newest(folder: Path) -> checkpoint.Checkpoint | None:
-    """Returns the checkpoint of the highest step that is whole, None without any.
+    """Returns the intact checkpoint of the highest step, None without any.
 
-    Those that are damaged are passed over with a warning. What a file is called does
-    not matter, only what it says.
+    Damaged checkpoints are passed over with a warning. The step is taken from the
+    content of a file, not from its name.
 
     Raises:
       CheckpointError: there are checkpoints, and none of them can be read.
@@ -41,16 +41,16 @@ def newest(folder: Path) -> checkpoint.Checkpoint | None:
         if damaged:
             raise CheckpointError(
                 f"Of the {len(damaged)} checkpoints in {os.fspath(folder)!r} none can "
-                'be read. fit(..., resume="never") starts over, and keeps them in a '
-                f"folder below; the last error was: {damaged[-1]}"
+                'be read. fit(..., resume="never") starts over, and moves them into a '
+                f"subfolder; the last error was: {damaged[-1]}"
             )
         if not vanished:
             return None
-        # Its writer has removed them all meanwhile, and has newer ones.
+        # Their writer has removed all of them meanwhile, and has written newer ones.
 
 
 def _scan(folder: Path) -> tuple[checkpoint.Checkpoint | None, list[str], bool]:
-    """Returns the newest one that can be read, what is damaged, and if any is gone."""
+    """Returns the newest readable checkpoint, errors, and whether a file vanished."""
     candidates: list[tuple[int, bool, Path]] = []
     damaged: list[str] = []
     vanished = False
@@ -58,7 +58,7 @@ def _scan(folder: Path) -> tuple[checkpoint.Checkpoint | None, list[str], bool]:
         try:
             meta = checkpoint.read_meta(file)
             step = resumable_step(meta)
-            # Nothing was verified yet: a damaged step would sort the file wrongly.
+            # `meta` is not verified yet: a damaged step would sort the file wrongly.
             named = step is not None and file == step_file(folder, step)
             if not named and (step is None or file.match(_STEPS)):
                 checkpoint.verify(file)
@@ -85,7 +85,7 @@ def resumable_step(meta: dict[str, Any]) -> int | None:
 
 
 def _passed_over(file: Path, error: CheckpointError, damaged: list[str]) -> bool:
-    """Warns of a file that cannot be read; False if it is not there any more."""
+    """Warns of a file that cannot be read; returns False if it is gone."""
     if not file.exists():
         return False
     damaged.append(str(error))
@@ -101,7 +101,7 @@ def _passed_over(file: Path, error: CheckpointError, damaged: list[str]) -> bool
 def prune(folder: Path) -> None:
     """Removes all but the checkpoints of the two highest steps.
 
-    Called when the newest is safe on the disk, so that there is never none.
+    Called when the newest is safe on the disk, so that one is always left.
     """
     for file in sorted(folder.glob(_STEPS))[:-_KEEP]:
         disk.remove(file)
@@ -119,7 +119,7 @@ def set_aside(folder: Path) -> None:
     for file in files:
         os.replace(file, aside / file.name)
     warnings.warn(
-        f"What was in {os.fspath(folder)!r} is now in {os.fspath(aside)!r}.",
+        f"The run that was in {os.fspath(folder)!r} is now in {os.fspath(aside)!r}.",
         UserWarning,
         stacklevel=3,
     )
@@ -127,10 +127,10 @@ def set_aside(folder: Path) -> None:
 
 @contextlib.contextmanager
 def opened(folder: Path) -> Iterator[None]:
-    """Keeps a run's folder to this process, and clears what a killed one left.
+    """Locks a run's folder, and removes temporary files of killed processes.
 
     Raises:
-      CheckpointError: another process writes there, or no process can.
+      CheckpointError: the folder is already locked, or it cannot be written to.
     """
     disk.probe(folder)
     with disk.lock_folder(folder):

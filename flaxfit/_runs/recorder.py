@@ -55,9 +55,9 @@ class RunRecorder(Callback):
             self._monitor = Monitor("fit", name, "auto", loop.log_names)
 
     def begin(self, loop: LoopState, event: Mapping[str, Any]) -> None:
-        """Logs the start or resumption; called when `load_state_dict` has run.
+        """Logs the start or resumption; called after `load_state_dict`.
 
-        A new run is saved at once, so that an unwritable directory fails early.
+        A new run is saved at once, so that there is a checkpoint to roll back to.
         """
         if not (self.folder / checkpoint_manager.BEST).exists():
             self.best = None
@@ -71,7 +71,7 @@ class RunRecorder(Callback):
             self._save(loop)
 
     def on_epoch_end(self, loop: LoopState) -> None:
-        """Saves the epoch, and also as the best if it is."""
+        """Saves the epoch, and saves it as the best one too if it is."""
         monitor = self._monitor
         if monitor is not None and monitor.name in loop.logs:
             value, before = float(loop.logs[monitor.name]), self.best
@@ -86,7 +86,7 @@ class RunRecorder(Callback):
 
     def on_train_end(self, loop: LoopState) -> None:
         """Saves the position at which an error or a signal ended the training."""
-        # An epoch whose end not all callbacks have seen is not saved as trained.
+        # An epoch is not saved as finished before all callbacks have seen its end.
         is_closing = loop.epoch_is_over and loop.running is not None
         if loop.outcome.failure == "interrupted" and not is_closing:
             self._save(loop)
@@ -104,7 +104,7 @@ class RunRecorder(Callback):
     def _save(
         self, loop: LoopState, *, history: bool = False, background: bool = True
     ) -> None:
-        # The history is complete when all callbacks have added to it.
+        # `saved` reads the history later, when all callbacks have added to it.
         loop.save(
             checkpoint_manager.step_file(self.folder, loop.step),
             background=background,

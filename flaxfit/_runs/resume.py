@@ -31,7 +31,7 @@ _EXPLAINED = MappingProxyType(
         "shuffle": "it applies from here on",
         "steps_per_epoch": "epochs have the new length from here on",
         "learning_rate": "the new one applies from here on",
-        "seed": "the data order follows the new one, dropout and the like the old",
+        "seed": "the data order follows the new one, dropout and the like the old one",
     }
 )
 
@@ -45,9 +45,9 @@ class ResumePoint(NamedTuple):
       first_epoch: the epoch at which the run started.
       step: the trainer's steps so far.
       epoch: the epoch to train next.
-      batch: the batches of that epoch that were trained on already.
+      batch: how many batches of that epoch were trained on already.
       saved: the checkpoint to resume from, None for a new run.
-      foreign: whether the run directory holds another run.
+      foreign: whether files in the run directory belong to another run.
     """
 
     run: str
@@ -77,11 +77,11 @@ class ResumePoint(NamedTuple):
             return cls(run=str(loop["run"]), saved=saved, **numbers)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{saved.path!r} does not record where its training stood ({error!r})."
+                f"{saved.path!r} does not record how far it was trained ({error!r})."
             ) from error
 
     def describe(self) -> str:
-        """Returns in words where a fit resumes; empty for a new run."""
+        """Describes where a fit resumes; empty for a new run."""
         if self.saved is None:
             return ""
         steps = self.loop.get("steps_per_epoch")
@@ -99,16 +99,17 @@ def find_resume_point(
     """Finds the point at which a fit starts.
 
     Args:
-      run_dir: the run directory, locked; None for none.
+      run_dir: the run directory, locked; None if there is none.
       resume: `"auto"`, `"must"`, `"never"`, or the path of a checkpoint or of another
         run directory.
       step: the trainer's steps so far.
       epoch: the epoch at which a new run starts.
-      belongs_to: the run that the trainer's state is from, None for none.
+      belongs_to: the run that trained the trainer's state, None if no run did.
 
     Raises:
-      CheckpointError: a checkpoint is required and missing, or cannot be read.
-      ValueError: the trainer was trained outside of the run, which would replace it.
+      CheckpointError: a checkpoint is required but missing, cannot be read, or is older
+        than another one in the run directory.
+      ValueError: the trainer has other training, which the run would replace.
     """
     found, foreign = None, resume == "never"
     if resume not in ("auto", "must", "never"):
@@ -122,7 +123,7 @@ def find_resume_point(
         if found is None and resume == "must":
             raise CheckpointError(
                 f'resume="must": there is no checkpoint in {os.fspath(run_dir)!r}. '
-                'Write resume="auto" to start where there is none.'
+                'Write resume="auto" to start a new run in this case.'
             )
     _check_processes_agree(found)
     if found is None:
@@ -132,7 +133,7 @@ def find_resume_point(
     if belongs_to != origin.run and step not in (0, origin.first_step):
         raise UsageError(
             f"This trainer was trained for {step} steps that are not part of the run "
-            f"at step {origin.step} in {found.path!r}, which would replace them",
+            f"in {found.path!r} (step {origin.step}), which would replace them",
             "Make a new Trainer to resume the run, or keep this one and write "
             'resume="never" or another run_dir',
         )
@@ -144,8 +145,8 @@ def _load(path: Path) -> checkpoint.Checkpoint:
     if found is None or checkpoint_manager.resumable_step(found.meta) is None:
         raise CheckpointError(
             f"{os.fspath(path)!r} holds no training to resume",
-            "Expected a checkpoint of fit(run_dir=...) or ModelCheckpoint with the "
-            "whole state",
+            "Expected a checkpoint of the whole state, by fit(run_dir=...) or "
+            "ModelCheckpoint",
             "trainer = Trainer.load(path, model) to start with its weights",
         )
     return found
@@ -156,8 +157,8 @@ def _refuse_older(run_dir: Path, found: checkpoint.Checkpoint) -> None:
     step = ResumePoint.of(found).step
     if latest is not None and ResumePoint.of(latest).step > step:
         raise CheckpointError(
-            f"{found.path!r} is of step {step}, and {latest.path!r} in the same folder "
-            "is newer: both would be one run. Give another run_dir to branch off, "
+            f"{found.path!r} is of step {step}, but {latest.path!r} in the same folder "
+            "is newer: the run would hold both. Give another run_dir to branch off, "
             "or move the newer checkpoints away."
         )
 
@@ -188,9 +189,9 @@ def report_changes(
 
     Args:
       origin: where the fit resumes.
-      config: the trainer's arguments, as a file holds them.
-      fit: what determines the order of the data, as a file holds it.
-      say: shows a line; a change of the order is a warning.
+      config: the trainer's arguments, as they are stored in a file.
+      fit: the settings of the data, as they are stored in a file.
+      say: shows a line of text; changes of the data's order are warnings instead.
 
     Raises:
       CheckpointError: the order of the data would change within a pass.
@@ -213,9 +214,9 @@ def report_changes(
     if reordered and _is_within_a_pass(origin):
         raise CheckpointError(
             f"{origin.saved.path!r} was written in the middle of an epoch (epoch "
-            f"{origin.epoch + 1}, batch {origin.batch}), and since then "
+            f"{origin.epoch + 1}, batch {origin.batch}), but since then "
             f"{'; '.join(texts[n] for n in reordered)}: examples would be trained on "
-            "twice or never. Set it back until the epoch is over, resume from an "
+            "twice or never. Undo the change until the epoch is over, resume from an "
             f'earlier checkpoint with resume=path, or start over with resume="never".'
         )
     for name, text in texts.items():
@@ -242,9 +243,9 @@ def why_finished(
 
     Args:
       origin: where the fit resumes.
-      epochs: the epoch to end at.
-      settings: those of the callbacks. If one was removed or its arguments changed, an
-        earlier stop by a callback no longer counts.
+      epochs: the epoch at which the fit ends.
+      settings: the settings of the callbacks. If a callback was removed or its
+        arguments changed, an earlier stop by a callback no longer counts.
     """
     if origin.saved is None:
         return None

@@ -15,7 +15,7 @@ from flaxfit._core.errors import CheckpointError
 from flaxfit._core.types import PyTree, TrainState
 from flaxfit.callbacks.base import SaveRequest
 
-# One is being written and one waits: more would only fill the memory.
+# One file is being written and one waits: more would only fill the memory.
 _MOST_WAITING = 1
 _TREE = "__tree__"
 _STATE = "state"
@@ -36,11 +36,11 @@ class BackgroundWriter:
         self._thread: Thread | None = None
 
     def submit(self, job: Callable[[], object], name: str) -> None:
-        """Queues a job; waits while too many others do.
+        """Queues a job; waits while the queue is full.
 
         Args:
           job: the work.
-          name: names it in the warning if it fails.
+          name: names the job in the warning if it fails.
         """
         if self._thread is None:
             self._thread = Thread(target=self._work, name="flaxfit-writer", daemon=True)
@@ -78,7 +78,7 @@ class BackgroundWriter:
                 )
             finally:
                 self._jobs.task_done()
-            # Otherwise the state of the last file stays in memory until the next one.
+            # Otherwise the last file's state would stay in memory until the next job.
             del entry, job
         self._jobs.task_done()
 
@@ -90,9 +90,9 @@ def submit_saves(
     meta: Mapping[str, Any],
     extra: Mapping[str, PyTree],
 ) -> None:
-    """Copies a state to the host, once, and queues the requested files.
+    """Copies a state to the host and queues the requested files.
 
-    They hold `meta` too, and those of a whole state the arrays of `extra`.
+    Every file holds `meta`; files of the whole state hold the arrays of `extra` too.
     """
     for weights_only in (False, True):
         chosen = [r for r in requests if r.weights_only is weights_only]
@@ -117,7 +117,7 @@ def _write(
     try:
         if leaf := checkpoint.nonfinite_leaf(snapshot):
             raise CheckpointError(
-                f"{leaf} is not finite, and such a state is not saved over a good one"
+                f"{leaf} is not finite, and such a state is never saved"
             )
         checkpoint.write(request.path, snapshot, meta)
     except Exception as error:
@@ -157,7 +157,7 @@ def restore_running(saved: Mapping[str, Any] | None, empty: PyTree) -> PyTree | 
     """Returns the accumulators of a file, None if they belong to other metrics.
 
     Args:
-      saved: the arrays by number.
+      saved: the arrays, by the number of the leaf.
       empty: the accumulators that an epoch starts with.
     """
     leaves, structure = jax.tree.flatten(empty)

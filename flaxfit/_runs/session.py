@@ -40,8 +40,8 @@ class RunOptions:
     """The arguments of `Trainer.fit` about the run directory, checked.
 
     Attributes:
-      folder: `run_dir`, None for none: then only callbacks save. For the others see
-        `Trainer.fit`.
+      folder: `run_dir`; None if there is none, so that only callbacks save. For the
+        others see `Trainer.fit`.
     """
 
     folder: Path | None
@@ -56,7 +56,7 @@ class RunOptions:
         """Returns the options.
 
         Raises:
-          ValueError: a wrong value, or one that requires a `run_dir`.
+          ValueError: a wrong value, or a value that requires the missing `run_dir`.
         """
         validation.interval("save_every", save_every)
         if isinstance(resume, os.PathLike):
@@ -86,12 +86,12 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What the checkpoints of a fit say about it, besides its progress.
+    """The description of a fit in its checkpoints, besides its progress.
 
     Attributes:
       trainer: the trainer's metadata.
-      data: what determines the order of the data; see `describe_data`.
-      epochs: the epoch to end at.
+      data: the settings of the data; see `describe_data`.
+      epochs: the epoch at which the fit ends.
       total_steps: the step at which training will end, None if unknown.
     """
 
@@ -107,8 +107,8 @@ def locked_run(
 ) -> Iterator[ResumePoint]:
     """Locks the run directory, and finds where the fit starts.
 
-    The arguments and errors are those of `find_resume_point`, and CheckpointError is
-    raised too if the directory cannot be used.
+    For arguments and errors see `find_resume_point`. A directory that cannot be used
+    raises CheckpointError too.
     """
     with contextlib.ExitStack() as stack:
         if options.folder is not None and _leads():
@@ -125,24 +125,24 @@ def locked_run(
 class RunSession:
     """Resumes and saves one fit.
 
-    Creating it only reports what changed since the checkpoint, which may be an error.
-    Entering it moves another run's files out of the way, so everything that can fail
-    comes before; leaving it waits until its own files are written.
+    Creating a session only reports what changed since the checkpoint, which may raise.
+    Entering it moves another run's files out of the way, so the caller first does
+    everything that can fail. Leaving it waits until the session's files are written.
 
     Args:
       options: the run directory, and how often to save.
       origin: where the fit starts.
-      record: what its checkpoints say about it.
-      callbacks: the user's.
+      record: the description of the fit for its checkpoints.
+      callbacks: the user's callbacks.
       source: the training data.
       as_state: makes a state from the arrays of a snapshot or a file.
       empty: the accumulators that an epoch starts with.
-      display: shows what was found.
+      display: shows the messages.
 
     Attributes:
       origin: where the fit starts.
-      callbacks: the user's, and last the one that writes the run directory.
-      bookmarks: saved positions of data that cannot be entered by a number.
+      callbacks: the user's callbacks, then the one that writes the run directory.
+      bookmarks: saved iterator states, for data that cannot start at a given batch.
 
     Raises:
       CheckpointError: the order of the data would change within a pass.
@@ -188,7 +188,7 @@ class RunSession:
             self._recorder = RunRecorder(
                 options.folder, self._writer, options.save_every, options.monitor
             )
-        # The recorder is last: its checkpoints include what the others have changed.
+        # The recorder is last, so that its checkpoints include the others' changes.
         recorder = [] if self._recorder is None else [self._recorder]
         self.callbacks = CallbackList([*callbacks, *recorder])
 
@@ -201,7 +201,7 @@ class RunSession:
         self._writer.close()
 
     def resume(self, loop: LoopState) -> None:
-        """Restores the loop and the callbacks, all of which have started."""
+        """Restores the loop and the callbacks; called after `on_train_begin`."""
         origin, saved, text = self.origin, self.origin.saved, self.origin.describe()
         event: dict[str, Any] = {"event": "start", "step": origin.step}
         if saved is not None:
@@ -218,8 +218,8 @@ class RunSession:
                 loop.running = restore_running(saved.extra["running"], self._empty)
                 if loop.running is None:
                     warnings.warn(
-                        f"The metrics are not those of {saved.path!r}: the means of "
-                        f"epoch {origin.epoch + 1} start at batch {origin.batch}.",
+                        f"The metrics differ from those in {saved.path!r}: the means "
+                        f"of epoch {origin.epoch + 1} start at batch {origin.batch}.",
                         UserWarning,
                         stacklevel=2,
                     )
@@ -228,7 +228,7 @@ class RunSession:
                 loop.outcome = Outcome(origin.loop.get("stop_reason"))
                 text = f"{text}; nothing left to train: {self._finished}"
             self._display.say(text)
-            # Everything was copied: keeping the file's arrays would double the memory.
+            # Everything was copied; keeping the file's arrays would double the memory.
             saved.state.clear()
             saved.extra.clear()
         if self._recorder is not None:
@@ -241,7 +241,7 @@ class RunSession:
             submit_saves(self._writer, requests, state, *self._content(loop))
 
     def _content(self, loop: LoopState) -> tuple[dict[str, Any], dict[str, PyTree]]:
-        """Returns all of a checkpoint but the state: plain values, and arrays."""
+        """Returns a checkpoint without its state: the plain values and other arrays."""
         trees: dict[str, PyTree] = {}
         states = pack(self.callbacks.states(), trees)
         extra: dict[str, PyTree] = {"callbacks": trees} if trees else {}
@@ -268,10 +268,10 @@ class RunSession:
     ) -> tuple[TrainState, int, EpochAccumulators | None] | None:
         """Returns state, epoch and accumulators of the run's newest checkpoint.
 
-        None without a run directory.
+        Returns None without a run directory.
 
         Raises:
-          CheckpointError: there is no checkpoint.
+          CheckpointError: there is no checkpoint that can be read.
         """
         if self._folder is None:
             return None
@@ -298,8 +298,8 @@ class RunSession:
         seeks = source.seeks or origin.loop.get("bookmark") or self._finished
         if origin.batch and not seeks:
             say(
-                f"the {record.data['kind']} cannot be entered in the middle: the "
-                "batches trained on are read again and skipped"
+                f"the {record.data['kind']} cannot start in the middle of an epoch: "
+                "the batches already trained on are read again and skipped"
             )
 
 
@@ -310,7 +310,7 @@ def describe_data(
     shuffle: bool,
     steps: int | None,
 ) -> dict[str, Any]:
-    """Returns what determines which examples are in which batch, as plain values."""
+    """Returns the settings that decide which examples are in which batch."""
     return {
         "kind": source.kind,
         "batch_size": source.batch_size,
@@ -323,5 +323,5 @@ def describe_data(
 
 
 def _leads() -> bool:
-    """Whether this process is the one that writes the files."""
+    """Whether this process writes the files."""
     return jax.process_index() == 0

@@ -1,7 +1,7 @@
 """Metadata of a saved trainer: its arguments and the shapes of a batch.
 
-Only names, numbers and lists of them fit into a file; for anything else a note is
-left that it has to be given again.
+A file holds only text, numbers, and lists and dicts of them; any other argument is
+noted by name, and has to be given again.
 """
 
 import importlib.metadata
@@ -33,15 +33,15 @@ def to_meta(
     Args:
       config: the trainer's arguments.
       example: the shapes of the batch it was built from.
-      batch_size: that of its last fit.
+      batch_size: the batch size of the last fit.
       opt_state: the shapes of the optimizer's state.
-      class_names: the names of the classes, where the data had names for them.
-      columns: what the columns of its tables are read as.
+      class_names: the names of the classes, if the data named them.
+      columns: how the columns of its tables are read.
     """
     fields = ("inputs", "targets", "weights")
     try:
         shapes = {name: _pack_shapes(getattr(example, name)) for name in fields}
-    except TypeError:  # Such a structure has no name in a file: the data shows it.
+    except TypeError:  # A file cannot describe this structure; the data shows it.
         shapes = None
     return {
         "versions": {name: _version(name) for name in _PACKAGES},
@@ -68,12 +68,12 @@ def from_meta(
 ) -> tuple[dict[str, Any], Batch | None, int]:
     """Returns the trainer's arguments, the shapes of its batch, and its batch size.
 
-    The shapes are None where they are of a structure that a file cannot hold. The
-    arguments in `changes` replace the saved ones.
+    The shapes are None if a file cannot describe their structure. The arguments in
+    `changes` replace the saved ones.
 
     Raises:
-      CheckpointError: an argument was a function or an object and is not given, or
-        the file was not saved by a trainer.
+      CheckpointError: an argument was a function or an object and is not given again,
+        or the file was not saved by a trainer.
       TypeError: an argument in `changes` that `Trainer` does not have.
     """
     try:
@@ -81,8 +81,8 @@ def from_meta(
         batch_size = int(meta["batch_size"])
     except KeyError as error:
         raise CheckpointError(
-            f"{path!r} does not say what trainer it belongs to ({error} is missing). "
-            f"Trainer.load reads what trainer.save wrote."
+            f"{path!r} does not describe its trainer ({error} is missing). "
+            f"Trainer.load reads files that trainer.save wrote."
         ) from error
     for name in changes:
         if name not in saved:
@@ -94,10 +94,10 @@ def from_meta(
     missing = {name: v[_OBJECT] for name, v in kept.items() if _is_object(v)}
     if missing:
         given = ", ".join(f"{name}={text}" for name, text in missing.items())
-        again = ", ".join(f"{name}=..." for name in missing)
+        arguments = ", ".join(f"{name}=..." for name in missing)
         raise CheckpointError(
-            f"{path!r} was saved by a Trainer with {given}, which a file does not "
-            f"hold. Give it again: Trainer.load({path!r}, model, {again})."
+            f"{path!r} was saved by a Trainer with {given}, which a file cannot "
+            f"hold. Give it again: Trainer.load({path!r}, model, {arguments})."
         )
     return {**saved, **changes}, example, batch_size
 
@@ -149,7 +149,7 @@ def _pack_shapes(tree: PyTree) -> Any:
         return {"dict": {key: _pack_shapes(value) for key, value in tree.items()}}
     if type(tree) in (tuple, list):
         return {type(tree).__name__: [_pack_shapes(value) for value in tree]}
-    raise TypeError(f"a file has no name for a {type(tree).__name__}")
+    raise TypeError(f"a file cannot describe a {type(tree).__name__}")
 
 
 def _unpack_shapes(packed: Any) -> PyTree:

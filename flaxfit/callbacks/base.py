@@ -56,8 +56,7 @@ class LoopState:
       steps_per_epoch: batches of an epoch, None while that is unknown.
       history: the `History` so far; in `on_epoch_end` it holds this epoch.
       log_names: the names `logs` will have at an epoch's end, known before step 1.
-      outcome: whether and why the fit ends early; all of it is known in
-        `on_train_end`.
+      outcome: whether and why the fit ends early; final in `on_train_end`.
       running: the accumulators of the running epoch, None between epochs.
     """
 
@@ -87,7 +86,7 @@ class LoopState:
 
     @property
     def state(self) -> TrainState:
-        """The state after the last finished step; it stays valid."""
+        """The state after the last finished step; you may keep it."""
         return self._store.read()
 
     @state.setter
@@ -96,7 +95,7 @@ class LoopState:
 
     @property
     def logs(self) -> dict[str, Any]:
-        """Name -> float. In a batch hook the means of the epoch so far.
+        """Name -> float; in a batch hook, the means of the epoch so far.
 
         Reading it in a batch hook waits for the device; not reading it is free.
         """
@@ -123,7 +122,7 @@ class LoopState:
     ) -> None:
         """Requests a checkpoint; it is written after all callbacks have run.
 
-        It holds the whole training: state, position in the data, history, and the
+        The file holds the whole training: state, position in the data, history, and the
         state of every callback. `fit(resume=path)` continues from it. A state that is
         not finite is not written. A checkpoint that cannot be written gives a warning,
         and training continues.
@@ -170,10 +169,9 @@ class LoopState:
 
     @property
     def clock(self) -> Clock:
-        """Measures for `history.timing` what the time is spent on.
+        """Measures how the time is spent, for `history.timing`.
 
-        Code that writes a file does so `with loop.clock.phase("saving")`, as
-        `trainer.save` does.
+        Write files inside `with loop.clock.phase("saving")`, as `trainer.save` does.
         """
         return self.history.timing.clock
 
@@ -181,13 +179,13 @@ class LoopState:
 class Callback:
     """Base of all callbacks: override the hooks you need.
 
-    Order, for each hook callbacks in the order of the list:
+    Order of the hooks; each runs for all callbacks in the order of the list:
 
         on_train_begin
           on_epoch_begin
             on_train_batch_begin, on_train_batch_end   every `every_steps` steps
             on_test_begin, on_test_end                 around a validation
-          on_epoch_end                                 logs hold loss … val_… rates
+          on_epoch_end                                 logs also hold val_… values
         on_train_end                                   always, also after an error
 
     An error in a hook ends the fit and reaches the caller; the trainer then holds
@@ -200,10 +198,10 @@ class Callback:
         `loop.step`, is a multiple of it. With 1, the default, that is every step, and
         steps are no longer run several at once. With None the loop decides: after each
         call, which takes as many steps as fit into a quarter of a second.
-      every_seconds: in place of `every_steps`: the batch hooks run when this many
+      every_seconds: if set, replaces `every_steps`: the batch hooks run when this many
         seconds have passed since the last time.
 
-    A callback with a state returns it from `state_dict`: it is part of every
+    A callback with a state returns it from `state_dict`. The state is part of every
     checkpoint, and is loaded when the training is resumed.
     """
 
@@ -220,7 +218,7 @@ class Callback:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` returned; called after `on_train_begin`.
+        """Restores the result of `state_dict`; called after `on_train_begin`.
 
         Arrays come back as NumPy arrays, tuples as lists.
         """
@@ -244,10 +242,10 @@ class Callback:
         """Called after a validation; `loop.logs` holds its values."""
 
     def on_epoch_end(self, loop: LoopState) -> None:
-        """Called after the validation of an epoch."""
+        """Called at the end of an epoch, after its validation."""
 
     def on_train_end(self, loop: LoopState) -> None:
-        """Called once at the end, whatever ended the fit."""
+        """Called once at the end of the fit, also after an error."""
 
 
 HOOKS = tuple(name for name in vars(Callback) if name.startswith("on_"))
@@ -255,7 +253,7 @@ _BATCH_HOOKS = ("on_train_batch_begin", "on_train_batch_end")
 
 
 class CallbackList:
-    """Calls the hooks of several callbacks, only those that override them.
+    """Calls the hooks of those callbacks that override them.
 
     Raises:
       ValueError: an `every_steps` that is not a positive whole number.
@@ -285,9 +283,9 @@ class CallbackList:
         return min((n - step % n for n in self._intervals), default=None)
 
     def call(self, hook: str, loop: LoopState) -> None:
-        """Calls `hook` of all callbacks, batch hooks only where they are due.
+        """Calls `hook` of all callbacks; a batch hook only if it is due.
 
-        The first error ends it; a note names the callback.
+        The first error is raised, with a note that names the callback.
         """
         for callback in self._hooks[hook]:
             if hook in _BATCH_HOOKS:
@@ -309,7 +307,7 @@ class CallbackList:
         return step % (_interval(callback) or 1) == 0
 
     def settings(self) -> list[dict[str, Any]]:
-        """Returns the kind of every callback, and its numbers and names as settings.
+        """Returns the kind of every callback, and its public plain attributes.
 
         Raises:
           TypeError: a `state_dict` that is not a dict.
@@ -326,10 +324,10 @@ class CallbackList:
         ]
 
     def load_states(self, saved: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Loads what `states` returned into callbacks of the same kinds.
+        """Loads the result of `states` into callbacks of the same kinds.
 
         Returns:
-          A line for each callback that was not there before, and for each state
+          A line for each new callback that has a state, and for each saved state
           without a callback.
         """
         left, notes = list(saved), []
@@ -344,7 +342,7 @@ class CallbackList:
             elif _state_of(callback):
                 notes.append(f"{kind} was not there before: it starts fresh")
         return notes + [
-            f"{entry['kind']} is not there any more: its state is lost"
+            f"{entry['kind']} is no longer there: its state is lost"
             for entry in left
             if entry["state"]
         ]
@@ -387,7 +385,7 @@ def _settings(callback: Callback) -> dict[str, Any]:
 
 
 def _interval(callback: Callback) -> int:
-    """Returns `every_steps`, 0 for None and where `every_seconds` decides."""
+    """Returns `every_steps`; 0 if it is None or `every_seconds` is set."""
     every = callback.every_steps
     if every is None or callback.every_seconds is not None:
         return 0
@@ -445,7 +443,7 @@ def _check_hooks(callback: Callback) -> None:
         if not _takes_loop(getattr(callback, name)):
             raise UsageTypeError(
                 f"{kind}.{name} has to take one argument, the LoopState",
-                write=f"def {name}(self, loop), and loop.epoch, loop.logs in it",
+                write=f"def {name}(self, loop) and use loop.epoch, loop.logs",
             )
 
 
@@ -463,7 +461,7 @@ def _takes_loop(hook: Callable[..., Any]) -> bool:
 
 
 def own_state(new: TrainState, like: TrainState) -> TrainState:
-    """Returns a copy of a state that is to replace another, in new buffers.
+    """Returns a copy, in new buffers, of a state that replaces another.
 
     Args:
       new: the user's state; arrays of any library, dicts or FrozenDicts.
@@ -483,7 +481,7 @@ def own_state(new: TrainState, like: TrainState) -> TrainState:
         raise UsageError(
             "The assigned state does not fit the model:\n" + "\n".join(lines)
         )
-    # Into the structure of `like`: a FrozenDict would have everything recompiled.
+    # Keep the structure of `like`: a FrozenDict would recompile everything.
     copied: TrainState = jax.tree.map(
         lambda one, leaf: copy_array(strongly_typed(leaf, one.dtype), one),
         like,

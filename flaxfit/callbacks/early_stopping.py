@@ -1,4 +1,4 @@
-"""Stops training when a logged value no longer improves."""
+"""Ends the training when a logged value no longer improves."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -18,20 +18,19 @@ class _Best(NamedTuple):
 class EarlyStopping(Callback):
     """Stops training when `monitor` has not improved for `patience` epochs.
 
-    A NaN counts as no improvement. The state of the best epoch is restored at the end,
-    also when all epochs were trained: optimizer, statistics and parameters. After an
-    error or Ctrl-C the trainer keeps the last finished step; after a loss that is not
-    finite the best state is restored.
+    NaN is never an improvement. At the end, the trainer gets back the whole state of
+    the best epoch, optimizer included, even if all epochs were trained or a loss was
+    not finite. After an error or Ctrl-C it keeps the last finished step instead.
 
     Args:
-      monitor: the log to watch, e.g. `"val_loss"`; must be one `fit` will have.
-      min_delta: how much better counts as an improvement, in the log's unit.
-      patience: validated epochs without improvement after which it stops; 0 and 1
-        both stop at the first.
-      mode: `"min"`, `"max"`, or `"auto"` to go by the metric.
-      baseline: an improvement must beat this value as well.
+      monitor: the log to watch, e.g. `"val_loss"`; `fit` must produce this log.
+      min_delta: an improvement must be larger than this, in the log's unit.
+      patience: stop after this many epochs in a row without improvement; 0 and 1 both
+        stop at the first. Epochs without this log are not counted.
+      mode: `"min"`, `"max"`, or `"auto"` for the metric's own direction.
+      baseline: only values that also beat this one reset the count of `patience`.
       restore_best_weights: whether the best epoch's state is restored.
-      start_from_epoch: epochs to wait before watching.
+      start_from_epoch: the first epoch to watch, from 0.
 
     Example:
       >>> from flaxfit import EarlyStopping
@@ -39,7 +38,7 @@ class EarlyStopping(Callback):
       'auto'
 
     Attributes:
-      stopped_epoch: the epoch after which it stopped the fit, None if it did not.
+      stopped_epoch: the epoch, from 0, that ended the fit; None if it was not stopped.
     """
 
     def __init__(
@@ -79,11 +78,11 @@ class EarlyStopping(Callback):
 
     @property
     def best_epoch(self) -> int | None:
-        """The epoch of the best value."""
+        """The epoch of the best value, from 0; None before the first."""
         return self._best.epoch
 
     def on_train_begin(self, loop: LoopState) -> None:
-        """Checks `monitor` and `mode` against what this fit will log.
+        """Checks `monitor` and `mode` against the logs of this fit.
 
         Raises:
           ValueError: there is no such log, or its direction is unknown.
@@ -94,7 +93,7 @@ class EarlyStopping(Callback):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the best value, its epoch and state, and the epochs since then."""
+        """Returns the best value, its epoch and state, and the count of `patience`."""
         return {
             "best": self.best,
             "best_epoch": self.best_epoch,
@@ -104,13 +103,13 @@ class EarlyStopping(Callback):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` returned."""
+        """Restores the result of `state_dict`."""
         best_state = state["best_state"] if self.restore_best_weights else None
         self._best = _Best(state["best"], state["best_epoch"], best_state)
         self.stopped_epoch, self._waited = state["stopped_epoch"], state["waited"]
 
     def on_epoch_end(self, loop: LoopState) -> None:
-        """Compares the epoch's value; an epoch without a validation is ignored."""
+        """Compares the epoch's value with the best; ignores epochs without this log."""
         if loop.epoch < self.start_from_epoch or self.monitor not in loop.logs:
             return
         value = float(loop.logs[self.monitor])
@@ -141,5 +140,5 @@ class EarlyStopping(Callback):
         keep_last = loop.outcome.failure == "interrupted"
         if best.state is not None and best.epoch != loop.epoch and not keep_last:
             loop.state = best.state
-        if loop.outcome.failure is None:  # else a resumed fit needs it
+        if loop.outcome.failure is None:  # after a failure, a resumed fit needs it
             self._best = best._replace(state=None)

@@ -7,7 +7,7 @@ from flaxfit.callbacks.base import HOOKS, Callback, LoopState
 
 
 class LambdaCallback(Callback):
-    """Calls the given functions, each with the `LoopState`, at their hooks.
+    """Calls each given function, with the `LoopState`, at its hook.
 
     Args:
       every_steps: how often the batch hooks run; see `Callback`.
@@ -31,7 +31,7 @@ class LambdaCallback(Callback):
         for name, function in hooks.items():
             if name not in HOOKS:
                 raise UsageTypeError(
-                    f"LambdaCallback({name}=...) is not a hook."
+                    f"LambdaCallback({name}=...): {name} is not a hook."
                     f"{did_you_mean(name, HOOKS)}",
                     f"The hooks are {', '.join(HOOKS)}",
                 )

@@ -32,17 +32,17 @@ class ModelCheckpoint(Callback):
       filepath: the file. May contain `{epoch}` (from 1), `{batch}` (of the epoch),
         `{step}` and the names of logs, as in
         `"run/{epoch:02d}-{val_loss:.3f}.msgpack"`.
-      monitor: the log that decides which is the best; only for `save_best_only`.
+      monitor: the log that decides which file is the best; only for `save_best_only`.
       verbose: 1 prints a line for each file.
       save_best_only: whether a file is written only when `monitor` has improved. The
         best value so far is part of every checkpoint. A trainer that was trained
-        before compares with the value in the file it would replace.
+        before compares with the best value in the files that match `filepath`.
       save_weights_only: whether only parameters and collections are written.
       mode: `"min"`, `"max"`, or `"auto"` for the metric's own direction.
       save_freq: `"epoch"`, a number of steps, or a time such as `"5m"`. Within an
         epoch the values are means of the epoch so far, and reading them waits for the
         device.
-      initial_value_threshold: the value that the first one has to improve on.
+      initial_value_threshold: the value that the first file has to improve on.
       keep: how many of the newest files are kept; None for all. An older one is deleted
         only when the newer one is safe on the disk.
       background: whether training continues while a file is written, once the state is
@@ -94,8 +94,8 @@ class ModelCheckpoint(Callback):
             root, extension = os.path.splitext(self.filepath)
             numbered = f"{root}-{{epoch:03d}}{extension}"
             raise UsageError(
-                f"Got keep={keep} for one file",
-                "Expected a filepath with a number",
+                f"Got keep={keep} for a filepath that names only one file",
+                "Expected a filepath with a number in it",
                 f"filepath={numbered!r}",
             )
 
@@ -118,14 +118,14 @@ class ModelCheckpoint(Callback):
 
         Raises:
           ValueError: a log that this fit will not have.
-          CheckpointError: nothing can be written there.
+          CheckpointError: the folder or the state cannot be written.
         """
         for name in _names_in(self.filepath) - {*_PLACES, *loop.log_names}:
             known = [*_PLACES, *loop.log_names]
             raise UsageError(
                 f"ModelCheckpoint({self.filepath!r}): there is no log {name!r}."
                 f"{did_you_mean(name, known)}",
-                f"The name may contain {', '.join(known)}",
+                f"The filepath may contain {', '.join(known)}",
             )
         if self.save_best_only:
             monitor = self._monitor(loop)
@@ -148,7 +148,7 @@ class ModelCheckpoint(Callback):
             self._consider(loop)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the best value and the paths of the files."""
+        """Returns the best value, the name of its log, and the paths of the files."""
         return {
             "best": self.best,
             "best_of": self.monitor,
@@ -156,7 +156,7 @@ class ModelCheckpoint(Callback):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` returned."""
+        """Restores the result of `state_dict`."""
         self.best, self._written = state["best"], list(state["written"])
 
     def _consider(self, loop: LoopState) -> None:
@@ -171,7 +171,7 @@ class ModelCheckpoint(Callback):
         self.best = after
         self._written = [p for p in self._written if p != path] + [path]
         if self.verbose:
-            print(f"saving {path} after epoch {loop.epoch + 1}, step {loop.step}")
+            print(f"saving {path} in epoch {loop.epoch + 1}, step {loop.step}")
         loop.save(
             path,
             weights_only=self.save_weights_only,
@@ -188,7 +188,7 @@ class ModelCheckpoint(Callback):
             return self.filepath.format(**{**logs, **places})
         except KeyError as error:
             raise UsageError(
-                f"ModelCheckpoint({self.filepath!r}): there is no {error} at step "
+                f"ModelCheckpoint({self.filepath!r}): there is no log {error} at step "
                 f"{loop.step}, only {', '.join(logs)}"
             ) from error
 
@@ -200,7 +200,7 @@ class ModelCheckpoint(Callback):
             self._written = self._written[-self.keep :]
 
     def _forget(self, path: str, best: float | None, error: Exception) -> None:
-        """Restores what was known before a file that could not be written."""
+        """Takes back the record of a file that could not be written."""
         del error
         self.best = best
         if not os.path.exists(path):
@@ -210,7 +210,7 @@ class ModelCheckpoint(Callback):
         return Monitor("ModelCheckpoint", self.monitor, self.mode, loop.log_names)
 
     def _best_of_file(self, monitor: Monitor) -> float | None:
-        """Returns the best value in the files of an earlier process."""
+        """Returns the best value in the files that match `filepath`."""
         pattern = re.sub(r"\{[^}]*\}", "*", os.path.basename(self.filepath))
         found = []
         for path in Path(os.path.dirname(self.filepath) or ".").glob(pattern):

@@ -38,8 +38,8 @@ class Monitor:
         found = metric_direction(name) if mode == "auto" else mode
         if found is None:
             raise UsageError(
-                f"{owner}(monitor={name!r}): whether high or low values are "
-                "better is not known",
+                f"{owner}(monitor={name!r}): it is not known whether high or low "
+                "values are better",
                 write='mode="min" or mode="max"'
                 if owner != "fit"
                 else f"callbacks=[ModelCheckpoint(path, {name!r}, mode='max', "
@@ -51,7 +51,7 @@ class Monitor:
     def is_better(
         self, value: float, than: float | None, *, min_delta: float = 0.0
     ) -> bool:
-        """Whether `value` improves on `than`, or on nothing; NaN never does."""
+        """Whether `value` improves on `than`, None for no value; NaN never does."""
         if math.isnan(value):
             return False
         return than is None or self._sign * (than - value) > min_delta

@@ -1,7 +1,7 @@
 """Saves and loads a TrainState as one file. Knows nothing of models.
 
-The file is a msgpack map `{"meta": ..., "state": ..., "crc32": ...}` whose `state` is
-what `flax.serialization` writes, so Flax alone can read it too.
+The file is a msgpack map `{"meta": ..., "state": ..., "crc32": ...}`. Its `state` is in
+the format of `flax.serialization`, so that Flax alone can read it too.
 """
 
 import math
@@ -35,10 +35,10 @@ class Snapshot(NamedTuple):
     Attributes:
       state: nested dicts with NumPy arrays, scalars and None in them; a typed key is
         `{"key_data": ..., "key_impl": ...}`.
-      extra: the same, of everything else that is saved in arrays.
+      extra: other saved arrays, in the same form.
       leaves: a line for each leaf in the order of the file, such as
         `"float32[784,128] params/Dense_0/kernel"`, with a `~` before weak types.
-      nbytes: the size of all arrays together.
+      nbytes: the total size of the arrays.
     """
 
     state: dict[str, Any]
@@ -60,10 +60,10 @@ def snapshot(
         arrays, scalars or typed PRNG keys.
       extra: more arrays, by name.
       copy: whether to copy the arrays, so that the snapshot stays valid when the
-        state is donated to a step. Without it, write the snapshot first.
+        state is donated to a step. Without a copy, write the snapshot before that.
 
     Raises:
-      CheckpointError: something cannot be written, named by its path.
+      CheckpointError: something cannot be written; the error names its path.
     """
     fields = _fields(state)
     others = dict(extra or {})
@@ -71,11 +71,11 @@ def snapshot(
     encoder = encoding.Encoder(copy=copy)
     encoded = encoder.encode(fields, ())
     more = encoder.encode(others, ("extra",)) if others else {}
-    # The reader would refuse the file: it would need more than its memory budget.
+    # The reader would refuse the file, which would exceed its memory budget.
     if len(encoder.leaves) * _PER_LEAF > encoder.nbytes + SLACK:
         raise CheckpointError(
             f"Cannot write {len(encoder.leaves):,} leaves of {encoder.nbytes:,} bytes "
-            "together: that is too many small ones. Stack them into larger arrays"
+            "in total: these are too many small leaves. Stack them into larger arrays"
         )
     return Snapshot(encoded, more, tuple(encoder.leaves), encoder.nbytes)
 
@@ -87,7 +87,8 @@ def check_writable(state_template: TrainState | Mapping[str, PyTree]) -> None:
       state_template: a state of arrays or `jax.ShapeDtypeStruct`s.
 
     Raises:
-      CheckpointError: something cannot be written or read back, named by its path.
+      CheckpointError: something cannot be written or read back; the error names its
+        path.
     """
     fields = _fields(state_template)
     encoder = encoding.Encoder(abstract=True)
@@ -96,10 +97,10 @@ def check_writable(state_template: TrainState | Mapping[str, PyTree]) -> None:
     leaves, _ = jax.tree_util.tree_flatten_with_path(fields)
     wanted = {encoding.path_of(path) for path, _ in leaves}
     for path in sorted(written ^ wanted):
-        where = "Flax writes" if path in written else "jax has"
+        where = "Flax but not jax" if path in written else "jax but not Flax"
         raise CheckpointError(
-            f"Cannot write {joined(path)}: {where} a leaf of this name and the other "
-            "does not, so it could not be read back. Keep it outside of the state"
+            f"Cannot write {joined(path)}: {where} has a leaf of this name, so it "
+            "could not be read back. Keep it outside of the state"
         )
 
 
@@ -110,10 +111,10 @@ def _fields(state: TrainState | Mapping[str, PyTree]) -> dict[str, Any]:
 
 
 def nonfinite_leaf(snapshot: Snapshot) -> str | None:
-    """Returns the path of the first leaf that training has broken, if any.
+    """Returns the path of the first leaf that is not finite, None if all are.
 
-    A leaf is broken by a NaN, in the parameters by an infinity too; an infinity in the
-    optimizer's state may be intended.
+    An infinity counts only in the parameters: one in the collections or the optimizer's
+    state may be intended.
     """
     for field in ("params", "collections", "opt_state"):
         for path, leaf in encoding.leaves_of(snapshot.state.get(field), (field,)):
@@ -131,7 +132,7 @@ def _is_nonfinite(leaf: Any, *, infinite: bool) -> bool:
     with np.errstate(all="ignore"):
         for piece in file_format.pieces(leaf):
             values = piece.astype(np.float32) if small else piece
-            # A finite sum has finite terms, and is found faster than an array of bools.
+            # A finite sum has finite terms, and is faster than an array of bools.
             total = values.sum()
             if math.isfinite(total.real) and math.isfinite(total.imag):
                 continue
@@ -146,16 +147,16 @@ def write(
     """Writes a snapshot into one file, all of it or nothing.
 
     Args:
-      path: the file; missing folders above it are made. An old file is replaced only
-        when the new one is safe on the disk.
+      path: the file; missing folders are created. An old file is replaced only when the
+        new one is safe on the disk.
       snapshot: what `snapshot` returned.
       meta: `dict`, `list`, `str`, `bytes`, numbers, `bool` and `None`, in any
         nesting. A tuple comes back as a list. The writer adds "format" and "leaves".
 
     Raises:
-      CheckpointError: something cannot be written, named by its path, or `path`
-        is a folder.
-      OSError: the disk is full or the like.
+      CheckpointError: something cannot be written, and the error names its path; or
+        `path` is a folder.
+      OSError: writing failed, for example because the disk is full.
     """
     name = os.fspath(path)
     if os.path.isdir(name):
@@ -190,13 +191,13 @@ def save(
 
 
 def load(path: str | os.PathLike[str]) -> Checkpoint:
-    """Reads a file `save` has written; `restore` makes a state of its `state`.
+    """Reads a file that `save` wrote; pass its `state` to `restore`.
 
-    The arrays are views into the file's bytes. Whatever is in the file, the reader
-    builds at most as much as the file is long and 40 MiB more.
+    The arrays are views into the file's bytes. Whatever the file contains, the reader
+    allocates at most the size of the file and 40 MiB more.
 
     Raises:
-      CheckpointCorruptError: the file is damaged or cut off; it says where.
+      CheckpointCorruptError: the file is damaged or cut off; the error says where.
       CheckpointError: the file is missing or not a checkpoint; the message says what
         it looks like.
     """
@@ -207,7 +208,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
 def read_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads the description at the front of a file, however long that is.
 
-    It does not look at the checksum; `verify` does.
+    This does not check the checksum; `verify` does.
 
     Raises:
       CheckpointCorruptError: the description is damaged or cut off.
@@ -231,7 +232,7 @@ def verify(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Checks the checksum of a file, in little memory, and returns its meta.
 
     Raises:
-      CheckpointCorruptError: the file is damaged or cut off; it says where.
+      CheckpointCorruptError: the file is damaged or cut off; the error says where.
       CheckpointError: the file is missing or not a checkpoint.
     """
     name = os.fspath(path)
@@ -262,8 +263,8 @@ def load_params(path: str | os.PathLike[str]) -> PyTree:
       Nested dicts with NumPy arrays, which are copies.
 
     Raises:
-      CheckpointCorruptError: a damaged file of flaxfit.
-      CheckpointError: a file of another kind.
+      CheckpointCorruptError: the file was written by flaxfit and is damaged.
+      CheckpointError: the file is missing, or of another kind.
     """
     return load_variables(path)["params"]
 
@@ -313,7 +314,7 @@ def read_bytes(name: str) -> bytes:
 
 
 def _read_some(name: str, length: int | None) -> tuple[bytes, int]:
-    """Returns the first bytes of a file, None for all, and its size."""
+    """Returns the first `length` bytes of a file, None for all, and its size."""
     if os.path.isdir(name):
         raise CheckpointError(f"{name!r} is a folder; give the file that was saved")
     try:

@@ -1,6 +1,6 @@
 """Tells a damaged checkpoint from another kind of file, and locates the damage.
 
-It looks at checksums only, never into bytes that may be wrong.
+It relies on checksums, and never on bytes that may be wrong.
 """
 
 import struct
@@ -15,7 +15,7 @@ START = (b"\x83\xa4meta", b"\x84\xa4meta")
 TABLE = b"\xa5crc32\x82\xa6leaves"
 END = b"\xa5whole\xce"
 ENTRY = struct.Struct("<QI")
-ADVICE = "Take an older checkpoint, or copy the file again from an intact one."
+ADVICE = "Use an older checkpoint, or copy the file again from an intact one."
 _FOREIGN = MappingProxyType(
     {
         b"\x80\x02": "a Python pickle",
@@ -35,7 +35,7 @@ _FOREIGN = MappingProxyType(
 def is_checkpoint(data: bytes) -> bool:
     """Whether `data` is a file of flaxfit, intact or damaged."""
     cut = bool(data) and any(start.startswith(data) for start in START)
-    # Damage to the first bytes leaves the last ones as they were.
+    # If the first bytes are damaged, the last ones may still identify the file.
     return cut or data.startswith(START) or data[-len(END) - 4 : -4] == END
 
 
@@ -46,7 +46,7 @@ def is_intact(data: bytes) -> bool:
 
 
 def looks_like(data: bytes) -> str | None:
-    """Returns the kind of another program's file, None if it is not known."""
+    """Returns the kind of another program's file, None if unknown."""
     if data and not data.strip(b"\0"):
         return "nothing: all its bytes are zero, as after a crash or on a full disk"
     return next((k for start, k in _FOREIGN.items() if data.startswith(start)), None)
@@ -54,7 +54,7 @@ def looks_like(data: bytes) -> str | None:
 
 def damage(data: bytes, path: str) -> CheckpointCorruptError:
     """Returns the error that says where a file of flaxfit is damaged."""
-    checksums = "its checksums are not what was written"
+    checksums = "its checksums themselves are damaged"
     table_at = data.rfind(TABLE)
     reader = Reader(data, at=table_at + len(TABLE))
     try:
@@ -65,7 +65,7 @@ def damage(data: bytes, path: str) -> CheckpointCorruptError:
     if table is None or end > len(data):
         if data[-len(END) - 4 : -4] == END:
             return error(path, checksums)
-        cut = f"it is cut off: {len(data):,} bytes, of which the last ones are missing"
+        cut = f"it is cut off after {len(data):,} bytes"
         return error(path, cut)
     if end < len(data) and is_intact(data[:end]):
         return error(path, f"{len(data) - end} bytes follow its end")
@@ -84,11 +84,12 @@ def damage(data: bytes, path: str) -> CheckpointCorruptError:
     if not bad or zlib.crc32(view[: ends[-1]]) == marks[-1][1]:
         return error(path, checksums)
     if bad[0] == 0:
-        return error(path, "its description is not what was written")
+        return error(path, "its description does not match its checksum")
     leaf = _leaf(data, bad[0] - 1)
-    more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
+    more = f", and {len(bad) - 1} more do not either" if len(bad) > 1 else ""
     span = f"bytes {ends[bad[0]]:,} to {ends[bad[0] + 1]:,}"
-    return error(path, f"leaf {leaf} ({span}) is not what was written{more}", leaf)
+    found = f"leaf {leaf} ({span}) does not match its checksum{more}"
+    return error(path, found, leaf)
 
 
 def _leaf(data: bytes, index: int) -> str:

@@ -24,14 +24,15 @@ _LOCK = ".lock"
 
 
 def replace_file(target: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Makes `target` hold what `write` writes, all of it or nothing.
+    """Replaces `target` by what `write` writes, all of it or nothing.
 
-    Of a link, the file it points to is replaced. Missing folders are made.
+    If `target` is a link, the file it points to is replaced. Missing folders are
+    created.
 
     Args:
       target: the file; an old one stays until the new one is safe on the disk.
-      write: called with a file open for writing. An exception of it is raised again,
-        after which the old file is there and nothing else.
+      write: called with a file open for writing. If it raises, the old file stays and
+        the new one is removed.
     """
     target = Path(os.path.realpath(target))
     _make_folder(target.parent)
@@ -53,9 +54,8 @@ def replace_file(target: Path, write: Callable[[BinaryIO], object]) -> None:
 def remove_stale(folder: Path, name: str | None = None) -> None:
     """Removes the temporary files of writers that died.
 
-    A writer holds a lock on its file, which dies with it; where the system has no
-    such locks, everything is left. `name` is the file they were meant to become, None
-    for any.
+    A writer holds a lock on its file, which ends with its process; on a system without
+    locks, nothing is removed. `name` is the file that was to be replaced, None for any.
     """
     for path in sorted(folder.glob(".*.tmp")):
         match = _TEMPORARY.fullmatch(path.name)
@@ -77,13 +77,13 @@ def remove(path: Path) -> None:
 def lock_folder(folder: Path) -> Iterator[None]:
     """Locks `folder` for this process.
 
-    Systems without `fcntl` have no such locks; there this does nothing.
+    On a system without locks, nothing is locked.
 
     Raises:
-      CheckpointError: another process holds it.
+      CheckpointError: the lock is held already.
     """
     _make_folder(folder)
-    # Not "w": the file must not be emptied before the lock is ours.
+    # Not "w": the file must not be emptied before it is locked.
     with open(folder / _LOCK, "a+b") as file:
         if _try_lock(file) is False:
             file.seek(0)
@@ -104,10 +104,10 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 def probe(folder: Path) -> None:
-    """Makes `folder` and writes a test file into it, which it removes.
+    """Creates `folder`, writes a test file into it, and removes that file.
 
     Raises:
-      CheckpointError: nothing can be written there; it gives the system's reason.
+      CheckpointError: nothing can be written there; the error gives the reason.
     """
     try:
         _make_folder(folder)
@@ -124,7 +124,7 @@ def probe(folder: Path) -> None:
 
 
 def _open_temporary(target: Path) -> tuple[Path, BinaryIO]:
-    """Returns a new file beside `target`, locked where the system can."""
+    """Returns a new file beside `target`, locked if the system has locks."""
     while True:
         path = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
         file = open(path, "xb", buffering=_BUFFER)
@@ -141,7 +141,7 @@ def _open_temporary(target: Path) -> tuple[Path, BinaryIO]:
 
 
 def _make_folder(folder: Path) -> None:
-    """Makes `folder` and those above it, each safe on the disk."""
+    """Creates `folder` and the folders above it, each synced to the disk."""
     if folder.is_dir():
         return
     _make_folder(folder.parent)
@@ -150,7 +150,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes the names in `folder` safe on the disk."""
+    """Syncs the names in `folder` to the disk."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -161,14 +161,14 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _try_lock(file: BinaryIO) -> bool | None:
-    """Returns whether `file` is now locked, None where that cannot be done."""
+    """Returns whether `file` is now locked, None if there are no locks."""
     if fcntl is None:
         return None
     try:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # Some network file systems know no locks.
+    except OSError:  # Some network file systems have no locks.
         return None
     return True
 

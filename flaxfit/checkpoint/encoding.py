@@ -1,6 +1,6 @@
-"""Encodes training state as nested dicts of NumPy arrays, and decodes it.
+"""Encodes training state as nested dicts of NumPy arrays, and describes its leaves.
 
-Leaves that `flax.serialization` cannot write become leaves that it can.
+A leaf that `flax.serialization` cannot write is replaced by leaves that it can write.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,7 +23,7 @@ MAX_DEPTH = 64
 
 CHUNKED = "__msgpack_chunked_array__"
 _KEY_FIELDS = frozenset({"key_data", "key_impl"})
-# Flax once wrote namedtuples as such dicts, and still reads every such dict as one.
+# Flax once wrote namedtuples as dicts with these keys, and still reads such dicts so.
 _OLD_NAMEDTUPLE = frozenset({"name", "fields", "values"})
 _DTYPE_NAMES = (
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"),
@@ -61,15 +61,15 @@ def is_key_node(node: Mapping[str, Any]) -> bool:
 
 @dataclass
 class Encoder:
-    """Makes Flax's state dict of a tree, and describes its leaves on the way.
+    """Converts a tree to Flax's state dict, and describes its leaves.
 
     Args:
       copy: whether to copy every array.
-      abstract: whether leaves may be shapes, which stay as they are.
+      abstract: whether leaves may be `jax.ShapeDtypeStruct`s, which stay as they are.
 
     Attributes:
       leaves: a line for every leaf so far.
-      nbytes: the size of their data together.
+      nbytes: the total size of their data.
     """
 
     copy: bool = False
@@ -133,7 +133,7 @@ class Encoder:
 def _children(node: Any, path: KeyPath) -> Any:
     """Returns the children of `node` by the names Flax gives them, or a leaf."""
     kind = type(node)
-    if isinstance(node, dict):  # Flax does not know its subclasses
+    if isinstance(node, dict):  # Flax takes a subclass for a leaf
         content = {str(k): v for k, v in node.items()}
         if len(content) != len(node):
             reason = "Dict keys do not have a unique string representation"
@@ -141,7 +141,7 @@ def _children(node: Any, path: KeyPath) -> Any:
         return content
     if isinstance(node, tuple) and hasattr(node, "_fields"):
         if set(node._fields) == _OLD_NAMEDTUPLE:
-            reason = "Flax cannot read one whose fields are name, fields and values"
+            reason = "Flax cannot read a tuple with the fields name, fields and values"
             raise _refused(path, f"a {kind.__qualname__}", reason)
         return {name: getattr(node, name) for name in node._fields}
     if kind in (list, tuple):
@@ -171,7 +171,7 @@ def start_copies(tree: PyTree) -> None:
 
 
 def _usable(array: Any, path: KeyPath) -> Any:
-    """Returns `array`; refuses one whose values are gone or on another host."""
+    """Returns `array`; raises if its values are gone or on another host."""
     if isinstance(array, jax.Array):
         kind = f"a {type(array).__name__}"
         if isinstance(array, jax.core.Tracer):
@@ -195,7 +195,7 @@ def _on_host(array: Any, path: KeyPath, *, copy: bool) -> HostArray:
         raise _refused(path, f"a {type(array).__name__}", str(err)) from err
     if not host.dtype.isnative:  # Flax writes a dtype's name, which has no byte order
         return host.astype(host.dtype.newbyteorder("="))
-    # On a CPU `host` is the device's buffer, which a step overwrites once donated.
+    # On a CPU `host` shares the device's buffer, which a step may overwrite if donated.
     return np.array(host) if copy and _may_alias(array) else host
 
 
@@ -260,7 +260,7 @@ def leaves_of(node: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
 
 
 def path_of(key_path: tuple[Any, ...]) -> KeyPath:
-    """Returns jax's key path in the names of Flax's state dict."""
+    """Converts jax's key path to the names in Flax's state dict."""
     return tuple(path_text((step,)) for step in key_path)
 
 

@@ -3,10 +3,10 @@
 A file is a msgpack map of "meta", "state", perhaps "extra", and "crc32". Its "state" is
 in the format of `flax.serialization`. This module knows neither folders nor templates.
 
-The last four bytes are the CRC-32 of everything before them, in every format to come.
-Before them is a table that holds, for the end of meta and of every leaf, the offset
-and the CRC-32 of the file up to there: one pass over the file computes all of them, and
-a damaged leaf is found without interpreting damaged bytes.
+The last four bytes are the CRC-32 of everything before them, also in future formats.
+Before them is a table with the offset of the end of meta and of every leaf, and the
+CRC-32 of the file up to that offset. One pass over the file computes all of them, and a
+damaged leaf is found without interpreting damaged bytes.
 """
 
 import zlib
@@ -53,7 +53,7 @@ def write(
     arrays, scalars and None in them. An empty `extra` is left out of the file.
     """
     writer = _Writer(file)
-    writer.say(corruption.START[1] if extra else corruption.START[0])
+    writer.add(corruption.START[1] if extra else corruption.START[0])
     writer.value(meta)
     writer.mark()
     writer.value("state")
@@ -76,7 +76,7 @@ class _Writer:
         self._crc = 0
         self._table = bytearray()
 
-    def say(self, raw: bytes) -> None:
+    def add(self, raw: bytes) -> None:
         self._pending += raw
 
     def value(self, value: Any) -> None:
@@ -88,10 +88,10 @@ class _Writer:
         self._table += corruption.ENTRY.pack(self._at, self._crc)
 
     def tree(self, node: Any, *, marked: bool = True) -> None:
-        """Writes nested dicts; if `marked`, with a checksum after every leaf."""
+        """Writes nested dicts; if `marked`, adds a checksum after every leaf."""
         if isinstance(node, dict):
             inside = marked and not is_key_node(node)  # a key is one leaf
-            self.say(self._map_head(len(node)))
+            self.add(self._map_head(len(node)))
             for name, child in node.items():
                 self.value(name)
                 self.tree(child, marked=inside)
@@ -107,10 +107,10 @@ class _Writer:
             self.mark()
 
     def end(self) -> None:
-        self.say(corruption.TABLE + _head(_BIN, len(self._table)) + self._table)
-        self.say(corruption.END)
+        self.add(corruption.TABLE + _head(_BIN, len(self._table)) + self._table)
+        self.add(corruption.END)
         self._flush()
-        self.say(self._crc.to_bytes(4, "big"))
+        self.add(self._crc.to_bytes(4, "big"))
         self._flush()
 
     def _array(self, array: HostArray) -> None:
@@ -118,9 +118,9 @@ class _Writer:
         nbytes = array.nbytes
         inner = b"\x93" + self._pack(list(array.shape))
         inner += self._pack(NAMES[array.dtype]) + _head(_BIN, nbytes)
-        self.say(_head(_EXT, len(inner) + nbytes) + b"\x01" + inner)
+        self.add(_head(_EXT, len(inner) + nbytes) + b"\x01" + inner)
         if nbytes <= _SMALL:
-            self.say(array.tobytes())
+            self.add(array.tobytes())
             return
         self._flush()
         for piece in pieces(array):
@@ -163,7 +163,7 @@ def pieces(array: HostArray) -> Iterator[HostArray]:
     yield from parts
 
 
-# The first byte of each kind where one byte holds the size; 2 and 4 bytes follow it.
+# The first byte of each kind with a size of one byte; sizes of 2 and 4 have the next.
 _BIN, _EXT = 0xC4, 0xC7
 
 
@@ -184,14 +184,14 @@ def _pack_complex(value: Any) -> Any:
 
 
 def read(data: bytes, path: str) -> Checkpoint:
-    """Returns the content of a file whose checksums are all right.
+    """Checks the checksum of a file, and returns its content.
 
-    Beyond the file's own bytes, the reader may build as much as the file is long and
-    `msgpack_reader.SLACK` more; a file that needs more is refused before it is built.
+    Besides the file's bytes, the reader may allocate the size of the file and
+    `msgpack_reader.SLACK` more; it refuses a file that needs more before allocating it.
 
     Raises:
       CheckpointCorruptError: the file is damaged or cut off.
-      CheckpointError: it is something else, or its format is newer.
+      CheckpointError: the file is of another kind, or its format is newer.
     """
     if not corruption.is_checkpoint(data):
         raise _foreign(data, path)
@@ -218,7 +218,7 @@ def read(data: bytes, path: str) -> Checkpoint:
         raise
     except CheckpointError as err:
         raise CheckpointError(
-            f"{path!r} has right checksums, but was not written by flaxfit: {err}"
+            f"{path!r} has correct checksums, but was not written by flaxfit: {err}"
         ) from err
     return Checkpoint(path, *contents)
 
@@ -226,7 +226,7 @@ def read(data: bytes, path: str) -> Checkpoint:
 def read_front(data: bytes, size: int, path: str) -> dict[str, Any] | None:
     """Returns meta from the first bytes of a file, None if they do not hold all of it.
 
-    `size` is that of the whole file.
+    `size` is the size of the whole file.
 
     Raises:
       CheckpointCorruptError: these bytes are damaged.
@@ -249,7 +249,7 @@ def read_plain(data: bytes, path: str) -> Any:
     """Returns the content of a file of plain `flax.serialization`.
 
     Raises:
-      CheckpointError: it is something else.
+      CheckpointError: the file is of another kind.
     """
     if known := corruption.looks_like(data):
         raise CheckpointError(
@@ -264,7 +264,7 @@ def read_plain(data: bytes, path: str) -> Any:
         _check_end(reader, data)
     except CheckpointError as err:
         raise CheckpointError(
-            f"{path!r} cannot be read: {len(data)} bytes that are no whole msgpack "
+            f"{path!r} cannot be read: its {len(data)} bytes are not a whole msgpack "
             f"file: {err} It is cut off, damaged, or not written by trainer.save(path)"
         ) from err
     return content

@@ -1,7 +1,7 @@
 """A strict reader of msgpack as `flax.serialization` writes it.
 
-It accepts only what such files hold, charges every object to a memory budget before it
-builds it, and raises nothing but `CheckpointError`, whatever the bytes are.
+It accepts only values that Flax writes, charges every object to a memory budget before
+building it, and raises only `CheckpointError`, whatever the bytes are.
 
 `msgpack.unpackb` with hooks was tried instead. It copies every array: loading 200 MB
 took 0.28 s at a peak of 400 MB, here it takes 0.16 s at 200 MB.
@@ -20,12 +20,12 @@ from flaxfit.checkpoint.encoding import CHUNKED, DTYPES, MAX_DEPTH
 SLACK = 40 * 2**20
 """How many bytes the reader may build beyond the size of the file."""
 
-# Upper bounds of what CPython needs for an object, an entry of a dict and an array.
+# Upper bounds, in bytes, of the memory of an object, an entry of a dict and an array.
 _OBJECT, _ENTRY, _ARRAY = 64, 100, 256
 
 _Head: TypeAlias = tuple[str, int, int]
 # By the first byte of a value: its kind, the width in bytes of the number that follows,
-# and the number itself where none follows. See msgpack's spec.md.
+# and the number itself if none follows. See msgpack's spec.md.
 _HEADS: tuple[_Head, ...] = (
     *(("int", 0, n) for n in range(0x80)),
     *(("map", 0, n) for n in range(0x10)),
@@ -50,15 +50,15 @@ class CutOffError(CheckpointError):
 
 
 class Reader:
-    """Reads values one after the other.
+    """Reads values one after another.
 
     Args:
       data: the bytes; arrays are views into them.
-      at: where to begin.
-      budget: how many bytes may be built, as CPython needs them.
+      at: the offset at which to begin.
+      budget: how many bytes of memory the values may take in CPython.
 
     Attributes:
-      at: where the next value begins.
+      at: the offset of the next value.
     """
 
     def __init__(self, data: bytes, *, at: int = 0, budget: int | None = None) -> None:
@@ -96,7 +96,7 @@ class Reader:
             return self._join_chunks(content) if split else content
         if kind == "array":
             if not in_meta:
-                self._refuse("a list where Flax writes none")
+                self._refuse("a list, which Flax does not write in a state")
             self._check_nested(size, depth)
             self._pay(_OBJECT + 8 * size)
             return [self._value(depth + 1, in_meta=True) for _ in range(size)]
@@ -143,7 +143,7 @@ class Reader:
         else:
             self._refuse(f"an extension type {code} that Flax does not write")
         if self.at != end:
-            self._refuse(f"an array whose own size is not the {size} bytes around it")
+            self._refuse(f"an array that does not fill its extension of {size} bytes")
         return value
 
     def _complex(self) -> complex:
@@ -234,7 +234,7 @@ class Reader:
     def _text(self, size: int) -> str:
         raw = self._take(size, cost=_OBJECT + size)
         if not raw.isascii():
-            self._pay(3 * size)  # A single wide character widens the whole string.
+            self._pay(3 * size)  # One wide character widens the whole string.
         try:
             return raw.decode()
         except UnicodeDecodeError:
@@ -249,7 +249,7 @@ class Reader:
     def _pay(self, size: int) -> None:
         self._budget -= size
         if self._budget < 0:
-            self._refuse("more small values than a file of its size should hold")
+            self._refuse("more small values than a file of this size should hold")
 
     def _check_nested(self, smallest: int, depth: int) -> None:
         if depth > MAX_DEPTH:

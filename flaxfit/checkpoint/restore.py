@@ -1,6 +1,6 @@
 """Matches a file's raw state to a `TrainState`: strict, lenient, or renamed.
 
-It knows the content of files, not the files.
+Works on the content of files, and opens none.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -26,7 +26,7 @@ from flaxfit.checkpoint.encoding import (
 )
 
 _SMALL = 2**16
-_ALIGNMENT = 64  # bytes; XLA copies host memory that is aligned otherwise
+_ALIGNMENT = 64  # bytes; XLA copies host memory with a smaller alignment
 _LINE = "{path}: {given} in the file, {wanted} here"
 FIELDS = tuple(TrainState.__dataclass_fields__)
 
@@ -40,7 +40,7 @@ class RestoreReport:
 
     Attributes:
       loaded: paths in the model whose values come from the file.
-      renamed: path in the file -> path in the model, where they differ.
+      renamed: path in the file -> path in the model, if they differ.
       missing: paths in the model that the file does not have.
       unexpected: paths in the file that the model does not have.
       mismatched: path in the model -> `(saved, here)`, e.g.
@@ -110,16 +110,16 @@ def restore(
     Args:
       raw_state: `load(path).state`.
       template: a `TrainState` of arrays or `jax.ShapeDtypeStruct`s.
-      put: moves a NumPy array to the devices of the template's leaf; without it,
-        arrays go to the default device.
+      put: moves a NumPy array to the devices of the template's leaf; if None, arrays
+        go to the default device.
       strict: whether everything has to fit; otherwise a leaf that does not fit keeps
         its value in `current`, and the report lists it.
-      rename: prefix of a path in the file -> the one in the model, such as
-        `{"encoder": "backbone"}`, in parameters, in every collection and, at the first
-        place where these names follow each other, in the optimizer's state. None as
-        the new prefix leaves that part of the file out and keeps that of `current`.
+      rename: prefix of a path in the file -> prefix in the model, such as
+        `{"encoder": "backbone"}`. It applies to the parameters, every collection and,
+        where the names first occur in a path, the optimizer's state. A new prefix of
+        None leaves that part of the file out and keeps the one of `current`.
       parts: the fields to take, such as `("params", "collections")`; None for all.
-      current: the state that has the leaves not taken from the file.
+      current: the state with the leaves that are not taken from the file.
 
     Returns:
       A state of jax arrays with the template's dtypes and weak types, so that a step
@@ -146,7 +146,7 @@ def restore(
     if current is None and len(fitting) < len(expected):
         raise UsageError(
             "restore(...) does not take every leaf from the file",
-            write="restore(..., current=state), the state that has the others",
+            write="restore(..., current=state), with a state that has the others",
         )
     values = {} if current is None else _by_path(current)
     for path in fitting:
@@ -167,7 +167,7 @@ def _match(
     rename: Mapping[str, str | None],
     chosen: Collection[str],
 ) -> _Match:
-    """Renames the file's leaves and drops those that are not wanted."""
+    """Renames the file's leaves and drops the unwanted ones."""
     rules = sorted(
         ((_parts(key), value) for key, value in rename.items()),
         key=lambda rule: -len(rule[0]),
@@ -224,7 +224,7 @@ def _prefixes(path: KeyPath) -> list[tuple[int, int]]:
 def _renamed(
     path: KeyPath, rules: list[tuple[KeyPath, str | None]]
 ) -> tuple[KeyPath | None, KeyPath | None]:
-    """Returns the new path, None to leave it out, and the rule that matched."""
+    """Returns the new path (None to leave it out) and the rule that matched, if any."""
     for old, new in rules:
         at = _position(path, old)
         if at is None:
@@ -239,7 +239,7 @@ def _renamed(
 
 
 def _position(path: KeyPath, old: KeyPath) -> int | None:
-    """Returns where in `path` the components `old` are to be replaced."""
+    """Returns the index in `path` at which to replace `old`, None for no match."""
     if old[:1] and old[0] in FIELDS:
         return 0 if path[: len(old)] == old else None
     start = {"params": 1, "collections": 2}.get(path[0] if path else "")
@@ -321,9 +321,9 @@ def _put(host: Any) -> jax.Array:
 def _unaliased(host: HostArray) -> HostArray:
     """Returns `host`, copied if jax on a CPU would use its memory without a copy.
 
-    A step may be given the buffer for donation; the file's bytes must not be.
+    A step may overwrite a buffer donated to it; the file's bytes must stay as they are.
     """
-    # jax copies misaligned memory itself; for a small array a copy takes less time
-    # than to find that out.
+    # jax copies misaligned memory itself; copying a small array is faster than checking
+    # its alignment.
     free = host.nbytes > _SMALL and host.ctypes.data % _ALIGNMENT
     return host if free else host.copy()

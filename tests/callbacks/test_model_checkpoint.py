@@ -201,7 +201,7 @@ def test_a_state_that_is_not_finite_is_not_saved_over_a_good_one(tmp_path):
         ({"monitor": "val_los", "save_best_only": True}, ValueError, "'val_loss'"),
         ({"mode": "up"}, ValueError, "mode='up'. Expected one of 'auto', 'min', 'max'"),
         ({"keep": 0}, ValueError, "keep=0. Expected a whole number of at least 1"),
-        ({"keep": 2}, ValueError, "keep=2 for one file"),
+        ({"keep": 2}, ValueError, "keep=2 for a filepath that names only one file"),
         (
             {"save_freq": "soon"},
             ValueError,

@@ -302,7 +302,7 @@ def test_a_missing_file(tmp_path):
 @pytest.mark.parametrize(
     ("data", "text"),
     [
-        (b"", "0 bytes that are no whole msgpack"),
+        (b"", "its 0 bytes are not a whole msgpack"),
         (b"<!DOCTYPE html>", "looks like an HTML or XML page"),
         (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
         (b"PK\x03\x04rest", "looks like a zip file"),

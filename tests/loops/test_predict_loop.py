@@ -332,7 +332,7 @@ def test_an_out_of_no_dtype_of_numpys():
 
 @pytest.mark.parametrize(
     ("rows", "text", "written"),
-    [(15, "15 rows, and there are more", 8), (30, "30 rows, and there were 21", 21)],
+    [(15, "15 rows, but there are more", 8), (30, "30 rows, but there were 21", 21)],
 )
 def test_where_only_reading_tells_the_length(rows, text, written):
     trainer = make_trainer(steps_per_call=1, prefetch=0)
@@ -379,7 +379,9 @@ def test_whole_numbers_are_not_cut_off():
 
     trainer = Trainer(Counts(), loss=None)
     numbers = np.array([[1], [127], [128], [300]], np.float32)
-    with pytest.raises(ValueError, match="out is int8, and the outputs are int32"):
+    with pytest.raises(
+        ValueError, match="out is int8, which cannot hold the outputs: they are int32"
+    ):
         trainer.predict(numbers, out=np.zeros(4, np.int8))
     for dtype in (np.int32, np.int64, np.float32):
         out = trainer.predict(numbers, out=np.zeros(4, dtype))

@@ -76,7 +76,7 @@ def test_a_bar_is_due_at_most_ten_times_a_second(monkeypatch):
 def test_a_broken_off_epoch_says_so(capsys):
     with display.epoch_display(display.Lines(), "Epoch 1/1", 5) as shown:
         shown["done"] = 3
-    assert "Epoch 1/1 · broken off · 3 steps" in capsys.readouterr().out
+    assert "Epoch 1/1 · interrupted · 3 steps" in capsys.readouterr().out
 
 
 def test_verbose_is_checked():

@@ -194,7 +194,7 @@ def test_batches_of_others_are_read_past(kind, tmp_path, capsys):
     run(tmp_path / "a", InterruptAt(8))
     capsys.readouterr()
     resumed, continued = run(tmp_path / "a")
-    told = "cannot be entered in the middle" in capsys.readouterr().out
+    told = "cannot start in the middle of an epoch" in capsys.readouterr().out
     assert told is (kind != "list")  # which is entered by index
     assert continued.history == history.history
     same(resumed.state, whole.state)
@@ -386,7 +386,7 @@ def test_must_never_and_a_path(tmp_path, whole):
 
 def test_an_older_file_of_the_same_folder_is_no_place_to_go_on(tmp_path):
     fit(make(), tmp_path, save_every=4)
-    with pytest.raises(CheckpointError, match="both would be one run"):
+    with pytest.raises(CheckpointError, match="the run would hold both"):
         fit(make(), tmp_path, epochs=4, resume=tmp_path / "step-0000000016.msgpack")
 
 
