@@ -372,7 +372,7 @@ ARGUMENTS = [
     Case("a hook misspelt", fits(X, LABELS, callbacks=Misspelt()), TypeError,
          r"Misspelt\.on_epoch_ends is not a hook.*Did you mean 'on_epoch_end'"),
     Case("a hook of Keras", fits(X, LABELS, callbacks=KerasStyle()), TypeError,
-         r"Write def on_epoch_end\(self, loop\), and loop\.epoch"),
+         r"Write def on_epoch_end\(self, loop\) and use loop\.epoch, loop\.logs"),
     Case("a hook misspelt in LambdaCallback", lambda t: t.fit(X, LABELS,
          callbacks=LambdaCallback(on_epoch_ends=print)), TypeError,
          "Did you mean 'on_epoch_end'"),
