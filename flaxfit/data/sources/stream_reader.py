@@ -1,4 +1,4 @@
-"""Reads the raw batches of a `Stream`; errors name the batch and the pass."""
+"""Reads the raw batches of a `Stream`; errors name the batch."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
