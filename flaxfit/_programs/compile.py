@@ -484,7 +484,7 @@ def preflight(step: Callable[..., Any], *args: Any) -> Preflight:
       *args: arrays or shapes.
     """
     jaxpr, shapes = jax.make_jaxpr(step, return_shape=True)(*args)
-    logs = shapes[1] if isinstance(shapes, tuple) else shapes
+    logs = shapes[1] if isinstance(shapes, tuple) and len(shapes) == 2 else shapes
     names = {eqn.primitive.name for eqn in _equations(jaxpr.jaxpr)}
     return Preflight(logs, bool(names & _HOST_CALLBACKS), _CONVOLUTION in names)
 

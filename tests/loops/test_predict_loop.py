@@ -216,7 +216,7 @@ def test_one_batch_is_no_dataset():
         trainer.predict_on_batch(X[:5]), expected(trainer, X[:5]), atol=1e-6
     )
     with pytest.raises(
-        ValueError, match=r"one batch, and the iterator given may.*next\(iter"
+        ValueError, match=r"one batch, but the given iterator may.*next\(iter"
     ):
         trainer.predict_on_batch(make_batches())
 
@@ -433,3 +433,16 @@ def test_errors_of_the_data_are_data_errors():
     trainer.fit(X, Y, verbose=0)
     with pytest.raises(DataError, match="batch 1 of pass 0"):
         list(trainer.predict_batches(lambda: iter([X[:8], X[:8, :2]])))
+
+
+class OneInATuple(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return (nn.Dense(1)(x),)
+
+
+def test_one_output_in_a_tuple_before_anything_is_trained():
+    trainer = Trainer(OneInATuple())
+    (outputs,) = trainer.predict(X)
+    expected = OneInATuple().apply({"params": trainer.state.params}, X)[0]
+    np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6)

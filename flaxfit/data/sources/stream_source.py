@@ -203,7 +203,10 @@ class StreamSource:
         if not self.pad:
             real: Batch = jax.tree.map(lambda leaf: leaf[:rows], batch)
             return real
-        weights = batch.weights.copy()  # the array may be the loader's
+        weights = batch.weights
+        if isinstance(weights, jax.Array):
+            return batch.replace(weights=weights.at[rows:].set(0.0))
+        weights = weights.copy()  # the array may be the loader's
         weights[rows:] = 0.0
         return batch.replace(weights=weights)
 

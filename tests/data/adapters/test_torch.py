@@ -690,9 +690,9 @@ def test_tensors_that_are_no_arrays():
         as_host(torch.eye(3).to_sparse())
     with pytest.warns(UserWarning, match="prototype"):
         nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
-    with pytest.raises(DataError, match=r"different length, .*to_padded_tensor"):
+    with pytest.raises(DataError, match=r"different length .*to_padded_tensor"):
         as_host(nested)
-    with pytest.raises(DataError, match=r"different length, .*to_padded_tensor"):
+    with pytest.raises(DataError, match=r"different length .*to_padded_tensor"):
         collate([(nested, 1), (nested, 2)])
 
 

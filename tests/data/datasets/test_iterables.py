@@ -261,7 +261,9 @@ def test_an_iterable_that_is_empty_the_second_time():
 
     source = source_of(Once())
     rows(source)
-    with pytest.raises(DataError, match=r"no batches in pass 1: the iterable .*again"):
+    with pytest.raises(
+        DataError, match=r"no batches in pass 1: the iterable .*repeatedly"
+    ):
         rows(source, 1)
 
 
@@ -711,3 +713,15 @@ def test_rows_of_different_length_are_refused_at_once():
     with pytest.raises(DataError, match="pad rows of different length"):
         source_of((ragged, np.zeros(2)))
     assert not asked  # no element is looked at
+
+
+def test_weights_that_a_collate_puts_on_the_device():
+    def on_device(examples):
+        return tuple(
+            jnp.asarray(np.stack(part)) for part in zip(*examples, strict=True)
+        )
+
+    items = [(np.ones(3, np.float32), np.float32(i), np.float32(1)) for i in range(3)]
+    source = as_source(Examples(items, collate=on_device), binding=ONE, batch_size=2)
+    weights = [np.asarray(batch.weights).tolist() for batch in source.batches(0)]
+    assert weights == [[1, 1], [1, 0]]
