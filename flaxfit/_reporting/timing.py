@@ -16,8 +16,9 @@ PHASES = (
     "callbacks",
     "saving",
 )
-# The remark on slow input needs this share of waiting in this many seconds of training.
+# The remark on slow input appears if at least this share of the training was waiting,
 _MUCH_WAITING = 0.2
+# and if the training took at least this many seconds.
 _LONG_ENOUGH = 0.5
 
 
@@ -71,7 +72,8 @@ class Timing:
       seconds: phase -> seconds of each epoch. The phases are `compiling`,
         `waiting_for_data` (the device had nothing to do), `stepping`, `evaluating`,
         `callbacks`, `saving` and `total`. Saving after an epoch counts for the next
-        epoch, and the time before the first epoch counts for the first.
+        epoch, after the last one for none. The time before the first epoch counts for
+        the first.
       steps: training steps of each epoch.
       examples: training examples of each epoch, without padding and weights of 0.
       flops_per_step: returns the FLOPs of a step; None before the first step.
@@ -95,17 +97,20 @@ class Timing:
 
     @property
     def examples_per_second(self) -> list[float]:
-        """Training examples per second in each epoch, without compiling."""
+        """Training examples per second of stepping and waiting for data, by epoch."""
         return [_rate(n, s) for n, s in zip(self.examples, self._train(), strict=True)]
 
     @property
     def steps_per_second(self) -> list[float]:
-        """Training steps per second in each epoch, without compiling."""
+        """Training steps per second of stepping and waiting for data, by epoch."""
         return [_rate(n, s) for n, s in zip(self.steps, self._train(), strict=True)]
 
     @property
     def flops_per_second(self) -> list[float] | None:
-        """FLOP/s of training in each epoch; None if the backend does not report them.
+        """FLOP/s of training in each epoch.
+
+        None if the backend does not report them, before the first step, and in a copy
+        that was pickled.
 
         Reading this counts the FLOPs in the step's program, which takes a moment.
         FLOPs of custom kernels are not included.

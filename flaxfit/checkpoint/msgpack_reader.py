@@ -81,7 +81,7 @@ class Reader:
         return self._text(size)
 
     def state(self) -> Any:
-        """Reads nested maps with arrays, scalars, strings and nil in them."""
+        """Reads nested maps with arrays, scalars, strings, bytes and nil in them."""
         return self._value(0, in_meta=False)
 
     def meta(self) -> Any:
@@ -210,7 +210,7 @@ class Reader:
         return joined
 
     def _numbered(self, content: Any) -> list[Any]:
-        """Returns the items of a tuple, which Flax writes as a map of numbers."""
+        """Returns the items of a tuple, which Flax writes as a map with keys 0, 1, …"""
         if not isinstance(content, dict):
             self._refuse("an invalid split array")
         if list(content) != [str(i) for i in range(len(content))]:

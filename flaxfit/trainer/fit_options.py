@@ -1,11 +1,11 @@
-"""The arguments of `fit`, checked: epochs, data order, validation, run directory."""
+"""The arguments of `fit`; those of data are checked where the data is opened."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from flaxfit._core.errors import UsageError
-from flaxfit._core.validation import boolean, integer, optional_integer
+from flaxfit._core.validation import boolean, integer, is_integer, optional_integer
 from flaxfit._runs.resume import ResumePoint
 from flaxfit._runs.session import RunOptions
 from flaxfit.callbacks.base import Callback, as_callbacks
@@ -14,7 +14,7 @@ from flaxfit.data.sources.base import BatchSource
 
 @dataclass(frozen=True)
 class ValidationOptions:
-    """The `validation_...` arguments of `Trainer.fit`, checked.
+    """The `validation_...` arguments of `Trainer.fit`.
 
     Attributes:
       happens_at: epoch, counted from 0 -> whether to validate after it.
@@ -44,11 +44,10 @@ class ValidationOptions:
 
 @dataclass(frozen=True)
 class FitOptions:
-    """The arguments of `Trainer.fit`, checked; most have the same name.
+    """The arguments of `Trainer.fit`; most have the same name.
 
     Attributes:
-      steps: the number of batches in an epoch, over any number of passes; None for
-        epochs of one pass.
+      steps: `steps_per_epoch`, None if an epoch is one pass over the data.
       validation: the arguments about validation.
       run: the arguments about the run directory.
     """
@@ -97,7 +96,9 @@ class FitOptions:
 
 def _epoch_filter(frequency: int | Iterable[int]) -> Callable[[int], bool]:
     """Returns epoch (from 0) -> whether to validate after it; see `validation_freq`."""
-    if isinstance(frequency, Iterable) and not isinstance(frequency, str):
+    if isinstance(frequency, Iterable) and not (
+        isinstance(frequency, str) or is_integer(frequency)
+    ):
         after = frozenset(integer("validation_freq", epoch) for epoch in frequency)
         return lambda epoch: epoch + 1 in after
     every = integer("validation_freq", frequency)

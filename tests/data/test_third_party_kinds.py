@@ -95,11 +95,32 @@ def test_a_registered_kind_may_hold_the_batches_of_batches(registered):
     assert padded[0] == padded[1]
 
 
+class Store:
+    """A kind that looks like an array that is read by slices."""
+
+    shape, dtype = X.shape, X.dtype
+
+    def __getitem__(self, rows):
+        raise AssertionError("its adapter was not asked")
+
+
+def test_registered_kinds_come_before_all_others(registered):
+    register_adapter(lambda x: isinstance(x, Store), lambda x: (X, Y))
+    register_adapter(lambda x: isinstance(x, str), lambda x: (X, Y))
+    _, expected = trained(X, Y, batch_size=4)
+    for given in (Store(), "corpus.npy"):
+        _, history = trained(given, batch_size=4)
+        assert history.history == expected.history
+
+
 def test_wrong_adapters_are_refused_or_named(registered):
     with pytest.raises(TypeError, match=r"Got matches=5.*Expected a function"):
         register_adapter(5, lambda x: x)
     register_adapter(lambda x: isinstance(x, Shelf), lambda x: x)
     with pytest.raises(ValueError, match="registered for Shelf returned its argument"):
+        Trainer(Linear()).fit(Shelf([]))
+    register_adapter(lambda x: isinstance(x, Shelf), lambda x: Shelf(x.batches))
+    with pytest.raises(ValueError, match="or data of the same kind"):
         Trainer(Linear()).fit(Shelf([]))
     register_adapter(lambda x: x.name == 7, lambda x: x)
     with pytest.raises(AttributeError) as caught:

@@ -74,33 +74,44 @@ def adapt(x: Any) -> Any:
     Raises:
       TypeError, ValueError, DataError: a dataset that cannot be read as it is.
     """
-    for matches, translate in _REGISTERED:
-        try:
-            is_of_kind = bool(matches(x))
-        except Exception as error:
-            error.add_note(f"while asking a registered adapter about {type(x)}")
-            raise
-        if is_of_kind:
-            translated = translate(x)
-            if translated is x:
-                raise UsageError(
-                    f"The adapter registered for {type(x).__name__} returned its "
-                    "argument",
-                    "Return data of another, known kind",
-                )
-            return adapt(translated)
+    x = _known(x)
     for matches, translate in KINDS:
         if matches(x):
             return translate(x)
     return x
 
 
+def _known(x: Any) -> Any:
+    """Returns data of a registered kind as data of a built-in one."""
+    for matches, translate in _REGISTERED:
+        if not _is_of(matches, x):
+            continue
+        translated = translate(x)
+        if _is_of(matches, translated):
+            raise UsageError(
+                f"The adapter registered for {type(x).__name__} returned its argument, "
+                "or data of the same kind",
+                "Return data of another, known kind",
+            )
+        return _known(translated)
+    return x
+
+
+def _is_of(matches: Callable[[Any], bool], x: Any) -> bool:
+    try:
+        return bool(matches(x))
+    except Exception as error:
+        error.add_note(f"while asking a registered adapter about {type(x)}")
+        raise
+
+
 def adapt_parts(x: Any, y: Any, sample_weight: Any) -> tuple[Any, Any, Any]:
     """Returns `(x, y, sample_weight)` with files opened and `x` adapted.
 
-    If an array in them is read by slices, all become one `ExampleSet` as `x`.
+    If one of them is or holds an array that is read by slices (zarr, HDF5), the three
+    become one `ExampleSet`, returned as `(examples, None, None)`.
     """
-    x, y, sample_weight = map(npy_files.open_files, (x, y, sample_weight))
+    x, y, sample_weight = map(npy_files.open_files, (_known(x), y, sample_weight))
     parts = (x, y, sample_weight)
     if any(map(chunked_arrays.matches, parts)) and not is_batch_list(x, y):
         return chunked_arrays.gathered(*parts), None, None
@@ -108,9 +119,9 @@ def adapt_parts(x: Any, y: Any, sample_weight: Any) -> tuple[Any, Any, Any]:
 
 
 def examples_of(x: Any, batch_size: int | None) -> ExampleSet | None:
-    """Returns single examples with random access or, given a size, from a stream.
+    """Returns the single examples that `x` holds, None if its first item is a batch.
 
-    None for batches. The first item decides whether they are batches.
+    A stream is taken for single examples only if there is a `batch_size`.
     """
     by_index = hasattr(x, "__getitem__") and length_of(x)
     if by_index and not isinstance(x, Mapping) and begins_single(x):

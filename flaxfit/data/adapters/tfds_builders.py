@@ -172,12 +172,14 @@ def _raise_unknown(
     """Raises UsageError for a name that TFDS has no builder for."""
     tfds = _tfds()
     root = Path(data_dir or tfds.core.constants.DATA_DIR)
-    stored = sorted({each.relative_to(root).parts[0] for each in root.glob("*/*/")})
+    stored = sorted(
+        {each.relative_to(root).parts[0] for each in root.glob("*/*/")} - {"downloads"}
+    )
     name = re.split("[/:]", given)[0]
     builders = tfds.list_builders(with_community_datasets=False)
     known = {*builders, *stored}
     if name in known:
-        # TFDS puts its settings as JSON before the reason.
+        # TFDS writes the arguments of the builder before the reason, `"{…}": `.
         reason = str(failure).strip().splitlines()[0].rsplit('}": ', 1)[-1]
         reason = reason.partition(" Here are")[0]
         has_class = name in builders
