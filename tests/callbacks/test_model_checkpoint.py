@@ -205,7 +205,7 @@ def test_a_state_that_is_not_finite_is_not_saved_over_a_good_one(tmp_path):
         (
             {"save_freq": "soon"},
             ValueError,
-            "save_freq='soon'. Expected a number of steps",
+            "save_freq='soon'. Expected a positive number of steps",
         ),
         ({"filepath": "file/a.msgpack"}, CheckpointError, "file"),
     ],

@@ -406,8 +406,14 @@ def test_files_that_hold_no_training_are_no_place_to_go_on(tmp_path):
         ({"resume": "must"}, "resume='must' requires a run_dir"),
         ({"save_every": 10}, "save_every=10 requires a run_dir"),
         ({"monitor": "loss"}, "monitor='loss' requires a run_dir"),
-        ({"save_every": 0, "run_dir": "a"}, "save_every=0. Expected a number of steps"),
-        ({"save_every": "5x", "run_dir": "a"}, "save_every='5x'. Expected a number"),
+        (
+            {"save_every": 0, "run_dir": "a"},
+            "save_every=0. Expected a positive number of steps",
+        ),
+        (
+            {"save_every": "5x", "run_dir": "a"},
+            "save_every='5x'. Expected a positive number",
+        ),
         ({"monitor": "los", "run_dir": "a"}, "Did you mean 'loss'"),
     ],
 )
