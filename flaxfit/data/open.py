@@ -19,6 +19,7 @@ from flaxfit.data.adapters import chunked_arrays, npy_files
 from flaxfit.data.adapters.registry import (
     adapt_parts,
     examples_of,
+    from_registered,
     refuse_batch_size,
 )
 from flaxfit.data.binding.binding import Binding, InMemoryData
@@ -138,7 +139,7 @@ def open_inputs(x: Any, binding: Binding, *, batch_size: int | None = None) -> D
     If the model takes several inputs, a tuple of arrays is these inputs; else it is
     `(x, y)` or `(x, y, weights)`.
     """
-    x = npy_files.open_files(x)
+    x = npy_files.open_files(from_registered(x))
     if chunked_arrays.matches(x) and is_several_inputs(x, binding):
         x = (x,)
     dataset = open_dataset(x, batch_size=batch_size)

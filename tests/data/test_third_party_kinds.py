@@ -107,10 +107,11 @@ class Store:
 def test_registered_kinds_come_before_all_others(registered):
     register_adapter(lambda x: isinstance(x, Store), lambda x: (X, Y))
     register_adapter(lambda x: isinstance(x, str), lambda x: (X, Y))
-    _, expected = trained(X, Y, batch_size=4)
+    by_arrays, expected = trained(X, Y, batch_size=4)
     for given in (Store(), "corpus.npy"):
-        _, history = trained(given, batch_size=4)
+        trainer, history = trained(given, batch_size=4)
         assert history.history == expected.history
+        np.testing.assert_array_equal(trainer.predict(given), by_arrays.predict(X))
 
 
 def test_wrong_adapters_are_refused_or_named(registered):

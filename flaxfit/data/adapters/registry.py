@@ -74,14 +74,14 @@ def adapt(x: Any) -> Any:
     Raises:
       TypeError, ValueError, DataError: a dataset that cannot be read as it is.
     """
-    x = _known(x)
+    x = from_registered(x)
     for matches, translate in KINDS:
         if matches(x):
             return translate(x)
     return x
 
 
-def _known(x: Any) -> Any:
+def from_registered(x: Any) -> Any:
     """Returns data of a registered kind as data of a built-in one."""
     for matches, translate in _REGISTERED:
         if not _is_of(matches, x):
@@ -93,7 +93,7 @@ def _known(x: Any) -> Any:
                 "or data of the same kind",
                 "Return data of another, known kind",
             )
-        return _known(translated)
+        return from_registered(translated)
     return x
 
 
@@ -111,7 +111,8 @@ def adapt_parts(x: Any, y: Any, sample_weight: Any) -> tuple[Any, Any, Any]:
     If one of them is or holds an array that is read by slices (zarr, HDF5), the three
     become one `ExampleSet`, returned as `(examples, None, None)`.
     """
-    x, y, sample_weight = map(npy_files.open_files, (_known(x), y, sample_weight))
+    parts = (from_registered(x), y, sample_weight)
+    x, y, sample_weight = map(npy_files.open_files, parts)
     parts = (x, y, sample_weight)
     if any(map(chunked_arrays.matches, parts)) and not is_batch_list(x, y):
         return chunked_arrays.gathered(*parts), None, None
