@@ -441,3 +441,10 @@ def test_an_interrupted_fit_leaves_no_process(tmp_path):
         [sys.executable, script], capture_output=True, text=True, timeout=120
     )
     assert done.stdout.split() == ["2", "0"], done.stderr
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_function_that_runs_out_of_items_ends_no_pass(threads):
+    work = OrderedMap(lambda task: next(iter(())), threads=threads)
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        list(work([1, 2]))
